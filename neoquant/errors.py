@@ -1,0 +1,86 @@
+"""Everything neoquant raises on purpose.
+
+    NeoquantError                 exit code 1: the work could not be done
+    ├── CheckpointError           a model folder or one of its files is missing, damaged or not what it says
+    │   └── ConfigError           config.json describes something that is not a legal GPT-Neo
+    ├── FormatError               tensors that do not spell a quantized weight
+    ├── DataError                 a suite, document file or data set that cannot be read as one
+    ├── HubError                  the model or data hub cannot be reached, or does not have it
+    ├── OutputError               the result cannot be written: it exists, or the disk is full
+    ├── ContextError              more positions than the model has
+    └── RequestError              exit code 2: the request itself is not legal
+        └── RecipeError           a recipe that cannot be carried out
+
+Every message names the thing, the value that was found and what would have been legal. `locate` adds where it
+happened while the error climbs, so that the code that finds the fault needs to know only its own names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class NeoquantError(Exception):
+    """The root: catch this to catch everything neoquant raises on purpose.
+
+    `str(error)` is one line: `place: place: message`.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.places: list[str] = []
+
+    def __str__(self) -> str:
+        return ": ".join([*reversed(self.places), self.message])
+
+
+class CheckpointError(NeoquantError):
+    """A model folder or one of its files is missing, damaged or not what it says it is."""
+
+
+class ConfigError(CheckpointError):
+    """`config.json` does not describe a legal GPT-Neo."""
+
+
+class FormatError(NeoquantError):
+    """Stored tensors do not spell a quantized weight, or a quantized weight cannot be spelled in a format."""
+
+
+class DataError(NeoquantError):
+    """A suite, a document file or a data set cannot be read."""
+
+
+class HubError(NeoquantError):
+    """The hub cannot be reached, refuses, or does not have what was asked for."""
+
+
+class OutputError(NeoquantError):
+    """The result cannot be written."""
+
+
+class ContextError(NeoquantError):
+    """More positions than the model has embeddings for."""
+
+
+class RequestError(NeoquantError):
+    """What was asked for is not legal, whatever the files hold."""
+
+    exit_code = 2
+
+
+class RecipeError(RequestError):
+    """A recipe holds an unknown key, an illegal value, or a rule that cannot be carried out."""
+
+
+@contextmanager
+def locate(place: str) -> Iterator[None]:
+    """Put `place` (a tensor, a file, a recipe line) in front of any NeoquantError raised inside."""
+    try:
+        yield
+    except NeoquantError as error:
+        error.places.append(place)
+        raise
