@@ -1,0 +1,48 @@
+"""Keys and values of the positions already seen, in buffers that are allocated once and written in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """One key and one value buffer `[B, H, capacity, D]` a layer.
+
+    Buffers start at `capacity` positions and double when they are full. Layers report their new keys and values in
+    order, and the length counts once the last layer has: all layers of one forward pass see the same length.
+    """
+
+    def __init__(self, num_layers: int, capacity: int = 64) -> None:
+        self.num_layers = num_layers
+        self.capacity = capacity
+        self.length = 0
+        self._keys: list[Tensor | None] = [None] * num_layers
+        self._values: list[Tensor | None] = [None] * num_layers
+
+    def get_seq_length(self) -> int:
+        """Positions held (transformers' name for `length`)."""
+        return self.length
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append `key` and `value` `[B, H, T, D]`; returns views of all positions so far, `[B, H, length + T, D]`."""
+        end = self.length + key.shape[2]
+        keys = self._keys[layer] = self._room(self._keys[layer], key, end)
+        values = self._values[layer] = self._room(self._values[layer], value, end)
+        keys[:, :, self.length : end] = key
+        values[:, :, self.length : end] = value
+        if layer == self.num_layers - 1:
+            self.length = end
+        return keys[:, :, :end], values[:, :, :end]
+
+    def _room(self, buffer: Tensor | None, like: Tensor, end: int) -> Tensor:
+        if buffer is not None and buffer.shape[2] >= end:
+            return buffer
+        capacity = self.capacity
+        while capacity < end:
+            capacity *= 2
+        B, H, _, D = like.shape
+        grown = torch.empty(B, H, capacity, D, dtype=like.dtype, device=like.device)
+        if buffer is not None:
+            grown[:, :, : self.length] = buffer[:, :, : self.length]
+        return grown

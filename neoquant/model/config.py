@@ -1,0 +1,194 @@
+"""What `config.json` says about a GPT-Neo: the same keys, defaults and rules as Hugging Face's `gpt_neo`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from neoquant.errors import ConfigError, locate
+
+ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu", "silu", "swish", "tanh")
+ATTENTION_TYPES = ("global", "local")
+# transformers accepts both spellings; config.json files in the wild carry the first.
+_ALIASES = {"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads", "torch_dtype": "dtype"}
+
+
+@dataclass
+class GPTNeoConfig:
+    """The sizes and switches of one GPT-Neo.
+
+    `attention_types` is the compact form, `[[["global", "local"], 12]]`: each pair is a list of layer types and
+    how often it repeats. `attention_layers`, one word a layer, follows from it. `intermediate_size=None` means
+    `4 * hidden_size`. Keys this class does not know are kept in `extra` and written back unchanged.
+
+    Raises ConfigError where the values contradict each other.
+    """
+
+    vocab_size: int = 50257
+    max_position_embeddings: int = 2048
+    hidden_size: int = 2048
+    num_layers: int = 24
+    attention_types: list[Any] | None = None
+    num_heads: int = 16
+    intermediate_size: int | None = None
+    window_size: int = 256
+    activation_function: str = "gelu_new"
+    resid_dropout: float = 0.0
+    embed_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    classifier_dropout: float = 0.1
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    bos_token_id: int | None = 50256
+    eos_token_id: int | list[int] | None = 50256
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = True
+    num_labels: int = 2
+    problem_type: str | None = None
+    dtype: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.attention_types is None:
+            self.attention_types = [[["global", "local"], 12]]
+        for name in ("vocab_size", "max_position_embeddings", "hidden_size", "num_heads", "window_size", "num_labels"):
+            _check(_is_count(getattr(self, name)), name, getattr(self, name), "an integer of at least 1")
+        _check(self.num_layers >= 0, "num_layers", self.num_layers, "an integer of at least 0")
+        self._check_shapes()
+
+    def _check_shapes(self) -> None:
+        layers = self.attention_layers
+        if len(layers) != self.num_layers:
+            raise ConfigError(
+                f"attention_types describes {len(layers)} layers ({self.attention_types}), but num_layers is "
+                f"{self.num_layers}: they must agree"
+            )
+        _check(
+            self.hidden_size % self.num_heads == 0, "num_heads", self.num_heads, f"a divisor of {self.hidden_size=}"
+        )
+        _check(
+            self.intermediate_size is None or _is_count(self.intermediate_size),
+            "intermediate_size",
+            self.intermediate_size,
+            "null or an integer of at least 1",
+        )
+        _check(
+            self.activation_function in ACTIVATIONS,
+            "activation_function",
+            self.activation_function,
+            f"one of {', '.join(ACTIVATIONS)}",
+        )
+
+    @property
+    def attention_layers(self) -> list[str]:
+        """`"global"` or `"local"` for each layer."""
+        return _expand(self.attention_types)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def inner_size(self) -> int:
+        """Rows of the MLP's first linear."""
+        return 4 * self.hidden_size if self.intermediate_size is None else self.intermediate_size
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GPTNeoConfig:
+        """Read the object in a `config.json`.
+
+        Raises ConfigError for another `model_type`, or values that contradict each other.
+        """
+        model_type = values.get("model_type", "gpt_neo")
+        _check(model_type == "gpt_neo", "model_type", model_type, '"gpt_neo"')
+        values = {_ALIASES.get(key, key): value for key, value in values.items()}
+        known = {f.name: f for f in fields(cls) if f.name != "extra"}
+        ours: dict[str, Any] = {}
+        for key in known.keys() & values.keys():
+            # null in a file means "not said", except where None is a legal value of its own.
+            if values[key] is not None or known[key].default is None:
+                ours[key] = values[key]
+        for key in ("bos_token_id", "eos_token_id"):
+            if key in values:
+                ours[key] = values[key]
+        if "id2label" in values and isinstance(values["id2label"], dict) and "num_labels" not in values:
+            ours["num_labels"] = max(1, len(values["id2label"]))
+        derived = ("attention_layers", "model_type")
+        extra = {key: value for key, value in values.items() if key not in known and key not in derived}
+        try:
+            config = cls(**ours, extra=extra)
+        except TypeError as error:
+            raise ConfigError(f"a value has the wrong type: {error}") from None
+        stated = values.get("attention_layers")
+        if stated is not None and list(stated) != config.attention_layers:
+            raise ConfigError(f"attention_layers is {stated}, but attention_types gives {config.attention_layers}")
+        return config
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> GPTNeoConfig:
+        """Read `folder/config.json` (or the file itself)."""
+        path = Path(folder)
+        path = path / "config.json" if path.is_dir() else path
+        with locate(str(path)):
+            try:
+                values = json.loads(path.read_text("utf-8"))
+            except FileNotFoundError:
+                raise ConfigError("there is no such file") from None
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"not readable as JSON: {error}") from None
+            if not isinstance(values, dict):
+                raise ConfigError(f"holds a {type(values).__name__}, not an object")
+            return cls.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object to write as `config.json`, in transformers' spelling."""
+        out: dict[str, Any] = {"model_type": "gpt_neo"}
+        for f in fields(self):
+            if f.name == "extra":
+                continue
+            value = getattr(self, f.name)
+            optional = f.name in ("pad_token_id", "problem_type", "dtype", "num_labels")
+            if optional and value == f.default and f.default is not MISSING:
+                continue
+            out[f.name] = value
+        if self.num_labels != 2 and "id2label" not in self.extra:
+            # transformers derives the number of labels from these, not from num_labels.
+            del out["num_labels"]
+            out["id2label"] = {str(i): f"LABEL_{i}" for i in range(self.num_labels)}
+            out["label2id"] = {f"LABEL_{i}": i for i in range(self.num_labels)}
+        out["attention_layers"] = self.attention_layers
+        return {**self.extra, **out}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `folder/config.json`."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        (Path(folder) / "config.json").write_text(text, "utf-8")
+
+
+def _expand(attention_types: Any) -> list[str]:
+    layers: list[str] = []
+    try:
+        for kinds, count in attention_types:
+            layers.extend(list(kinds) * count)
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f'attention_types is {attention_types!r}; legal is a list of [[types], count], like [[["global", "local"], 12]]'
+        ) from None
+    unknown = sorted({str(kind) for kind in layers if kind not in ATTENTION_TYPES})
+    if unknown:
+        raise ConfigError(f"attention_types holds {', '.join(unknown)}; legal are {', '.join(ATTENTION_TYPES)}")
+    return layers
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _check(legal: bool, key: str, value: object, what: str) -> None:
+    if not legal:
+        raise ConfigError(f"{key} is {value!r}; legal is {what}")

@@ -1,0 +1,291 @@
+"""GPT-Neo, to be read from top to bottom.
+
+The network of Black et al. (2021): a GPT-2-like decoder whose layers alternate between attention over everything
+before and attention over the last `window_size` positions. Two things set it apart from its relatives, and every
+line about attention below depends on them: scores are **not** divided by the root of the head size, and query and
+key are multiplied in float32, since without that division half precision overflows.
+
+Module names are Hugging Face's, so that tensor names are, too. Shapes: B batch, T new positions, S all positions
+(cached ones included), H heads, D head size, C hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neoquant.errors import ContextError, RequestError
+from neoquant.model.cache import KVCache
+from neoquant.model.config import GPTNeoConfig
+from neoquant.model.outputs import BaseModelOutput, CausalLMOutput
+from neoquant.model.pretrained import PreTrainedModel
+
+ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+def attention_mask(T: int, S: int, window: int | None, keep: Tensor | None, device: torch.device) -> Tensor | None:
+    """Which of S positions each of the last T may look at: bool `[T, S]` or `[B, 1, T, S]`, or None for all.
+
+    Position i sees j where `0 <= i - j`, and `i - j < window` in a local layer; `keep[B, S]` is False on padding.
+    A query that would see nothing (padding on the left) sees itself: its output is never used, but must be finite.
+    """
+    if keep is None and T == 1 and (window is None or window >= S):
+        return None
+    i = torch.arange(S - T, S, device=device)[:, None]  # [T, 1]
+    j = torch.arange(S, device=device)[None, :]  # [1, S]
+    mask = j <= i
+    if window is not None:
+        mask &= i - j < window
+    if keep is None:
+        return mask
+    mask = mask & keep[:, None, None, :]  # [B, 1, T, S]
+    return mask | (~mask.any(-1, keepdim=True) & (i == j))
+
+
+class AttentionMasks:
+    """The masks of one forward pass: made when a layer first asks, shared by all layers of its kind."""
+
+    def __init__(self, T: int, S: int, window: int, keep: Tensor | None, device: torch.device) -> None:
+        self.T, self.S, self.window, self.keep, self.device = T, S, window, keep, device
+        self._made: dict[bool, Tensor | None] = {}
+
+    def mask(self, local: bool) -> Tensor | None:
+        if local not in self._made:
+            window = self.window if local else None
+            self._made[local] = attention_mask(self.T, self.S, window, self.keep, self.device)
+        return self._made[local]
+
+    def is_plain_causal(self, local: bool) -> bool:
+        """Whether the mask is the lower triangle and nothing else, which needs no tensor."""
+        return self.keep is None and self.T == self.S and (not local or self.window >= self.S)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention of one layer, global or local. No bias on q, k and v."""
+
+    def __init__(self, config: GPTNeoConfig, layer: int, attn_implementation: str) -> None:
+        super().__init__()
+        C = config.hidden_size
+        self.layer = layer
+        self.local = config.attention_layers[layer] == "local"
+        self.window_size = config.window_size
+        self.num_heads = config.num_heads
+        self.dropout = config.attention_dropout
+        self.attend = self._eager if attn_implementation == "eager" else self._sdpa
+        self.k_proj = nn.Linear(C, C, bias=False)
+        self.v_proj = nn.Linear(C, C, bias=False)
+        self.q_proj = nn.Linear(C, C, bias=False)
+        self.out_proj = nn.Linear(C, C, bias=True)
+        self.resid_dropout = nn.Dropout(config.resid_dropout)
+
+    def forward(self, x: Tensor, masks: AttentionMasks, cache: KVCache | None) -> Tensor:
+        query, key, value = (self._split(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if cache is not None:
+            key, value = cache.update(self.layer, key, value)
+        y = self.attend(query, key, value, masks)  # [B, H, T, D]
+        y = y.transpose(1, 2).flatten(2)  # [B, T, C]
+        return self.resid_dropout(self.out_proj(y))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, T, C] -> [B, H, T, D]
+
+    def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, masks: AttentionMasks) -> Tensor:
+        # scale=1.0: GPT-Neo does not scale. Every backend accumulates the scores of half-precision inputs in float32.
+        dropout = self.dropout if self.training else 0.0
+        if masks.is_plain_causal(self.local):
+            return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=1.0)
+        if masks.keep is None and masks.T == 1 and self.local:
+            # One new position sees exactly the last `window_size`: a slice does what a mask would.
+            key, value = key[:, :, -self.window_size :], value[:, :, -self.window_size :]
+            return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=1.0)
+        mask = masks.mask(self.local)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=1.0)
+
+    def _eager(self, query: Tensor, key: Tensor, value: Tensor, masks: AttentionMasks) -> Tensor:
+        scores = query.float() @ key.float().transpose(-1, -2)  # [B, H, T, S]; float32, since half overflows
+        mask = masks.mask(self.local)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        weights = scores.softmax(-1).to(value.dtype)
+        return F.dropout(weights, self.dropout, self.training) @ value
+
+
+class Attention(nn.Module):
+    """Nothing but the level of naming that Hugging Face's checkpoints have: `attn.attention`."""
+
+    def __init__(self, config: GPTNeoConfig, layer: int, attn_implementation: str) -> None:
+        super().__init__()
+        self.attention = SelfAttention(config, layer, attn_implementation)
+
+    def forward(self, x: Tensor, masks: AttentionMasks, cache: KVCache | None) -> Tensor:
+        y: Tensor = self.attention(x, masks, cache)
+        return y
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTNeoConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.hidden_size, config.inner_size)
+        self.c_proj = nn.Linear(config.inner_size, config.hidden_size)
+        self.act = ACTIVATION[config.activation_function]
+        self.dropout = nn.Dropout(config.resid_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.dropout(self.c_proj(self.act(self.c_fc(x))))
+        return y
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each behind a norm and beside a residual."""
+
+    def __init__(self, config: GPTNeoConfig, layer: int, attn_implementation: str) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config, layer, attn_implementation)
+        self.ln_2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, masks: AttentionMasks, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), masks, cache)
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class GPTNeoModel(PreTrainedModel):
+    """The network without a head: token ids to hidden states."""
+
+    base_model_prefix = ""
+
+    def __init__(self, config: GPTNeoConfig, attn_implementation: str = "sdpa") -> None:
+        super().__init__(config, attn_implementation)
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.drop = nn.Dropout(config.embed_dropout)
+        self.h = nn.ModuleList(Block(config, layer, attn_implementation) for layer in range(config.num_layers))
+        self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        past_key_values: KVCache | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool = False,
+        output_hidden_states: bool = False,
+    ) -> BaseModelOutput:
+        """Hidden states of `input_ids[B, T]` (or `inputs_embeds[B, T, C]`).
+
+        `attention_mask[B, S]` is 0 on padding, which belongs on the right: positions are absolute. With
+        `past_key_values`, the T ids follow the positions it holds, and S = held + T. `use_cache=True` returns a
+        cache to go on with.
+
+        Raises ContextError beyond `max_position_embeddings`.
+        """
+        x = self._embed(input_ids, inputs_embeds)  # [B, T, C]
+        T = x.shape[1]
+        if use_cache and past_key_values is None:
+            past_key_values = KVCache(len(self.h), capacity=max(64, T))
+        past = past_key_values.length if past_key_values is not None else 0
+        x = x + self.wpe(self._positions(position_ids, past, T, x.device))
+        if token_type_ids is not None:
+            x = x + self.wte(token_type_ids)
+        x = self.drop(x)
+        keep = attention_mask.bool() if attention_mask is not None else None
+        if keep is not None and keep.shape[1] != past + T:
+            raise RequestError(f"attention_mask covers {keep.shape[1]} positions; {past} held + {T} new are {past + T}")
+        masks = AttentionMasks(T, past + T, self.config.window_size, keep, x.device)
+        seen: tuple[Tensor, ...] = (x,)
+        for block in self.h:
+            x = block(x, masks, past_key_values)
+            if output_hidden_states:
+                seen += (x,)
+        x = self.ln_f(x)
+        # transformers' convention: the last entry is after the final norm
+        return BaseModelOutput(x, past_key_values, (*seen[:-1], x) if output_hidden_states else None)
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise RequestError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is not None:
+            return inputs_embeds
+        x: Tensor = self.wte(input_ids)
+        return x
+
+    def _positions(self, position_ids: Tensor | None, past: int, T: int, device: torch.device) -> Tensor:
+        limit = self.config.max_position_embeddings
+        if position_ids is None:
+            if past + T > limit:
+                raise ContextError(f"{past + T} positions; this model has {limit}")
+            return torch.arange(past, past + T, device=device)[None]
+        if position_ids.numel() and int(position_ids.max()) >= limit:
+            raise ContextError(f"position {int(position_ids.max())}; this model's are 0 to {limit - 1}")
+        return position_ids
+
+
+class GPTNeoForCausalLM(PreTrainedModel):
+    """GPT-Neo with its language-modelling head, whose weight is the token embedding's unless the config unties it."""
+
+    def __init__(self, config: GPTNeoConfig, attn_implementation: str = "sdpa") -> None:
+        super().__init__(config, attn_implementation)
+        self.transformer = GPTNeoModel(config, attn_implementation)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+
+    def tied_weights(self) -> dict[str, str]:
+        return {"lm_head.weight": "transformer.wte.weight"} if self.config.tie_word_embeddings else {}
+
+    def tie_weights(self) -> None:
+        """Make the head's weight the embedding's own tensor, where the configuration says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        past_key_values: KVCache | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool = False,
+        output_hidden_states: bool = False,
+        logits_to_keep: int = 0,
+    ) -> CausalLMOutput:
+        """`logits[B, T, V]`, or of the last `logits_to_keep` positions only (0: all).
+
+        With `labels[B, T]`, the mean negative log-likelihood in nats of each label given what is before it; -100 is
+        left out. The other arguments are GPTNeoModel's.
+        """
+        base = self.transformer(
+            input_ids,
+            attention_mask,
+            past_key_values=past_key_values,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )
+        logits = self.lm_head(base.last_hidden_state[:, -logits_to_keep:])
+        loss = None
+        if labels is not None:
+            shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
+            shifted = shifted[:, -logits_to_keep:]
+            loss = F.cross_entropy(logits.float().flatten(0, 1), shifted.flatten())
+        return CausalLMOutput(loss, logits, base.past_key_values, base.hidden_states)
