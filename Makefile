@@ -1,0 +1,61 @@
+# Everything runs in .venv, made on the first call; nothing else on the machine is touched.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+DEMO   := .demo
+
+# Tests run side by side, one torch thread each: on few cores that is faster than one process with many threads.
+PYTEST_FLAGS ?= --numprocesses auto --maxprocesses 4 --dist worksteal
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-gpu check fix bench clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+# A file stands for each state of the environment, so that a second call has nothing to do.
+$(VENV)/.made:
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt
+	@echo "installing neoquant into $(VENV) (torch is large: the first time takes minutes)"
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.installed-check: $(VENV)/.installed
+	$(PIP) --editable '.[check]'
+	@touch $@
+
+demo: $(VENV)/.installed  ## quantize the bundled model to NF4, compare it with the original, generate some text
+	$(BIN)/neoquant quantize --bits 4 --type nf4 --out $(DEMO)/neoquant-demo-nf4 --force
+	$(BIN)/neoquant compare neoquant-demo $(DEMO)/neoquant-demo-nf4 --suite demo
+	$(BIN)/neoquant generate $(DEMO)/neoquant-demo-nf4 --prompt "def mean(values):" --max-new-tokens 80 --seed 1
+
+test: $(VENV)/.installed-test  ## the whole test suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-gpu: $(VENV)/.installed-test  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+check: $(VENV)/.installed-check  ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fix: $(VENV)/.installed-check  ## format, and mend what lint can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed-test  ## the measurements behind the README's figures
+	@for script in eval/bench/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:  ## remove the environment and everything made
+	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

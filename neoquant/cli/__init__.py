@@ -1,0 +1,123 @@
+"""The command line: one file a verb, and here what is the same for all of them.
+
+Nothing heavy is imported before a verb runs, so that `neoquant --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from neoquant.cli import compare, eval, generate, info, plan, quantize
+from neoquant.cli.options import Debug, Quiet
+from neoquant.cli.terminal import Terminal
+from neoquant.errors import NeoquantError
+
+INTERRUPTED = 130  # what shells report of a program ended by SIGINT
+READER_GONE = 141  # ... and by SIGPIPE
+TERMINATED = 143  # ... and by SIGTERM
+
+app = typer.Typer(
+    name="neoquant",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # plain help: half the time, and it can be searched, piped and read aloud
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for verb in (plan.plan, quantize.quantize, eval.eval_, compare.compare, generate.generate, info.info):
+    app.command(name=verb.__name__.rstrip("_"))(verb)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"neoquant {version('neoquant')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize GPT-Neo, save it where others can read it, and know what it cost.
+
+    \b
+    A first look, with the small model that comes with neoquant:
+      neoquant quantize --bits 4 --type nf4
+      neoquant compare  neoquant-demo neoquant-demo-nf4 --suite demo
+    \b
+    With a real one:
+      neoquant plan     EleutherAI/gpt-neo-1.3B --bits 4 --type nf4
+      neoquant quantize EleutherAI/gpt-neo-1.3B --bits 4 --type nf4
+      neoquant generate gpt-neo-1.3B-nf4 --prompt "Hello, I'm a language model"
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code. Results go to stdout, everything else to stderr."""
+    terminal = Terminal()
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context(
+            "neoquant", list(sys.argv[1:] if arguments is None else arguments), obj=terminal
+        ) as ctx:
+            command.invoke(ctx)
+        sys.stdout.flush()
+    except typer.Exit as exit:
+        return exit.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        terminal.say_last("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has gone (`| head`): there is nobody to tell. Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
+    except Exception as error:
+        if terminal.debug:
+            traceback.print_exc()
+        message, code = explain(error)
+        terminal.say_last(f"error: {message}")
+        return code
+    return 0
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """What to say about an error, in one line, and the exit code: 1 is ours, 2 the request's."""
+    if isinstance(error, NeoquantError):
+        return str(error), error.exit_code
+    if hasattr(error, "format_message"):  # typer's own, whichever version raised it
+        return _usage_message(error), 2
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "out of memory; close other programs, or try a smaller --context or another --device", 1
+    return f"{type(error).__name__}: {error} (this is a bug: run with --debug to see where, and report it)", 1
+
+
+def _usage_message(error: Any) -> str:
+    """Typer's sentence about an unknown or malformed option, and where the known ones are listed."""
+    message = str(error.format_message()).rstrip(".")
+    ctx = getattr(error, "ctx", None)
+    help = f" (see {ctx.command_path} --help)" if ctx is not None else ""
+    return f"{message[:1].lower()}{message[1:]}{help}"
+
+
+def run() -> None:
+    """The `neoquant` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # what libraries tell developers is not for users
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # unwinds, so that partial results are removed
+    sys.exit(main())

@@ -1,0 +1,11 @@
+"""`neoquant generate`."""
+
+from __future__ import annotations
+
+from neoquant.cli.options import Debug, Quiet
+from neoquant.errors import NeoquantError
+
+
+def generate(quiet: Quiet = False, debug: Debug = False) -> None:
+    """To be written."""
+    raise NeoquantError("not written yet")

@@ -1,0 +1,179 @@
+"""Options that several verbs share, each described once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from neoquant.errors import RequestError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _set_quiet(ctx: typer.Context, asked: bool) -> bool:
+    ctx.obj.quiet |= asked
+    return asked
+
+
+def _set_debug(ctx: typer.Context, asked: bool) -> bool:
+    ctx.obj.debug |= asked
+    return asked
+
+
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", callback=_set_quiet, is_eager=True, help="No notes and no progress.")
+]
+Debug = Annotated[
+    bool, typer.Option("--debug", callback=_set_debug, is_eager=True, help="Show the traceback of an error.")
+]
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="A folder, a hub id (EleutherAI/gpt-neo-1.3B), or neoquant-demo, which is also what is used without one.",
+        show_default=False,
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", metavar="NAME", help="Branch, tag or commit on the hub.", show_default=False),
+]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ... [default: cuda if there is one]"),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="TYPE",
+        help="What to compute in: float32, float16, bfloat16, or auto (as stored) [default: float32 on a CPU, else float16]",
+    ),
+]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write everything measured to FILE.")]
+
+# What the quantized model shall be: the same for `plan` and `quantize`.
+Bits = Annotated[int | None, typer.Option("--bits", metavar="N", help="4 or 8. [default: what --type needs, else 4]")]
+Type = Annotated[
+    str | None,
+    typer.Option("--type", metavar="T", help="nf4 or fp4 with 4 bits, int8 with 8. [default: nf4, int8 with 8 bits]"),
+]
+BlockSize = Annotated[
+    int | None,
+    typer.Option("--block-size", metavar="N", help="Weights that share a scale (nf4, fp4): 32 ... 4096. [default: 64]"),
+]
+NoDoubleQuant = Annotated[
+    bool,
+    typer.Option(
+        "--no-double-quant", help="Keep the scales in float32 (nf4, fp4): 4.5 bits a weight instead of 4.127."
+    ),
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--keep",
+        metavar="GLOB",
+        help="Leave these layers in half precision, e.g. '*.c_proj' or 'transformer.h.0.*'. Repeat for more.",
+        show_default=False,
+    ),
+]
+RecipeName = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="FILE|NAME",
+        help="Rules per layer, instead of --bits and --type: a TOML file, or the name of a recipe that comes with neoquant.",
+        show_default=False,
+    ),
+]
+ShardSize = Annotated[
+    str, typer.Option("--shard-size", metavar="SIZE", help="Largest file of weights: 500MB, 5GB, ...")
+]
+
+# What to evaluate on: the same for `eval` and `compare`.
+Suite = Annotated[
+    str | None,
+    typer.Option(
+        "--suite",
+        metavar="NAME|FILE",
+        help="demo, pile-smoke, pile-core, ... or a TOML file. [default for neoquant-demo: demo]",
+        show_default=False,
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option("--data", metavar="FILE", help="Documents instead of the suite's: .jsonl, .jsonl.zst or plain text."),
+]
+Subset = Annotated[
+    list[str] | None,
+    typer.Option("--subset", metavar="NAME", help="Only this part of the data. Repeat for more.", show_default=False),
+]
+Documents = Annotated[
+    int | None, typer.Option("--documents", metavar="N", help="At most this many documents of each subset.")
+]
+Context = Annotated[
+    int | None, typer.Option("--context", metavar="N", help="Tokens a window, at most the model's own context.")
+]
+Protocol = Annotated[
+    str | None,
+    typer.Option("--protocol", metavar="P", help="rolling (each token once), joined (as GPTQ papers do), or strided."),
+]
+Stride = Annotated[int | None, typer.Option("--stride", metavar="N", help="Tokens scored a window (strided).")]
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_DTYPES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `500MB`, `5GB`, `1.5GiB` or a plain number.
+
+    Raises:
+        RequestError: it is not one of these.
+    """
+    number = text.strip().rstrip("BKMGIbkmgi ")
+    unit = text.strip()[len(number) :].strip().upper()
+    try:
+        size = int(float(number) * _UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size < 1:
+        raise RequestError(f"--shard-size {text!r} is not a size; write it like 500MB, 5GB or 2GiB")
+    return size
+
+
+def parse_dtype(name: str | None) -> torch.dtype | str | None:
+    """The torch type called `name`; "auto" and None are passed on.
+
+    Raises:
+        RequestError: it is not a floating type that the model computes in.
+    """
+    import torch
+
+    if name is None or name == "auto":
+        return name
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    found = known.get(_DTYPES.get(name, name).removeprefix("torch."))
+    if found is None:
+        raise RequestError(f"--dtype {name!r} is not one of auto, {', '.join(known)}")
+    return found
+
+
+def parse_device(name: str | None) -> torch.device | None:
+    """The device called `name`, which must be there; None is passed on.
+
+    Raises:
+        RequestError: no such device on this machine.
+    """
+    import torch
+
+    if name is None:
+        return None
+    legal = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    wanted = "cuda:0" if name == "cuda" else name
+    if wanted not in legal:
+        raise RequestError(f"--device {name!r} is not here; this machine has {', '.join(legal)}")
+    return torch.device(wanted)

@@ -1,0 +1,92 @@
+"""What a verb says and to whom: results to stdout, notes, progress and errors to stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from neoquant.progress import Progress
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.progress import Progress as RichBars
+
+PIPED_WIDTH = 200  # columns for tables where no terminal says how many it has
+
+
+class Terminal:
+    """The person at the other end. `quiet` silences notes and progress; `debug` asks for tracebacks."""
+
+    def __init__(self) -> None:
+        self.quiet = False
+        self.debug = False
+
+    def show(self, *renderables: RenderableType) -> None:
+        """A result: text without markup, or a table, to stdout."""
+        for renderable in renderables:
+            self._out.print(renderable, markup=False, highlight=False, soft_wrap=isinstance(renderable, str))
+
+    def note(self, text: str) -> None:
+        """One line that is not a result, to stderr."""
+        if not self.quiet:
+            self._err.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def say_last(self, message: str) -> None:
+        """The one line that says why it ends here: never silent, and without rich, which may be what failed."""
+        print(" ".join(message.split()), file=sys.stderr)
+
+    @cached_property
+    def progress(self) -> Progress:
+        """Bars with the time left; silent when nobody watches."""
+        return Bars(self._err) if self._err.is_terminal and not self.quiet else Progress()
+
+    @cached_property
+    def _out(self) -> Console:
+        return _console(stderr=False)
+
+    @cached_property
+    def _err(self) -> Console:
+        return _console(stderr=True)
+
+
+def _console(*, stderr: bool) -> Console:
+    from rich.console import Console
+
+    console = Console(stderr=stderr)
+    if not console.is_terminal:
+        console.width = PIPED_WIDTH
+    return console
+
+
+class Bars(Progress):
+    """Rich's bars: they appear with the first task and disappear with the last."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars: RichBars | None = None
+
+    @contextmanager
+    def task(self, label: str, total: float) -> Iterator[Callable[[float], None]]:
+        """Show a bar called `label` until the block ends."""
+        outermost = self._bars is None
+        bars = self._bars = self._bars or self._make()
+        task = bars.add_task(label, total=total)
+        if outermost:
+            bars.start()
+        try:
+            yield lambda amount: bars.advance(task, amount)
+        finally:
+            bars.remove_task(task)
+            if outermost:
+                bars.stop()
+                self._bars = None
+
+    def _make(self) -> RichBars:
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichBars
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        return RichBars(*columns, console=self._console, transient=True)

@@ -1,0 +1,136 @@
+"""What every test may ask for: a tiny random model folder, the bundled model, and real data where it is."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+TINY_CONFIG: dict[str, Any] = {
+    "model_type": "gpt_neo",
+    "architectures": ["GPTNeoForCausalLM"],
+    "vocab_size": 259,
+    "max_position_embeddings": 32,
+    "hidden_size": 24,
+    "num_layers": 2,
+    "num_heads": 3,
+    "intermediate_size": None,
+    "window_size": 4,
+    "attention_types": [[["global", "local"], 1]],
+    "attention_layers": ["global", "local"],
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "initializer_range": 0.02,
+    "attention_dropout": 0.0,
+    "embed_dropout": 0.0,
+    "resid_dropout": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "tie_word_embeddings": True,
+    "dtype": "float16",
+}
+
+
+def tiny_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a causal GPT-Neo checkpoint of this configuration, in file order."""
+    width, inner = config["hidden_size"], config["intermediate_size"] or 4 * config["hidden_size"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "transformer.wte.weight": (config["vocab_size"], width),
+        "transformer.wpe.weight": (config["max_position_embeddings"], width),
+    }
+    for index in range(config["num_layers"]):
+        block = f"transformer.h.{index}"
+        for norm in ("ln_1", "ln_2"):
+            shapes |= {f"{block}.{norm}.weight": (width,), f"{block}.{norm}.bias": (width,)}
+        shapes |= {f"{block}.attn.attention.{name}_proj.weight": (width, width) for name in "qkv"}
+        out, up, down = f"{block}.attn.attention.out_proj", f"{block}.mlp.c_fc", f"{block}.mlp.c_proj"
+        shapes |= {f"{out}.weight": (width, width), f"{out}.bias": (width,)}
+        shapes |= {f"{up}.weight": (inner, width), f"{up}.bias": (inner,)}
+        shapes |= {f"{down}.weight": (width, inner), f"{down}.bias": (width,)}
+    return shapes | {"transformer.ln_f.weight": (width,), "transformer.ln_f.bias": (width,)}
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer without merges: 256 bytes and an end-of-text token, number 0."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<|endoftext|>": 0} | {letter: number for number, letter in enumerate(alphabet, 1)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "bos_token": "<|endoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "model_max_length": TINY_CONFIG["max_position_embeddings"],
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def write_tiny_model(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """A random GPT-Neo checkpoint, the same for the same seed; `changes` go into its config.json."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    config = TINY_CONFIG | changes
+    random = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in tiny_shapes(config).items():
+        value = torch.randn(shape, generator=random) * 0.2
+        if ".ln_" in name and name.endswith(".weight"):
+            value = 1 + value
+        tensors[name] = value.to(getattr(torch, config["dtype"]))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 0}))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random GPT-Neo with a tokenizer: 2 layers (global, local), hidden 24, window 4, context 32. Do not write to it."""
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny-neo")
+
+
+@pytest.fixture
+def make_model(tmp_path: Path) -> Callable[..., Path]:
+    """`make_model("name", seed=1, hidden_size=12)`: a random model of one's own, to damage at will."""
+
+    def make(name: str = "model", **changes: Any) -> Path:
+        return write_tiny_model(tmp_path / name, **changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real text and trained weights; the test is skipped where there is none."""
+    named = os.environ.get("NEOQUANT_REAL_DATA")
+    folder = Path(named) if named else REPOSITORY.parent / "shared"
+    if not (folder / "data" / "pile" / "pile-test-sample.jsonl").is_file():
+        pytest.skip(f"no real data at {folder} (set NEOQUANT_REAL_DATA)")
+    return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip `gpu` tests, visibly, where there is no CUDA device."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
