@@ -1,0 +1,123 @@
+"""The model card (`README.md`) of a quantized checkpoint: what it is, how it was made, how to load it, what it cost.
+
+A pure function of a plan: the same request gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+from neoquant.plan import Plan, PlanRow, dtype_name
+
+NOT_MEASURED = "not measured yet"
+
+# The class named in config.json ends with -> the hub's word for its task, transformers' class that loads it.
+_TASKS = {
+    "ForCausalLM": ("text-generation", "AutoModelForCausalLM"),
+    "ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
+    "ForTokenClassification": ("token-classification", "AutoModelForTokenClassification"),
+    "ForQuestionAnswering": ("question-answering", "AutoModelForQuestionAnswering"),
+    "Model": ("feature-extraction", "AutoModel"),
+}
+
+
+def render_card(plan: Plan, name: str) -> str:
+    """The card of the checkpoint that `plan` makes in a folder called `name`."""
+    parts = [
+        _front_matter(plan),
+        f"# {name}",
+        _opening(plan),
+        "## Loading",
+        _loading(plan, name),
+        "## Recipe",
+        f"```toml\n{plan.recipe.to_toml()}```",
+        "## Sizes",
+        _sizes(plan),
+        "## Layers",
+        _layers(plan),
+        *(["\n".join(f"- {note}" for note in plan.notes)] if plan.notes else []),
+        "## Measured",
+        f"{NOT_MEASURED}: run `neoquant compare {plan.source if plan.revision else 'BASE'} {name}`",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _task(plan: Plan) -> tuple[str, str]:
+    architecture = str(next(iter(plan.config.get("architectures") or ["GPTNeoForCausalLM"])))
+    return next((task for suffix, task in _TASKS.items() if architecture.endswith(suffix)), _TASKS["ForCausalLM"])
+
+
+def _front_matter(plan: Plan) -> str:
+    grids = {row.grid for row in plan.rows if row.grid is not None}
+    names = sorted({grid.name for grid in grids}) + sorted({f"{grid.bits}-bit" for grid in grids})
+    # Only a model of the hub has a name there; a folder's may be anything.
+    base = [f"base_model: {plan.source}", "base_model_relation: quantized"] if plan.revision else []
+    lines = [
+        "---",
+        *base,
+        f"library_name: {'transformers' if plan.format.transformers else 'neoquant'}",
+        f"pipeline_tag: {_task(plan)[0]}",
+        "tags:",
+        *(f"- {tag}" for tag in dict.fromkeys(["neoquant", "gpt_neo", "quantized", *names, plan.format.family])),
+        "---",
+    ]
+    return "\n".join(lines)
+
+
+def _opening(plan: Plan) -> str:
+    source = f"[{plan.source}](https://huggingface.co/{plan.source})" if plan.revision else f"`{Path(plan.source).name}`"
+    at = f" at revision `{plan.revision}`" if plan.revision else ""
+    return (
+        f"{source}{at}, quantized by neoquant with the recipe `{plan.recipe.name}` "
+        f"into the format `{plan.format.name}`: {plan.bits_per_weight_linears:.3f} bits for each weight of the block "
+        f"linears, {plan.bits_per_weight_model:.3f} for each parameter of the whole model."
+    )
+
+
+def _loading(plan: Plan, name: str) -> str:
+    ours = f'import neoquant\n\nmodel, tokenizer = neoquant.load("{name}")'
+    blocks = [f"```python\n{ours}\n```"]
+    if plan.format.transformers:
+        cls = _task(plan)[1]
+        theirs = f'from transformers import {cls}\n\nmodel = {cls}.from_pretrained("{name}")'
+        blocks += ["or with transformers and bitsandbytes:", f"```python\n{theirs}\n```"]
+    else:
+        blocks.append("transformers does not read this format.")
+    return "\n\n".join(blocks)
+
+
+def _sizes(plan: Plan) -> str:
+    return "\n".join(
+        [
+            "| | before | after |",
+            "| --- | ---: | ---: |",
+            f"| weights, MB | {plan.source_bytes / 1e6:,.1f} | {plan.weights_bytes / 1e6:,.1f} |",
+            f"| bits per weight, block linears | {_source_bits(plan, True):.3f} | {plan.bits_per_weight_linears:.3f} |",
+            f"| bits per parameter, whole model | {_source_bits(plan, False):.3f} | {plan.bits_per_weight_model:.3f} |",
+        ]
+    )
+
+
+def _source_bits(plan: Plan, linears: bool) -> float:
+    rows = [row for row in plan.rows if row.is_linear or not linears]
+    return 8 * sum(row.source.nbytes for row in rows) / sum(row.source.numel for row in rows)
+
+
+def _layers(plan: Plan) -> str:
+    """How many weight matrices went where, and why; biases and norms in one line."""
+    kinds = Counter(_kind(row) for row in plan.rows if row.action != "drop")
+    lines = ["| weights | tensors | stored as | why |", "| --- | ---: | --- | --- |"]
+    lines += [f"| {what} | {count} | {where} | {why} |" for (what, where, why), count in kinds.items()]
+    return "\n".join(lines)
+
+
+def _kind(row: PlanRow) -> tuple[str, str, str]:
+    if row.action == "copy":
+        return "biases and norms", dtype_name(row.stored[0].dtype), "small"
+    what = re.sub(r"\.h\.\d+\.", ".h.*.", row.layer)
+    if row.grid is None:
+        return f"`{what}`", dtype_name(row.stored[0].dtype), row.reason
+    options = ", ".join(f"{key} {value}" for key, value in row.grid.describe().items() if key not in ("name", "bits"))
+    return f"`{what}`", f"{row.grid.name}{f' ({options})' if options else ''}, {row.quantizer}", row.reason

@@ -1,0 +1,248 @@
+"""Carry a plan out: read a tensor, quantize it, write it, forget it; at the end there is a whole checkpoint or none."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neoquant.card import render_card
+from neoquant.checkpoint import SHARD_SIZE, Checkpoint, CheckpointWriter, TensorHeader, free_bytes, open_checkpoint
+from neoquant.errors import CheckpointError, OutputError, locate
+from neoquant.plan import EMBEDDING, Plan, PlanRow, dtype_name, make_plan
+from neoquant.progress import SILENT, Progress
+from neoquant.quantizers import QUANTIZERS
+from neoquant.recipe import Recipe
+
+RECORD = "neoquant.json"
+"""File in the output folder that says, for machines, what was done."""
+
+CARD = "README.md"
+
+_NO_DIGEST = "0" * 64
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """What `quantize` made: the plan as it was carried out, with the sizes as they became, and what it cost."""
+
+    folder: Path
+    plan: Plan
+    source_sha256: str
+    output_bytes: int
+    seconds: float
+    peak_rss_bytes: int
+
+
+def plan(
+    source: str | Path | None,
+    recipe: Recipe,
+    *,
+    revision: str | None = None,
+    shard_size: int = SHARD_SIZE,
+    name: str = "out",
+    progress: Progress = SILENT,
+) -> Plan:
+    """What `quantize` would do, from headers alone; of a model on the hub only kilobytes are fetched.
+
+    Args:
+        source: a folder, a hub id, or None for the bundled model.
+        recipe: what is asked for.
+        revision: branch, tag or commit on the hub.
+        shard_size: bytes of tensors in one output file.
+        name: of the output folder, which the model card mentions.
+        progress: told of downloads, where a model has no headers to fetch alone.
+
+    Raises:
+        RequestError: the recipe cannot be carried out on this model; every reason is named.
+        CheckpointError, HubError: the source cannot be read, or is not a GPT-Neo.
+    """
+    location = _location(source)
+    with open_checkpoint(location, revision=revision, headers_only=True, progress=progress) as checkpoint:
+        return _whole_plan(checkpoint, recipe, shard_size, name)
+
+
+def quantize(
+    source: str | Path | None,
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    revision: str | None = None,
+    force: bool = False,
+    shard_size: int = SHARD_SIZE,
+    progress: Progress = SILENT,
+) -> QuantizeResult:
+    """Quantize a checkpoint into the folder `out`, one tensor in memory at a time. The same request gives the same bytes.
+
+    Args:
+        source: a folder, a hub id, or None for the bundled model.
+        out: the folder to make; with `force` it may be an existing model, which is replaced at the very end.
+        recipe: what is asked for.
+        revision: branch, tag or commit on the hub.
+        force: see `out`.
+        shard_size: bytes of tensors in one output file.
+        progress: told of the bytes of the source dealt with, and of downloads.
+
+    Raises:
+        RequestError: the recipe cannot be carried out on this model; every reason is named.
+        OutputError: `out` exists or cannot be written, or the disk has too little space: found before any work.
+        CheckpointError, HubError: the source cannot be read, is not a GPT-Neo, or holds weights that are not finite or
+            do not fit the type they are to be stored in.
+    """
+    started = time.perf_counter()
+    location = _location(source)
+    out = Path(out).expanduser().resolve()
+    planned = plan(location, recipe, revision=revision, shard_size=shard_size, name=out.name, progress=progress)
+    _require_space(out, planned.output_bytes)
+    with (
+        CheckpointWriter(out, force=force, shard_size=shard_size, tensors=len(planned.stored)) as sink,
+        open_checkpoint(location, revision=planned.revision, progress=progress) as checkpoint,
+        locate(planned.source),
+    ):
+        done, digest = _write_tensors(checkpoint, planned, sink, progress)
+        sink.finish(dict(done.config), files=_files(checkpoint, done, digest, out.name))
+    return QuantizeResult(
+        folder=out,
+        plan=done,
+        source_sha256=digest,
+        output_bytes=sum(path.stat().st_size for path in out.iterdir()),
+        seconds=time.perf_counter() - started,
+        peak_rss_bytes=peak_rss_bytes(),
+    )
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has held at any time since it started."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage counts the parent of a forked process as well
+        line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
+        if line is not None:
+            return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _location(source: str | Path | None) -> str | Path:
+    if source is not None:
+        return source
+    from neoquant import demo
+
+    return demo.MODEL
+
+
+def _whole_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: int, name: str) -> Plan:
+    """The plan of the tensors, and the size of the files beside them."""
+    planned = make_plan(checkpoint, recipe, shard_size=shard_size)
+    files = {"config.json": _json(planned.config), **_files(checkpoint, planned, _NO_DIGEST, name)}
+    return replace(planned, other_bytes=sum(_size(content) for content in files.values()))
+
+
+def _require_space(out: Path, needed: int) -> None:
+    free = free_bytes(out)
+    if free < needed:
+        raise OutputError(f"{out}: {needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free on this disk")
+
+
+def _write_tensors(
+    checkpoint: Checkpoint, planned: Plan, sink: CheckpointWriter, progress: Progress
+) -> tuple[Plan, str]:
+    """Write every row; return the plan with the tensors as they were stored, and the hash of the source's tensors."""
+    digest = hashlib.sha256()
+    rows = []
+    with progress.task("quantizing", total=planned.source_bytes) as advance, torch.inference_mode():
+        for row in planned.rows:
+            with locate(row.name):
+                weight = checkpoint.read(row.name)
+                _add_to_digest(digest.update, row.source, weight)
+                rows.append(replace(row, stored=_store(row, weight, checkpoint, planned, sink)))
+            advance(row.source.nbytes)
+    return replace(planned, rows=tuple(rows)), digest.hexdigest()
+
+
+def _store(
+    row: PlanRow, weight: torch.Tensor, checkpoint: Checkpoint, planned: Plan, sink: CheckpointWriter
+) -> tuple[TensorHeader, ...]:
+    """Write what takes the place of one tensor; return what was written.
+
+    Raises:
+        CheckpointError: the weight is not finite, does not fit its type, or is not the tensor it is said to be tied to.
+        OutputError: it cannot be written.
+    """
+    if row.action == "drop":
+        if not torch.equal(weight, checkpoint.read(EMBEDDING)):
+            raise CheckpointError(
+                f"differs from {EMBEDDING}, though config.json ties the two; set tie_word_embeddings to false to keep both"
+            )
+        return ()
+    if row.grid is None:
+        tensors = {row.stored[0].name: _converted(weight, row.stored[0].dtype)}
+    else:
+        assert row.quantizer is not None  # a row with a grid has a quantizer
+        _require_finite(weight)
+        quantized = QUANTIZERS[row.quantizer]().quantize(weight, row.grid)
+        prefix = row.name.removesuffix(".weight")
+        tensors = {prefix + suffix: tensor for suffix, tensor in planned.format.encode(quantized).items()}
+    for name, tensor in tensors.items():
+        sink.put(name, tensor)
+    return tuple(TensorHeader(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
+
+
+def _converted(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`weight` in the type it is stored in.
+
+    Raises:
+        CheckpointError: it is not finite, or not in that type's range.
+    """
+    if not weight.is_floating_point() or weight.numel() == 0:
+        return weight.to(dtype)
+    _require_finite(weight)
+    converted = weight.to(dtype)
+    if not _is_finite(converted):
+        largest = max(abs(float(edge)) for edge in weight.aminmax())
+        raise CheckpointError(
+            f"holds {largest:.6g}, more than {dtype_name(dtype)} can ({torch.finfo(dtype).max:.6g}); "
+            'a recipe with dtype = "bfloat16" can store it'
+        )
+    return converted
+
+
+def _require_finite(weight: torch.Tensor) -> None:
+    if not _is_finite(weight):
+        bad = int((~torch.isfinite(weight)).sum())
+        raise CheckpointError(f"holds NaN or infinity ({bad} of {weight.numel()} values); the checkpoint is damaged")
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    """Without a temporary of the weight's size, which isfinite() takes several of."""
+    return weight.numel() == 0 or all(bool(edge.isfinite()) for edge in weight.aminmax())
+
+
+def _add_to_digest(update: Callable[[memoryview], None], header: TensorHeader, weight: torch.Tensor) -> None:
+    """Names and shapes count as well as values: `name dtype [shape]`, a line end, then the tensor's bytes."""
+    update(memoryview(f"{header.name} {dtype_name(header.dtype)} {list(header.shape)}\n".encode()))
+    update(memoryview(weight.reshape(-1).view(torch.uint8).numpy()))
+
+
+def _files(checkpoint: Checkpoint, done: Plan, digest: str, name: str) -> dict[str, str | Path]:
+    """The files beside the weights: what travels with them, the card, and the record."""
+    from neoquant import __version__
+
+    record = {"neoquant": __version__, "source_sha256": digest, **done.to_dict()}
+    travelling = checkpoint.companions() if checkpoint.folder is not None else []
+    return {**{path.name: path for path in travelling}, CARD: render_card(done, name), RECORD: _json(record)}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _size(content: str | Path) -> int:
+    return content.stat().st_size if isinstance(content, Path) else len(content.encode())

@@ -1,0 +1,377 @@
+"""What will happen to every tensor of a checkpoint, decided from its headers: no weight is read here.
+
+A plan is the whole decision. `pipeline.quantize` carries it out row by row, `neoquant plan` prints it, and a request
+that cannot be carried out is refused here, with every reason at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from neoquant.checkpoint import Checkpoint, TensorHeader, expected_size
+from neoquant.errors import CheckpointError, RecipeError, RequestError
+from neoquant.formats import FORMATS, Format, detect
+from neoquant.grids import Grid
+from neoquant.model.config import GPTNeoConfig
+from neoquant.recipe import Recipe, Rule
+
+SHARD_SIZE = 5_000_000_000
+"""Bytes of tensors in one file of the output, unless the user says otherwise."""
+
+BLOCK_LINEARS = (
+    "attn.attention.q_proj",
+    "attn.attention.k_proj",
+    "attn.attention.v_proj",
+    "attn.attention.out_proj",
+    "mlp.c_fc",
+    "mlp.c_proj",
+)
+"""The layers of a block whose weights may be quantized."""
+
+EMBEDDING, TIED_HEAD = "transformer.wte.weight", "lm_head.weight"
+
+_BLOCK_LINEAR = re.compile(rf"transformer\.h\.\d+\.({'|'.join(map(re.escape, BLOCK_LINEARS))})")
+_HEADS = ("lm_head", "score", "classifier", "qa_outputs")
+
+# Peak memory, fitted to measurements (tests hold it): what Python and the libraries take before any weight is read,
+# and what is alive at once for one weight, as multiples of its elements.
+_RESIDENT_BYTES = 420_000_000
+_WORK_BYTES_PER_WEIGHT = 16
+
+Action = Literal["quantize", "keep", "copy", "drop"]
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One tensor of the source.
+
+    `action`: `quantize`; `keep`, a weight matrix in half precision; `copy`, a small tensor (bias, norm) in half
+    precision; `drop`, not written. `stored` holds what the output has in its place, `reason` why in a few words.
+    """
+
+    source: TensorHeader
+    layer: str
+    action: Action
+    stored: tuple[TensorHeader, ...]
+    reason: str
+    grid: Grid | None = None
+    quantizer: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether this is the weight of a block linear, quantized or not."""
+        return _is_block_linear(self.source)
+
+    @property
+    def out_bytes(self) -> int:
+        return sum(header.nbytes for header in self.stored)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every decision about one checkpoint and one recipe, and the sizes that follow."""
+
+    source: str
+    revision: str | None
+    recipe: Recipe
+    rows: tuple[PlanRow, ...]
+    format: Format
+    dtype: torch.dtype
+    config: Mapping[str, Any]
+    """`config.json` of the output."""
+    shard_size: int
+    notes: tuple[str, ...]
+    other_bytes: int = 0
+    """Bytes of the output's files that hold no weights."""
+
+    @property
+    def stored(self) -> list[TensorHeader]:
+        """Every tensor of the output, in order."""
+        return [header for row in self.rows for header in row.stored]
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(row.source.nbytes for row in self.rows)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of the output's weight files, headers and index included."""
+        return expected_size(((h.name, h.dtype, h.shape) for h in self.stored), self.shard_size)
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of the whole output folder."""
+        return self.weights_bytes + self.other_bytes
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Resident bytes of the process at its worst, whatever the checkpoint's size: one tensor is alive at a time."""
+        largest = max((row.source.numel for row in self.rows), default=0)
+        return _RESIDENT_BYTES + _WORK_BYTES_PER_WEIGHT * largest
+
+    @property
+    def bits_per_weight_linears(self) -> float:
+        """Bits stored for each weight of the block linears, those kept in half precision included."""
+        return _bits_per_weight(row for row in self.rows if row.is_linear)
+
+    @property
+    def bits_per_weight_model(self) -> float:
+        """Bits stored for each parameter of the model, a tied embedding counted once."""
+        return _bits_per_weight(row for row in self.rows if row.action != "drop")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain values, for `neoquant.json` and `--json`."""
+        return {
+            "source": self.source,
+            "revision": self.revision,
+            "recipe": self.recipe.model_dump(exclude_unset=True),
+            "format": self.format.name,
+            "dtype": dtype_name(self.dtype),
+            "bits_per_weight_linears": round(self.bits_per_weight_linears, 4),
+            "bits_per_weight_model": round(self.bits_per_weight_model, 4),
+            "source_bytes": self.source_bytes,
+            "weights_bytes": self.weights_bytes,
+            "notes": list(self.notes),
+            "tensors": [_row_dict(row) for row in self.rows],
+        }
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, shard_size: int = SHARD_SIZE) -> Plan:
+    """Decide about every tensor of `checkpoint`.
+
+    Raises:
+        ConfigError: `config.json` is not a legal GPT-Neo's.
+        CheckpointError: a layer that `config.json` promises is missing or has another shape.
+        RequestError: the checkpoint is quantized already, or the recipe cannot be carried out; every reason is named.
+    """
+    headers = list(checkpoint.headers.values())
+    _refuse_quantized(checkpoint)
+    _check_blocks(headers, GPTNeoConfig.from_dict(checkpoint.config))
+    linears = {canonical_layer(header.name): header for header in headers if _is_block_linear(header)}
+    others = [canonical_layer(header.name) for header in headers if not _is_block_linear(header)]
+    faults = recipe.complaints(linears, others)
+    rules = {layer: recipe.rule_for(layer) for layer in linears}
+    grids = {layer: rule.grid() for layer, rule in rules.items() if rule is not None and not rule.keep}
+    if not grids:
+        faults.append("nothing is left to quantize: every layer is kept in half precision")
+    shapes = {layer: linears[layer].shape for layer in grids}
+    format, why_format = _choose_format(recipe.format, grids, shapes)
+    if format is None:
+        faults.append(why_format)
+    if faults or format is None:
+        raise RecipeError("; ".join(faults))
+
+    dtype = _half_dtype(headers, recipe.dtype)
+    tied = checkpoint.config.get("tie_word_embeddings", True)
+    rows = tuple(
+        _tied_head_row(header, EMBEDDING in checkpoint.headers, dtype)
+        if tied and header.name == TIED_HEAD
+        else _row(header, rules, grids, format, dtype)
+        for header in headers
+    )
+    return Plan(
+        source=checkpoint.source,
+        revision=checkpoint.revision,
+        recipe=recipe,
+        rows=rows,
+        format=format,
+        dtype=dtype,
+        config=_output_config(checkpoint.config, format, grids, linears, dtype),
+        shard_size=shard_size,
+        notes=tuple(_notes(rows, rules, why_format, checkpoint.dropped)),
+    )
+
+
+def canonical_layer(tensor: str) -> str:
+    """The layer's name as in the causal language model; a bare base model's tensors lack the `transformer.` prefix."""
+    layer = tensor.rpartition(".")[0] or tensor
+    if layer.split(".", 1)[0] in ("transformer", *_HEADS):
+        return layer
+    return f"transformer.{layer}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float16` for `torch.float16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _is_block_linear(header: TensorHeader) -> bool:
+    is_weight = header.name.endswith(".weight") and len(header.shape) == 2
+    return is_weight and _BLOCK_LINEAR.fullmatch(canonical_layer(header.name)) is not None
+
+
+def _refuse_quantized(checkpoint: Checkpoint) -> None:
+    stated = checkpoint.config.get("quantization_config")
+    found = detect(checkpoint.config, checkpoint.headers)
+    if found is None and stated is None:
+        return
+    how = found.name if found is not None else stated.get("quant_method", "unknown")
+    raise RequestError(
+        f"{checkpoint.source} is already quantized ({how}); quantizing twice loses twice. Give the model it was made "
+        "from, in full or half precision; to use this one as it is, `neoquant generate`, `eval` and `compare` take it"
+    )
+
+
+def _check_blocks(headers: Sequence[TensorHeader], config: GPTNeoConfig) -> None:
+    """Every block linear that the configuration promises is there and has its shape, and there are no more."""
+    hidden, inner = config.hidden_size, config.inner_size
+    shapes = {"mlp.c_fc": (inner, hidden), "mlp.c_proj": (hidden, inner)}
+    promised = {
+        f"transformer.h.{block}.{linear}": shapes.get(linear, (hidden, hidden))
+        for block in range(config.num_layers)
+        for linear in BLOCK_LINEARS
+    }
+    found = {canonical_layer(header.name): header.shape for header in headers if _is_block_linear(header)}
+    sizes = f"config.json says num_layers = {config.num_layers}, hidden_size = {hidden}, intermediate_size = {inner}"
+    for what, names in (("missing", promised.keys() - found.keys()), ("too many", found.keys() - promised.keys())):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise CheckpointError(f"{min(names)}.weight{more} {what}: {sizes}")
+    for layer, shape in promised.items():
+        if found[layer] != shape:
+            raise CheckpointError(f"{layer}.weight has shape {list(found[layer])}, not {list(shape)}: {sizes}")
+
+
+def _choose_format(
+    choice: str, grids: Mapping[str, Grid], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Format | None, str]:
+    """The first format of the choice that holds these grids, and why the ones before it do not."""
+    reasons = []
+    for format in FORMATS.values():
+        if choice not in ("auto", format.family):
+            continue
+        refusals = (format.refuse(grid, shapes[layer]) for layer, grid in grids.items())
+        reason = format.refuse_all(grids) or next((refusal for refusal in refusals if refusal), None)
+        if reason is None:
+            return format, "; ".join(reasons)
+        reasons.append(f"format {format.name}: {reason}")
+    return None, "; ".join(reasons)
+
+
+def _half_dtype(headers: Iterable[TensorHeader], choice: str) -> torch.dtype:
+    """The half-precision type of what is not quantized: as asked, or the source's; float32 becomes float16."""
+    if choice != "auto":
+        chosen: torch.dtype = getattr(torch, choice)
+        return chosen
+    weights: dict[torch.dtype, int] = {}
+    for header in headers:
+        weights[header.dtype] = weights.get(header.dtype, 0) + header.numel
+    commonest = max(weights, key=lambda dtype: weights[dtype], default=torch.float16)
+    return torch.bfloat16 if commonest == torch.bfloat16 else torch.float16
+
+
+def _tied_head_row(header: TensorHeader, has_embedding: bool, dtype: torch.dtype) -> PlanRow:
+    """A tied head is stored once, under the embedding's name, whichever of the two names the source has."""
+    if has_embedding:
+        return PlanRow(header, "lm_head", "drop", (), f"tied to {EMBEDDING}")
+    return PlanRow(header, "lm_head", "keep", (TensorHeader(EMBEDDING, dtype, header.shape),), "tied embedding")
+
+
+def _row(
+    header: TensorHeader,
+    rules: Mapping[str, Rule | None],
+    grids: Mapping[str, Grid],
+    format: Format,
+    dtype: torch.dtype,
+) -> PlanRow:
+    layer = canonical_layer(header.name)
+    grid = grids.get(layer) if _is_block_linear(header) else None
+    if grid is not None:
+        rule = rules[layer]
+        assert rule is not None  # a layer has a grid because a rule gave it one
+        prefix = header.name.removesuffix(".weight")
+        layout = format.layout(grid, header.shape, header.dtype)
+        stored = tuple(TensorHeader(prefix + suffix, *spec) for suffix, spec in layout.items())
+        return PlanRow(header, layer, "quantize", stored, f"match = {rule.match!r}", grid, rule.quantizer)
+    kept = TensorHeader(header.name, dtype if header.dtype.is_floating_point else header.dtype, header.shape)
+    action: Action = "keep" if len(header.shape) > 1 else "copy"
+    return PlanRow(header, layer, action, (kept,), _why_kept(header, layer, rules))
+
+
+def _why_kept(header: TensorHeader, layer: str, rules: Mapping[str, Rule | None]) -> str:
+    if _is_block_linear(header):
+        rule = rules[layer]
+        return f"match = {rule.match!r}" if rule is not None else "no rule matches it"
+    if len(header.shape) < 2:
+        return "small"
+    return "head" if layer in _HEADS else "embedding" if layer.endswith(("wte", "wpe")) else "not a block linear"
+
+
+def _output_config(
+    config: Mapping[str, Any],
+    format: Format,
+    grids: Mapping[str, Grid],
+    linears: Iterable[str],
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """The source's configuration with the quantization and the stored type in it."""
+    # Without the prefix, a name fits every model class: readers compare the end of a layer's name with these.
+    skipped = [layer.removeprefix("transformer.") for layer in linears if layer not in grids] + list(_HEADS)
+    output = {**config, "dtype": dtype_name(dtype)}
+    if "torch_dtype" in config:
+        output["torch_dtype"] = dtype_name(dtype)
+    output["quantization_config"] = format.config(dict(grids), skipped, dtype)
+    return output
+
+
+def _notes(
+    rows: Sequence[PlanRow], rules: Mapping[str, Rule | None], why_format: str, dropped: Sequence[str]
+) -> list[str]:
+    notes = []
+    unmatched = [layer for layer, rule in rules.items() if rule is None]
+    if unmatched:
+        notes.append(f"{len(unmatched)} linears stay in half precision because no rule matches them: {_some(unmatched)}")
+    if why_format:
+        notes.append(f"transformers cannot read the result, because {why_format}")
+    masks = [name for name in dropped if name != TIED_HEAD]
+    if TIED_HEAD in dropped or any(row.action == "drop" for row in rows):
+        notes.append(f"{TIED_HEAD} is not written: it is {EMBEDDING}")
+    if masks:
+        notes.append(f"{len(masks)} old mask buffers are left out: {_some(masks)}")
+    unknown = [row.name for row in rows if row.reason == "not a block linear"]
+    if unknown:
+        notes.append(f"{len(unknown)} tensors are no part of a GPT-Neo that neoquant knows; kept: {_some(unknown)}")
+    return notes
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _bits_per_weight(rows: Iterable[PlanRow]) -> float:
+    weights = stored = 0
+    for row in rows:
+        weights += row.source.numel
+        stored += row.out_bytes
+    return 8 * stored / weights if weights else 0.0
+
+
+def _row_dict(row: PlanRow) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "name": row.name,
+        "shape": list(row.shape),
+        "dtype": dtype_name(row.dtype),
+        "action": row.action,
+        "bytes": row.out_bytes,
+        "reason": row.reason,
+    }
+    if row.grid is not None:
+        entry |= {"grid": row.grid.describe(), "quantizer": row.quantizer}
+    return entry

@@ -1,0 +1,258 @@
+"""What a user asks for: which layer goes on which grid, by which quantizer, into which format.
+
+A recipe is a frozen value, written in TOML::
+
+    name = "nf4-mixed"
+    format = "auto"                     # auto | bitsandbytes | neoquant
+    dtype = "auto"                      # of what is not quantized: auto | float16 | bfloat16
+
+    [[rules]]
+    match = "transformer.h.0.*"         # a glob over layer names; the first rule that matches a layer decides
+    keep = true                         # half precision
+
+    [[rules]]
+    match = "*"
+    bits = 4
+    type = "nf4"
+    block_size = 64                     # these two as the grid allows; left out, the grid's own default
+    double_quant = true
+    quantizer = "nearest"
+
+Layers are named as in the causal language model (`transformer.h.0.attn.attention.q_proj`), whatever the checkpoint's head.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from neoquant.errors import RecipeError, locate
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+if TYPE_CHECKING:
+    from neoquant.grids import Grid
+
+FormatChoice = Literal["auto", "bitsandbytes", "neoquant"]
+DtypeChoice = Literal["auto", "float16", "bfloat16"]
+
+
+class Rule(BaseModel):
+    """What happens to the layers that `match`: `keep` them in half precision, or quantize them to `bits` of `type`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    match: str = Field(min_length=1)
+    keep: bool = False
+    bits: int | None = None
+    type: str | None = None
+    block_size: int | None = None
+    double_quant: bool | None = None
+    quantizer: str = "nearest"
+
+    def matches(self, layer: str) -> bool:
+        """Whether the glob covers `layer`, given by the layer's own name or by its weight's (`... .weight`)."""
+        return fnmatchcase(layer, self.match) or fnmatchcase(f"{layer}.weight", self.match)
+
+    @property
+    def grid_options(self) -> dict[str, int | bool]:
+        """The grid's parameters that the rule states; the others are left to the grid."""
+        stated = {"block_size": self.block_size, "double_quant": self.double_quant}
+        return {key: value for key, value in stated.items() if value is not None}
+
+    def grid(self) -> Grid:
+        """The grid that the rule asks for.
+
+        Raises:
+            RequestError: there is no such grid; the message names the legal ones.
+        """
+        from neoquant.grids import make_grid
+
+        if self.bits is None or self.type is None:
+            raise RecipeError("a rule that keeps layers has no grid")
+        return make_grid(self.bits, self.type, **self.grid_options)
+
+    def check(self) -> None:
+        """Refuse a rule that says nothing, says two things at once, or asks for what does not exist.
+
+        Raises:
+            RequestError: naming what is missing, too much, or illegal.
+        """
+        if self.keep:
+            stated = sorted(self.model_fields_set - {"match", "keep"})
+            if stated:
+                raise RecipeError(f"keep = true leaves a layer in half precision, so {', '.join(stated)} cannot apply")
+            return
+        absent = [key for key in ("bits", "type") if getattr(self, key) is None]
+        if absent:
+            raise RecipeError(f"{' and '.join(absent)} missing: a rule needs bits and type, or keep = true")
+        self.grid()
+        from neoquant.quantizers import QUANTIZERS
+
+        if self.quantizer not in QUANTIZERS:
+            raise RecipeError(f"quantizer {self.quantizer!r} is not one of {', '.join(QUANTIZERS)}")
+
+
+class Recipe(BaseModel):
+    """A whole request. Build one with `simple`, `from_toml` or `parse`, which check it; equal recipes give equal bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: str = Field(min_length=1)
+    description: str = ""
+    format: FormatChoice = "auto"
+    dtype: DtypeChoice = "auto"
+    rules: tuple[Rule, ...] = Field(min_length=1, strict=False)
+
+    @classmethod
+    def simple(
+        cls,
+        bits: int = 4,
+        type: str = "nf4",
+        *,
+        block_size: int | None = None,
+        double_quant: bool | None = None,
+        keep: Iterable[str] = (),
+        format: FormatChoice = "auto",
+        dtype: DtypeChoice = "auto",
+    ) -> Recipe:
+        """One grid for every layer except those that match a glob of `keep`.
+
+        Raises:
+            RequestError: no such grid, or a parameter that it does not have.
+        """
+        stated = {"bits": bits, "type": type, "block_size": block_size, "double_quant": double_quant}
+        everything = {"match": "*", **{key: value for key, value in stated.items() if value is not None}}
+        Rule.model_validate(everything).check()  # here, so that the message does not speak of a rule nobody wrote
+        rules = [*({"match": glob, "keep": True} for glob in keep), everything]
+        return cls.parse({"name": type, "format": format, "dtype": dtype, "rules": rules})
+
+    @classmethod
+    def load(cls, recipe: str | Path) -> Recipe:
+        """The recipe of that name among the ones that come with neoquant, or the file of that path.
+
+        Raises:
+            RecipeError: there is neither, or the file is not a recipe.
+        """
+        if str(recipe) in recipe_names():
+            return cls.from_toml(_shelf() / f"{recipe}.toml")
+        if not Path(recipe).exists():
+            raise RecipeError(f"{recipe}: no such file, and no recipe of that name: {', '.join(recipe_names())}")
+        return cls.from_toml(recipe)
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> Recipe:
+        """Read a recipe file. Unknown keys are errors; a missing `name` is the file's.
+
+        Raises:
+            RecipeError: the file cannot be read, is not TOML, or is not a recipe; the message begins with its path.
+        """
+        path = Path(path)
+        with locate(str(path)):
+            try:
+                data = tomllib.loads(path.read_text(encoding="utf-8"))
+            except OSError as error:
+                raise RecipeError(f"cannot be read: {error.strerror}") from error
+            except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+                raise RecipeError(f"is not TOML: {error}") from error
+            return cls.parse({"name": path.stem, **data})
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any]) -> Recipe:
+        """A checked recipe from plain values (as `tomllib` reads them).
+
+        Raises:
+            RequestError: with every fault of form in one line, or the first illegal rule.
+        """
+        try:
+            recipe = cls.model_validate(dict(data))
+        except ValidationError as error:
+            raise RecipeError("; ".join(_fault(detail) for detail in error.errors())) from error
+        for number, rule in enumerate(recipe.rules, 1):
+            with locate(rule_place(number, rule)):
+                rule.check()
+        return recipe
+
+    def to_toml(self) -> str:
+        """The recipe as TOML that `from_toml` reads back to an equal value."""
+        lines = list(_toml_lines(self.model_dump(exclude={"rules"})))
+        for rule in self.rules:
+            lines += ["", "[[rules]]", *_toml_lines(rule.model_dump(exclude_unset=True))]
+        return "\n".join(lines) + "\n"
+
+    def rule_for(self, layer: str) -> Rule | None:
+        """The rule that decides about `layer`: the first that matches, None if none does."""
+        return next((rule for rule in self.rules if rule.matches(layer)), None)
+
+    def complaints(self, layers: Iterable[str], others: Iterable[str] = ()) -> list[str]:
+        """Why each rule that would change nothing changes nothing.
+
+        Args:
+            layers: names of the layers that may be quantized.
+            others: names of the layers that are kept in half precision whatever the recipe says.
+        """
+        layers, others = list(layers), list(others)
+        deciding = [self.rule_for(layer) for layer in layers]
+        faults = []
+        for number, rule in enumerate(self.rules, 1):
+            if any(rule is decider for decider in deciding):
+                continue
+            reason = _why_idle(rule, layers, others)
+            if reason is not None:
+                faults.append(f"{rule_place(number, rule)}: {reason}")
+        return faults
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with neoquant."""
+    return sorted(path.stem for path in _shelf().glob("*.toml"))
+
+
+def rule_place(number: int, rule: Rule) -> str:
+    """How messages call a rule."""
+    return f"rule {number} (match = {rule.match!r})"
+
+
+def _shelf() -> Path:
+    """Where the recipes lie: inside the installed package, or beside it in a source checkout."""
+    package = Path(__file__).parent
+    return next((folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir()), package)
+
+
+def _why_idle(rule: Rule, layers: list[str], others: list[str]) -> str | None:
+    """Why a rule that decides about no layer does not; None if that is no fault."""
+    if any(rule.matches(layer) for layer in layers):
+        return "every layer it matches is decided by an earlier rule; put it before that one"
+    among_others = [name for name in others if rule.matches(name)]
+    if among_others:
+        return None if rule.keep else f"{among_others[0]} cannot be quantized, it stays in half precision"
+    closest = difflib.get_close_matches(rule.match, layers, n=3, cutoff=0.0)
+    return f"matches no layer; the closest are {', '.join(closest)}"
+
+
+def _fault(detail: Any) -> str:
+    """One of pydantic's findings in our words: `rules 2: block_size: ...`."""
+    steps = [str(step + 1) if isinstance(step, int) else str(step) for step in detail["loc"]]
+    if detail["type"] == "extra_forbidden":
+        known = list((Rule if "rules" in steps else Recipe).model_fields)
+        meant = difflib.get_close_matches(steps[-1], known, n=1)
+        hint = f"did you mean {meant[0]!r}?" if meant else f"known keys: {', '.join(known)}"
+        return f"{' '.join(steps[:-1])}{': ' if steps[:-1] else ''}unknown key {steps[-1]!r}; {hint}"
+    return f"{' '.join(steps)}: {detail['msg'][0].lower()}{detail['msg'][1:]}, got {detail['input']!r}"
+
+
+def _toml_lines(values: Mapping[str, str | int | bool]) -> Iterator[str]:
+    """`key = value` for each value that says something. TOML spells these types as JSON does, but for the DEL character."""
+    for key, value in values.items():
+        if value != "":
+            yield f"{key} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007F")
