@@ -1,0 +1,15 @@
+"""Files and tensors: read a checkpoint, write one. Knows nothing of quantization."""
+
+from neoquant.checkpoint.headers import TensorHeader
+from neoquant.checkpoint.reader import Checkpoint, open_checkpoint
+from neoquant.checkpoint.writer import SHARD_SIZE, CheckpointWriter, expected_size, free_bytes
+
+__all__ = [
+    "SHARD_SIZE",
+    "Checkpoint",
+    "CheckpointWriter",
+    "TensorHeader",
+    "expected_size",
+    "free_bytes",
+    "open_checkpoint",
+]

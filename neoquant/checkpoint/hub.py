@@ -1,0 +1,184 @@
+"""Models on the Hugging Face hub: which files, at which commit, and what to do when they cannot be had.
+
+huggingface_hub is imported when first needed: it takes a while, and folders do not need it. It honours HF_TOKEN,
+HF_ENDPOINT, HF_HUB_OFFLINE and HF_HOME.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from neoquant.checkpoint.headers import DTYPES, TensorHeader
+from neoquant.errors import CheckpointError, HubError
+from neoquant.progress import SILENT, Progress
+
+_MODEL_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
+
+# Beside the weights: configuration, tokenizer, license. All of them are small.
+_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
+# The first kind that a repository has is fetched, the others are not.
+_WEIGHTS = (
+    ("model.safetensors", "model.safetensors"),
+    ("model.safetensors.index.json", "model-*-of-*.safetensors"),
+    ("pytorch_model.bin", "pytorch_model.bin"),
+    ("pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"),
+)
+
+
+class RemoteHeaders(NamedTuple):
+    """What is known of a model on the hub without its weights; each tensor comes with the name of its file."""
+
+    commit: str
+    config: str
+    tensors: list[tuple[TensorHeader, str]]
+
+
+def is_model_id(source: str) -> bool:
+    """Whether `source` has the form `name` or `user/name`."""
+    return _MODEL_ID.fullmatch(source) is not None
+
+
+def snapshot(source: str, revision: str | None, progress: Progress = SILENT) -> tuple[Path, str]:
+    """Bring a model into the cache, one kind of weights only; return its folder and commit.
+
+    Raises:
+        HubError: it does not exist, must not be read, cannot be reached, or holds no weights that can be read.
+    """
+    from huggingface_hub import constants, snapshot_download
+
+    with _explained(source, revision):
+        if constants.HF_HUB_OFFLINE:
+            folder = Path(snapshot_download(source, revision=revision, local_files_only=True))
+            _weights_among((path.name for path in folder.iterdir()), f"the copy of {source} in the cache")
+        else:
+            _, sizes = _list_files(source, revision)
+            weights = _weights_among(sizes, source)
+            small = [name for name in sizes if any(fnmatch(name, pattern) for pattern in _SMALL_FILES)]
+            wanted = {name: sizes[name] for name in (*small, *weights)}
+            folder = _download(source, revision, wanted, progress)
+    return folder, folder.name
+
+
+def fetch_headers(source: str, revision: str | None) -> RemoteHeaders | None:
+    """Fetch the configuration and the headers of the weights, some kilobytes in all.
+
+    Returns: None where that cannot be done without the files: offline, or because they are not safetensors.
+
+    Raises:
+        HubError: as `snapshot`.
+    """
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return None
+    with _explained(source, revision):
+        commit, sizes = _list_files(source, revision)
+        shards = _weights_among(sizes, source)
+        if not all(name.endswith(".safetensors") for name in shards):
+            return None
+        if "config.json" not in sizes:
+            raise HubError(f"{source} has no config.json, so it is not a model that can be read")
+        folder = _download(source, revision, {"config.json": sizes["config.json"]}, SILENT)
+        config = (folder / "config.json").read_text(encoding="utf-8")
+        tensors = []
+        for shard in shards:
+            found = HfApi().parse_safetensors_file_metadata(source, shard, revision=commit).tensors
+            for name, info in sorted(found.items(), key=lambda entry: entry[1].data_offsets):
+                if info.dtype not in DTYPES:
+                    raise CheckpointError(
+                        f"{source}/{shard}: tensor {name!r} has the dtype {info.dtype!r}; known are {', '.join(DTYPES)}"
+                    )
+                tensors.append((TensorHeader(name, DTYPES[info.dtype], tuple(info.shape)), shard))
+    return RemoteHeaders(commit, config, tensors)
+
+
+def _list_files(source: str, revision: str | None) -> tuple[str, dict[str, int]]:
+    """The commit that a revision is at, and the names and sizes of the files in its uppermost folder."""
+    from huggingface_hub import HfApi
+
+    info = HfApi().model_info(source, revision=revision, files_metadata=True)
+    files = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    return info.sha or "", {name: size for name, size in files.items() if "/" not in name}
+
+
+def _weights_among(names: Iterable[str], where: str) -> list[str]:
+    """The files of the preferred kind of weights, the index left out."""
+    names = sorted(names)
+    for key, pattern in _WEIGHTS:
+        if key in names:
+            return [name for name in names if fnmatch(name, pattern)]
+    raise HubError(
+        f"{where} holds no weights that can be read, expected one of {', '.join(key for key, _ in _WEIGHTS)}"
+    )
+
+
+def _download(source: str, revision: str | None, sizes: dict[str, int], progress: Progress) -> Path:
+    from huggingface_hub import snapshot_download
+
+    with progress.task(f"downloading {source}", total=sum(sizes.values())) as advance:
+        bars = _silent_bars(advance)
+        return Path(snapshot_download(source, revision=revision, allow_patterns=list(sizes), tqdm_class=bars))
+
+
+def _silent_bars(advance: Callable[[float], None]) -> type[Any]:
+    """A class of progress bars that huggingface_hub may create at will: one counts the bytes, the others are mute."""
+    from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):  # type: ignore[misc, type-arg]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.counts = kwargs.get("name") == "huggingface_hub.snapshot_download"
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            if self.counts:
+                advance(n or 0)
+
+    return Bar
+
+
+@contextmanager
+def _explained(source: str, revision: str | None) -> Iterator[None]:
+    """Turn what huggingface_hub raises into one line that says what to do."""
+    from huggingface_hub import constants, errors
+
+    try:
+        yield
+    except errors.HFValidationError:
+        raise HubError(f"{source!r} cannot be the name of a model on the hub, and there is no such folder") from None
+    except errors.GatedRepoError as error:
+        raise HubError(
+            f"{source} is gated: accept its terms at {constants.ENDPOINT}/{source}, then set HF_TOKEN to your token"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise HubError(
+            f"there is no model {source} on the hub, and no folder of that name here; "
+            "check the name (a private model needs HF_TOKEN)"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise HubError(f"{source} has no revision {revision!r}, expected a branch, tag or commit") from error
+    # HfHubHTTPError inherits from the root of whatever HTTP library this version of huggingface_hub uses, and OSError.
+    except errors.HfHubHTTPError.__bases__ as error:
+        raise HubError(_transport_problem(source, revision, error)) from error
+
+
+def _transport_problem(source: str, revision: str | None, error: BaseException) -> str:
+    from huggingface_hub import constants, errors
+
+    if constants.HF_HUB_OFFLINE:
+        which = source if revision is None else f"{source} at revision {revision}"
+        return f"{which} is not in the cache ({constants.HF_HUB_CACHE}); unset HF_HUB_OFFLINE to download it"
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        return f"cannot store {source} in {constants.HF_HUB_CACHE} ({error}); set HF_HOME to a folder with room"
+    if isinstance(error, errors.HfHubHTTPError) and error.response is not None:
+        return f"the hub at {constants.ENDPOINT} answered {error.response.status_code} for {source}; try again later"
+    reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+    return (
+        f"there is no folder {source} here, and the hub at {constants.ENDPOINT} cannot be reached ({reason[0]}); "
+        "check the name and the network, or set HF_HUB_OFFLINE=1 to use what is in the cache"
+    )

@@ -1,0 +1,309 @@
+"""Open a model folder or hub id: its configuration, its tensors' names and shapes, and each tensor when asked for.
+
+Opening reads headers only. A tensor is read into memory of its own, so that what has been dealt with can be freed,
+whatever the size of the file: pages of a memory map would count against the process until the system wants them back.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+
+from neoquant.checkpoint import hub, torch_file
+from neoquant.checkpoint.headers import MAX_HEADER_BYTES, TensorHeader, parse_header
+from neoquant.checkpoint.torch_file import Span
+from neoquant.errors import CheckpointError, ConfigError, RequestError, locate
+from neoquant.progress import SILENT, Progress
+
+# In order of preference.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+# Files that travel with the weights, whatever happens to them.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*.json",
+    "tokenizer*.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+# Checkpoints of old carry the causal mask and the number it was filled with. Only out_proj has a true bias, and it is
+# called attn.attention.out_proj.bias.
+_MASK_BUFFER = re.compile(r"(.*\.)?h\.\d+\.attn\.attention\.(bias|masked_bias)")
+
+
+class Stored(NamedTuple):
+    """A tensor and where it is: in a file, or (of the few files that must be loaded whole) in memory."""
+
+    header: TensorHeader
+    file: Path
+    place: Span | torch.Tensor
+
+
+class Checkpoint:
+    """An opened checkpoint. Use it in a `with` block: files stay open from their first read until `close`.
+
+    Attributes:
+        source: what was asked for, a folder or a hub id.
+        revision: the commit on the hub; None for a folder.
+        folder: where the files are; None when only the headers were fetched from the hub.
+        config: config.json as read.
+        headers: name -> TensorHeader, in file order.
+        dropped: names left out of `headers`: mask buffers of old checkpoints, and second names of a tensor.
+        nbytes: size of all tensors in `headers`.
+    """
+
+    def __init__(
+        self, source: str, revision: str | None, folder: Path | None, config: dict[str, Any], stored: Iterable[Stored]
+    ) -> None:
+        kept, dropped = _drop_buffers_and_aliases(stored)
+        self.source = source
+        self.revision = revision
+        self.folder = folder
+        self.config = config
+        self.headers: Mapping[str, TensorHeader] = MappingProxyType(
+            {name: entry.header for name, entry in kept.items()}
+        )
+        self.dropped = tuple(dropped)
+        self.nbytes = sum(header.nbytes for header in self.headers.values())
+        self._stored = kept
+        self._open_files: dict[Path, BinaryIO] = {}
+        self._closing = ExitStack()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._open_files.clear()
+        self._closing.close()
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read one tensor, on the CPU, contiguous, in its stored type.
+
+        Raises:
+            CheckpointError: no such tensor, only the headers are here, or the file cannot be read.
+        """
+        if name not in self._stored:
+            raise CheckpointError(f"{self.source} has no tensor {name!r}")
+        self._need_folder()
+        header, path, place = self._stored[name]
+        if isinstance(place, torch.Tensor):
+            return place.contiguous()
+        with locate(str(path)):
+            return _read_strided(self._file(path), header, place)
+
+    def companions(self) -> list[Path]:
+        """The files that travel with the weights: tokenizer, generation defaults, license."""
+        folder = self._need_folder()
+        return sorted({path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()})
+
+    def _need_folder(self) -> Path:
+        if self.folder is None:
+            raise CheckpointError(f"only the headers of {self.source} were fetched, not its files")
+        return self.folder
+
+    def _file(self, path: Path) -> BinaryIO:
+        if path not in self._open_files:
+            try:
+                self._open_files[path] = self._closing.enter_context(path.open("rb", buffering=0))
+            except OSError as error:
+                raise _unreadable(error) from error
+        return self._open_files[path]
+
+
+def open_checkpoint(
+    source: str | Path, *, revision: str | None = None, headers_only: bool = False, progress: Progress = SILENT
+) -> Checkpoint:
+    """Open a GPT-Neo in a folder or on the hub.
+
+    Args:
+        source: a folder; or, where no such folder exists, a hub id (`name` or `user/name`).
+        revision: branch, tag or commit on the hub.
+        headers_only: fetch some kilobytes of headers from the hub instead of the files.
+        progress: told of downloads.
+
+    Raises:
+        CheckpointError: missing, damaged, or not a GPT-Neo (ConfigError).
+        HubError: the hub does not have it or cannot be reached.
+        RequestError: a revision of a folder.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise RequestError(f"{source} is a folder, and only models on the hub have revisions (got {revision!r})")
+        return _open_folder(str(source), folder, None)
+    if folder.exists():
+        raise CheckpointError(f"{source} is a file, expected a model folder (perhaps {folder.parent})")
+    if not hub.is_model_id(str(source)):
+        raise CheckpointError(f"there is no folder {source}, and it cannot be a model on the hub (`user/name`)")
+    if headers_only:
+        remote = hub.fetch_headers(str(source), revision)
+        if remote is not None:
+            stored = [Stored(header, Path(file), Span(0, ())) for header, file in remote.tensors]
+            with locate(f"{source}/config.json"):
+                config = _parse_config(remote.config)
+            return Checkpoint(str(source), remote.commit, None, config, stored)
+    folder, commit = hub.snapshot(str(source), revision, progress)
+    return _open_folder(str(source), folder, commit)
+
+
+def _open_folder(source: str, folder: Path, revision: str | None) -> Checkpoint:
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise CheckpointError(f"{folder} holds no config.json, so it is not a model folder")
+    with locate(str(config_file)):
+        config = _parse_config(_read_text(config_file))
+    weights = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if weights is None:
+        raise CheckpointError(f"{folder} holds no weights, expected one of {', '.join(WEIGHT_FILES)}")
+    stored = _list_shards(weights) if weights.suffix == ".json" else _list_file(weights)
+    return Checkpoint(source, revision, folder, config, stored)
+
+
+def _parse_config(text: str) -> dict[str, Any]:
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ConfigError("not a JSON object")
+    if config.get("model_type") != "gpt_neo":
+        raise ConfigError(f"model_type is {config.get('model_type')!r}, expected 'gpt_neo': only GPT-Neo is supported")
+    return config
+
+
+def _list_shards(index_file: Path) -> list[Stored]:
+    """List the tensors of every shard that an index names, in the order of the shards' names."""
+    with locate(str(index_file)):
+        shard_of = _parse_index(_read_text(index_file))
+        shards = [index_file.parent / name for name in sorted(set(shard_of.values()))]
+        for shard in shards:
+            if not shard.is_file():
+                raise CheckpointError(f"names the shard {shard.name}, which is missing; download or copy it again")
+    stored = [entry for shard in shards for entry in _list_file(shard)]
+    seen: dict[str, Path] = {}
+    for header, file, _ in stored:
+        if header.name in seen:
+            raise CheckpointError(f"{file}: tensor {header.name!r} is also in {seen[header.name].name}")
+        seen[header.name] = file
+        if shard_of.get(header.name) != file.name:
+            listed = shard_of.get(header.name, "no shard")
+            raise CheckpointError(f"{file}: holds tensor {header.name!r}, which {index_file.name} puts in {listed}")
+    for name, shard_name in shard_of.items():
+        if name not in seen:
+            raise CheckpointError(
+                f"{index_file.parent / shard_name}: lacks tensor {name!r} that {index_file.name} promises"
+            )
+    return stored
+
+
+def _parse_index(text: str) -> dict[str, str]:
+    try:
+        shard_of = json.loads(text)["weight_map"]
+        legal = all(isinstance(shard, str) and shard == Path(shard).name for shard in shard_of.values())
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        legal = False
+    if not legal or not shard_of:
+        raise CheckpointError("not an index: expected a JSON object whose `weight_map` gives each tensor's file here")
+    return dict(shard_of)
+
+
+def _list_file(path: Path) -> list[Stored]:
+    with locate(str(path)):
+        try:
+            if path.suffix == ".safetensors":
+                return [Stored(header, path, Span(begin, ())) for header, begin in _read_header(path)]
+            return [Stored(header, path, place) for header, place in torch_file.list_tensors(path)]
+        except OSError as error:
+            raise _unreadable(error) from error
+
+
+def _read_header(path: Path) -> list[tuple[TensorHeader, int]]:
+    """List a safetensors file's tensors and the positions of their first bytes in the file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or 8 + length > size:
+            raise CheckpointError(
+                f"truncated, or not a safetensors file: {size} bytes, but the header alone should end at {8 + length}"
+            )
+        if length > MAX_HEADER_BYTES:
+            raise CheckpointError(f"the header claims {length} bytes, at most {MAX_HEADER_BYTES} are legal")
+        text = file.read(length)
+    return [(header, 8 + length + begin) for header, begin in parse_header(text, size - 8 - length)]
+
+
+def _read_strided(file: BinaryIO, header: TensorHeader, span: Span) -> torch.Tensor:
+    """Read the bytes from a tensor's first element to its last, and nothing else of the file."""
+    if header.numel == 0:
+        return torch.empty(header.shape, dtype=header.dtype)
+    elements = header.numel
+    if span.stride:
+        elements = 1 + sum((n - 1) * step for n, step in zip(header.shape, span.stride, strict=True))
+    buffer = torch.empty(elements * header.dtype.itemsize, dtype=torch.uint8)
+    view = memoryview(buffer.numpy())
+    try:
+        file.seek(span.begin)
+        while view:
+            count = file.readinto(view)  # type: ignore[attr-defined]  # an unbuffered file; one call reads 2 GiB at most
+            if not count:
+                raise CheckpointError(f"ends {len(view)} bytes before the end of tensor {header.name!r}")
+            view = view[count:]
+    except OSError as error:
+        raise _unreadable(error) from error
+    tensor = buffer.view(header.dtype)
+    if span.stride:
+        return tensor.as_strided(header.shape, span.stride).contiguous()
+    return tensor.reshape(header.shape)
+
+
+def _drop_buffers_and_aliases(stored: Iterable[Stored]) -> tuple[dict[str, Stored], list[str]]:
+    """Leave out mask buffers, and every name but the first of tensors that share their memory (a tied lm_head)."""
+    kept: dict[str, Stored] = {}
+    dropped: list[str] = []
+    places = set()
+    for entry in stored:
+        header, file, place = entry
+        where = (place.data_ptr(), place.stride()) if isinstance(place, torch.Tensor) else place
+        identity = (file, header.dtype, header.shape, where)
+        # Only torch.save stores a tensor under two names; in safetensors, tensors without elements share their place.
+        alias = file.suffix != ".safetensors" and header.numel > 0 and identity in places
+        if alias or _MASK_BUFFER.fullmatch(header.name):
+            dropped.append(header.name)
+        else:
+            kept[header.name] = entry
+            places.add(identity)
+    return kept, dropped
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: Exception) -> CheckpointError:
+    return CheckpointError(f"cannot be read ({getattr(error, 'strerror', None) or error})")

@@ -1,0 +1,380 @@
+"""Write a checkpoint one tensor at a time, so that it appears whole or not at all.
+
+Everything is written into a hidden folder beside the target, which gets its name by one rename at the end.
+
+The header of a safetensors file stands before the tensors, whose sizes are not all known when the first is written.
+So space is reserved for it, the tensors stream in behind, and what the header does not use is filled with spaces, as
+the format allows. Holes between tensors it does not allow, while readers want each tensor aligned to its type: those
+whose size is no multiple of eight bytes wait in side files, by the size of their elements, and follow at the end.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import torch
+
+from neoquant.checkpoint.headers import DTYPE_NAMES, TensorHeader, render_header
+from neoquant.errors import OutputError
+
+SHARD_SIZE = 5_000_000_000
+ALIGNMENT = 8
+
+# A line of the header takes about 75 bytes beside the tensor's name, and the names of quantized weights up to 80.
+_HEADER_BYTES_PER_TENSOR = 160
+_SIDE_FILE_MEMORY = 1 << 20
+
+
+class CheckpointWriter:
+    """Write a checkpoint folder::
+
+        with CheckpointWriter(out, tensors=len(headers)) as sink:
+            for name, tensor in ...:
+                sink.put(name, tensor)
+            sink.finish(config, files={"README.md": card, "tokenizer.json": path})
+
+    Leaving the block before `finish`, by an error or Ctrl-C, leaves nothing behind.
+
+    Args:
+        out: the folder to make. It must not exist, unless empty or with `force`.
+        tensors: how many are to come, to reserve space for the header; a wrong guess costs time, not correctness.
+        force: replace an existing model folder. The old one stays until the new one is complete.
+        shard_size: bytes of tensors in a file, at most, unless one tensor alone is larger.
+
+    Raises:
+        OutputError: on entering, where `out` may not be written; later, where the disk is full or refuses.
+    """
+
+    def __init__(self, out: str | Path, *, tensors: int, force: bool = False, shard_size: int = SHARD_SIZE) -> None:
+        self.out = Path(out).expanduser().resolve()
+        self.shard_size = shard_size
+        self._force = force
+        self._reserve = header_reserve(tensors)
+        self._partial = self.out.with_name(f".{self.out.name}.partial-{os.getpid()}")
+        self._replaced = self.out.with_name(f".{self.out.name}.replaced-{os.getpid()}")
+        self._lock = -1
+        self._shards: list[_Shard] = []
+        self._names: set[str] = set()
+        self._finished = False
+
+    def __enter__(self) -> CheckpointWriter:
+        with _explained("create the folder", self.out):
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(self.out)
+            _check_replaceable(self.out, self._force)
+            try:
+                self._partial.mkdir()
+            except FileExistsError:
+                raise OutputError(f"{self.out} is being written already (to {self._partial})") from None
+            self._lock = os.open(self._partial, os.O_RDONLY)
+            _try_lock(self._lock)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for shard in self._shards:
+            shard.abandon()
+        os.close(self._lock)
+        shutil.rmtree(self._partial, ignore_errors=True)
+        if error is None and not self._finished:
+            raise RuntimeError("finish() was not called, so no checkpoint was written")
+
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        """Write a tensor now and forget it.
+
+        Raises:
+            OutputError: the disk is full, or cannot be written to.
+            ValueError: the name was used before, or the type cannot be stored.
+        """
+        header = TensorHeader(name, tensor.dtype, tuple(tensor.shape))
+        if name in self._names:
+            raise ValueError(f"tensor {name!r} was written already")
+        if tensor.dtype not in DTYPE_NAMES:
+            raise ValueError(f"tensor {name!r} is {tensor.dtype}, which safetensors cannot hold")
+        self._names.add(name)
+        with _explained(f"write tensor {name!r}", self.out, header.nbytes):
+            if not self._shards or not self._shards[-1].takes(header, self.shard_size):
+                self._next_shard()
+            self._shards[-1].add(header, tensor)
+
+    def finish(self, config: Mapping[str, Any], *, files: Mapping[str, bytes | str | Path]) -> None:
+        """Write config.json, the index and `files` (name -> content, or a file to copy), then give the folder its name.
+
+        Raises:
+            OutputError: the disk is full or refuses, or `out` has appeared in the meantime.
+        """
+        with _explained("write the weights", self.out):
+            if not self._shards:
+                self._next_shard()
+            self._shards[-1].close()
+            index = self._name_shards()
+        for name, content in {"config.json": _json(config), **index, **files}.items():
+            if name != Path(name).name:
+                raise ValueError(f"{name!r} is not a plain file name")
+            with _explained(f"write {name}", self.out):
+                _write_file(self._partial / name, content)
+        with _explained("rename the finished folder", self.out):
+            _sync_folder(self._partial)
+            self._put_in_place()
+        self._finished = True
+
+    def _next_shard(self) -> None:
+        if self._shards:
+            self._shards[-1].close()
+        self._shards.append(_Shard(self._partial / f"shard-{len(self._shards) + 1}", self._reserve))
+
+    def _name_shards(self) -> dict[str, str]:
+        """Give the shards their final names; return the index file, if there must be one."""
+        if len(self._shards) == 1:
+            self._shards[0].path.rename(self._partial / "model.safetensors")
+            return {}
+        shard_of: dict[str, str] = {}
+        for number, shard in enumerate(self._shards, start=1):
+            name = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
+            shard.path.rename(self._partial / name)
+            shard_of.update(dict.fromkeys((header.name for header in shard.layout.tensors()), name))
+        total = sum(shard.layout.nbytes for shard in self._shards)
+        return {"model.safetensors.index.json": _json({"metadata": {"total_size": total}, "weight_map": shard_of})}
+
+    def _put_in_place(self) -> None:
+        if not self.out.exists() or not any(self.out.iterdir()):
+            self._partial.rename(self.out)
+        else:
+            _check_replaceable(self.out, self._force)  # it may have appeared since we began
+            self.out.rename(self._replaced)
+            try:
+                self._partial.rename(self.out)
+            except BaseException:
+                self._replaced.rename(self.out)
+                raise
+            shutil.rmtree(self._replaced, ignore_errors=True)
+        _sync_folder(self.out.parent)
+
+
+def header_reserve(tensors: int) -> int:
+    """Bytes kept free for the header of every shard of a checkpoint with that many tensors."""
+    return _aligned(_HEADER_BYTES_PER_TENSOR * (tensors + 1))
+
+
+def expected_size(headers: Iterable[TensorHeader], shard_size: int = SHARD_SIZE) -> int:
+    """Bytes of the weight files that CheckpointWriter makes of these tensors, put in this order and all announced."""
+    headers = list(headers)
+    reserve = header_reserve(len(headers))
+    shards = [_Layout()]
+    for header in headers:
+        if not shards[-1].takes(header, shard_size):
+            shards.append(_Layout())
+        shards[-1].add(header)
+    return sum(len(shard.head(reserve)) + shard.nbytes for shard in shards)
+
+
+def free_bytes(path: str | Path) -> int:
+    """Bytes free to this user on the disk where `path` is, or would be."""
+    path = Path(path).expanduser().resolve()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+class _Layout:
+    """The order of tensors in a file: those of whole words as they come, then the others from wide to narrow types."""
+
+    def __init__(self) -> None:
+        self.lanes: dict[int, list[TensorHeader]] = {8: [], 4: [], 2: [], 1: []}
+        self.nbytes = 0
+
+    def takes(self, header: TensorHeader, limit: int) -> bool:
+        return self.nbytes == 0 or self.nbytes + header.nbytes <= limit
+
+    def add(self, header: TensorHeader) -> int:
+        """Return the tensor's lane: 8 for those written at once, else the size of its elements."""
+        lane = ALIGNMENT if header.nbytes % ALIGNMENT == 0 else header.dtype.itemsize
+        self.lanes[lane].append(header)
+        self.nbytes += header.nbytes
+        return lane
+
+    def tensors(self) -> Iterator[TensorHeader]:
+        for lane in self.lanes.values():
+            yield from lane
+
+    def head(self, reserve: int) -> bytes:
+        """What stands before the tensors: the header's length and the header, `reserve` bytes long or more."""
+        text = render_header(self.tensors())
+        text = text.ljust(max(_aligned(len(text)), reserve))
+        return len(text).to_bytes(8, "little") + text
+
+
+class _Shard:
+    """A safetensors file in the making."""
+
+    def __init__(self, path: Path, reserve: int) -> None:
+        self.path = path
+        self.layout = _Layout()
+        self._reserve = reserve
+        self._file: IO[bytes] = path.open("wb")
+        self._file.seek(8 + reserve)
+        self._side_files: dict[int, IO[bytes]] = {}
+
+    def takes(self, header: TensorHeader, limit: int) -> bool:
+        return self.layout.takes(header, limit)
+
+    def add(self, header: TensorHeader, tensor: torch.Tensor) -> None:
+        lane = self.layout.add(header)
+        self._lane_file(lane).write(_bytes_of(tensor))
+
+    def close(self) -> None:
+        """Append the side files, fill in the header, and wait until the disk has it all."""
+        for _, side_file in sorted(self._side_files.items(), reverse=True):
+            side_file.seek(0)
+            shutil.copyfileobj(side_file, self._file)
+            side_file.close()
+        head = self.layout.head(self._reserve)
+        if len(head) > 8 + self._reserve:
+            self._move_to_wider(len(head))
+        self._file.seek(0)
+        self._file.write(head)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def abandon(self) -> None:
+        """Close the files, wherever they stand; nobody will read them."""
+        for file in (self._file, *self._side_files.values()):
+            with suppress(OSError):  # flushing to a full disk fails again
+                file.close()
+
+    def _lane_file(self, lane: int) -> IO[bytes]:
+        if lane == ALIGNMENT:
+            return self._file
+        if lane not in self._side_files:
+            self._side_files[lane] = tempfile.SpooledTemporaryFile(_SIDE_FILE_MEMORY, dir=self.path.parent)  # noqa: SIM115
+        return self._side_files[lane]
+
+    def _move_to_wider(self, start: int) -> None:
+        """Copy the tensors to a new file where they begin at `start`: the header was longer than foreseen."""
+        self._file.close()
+        wider = self.path.with_name(f"{self.path.name}-wider")
+        with self.path.open("rb") as source, wider.open("wb") as target:
+            source.seek(8 + self._reserve)
+            target.seek(start)
+            shutil.copyfileobj(source, target, 1 << 20)
+        wider.replace(self.path)
+        self._file = self.path.open("rb+")
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """A tensor's bytes in row-major order, on the CPU, without a copy where they are that already."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _write_file(path: Path, content: bytes | str | Path) -> None:
+    if path.exists():
+        raise ValueError(f"{path.name!r} is written twice")
+    if isinstance(content, Path):
+        shutil.copyfile(content, path)
+    else:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_replaceable(out: Path, force: bool) -> None:
+    """Raise OutputError unless `out` is free, empty, or a model folder that may be replaced.
+
+    Replacing is deleting, so whatever is not plainly a model folder is left alone.
+    """
+    if not out.exists() and not out.is_symlink():
+        return
+    if not out.is_dir():
+        raise OutputError(f"{out} is a file, expected the name of a new folder")
+    entries = list(out.iterdir())
+    if not entries:
+        return
+    if not force:
+        raise OutputError(f"{out} exists; choose another name, or replace it with --force")
+    if not _is_model_config(out / "config.json"):
+        raise OutputError(
+            f"{out} is not a model folder (it holds no config.json of one), so --force does not replace it"
+        )
+    for entry in entries:
+        if entry.is_dir():
+            raise OutputError(
+                f"{out} holds a folder ({entry.name}), which is more than a model, so --force does not replace it"
+            )
+
+
+def _is_model_config(path: Path) -> bool:
+    try:
+        return "model_type" in json.loads(path.read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _sweep(out: Path) -> None:
+    """Clear up behind writers of `out` that were killed."""
+    for replaced in out.parent.glob(f".{out.name}.replaced-*"):
+        if out.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:  # killed between the two renames: the old checkpoint is the only whole one
+            replaced.rename(out)
+    for partial in out.parent.glob(f".{out.name}.partial-*"):
+        descriptor = os.open(partial, os.O_RDONLY)
+        try:
+            if _try_lock(descriptor):
+                shutil.rmtree(partial, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Lock a folder for as long as it is open; false where another process holds it, or the disk knows no locks.
+
+    A lock dies with its process, also on another machine or in another container, where a process number says nothing.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _explained(deed: str, out: Path, nbytes: int | None = None) -> Iterator[None]:
+    """Turn an OSError into an OutputError that says what could not be done, and what would help."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            needed = "" if nbytes is None else f"{nbytes} bytes needed, "
+            raise OutputError(
+                f"{out}: the disk is full: cannot {deed} ({needed}{free_bytes(out)} free); nothing was left behind"
+            ) from error
+        raise OutputError(f"{out}: cannot {deed} ({error.strerror or error})") from error
