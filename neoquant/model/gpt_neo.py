@@ -11,7 +11,7 @@ Module names are Hugging Face's, so that tensor names are, too. Shapes: B batch,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from neoquant.errors import ContextError, RequestError
 from neoquant.model.cache import KVCache
 from neoquant.model.config import GPTNeoConfig
+from neoquant.model.generate import Sampling, as_ids, eos_ids, generate
 from neoquant.model.outputs import BaseModelOutput, CausalLMOutput
 from neoquant.model.pretrained import PreTrainedModel
 
@@ -289,3 +290,36 @@ class GPTNeoForCausalLM(PreTrainedModel):
             shifted = shifted[:, -logits_to_keep:]
             loss = F.cross_entropy(logits.float().flatten(0, 1), shifted.flatten())
         return CausalLMOutput(loss, logits, base.past_key_values, base.hidden_states)
+
+    def generate(
+        self,
+        input_ids: Tensor | Sequence[Sequence[int]] | Sequence[int],
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int = 20,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 50,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        eos_token_id: int | Sequence[int] | None = None,
+        seed: int | None = None,
+    ) -> Tensor:
+        """`input_ids[B, T]` continued to `[B, T + new]`: greedy, or sampled with `do_sample=True`.
+
+        Arguments and their defaults are transformers'. Rows end at `eos_token_id` (the configuration's unless given)
+        and repeat it. Raises ContextError where the result would not fit into the context, RequestError for rows
+        of different lengths.
+        """
+        if attention_mask is not None and not bool(attention_mask.all()):
+            raise RequestError("attention_mask has zeros: rows of different lengths are continued one at a time")
+        ends = eos_ids(self) if eos_token_id is None else tuple(torch.as_tensor(eos_token_id).reshape(-1).tolist())
+        sampling = Sampling(
+            temperature=temperature if do_sample else 0.0,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            eos_token_ids=ends,
+        )
+        return generate(self, as_ids(input_ids), max_new_tokens=max_new_tokens, sampling=sampling)

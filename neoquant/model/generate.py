@@ -1,0 +1,198 @@
+"""Continuing a text: one token after another from the model's own predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from neoquant.errors import ContextError, RequestError
+from neoquant.model.cache import KVCache
+
+if TYPE_CHECKING:
+    from neoquant.model.gpt_neo import GPTNeoForCausalLM
+    from neoquant.model.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    `temperature=0` is greedy. `top_k` keeps the k likeliest (0: all), `top_p` the smallest set of likeliest tokens
+    whose probabilities reach p (1: all); both after the temperature. `repetition_penalty` divides the positive
+    logits of tokens already there and multiplies the negative ones (Keskar et al., 2019, section 4.1; 1: none).
+    `seed` makes the draw repeatable; None takes a fresh one.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    eos_token_ids: tuple[int, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        for name, legal, what in (
+            ("temperature", self.temperature >= 0, "at least 0 (0 is greedy)"),
+            ("top_k", self.top_k >= 0, "at least 0 (0 keeps all)"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (1 keeps all)"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0 (1 is none)"),
+        ):
+            if not legal:
+                raise RequestError(f"{name} is {getattr(self, name)}; legal is {what}")
+
+
+def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
+    """`logits[B, V]` in float32 after temperature, top-k and top-p; what falls out is -inf."""
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        kth = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        probabilities = ordered.softmax(-1)
+        # A token stays while those before it have not reached p: the first always does.
+        surplus = probabilities.cumsum(-1) - probabilities >= sampling.top_p
+        logits = logits.masked_fill(surplus.scatter(-1, index, surplus), -torch.inf)
+    return logits
+
+
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """`logits[B, V]` with the tokens of `seen[B, S]` made less likely."""
+    at = logits.gather(-1, seen)
+    return logits.scatter(-1, seen, torch.where(at > 0, at / penalty, at * penalty))
+
+
+def choose(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """The next token `[B]` from the last position's `logits[B, V]` and all ids so far, `seen[B, S]`."""
+    logits = logits.float()
+    if sampling.repetition_penalty != 1:
+        logits = penalize(logits, seen, sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    probabilities = filter_logits(logits, sampling).softmax(-1)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+@torch.inference_mode()
+def stream(
+    model: GPTNeoForCausalLM, input_ids: Tensor, *, max_new_tokens: int, sampling: Sampling | None = None
+) -> Iterator[Tensor]:
+    """Yield the next ids `[B]` of `input_ids[B, T]`, one position at a time, until all rows have ended.
+
+    A row that has reached an end-of-text token repeats it. Raises ContextError before anything is generated where
+    prompt and new tokens do not fit into the model's context.
+    """
+    sampling = sampling or Sampling()
+    check_room(model, input_ids.shape[1], max_new_tokens)
+    generator = torch.Generator(device=model.device)
+    generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
+    seen = input_ids.to(model.device)
+    ended = torch.zeros(seen.shape[0], dtype=torch.bool, device=seen.device)
+    cache = KVCache(model.config.num_layers, capacity=max(1, seen.shape[1] + max_new_tokens))
+    new = seen
+    for _ in range(max_new_tokens):
+        logits = model(new, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        chosen = choose(logits, seen, sampling, generator)
+        if sampling.eos_token_ids:
+            chosen = torch.where(ended, sampling.eos_token_ids[0], chosen)
+            ended |= torch.isin(chosen, torch.tensor(sampling.eos_token_ids, device=seen.device))
+        yield chosen
+        if bool(ended.all()):
+            return
+        new = chosen[:, None]
+        seen = torch.cat([seen, new], dim=1)
+
+
+def check_room(model: GPTNeoForCausalLM, prompt: int, max_new_tokens: int) -> None:
+    """Raise ContextError unless a prompt of that many tokens leaves room for the new ones."""
+    limit = model.config.max_position_embeddings
+    if prompt < 1:
+        raise RequestError("the prompt is empty: it needs at least one token, for example the end-of-text token")
+    if max_new_tokens < 0:
+        raise RequestError(f"max_new_tokens is {max_new_tokens}; legal is at least 0")
+    if prompt > limit:
+        raise ContextError(f"the prompt has {prompt} tokens; this model's context is {limit}")
+    if prompt + max_new_tokens > limit:
+        raise ContextError(
+            f"{prompt} tokens of prompt and {max_new_tokens} new ones make {prompt + max_new_tokens}; "
+            f"this model's context is {limit}: ask for at most {limit - prompt} new tokens"
+        )
+
+
+def generate(
+    model: GPTNeoForCausalLM, input_ids: Tensor, *, max_new_tokens: int = 64, sampling: Sampling | None = None
+) -> Tensor:
+    """`input_ids[B, T]` with up to `max_new_tokens` more: `[B, T + new]`."""
+    chosen = list(stream(model, input_ids, max_new_tokens=max_new_tokens, sampling=sampling))
+    if not chosen:
+        return input_ids
+    return torch.cat([input_ids.to(chosen[0].device), torch.stack(chosen, dim=1)], dim=1)
+
+
+class TextStream:
+    """Turns ids, one at a time, into text as soon as it is certain.
+
+    A character may be spread over several tokens: what ends in the middle of one is held back until it is whole.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, write: Callable[[str], object]) -> None:
+        self._tokenizer = tokenizer
+        self._write = write
+        self._held: list[int] = []
+
+    def put(self, token: int) -> None:
+        """Take the next id."""
+        self._held.append(token)
+        text = self._tokenizer.decode(self._held)
+        if text and not text.endswith("�"):
+            self._flush(text)
+
+    def end(self) -> None:
+        """Write what is held back, whole or not."""
+        if self._held:
+            self._flush(self._tokenizer.decode(self._held))
+
+    def _flush(self, text: str) -> None:
+        self._write(text)
+        self._held.clear()
+
+
+def eos_ids(model: GPTNeoForCausalLM) -> tuple[int, ...]:
+    """The tokens that end a text, as the model's configuration has them."""
+    eos = model.config.eos_token_id
+    if eos is None:
+        return ()
+    return (eos,) if isinstance(eos, int) else tuple(eos)
+
+
+def generate_text(
+    model: GPTNeoForCausalLM,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    sampling: Sampling | None = None,
+    on_text: Callable[[str], object] | None = None,
+) -> str:
+    """The continuation of `prompt`, without the prompt and the end-of-text token; `on_text` gets it piece by piece."""
+    ids = tokenizer.encode(prompt) or [tokenizer.bos_token_id]
+    sampling = sampling or Sampling(eos_token_ids=eos_ids(model))
+    pieces: list[str] = []
+    out = TextStream(tokenizer, lambda text: (pieces.append(text), on_text(text) if on_text else None))
+    for chosen in stream(model, torch.tensor([ids]), max_new_tokens=max_new_tokens, sampling=sampling):
+        token = int(chosen[0])
+        if token in sampling.eos_token_ids:
+            break
+        out.put(token)
+    out.end()
+    return "".join(pieces)
+
+
+def as_ids(values: Tensor | Sequence[Sequence[int]] | Sequence[int]) -> Tensor:
+    """Token ids in any usual form as `[B, T]`."""
+    ids = torch.as_tensor(values)
+    return ids[None] if ids.ndim == 1 else ids

@@ -1,0 +1,82 @@
+"""`config.json` in, `config.json` out: what transformers writes is read, and what we write transformers reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neoquant.errors import ConfigError
+from neoquant.model.config import GPTNeoConfig
+
+
+def test_defaults_are_gpt_neo_1p3b() -> None:
+    config = GPTNeoConfig()
+    assert (config.num_layers, config.hidden_size, config.head_dim, config.inner_size) == (24, 2048, 128, 8192)
+    assert config.attention_layers == ["global", "local"] * 12
+
+
+def test_round_trip_keeps_everything_unknown_keys_included() -> None:
+    values = {"model_type": "gpt_neo", "hidden_size": 64, "num_heads": 4, "gradient_checkpointing": True}
+    values |= {"summary_type": "cls_index", "id2label": {"0": "no", "1": "yes", "2": "perhaps"}}
+    config = GPTNeoConfig.from_dict(values)
+    assert config.num_labels == 3
+    again = config.to_dict()
+    assert all(again[key] == value for key, value in values.items())
+    assert GPTNeoConfig.from_dict(again) == config
+
+
+def test_transformers_reads_what_we_write(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    ours = GPTNeoConfig(
+        vocab_size=11, hidden_size=12, num_heads=3, num_layers=3, attention_types=[[["global"], 1], [["local"], 2]],
+        window_size=4, intermediate_size=5, eos_token_id=3, bos_token_id=2, pad_token_id=1, num_labels=5,
+    )  # fmt: skip
+    ours.save_pretrained(tmp_path)
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert theirs.attention_layers == ours.attention_layers
+    for key in ("hidden_size", "num_heads", "window_size", "intermediate_size", "eos_token_id", "pad_token_id"):
+        assert getattr(theirs, key) == getattr(ours, key)
+    assert theirs.num_labels == 5
+    theirs.save_pretrained(tmp_path / "back")
+    back = GPTNeoConfig.from_pretrained(tmp_path / "back")
+    assert {**back.to_dict(), "dtype": None} | ours.to_dict() == {**back.to_dict(), "dtype": None}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'; legal is \"gpt_neo\""),
+        ({"num_layers": 7}, "describes 24 layers .* num_layers is 7"),
+        ({"num_heads": 5}, "num_heads is 5; legal is a divisor of .*2048"),
+        ({"attention_types": [[["global", "sparse"], 12]]}, "holds sparse; legal are global, local"),
+        ({"attention_types": "global"}, "legal is a list"),
+        ({"attention_layers": ["global"] * 24}, "attention_layers is .* attention_types gives"),
+        ({"window_size": 0}, "window_size is 0; legal is an integer of at least 1"),
+        ({"hidden_size": 2048.0}, "hidden_size is 2048.0"),
+        ({"vocab_size": "many"}, "vocab_size is 'many'"),
+        ({"activation_function": "gelu_fast"}, "activation_function is 'gelu_fast'; legal is one of gelu_new"),
+        ({"num_layers": "two"}, "num_layers is 'two'"),
+    ],
+)
+def test_what_is_illegal_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        GPTNeoConfig.from_dict(change)
+
+
+def test_null_means_not_said_except_where_it_is_a_value() -> None:
+    config = GPTNeoConfig.from_dict({"window_size": None, "intermediate_size": None, "eos_token_id": None})
+    assert (config.window_size, config.intermediate_size, config.eos_token_id) == (256, None, None)
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    for text, message in (("{", "not readable as JSON"), ("[1]", "holds a list")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            GPTNeoConfig.from_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="no such file"):
+        GPTNeoConfig.from_pretrained(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 24, "torch_dtype": "float16"}))
+    assert GPTNeoConfig.from_pretrained(tmp_path).dtype == "float16"

@@ -1,0 +1,147 @@
+"""Choosing tokens, stopping, streaming."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from neoquant.errors import ContextError, RequestError
+from neoquant.model.config import GPTNeoConfig
+from neoquant.model.generate import Sampling, TextStream, filter_logits, generate_text, penalize
+from neoquant.model.gpt_neo import GPTNeoForCausalLM
+from neoquant.model.tokenizer import Tokenizer
+
+CONFIG = GPTNeoConfig(
+    vocab_size=33, max_position_embeddings=24, hidden_size=16, num_heads=2, num_layers=2, window_size=3,
+    attention_types=[[["global", "local"], 1]], bos_token_id=0, eos_token_id=0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model() -> GPTNeoForCausalLM:
+    model = GPTNeoForCausalLM(CONFIG).init_weights(seed=3).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8)
+    return model
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token a byte, and an end of text: enough to see characters split over tokens."""
+    import tokenizers
+
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    vocab = {"<|endoftext|>": 0} | {letter: i + 1 for i, letter in enumerate(sorted(alphabet))}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<|endoftext|>"])
+    return Tokenizer(backend)
+
+
+def test_greedy_equals_taking_the_best_of_uncached_passes(model: GPTNeoForCausalLM) -> None:
+    ids = torch.tensor([[5, 9, 2], [7, 7, 1]])
+    got = model.generate(ids, max_new_tokens=15, eos_token_id=[])
+    for _ in range(15):
+        ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1)[:, None]], 1)
+    assert got.tolist() == ids.tolist()
+
+
+def test_greedy_with_penalty_equals_transformers(model: GPTNeoForCausalLM) -> None:
+    transformers = pytest.importorskip("transformers")
+    values = {k: v for k, v in CONFIG.to_dict().items() if k != "attention_layers"}
+    theirs = transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(**values)).eval()
+    theirs.load_state_dict(model.state_dict())
+    ids = torch.tensor([[5, 9, 2]])
+    for penalty in (1.0, 1.7):
+        expected = theirs.generate(
+            ids, max_new_tokens=12, do_sample=False, repetition_penalty=penalty, pad_token_id=0, eos_token_id=0
+        )
+        assert model.generate(ids, max_new_tokens=12, repetition_penalty=penalty).tolist() == expected.tolist()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 999), st.integers(0, 12), st.floats(0.01, 1.0), st.floats(0.2, 3.0))
+def test_filters_equal_their_definitions(seed: int, top_k: int, top_p: float, temperature: float) -> None:
+    logits = torch.randn(1, 10, generator=torch.Generator().manual_seed(seed))
+    kept = filter_logits(logits, Sampling(temperature, top_k, top_p)).isfinite()[0]
+    order = logits[0].argsort(descending=True).tolist()
+    allowed = order[: top_k or None]
+    probabilities = (logits[0][allowed].double() / temperature).softmax(-1)
+    expected, reached = [], 0.0
+    for token, probability in zip(allowed, probabilities.tolist(), strict=True):
+        if reached >= top_p - 1e-6:
+            break
+        expected.append(token)
+        reached += probability
+    got = set(kept.nonzero()[:, 0].tolist())
+    # float32 sums may fall on the other side of p by one token
+    assert got ^ set(expected) <= set(allowed[len(expected) - 1 : len(expected) + 1])
+    assert order[0] in got
+
+
+def test_penalty_makes_seen_tokens_less_likely() -> None:
+    logits = torch.tensor([[2.0, -2.0, 1.0]])
+    assert penalize(logits, torch.tensor([[0, 1, 1]]), 2.0).tolist() == [[1.0, -4.0, 1.0]]
+
+
+def test_a_seed_repeats_and_another_differs(model: GPTNeoForCausalLM) -> None:
+    ids = torch.tensor([[5, 9, 2]])
+    options = {"max_new_tokens": 18, "do_sample": True, "temperature": 3.0, "top_k": 0, "eos_token_id": []}
+    first, again, other = (model.generate(ids, seed=seed, **options).tolist() for seed in (1, 1, 2))  # type: ignore[arg-type]
+    assert first == again != other
+
+
+def test_rows_end_at_end_of_text_and_repeat_it(model: GPTNeoForCausalLM) -> None:
+    ids = torch.tensor([[5, 9, 2], [7, 7, 1]])
+    free = model.generate(ids, max_new_tokens=12, eos_token_id=[])
+    end = int(free[0, 5])
+    stopped = model.generate(ids, max_new_tokens=12, eos_token_id=end)
+    for row, whole in zip(stopped.tolist(), free.tolist(), strict=True):
+        at = whole.index(end, 3) if end in whole[3:] else len(whole)
+        assert row[: at + 1] == whole[: at + 1][: len(row)]
+        assert set(row[at + 1 :]) <= {end}
+
+
+def test_beyond_the_context_is_refused_before_anything_is_generated(model: GPTNeoForCausalLM) -> None:
+    with pytest.raises(ContextError, match="20 tokens of prompt and 5 new ones make 25; .* context is 24: .* at most 4"):
+        model.generate(torch.zeros(1, 20, dtype=torch.long), max_new_tokens=5)
+    with pytest.raises(ContextError, match="the prompt has 25 tokens; this model's context is 24"):
+        model.generate(torch.zeros(1, 25, dtype=torch.long), max_new_tokens=1)
+    with pytest.raises(RequestError, match="the prompt is empty"):
+        model.generate(torch.zeros(1, 0, dtype=torch.long))
+    assert model.generate(torch.zeros(1, 20, dtype=torch.long), max_new_tokens=4, eos_token_id=[]).shape == (1, 24)
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"repetition_penalty": 0.0}])
+def test_illegal_sampling_is_named(bad: dict[str, float]) -> None:
+    with pytest.raises(RequestError, match=next(iter(bad))):
+        Sampling(**bad)  # type: ignore[arg-type]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.text(max_size=30))
+def test_streamed_text_never_breaks_a_character(text: str) -> None:
+    tokenizer = byte_tokenizer()
+    pieces: list[str] = []
+    out = TextStream(tokenizer, pieces.append)
+    for token in tokenizer.encode(text):
+        out.put(token)
+    out.end()
+    assert "".join(pieces) == text == tokenizer.decode(tokenizer.encode(text))
+    assert all("\ufffd" not in piece or "\ufffd" in text for piece in pieces)
+
+
+def test_generated_text_is_what_was_streamed() -> None:
+    tokenizer = byte_tokenizer()
+    config = GPTNeoConfig(
+        vocab_size=257, max_position_embeddings=64, hidden_size=16, num_heads=2, num_layers=2, window_size=3,
+        attention_types=[[["global", "local"], 1]], bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = GPTNeoForCausalLM(config).init_weights(seed=0).eval()
+    pieces: list[str] = []
+    text = generate_text(model, tokenizer, "héllo", max_new_tokens=20, on_text=pieces.append)
+    assert text == "".join(pieces)
+    assert generate_text(model, tokenizer, "", max_new_tokens=3) is not None
