@@ -100,7 +100,7 @@ def write_tiny_model(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random GPT-Neo with a tokenizer: 2 layers (global, local), hidden 24, window 4, context 32. Do not write to it."""
+    """A random GPT-Neo with a tokenizer: 2 layers (global, local), hidden 24, window 4, context 32. Read it only."""
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny-neo")
 
 

@@ -31,8 +31,15 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: half the time, and it can be searched, piped and read aloud
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (plan.plan, quantize.quantize, eval.eval_, compare.compare, generate.generate, info.info):
-    app.command(name=verb.__name__.rstrip("_"))(verb)
+for name, verb, purpose in (
+    ("plan", plan.plan, "Say what quantizing would do, from headers alone."),
+    ("quantize", quantize.quantize, "Quantize a model into a new folder."),
+    ("eval", eval.eval_, "Measure perplexity and bits per byte."),
+    ("compare", compare.compare, "Measure what quantizing cost, on identical windows."),
+    ("generate", generate.generate, "Continue a text."),
+    ("info", info.info, "Say what a model is, or what this machine has."),
+):
+    app.command(name, short_help=purpose)(verb)
 
 
 def _print_version(asked: bool) -> None:

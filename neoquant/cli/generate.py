@@ -1,11 +1,110 @@
-"""`neoquant generate`."""
+"""`neoquant generate`: continue a text."""
 
 from __future__ import annotations
 
-from neoquant.cli.options import Debug, Quiet
-from neoquant.errors import NeoquantError
+import random
+import sys
+import time
+from typing import Annotated
+
+import typer
+
+from neoquant.cli import options
+from neoquant.cli.models import find_model
+from neoquant.cli.terminal import Terminal
+from neoquant.errors import RequestError
+
+DEFAULT_TOKENS = 100
 
 
-def generate(quiet: Quiet = False, debug: Debug = False) -> None:
-    """To be written."""
-    raise NeoquantError("not written yet")
+def generate(
+    ctx: typer.Context,
+    model: options.Model = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="What to continue. [default: read from stdin]")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-new-tokens", metavar="N", min=1, help=f"[default: {DEFAULT_TOKENS}, or what the context allows]"
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option("--temperature", metavar="T", help="Below 1 is safer, above is wilder. [default: 0.8]"),
+    ] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", metavar="K", help="Only the K likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option("--top-p", metavar="P", help="Only the likeliest tokens that make up P together. [default: 0.95]"),
+    ] = None,
+    repetition_penalty: Annotated[
+        float,
+        typer.Option("--repetition-penalty", metavar="R", help="Above 1, tokens already there become less likely."),
+    ] = 1.0,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token; nothing is random.")] = False,
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="N", help="Repeat what this seed gave. [default: a fresh one, told]")
+    ] = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    revision: options.Revision = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Continue a text; it appears as it is made, and stops at the model's end of text.
+
+    \b
+    Examples:
+      neoquant generate gpt-neo-1.3B-nf4 --prompt "Hello, I'm a language model"
+      neoquant generate gpt-neo-1.3B-nf4 --prompt "Once upon a time" --temperature 0.7 --seed 7
+      echo "def mean(values):" | neoquant generate neoquant-demo --greedy
+    """
+    terminal: Terminal = ctx.obj
+    randomness = {"--temperature": temperature, "--top-k": top_k, "--top-p": top_p, "--seed": seed}
+    stated = [option for option, value in randomness.items() if value is not None]
+    if greedy and stated:
+        raise RequestError(f"--greedy leaves nothing to chance, so {', '.join(stated)} cannot be given with it")
+    text = _read_prompt() if prompt is None else prompt
+
+    from neoquant import loading
+    from neoquant.model.generate import Sampling, eos_ids, generate_text
+
+    seed = random.SystemRandom().randrange(2**31) if seed is None else seed
+    source = find_model(model, terminal, "generate")
+    network, tokenizer = loading.load(source, revision=revision, device=device, dtype=dtype)
+    sampling = Sampling(
+        temperature=0.0 if greedy else 0.8 if temperature is None else temperature,
+        top_k=top_k or 0,
+        top_p=0.95 if top_p is None else top_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        eos_token_ids=eos_ids(network),
+    )
+    used = len(tokenizer.encode(text)) or 1  # without a prompt, the end of some other text
+    if max_new_tokens is None:
+        max_new_tokens = max(1, min(DEFAULT_TOKENS, network.config.max_position_embeddings - used))
+    started = time.perf_counter()
+    _write(text)
+    made = generate_text(network, tokenizer, text, max_new_tokens=max_new_tokens, sampling=sampling, on_text=_write)
+    _write("\n")
+    seconds = time.perf_counter() - started
+    tokens = len(tokenizer.encode(made))
+    repeat = "" if greedy else f"; again: --seed {seed}"
+    terminal.note(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s{repeat}")
+
+
+def _read_prompt() -> str:
+    """What is piped in, without the line end that `echo` adds.
+
+    Raises:
+        RequestError: nothing is piped in.
+    """
+    if sys.stdin.isatty():
+        raise RequestError("nothing to continue: give --prompt TEXT, or pipe a text in")
+    return sys.stdin.read().removesuffix("\n")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,11 +1,99 @@
-"""`neoquant info`."""
+"""`neoquant info`: what a model is, or what this machine has."""
 
 from __future__ import annotations
 
-from neoquant.cli.options import Debug, Quiet
-from neoquant.errors import NeoquantError
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from neoquant.cli import options
+from neoquant.cli.models import find_model
+from neoquant.cli.output import megabytes
+from neoquant.cli.terminal import Terminal
+from neoquant.errors import RequestError
+
+if TYPE_CHECKING:
+    from neoquant.checkpoint import Checkpoint
+    from neoquant.cli.describe import Description
 
 
-def info(quiet: Quiet = False, debug: Debug = False) -> None:
-    """To be written."""
-    raise NeoquantError("not written yet")
+def info(
+    ctx: typer.Context,
+    model: options.Model = None,
+    env: Annotated[
+        bool, typer.Option("--env", help="This machine instead: versions, CPU features, which kernels run and why.")
+    ] = False,
+    revision: options.Revision = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Say what a model is: its shape, size, grids, bits per weight, and who can read it. Reads no weights.
+
+    \b
+    Examples:
+      neoquant info gpt-neo-1.3B-nf4
+      neoquant info EleutherAI/gpt-neo-2.7B
+      neoquant info --env
+    """
+    terminal: Terminal = ctx.obj
+    if env:
+        if model is not None:
+            raise RequestError(f"--env is about this machine: leave out {model}, or --env")
+        from neoquant.cli import environment
+
+        terminal.show_facts(environment.facts())
+        return
+
+    from neoquant.checkpoint import open_checkpoint
+    from neoquant.cli.describe import describe
+
+    source = find_model(model, terminal, "info")
+    with open_checkpoint(source, revision=revision, headers_only=True, progress=terminal.progress) as checkpoint:
+        terminal.show_facts(_facts(checkpoint, describe(checkpoint)))
+
+
+def _facts(checkpoint: Checkpoint, found: Description) -> Iterator[tuple[str, str]]:
+    config = found.config
+    yield "model", f"{checkpoint.source}{f' at {checkpoint.revision}' if checkpoint.revision else ''}"
+    yield (
+        "shape",
+        (
+            f"{config.num_layers} layers, hidden {config.hidden_size}, {config.num_heads} heads, "
+            f"vocabulary {config.vocab_size:,}"
+        ),
+    )
+    local = sum(kind == "local" for kind in config.attention_layers)
+    yield (
+        "attention",
+        (
+            f"context {config.max_position_embeddings:,}, {local} of {config.num_layers} layers local "
+            f"with a window of {config.window_size}"
+        ),
+    )
+    yield "parameters", f"{found.parameters:,}"
+    yield "size", f"{megabytes(found.bytes)} in {len(checkpoint.headers)} tensors"
+    yield (
+        "bits",
+        (
+            f"{found.bits_per_weight_linears:.3f} per weight of the block linears, "
+            f"{found.bits_per_weight_model:.3f} per parameter of the model"
+        ),
+    )
+    if found.format is None:
+        types = sorted({str(header.dtype).removeprefix("torch.") for header in checkpoint.headers.values()})
+        yield "format", f"not quantized, {', '.join(types)}"
+        yield "read by", "neoquant and transformers"
+        return
+    yield "format", f"{found.format.name}, the {found.format.family} family"
+    yield "grids", found.grids
+    if found.record:
+        yield (
+            "made by",
+            (
+                f"neoquant {found.record.get('neoquant')} from {found.record.get('source')} "
+                f"with the recipe {found.record.get('recipe', {}).get('name')}"
+            ),
+        )
+    others = " and transformers with bitsandbytes" if found.format.family == "bitsandbytes" else " only"
+    yield "read by", f"neoquant{others}"

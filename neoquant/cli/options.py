@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from neoquant.errors import RequestError
-
-if TYPE_CHECKING:
-    import torch
 
 
 def _set_quiet(ctx: typer.Context, asked: bool) -> bool:
@@ -33,7 +30,7 @@ Debug = Annotated[
 Model = Annotated[
     str | None,
     typer.Argument(
-        metavar="[MODEL]",
+        metavar="MODEL",
         help="A folder, a hub id (EleutherAI/gpt-neo-1.3B), or neoquant-demo, which is also what is used without one.",
         show_default=False,
     ),
@@ -51,7 +48,7 @@ Dtype = Annotated[
     typer.Option(
         "--dtype",
         metavar="TYPE",
-        help="What to compute in: float32, float16, bfloat16, or auto (as stored) [default: float32 on a CPU, else float16]",
+        help="Compute in float32, float16, bfloat16, or auto (as stored). [default: float32 on a CPU, else float16]",
     ),
 ]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write everything measured to FILE.")]
@@ -86,8 +83,24 @@ RecipeName = Annotated[
     typer.Option(
         "--recipe",
         metavar="FILE|NAME",
-        help="Rules per layer, instead of --bits and --type: a TOML file, or the name of a recipe that comes with neoquant.",
+        help="Rules per layer instead of --bits and --type: a TOML file, or the name of one that comes with neoquant.",
         show_default=False,
+    ),
+]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="F",
+        help="bitsandbytes (transformers reads it) or neoquant (holds everything). [default: the first that fits]",
+    ),
+]
+KeptDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="TYPE",
+        help="Of what is not quantized: float16 or bfloat16. [default: the source's, if half]",
     ),
 ]
 ShardSize = Annotated[
@@ -125,7 +138,6 @@ Protocol = Annotated[
 Stride = Annotated[int | None, typer.Option("--stride", metavar="N", help="Tokens scored a window (strided).")]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_DTYPES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 
 
 def parse_size(text: str) -> int:
@@ -143,37 +155,3 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise RequestError(f"--shard-size {text!r} is not a size; write it like 500MB, 5GB or 2GiB")
     return size
-
-
-def parse_dtype(name: str | None) -> torch.dtype | str | None:
-    """The torch type called `name`; "auto" and None are passed on.
-
-    Raises:
-        RequestError: it is not a floating type that the model computes in.
-    """
-    import torch
-
-    if name is None or name == "auto":
-        return name
-    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    found = known.get(_DTYPES.get(name, name).removeprefix("torch."))
-    if found is None:
-        raise RequestError(f"--dtype {name!r} is not one of auto, {', '.join(known)}")
-    return found
-
-
-def parse_device(name: str | None) -> torch.device | None:
-    """The device called `name`, which must be there; None is passed on.
-
-    Raises:
-        RequestError: no such device on this machine.
-    """
-    import torch
-
-    if name is None:
-        return None
-    legal = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    wanted = "cuda:0" if name == "cuda" else name
-    if wanted not in legal:
-        raise RequestError(f"--device {name!r} is not here; this machine has {', '.join(legal)}")
-    return torch.device(wanted)

@@ -1,11 +1,149 @@
-"""`neoquant plan`."""
+"""`neoquant plan`: what quantizing would do, from the headers alone."""
 
 from __future__ import annotations
 
-from neoquant.cli.options import Debug, Quiet
-from neoquant.errors import NeoquantError
+import re
+from collections.abc import Iterable
+from json import dumps
+from typing import TYPE_CHECKING, NamedTuple
+
+import typer
+
+from neoquant.cli import options
+from neoquant.cli.models import choose_recipe, find_model
+from neoquant.cli.output import check_writable, grid_label, megabytes, write_text
+from neoquant.cli.terminal import Terminal
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from neoquant.plan import Plan, PlanRow
 
 
-def plan(quiet: Quiet = False, debug: Debug = False) -> None:
-    """To be written."""
-    raise NeoquantError("not written yet")
+def plan(
+    ctx: typer.Context,
+    model: options.Model = None,
+    bits: options.Bits = None,
+    type: options.Type = None,
+    block_size: options.BlockSize = None,
+    no_double_quant: options.NoDoubleQuant = False,
+    keep: options.Keep = None,
+    recipe: options.RecipeName = None,
+    format: options.Format = None,
+    dtype: options.KeptDtype = None,
+    shard_size: options.ShardSize = "5GB",
+    revision: options.Revision = None,
+    json: options.Json = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Say what quantizing would do: each tensor's treatment, the size, the memory. Reads no weights.
+
+    A model on the hub costs some kilobytes: only its headers are fetched.
+
+    \b
+    Examples:
+      neoquant plan EleutherAI/gpt-neo-1.3B --bits 4 --type nf4
+      neoquant plan EleutherAI/gpt-neo-2.7B --bits 8 --type int8 --keep '*.c_proj'
+      neoquant plan my-finetune --recipe my-recipe.toml --json plan.json
+    """
+    from neoquant import pipeline
+
+    terminal: Terminal = ctx.obj
+    chosen = choose_recipe(
+        bits=bits,
+        type=type,
+        block_size=block_size,
+        no_double_quant=no_double_quant,
+        keep=keep,
+        format=format,
+        dtype=dtype,
+        recipe=recipe,
+    )
+    check_writable(json)
+    source = find_model(model, terminal, "plan")
+    made = pipeline.plan(
+        source, chosen, revision=revision, shard_size=options.parse_size(shard_size), progress=terminal.progress
+    )
+    show_plan(made, terminal)
+    if json is not None:
+        write_text(json, dumps(made.to_dict(), indent=2) + "\n", terminal)
+
+
+def show_plan(plan: Plan, terminal: Terminal) -> None:
+    """Print a plan: the table of tensors, then the totals and the notes."""
+    at = f" at {plan.revision[:12]}" if plan.revision else ""
+    terminal.show(f"{plan.source}{at}, recipe {plan.recipe.name}, format {plan.format.name}", plan_table(plan))
+    ratio = plan.source_bytes / plan.output_bytes
+    terminal.show_facts(
+        [
+            ("size", f"{megabytes(plan.source_bytes)} -> {megabytes(plan.output_bytes)}, {ratio:.2f} times smaller"),
+            (
+                "bits",
+                f"{plan.bits_per_weight_linears:.3f} per weight of the block linears, "
+                f"{plan.bits_per_weight_model:.3f} per parameter of the model",
+            ),
+            ("memory", f"about {megabytes(plan.peak_memory_bytes)} at the peak"),
+            *(("note", note) for note in plan.notes),
+        ]
+    )
+
+
+class _Group(NamedTuple):
+    """Tensors of one kind that are treated alike."""
+
+    what: str
+    shape: str
+    before: str
+    after: str
+    reason: str
+
+
+def plan_table(plan: Plan) -> Table:
+    """One line for each group of tensors that are treated alike."""
+    from rich.table import Table
+
+    groups: dict[_Group, list[PlanRow]] = {}
+    for row in plan.rows:
+        groups.setdefault(_group(row), []).append(row)
+    table = Table("tensors", box=None, pad_edge=False, header_style="bold")
+    for column in ("count", "shape"):
+        table.add_column(column, justify="right")
+    for column in ("stored as", "becomes"):
+        table.add_column(column)
+    for column in ("bits/weight", "MB"):
+        table.add_column(column, justify="right")
+    table.add_column("why")
+    for group, rows in groups.items():
+        bits, size = _bits(rows), sum(row.out_bytes for row in rows) / 1e6
+        table.add_row(
+            group.what,
+            str(len(rows)),
+            group.shape,
+            group.before,
+            group.after,
+            f"{bits:.3f}",
+            f"{size:,.2f}",
+            group.reason,
+            style=None if rows[0].action == "quantize" else "dim",
+        )
+    return table
+
+
+def _group(row: PlanRow) -> _Group:
+    before = str(row.dtype).removeprefix("torch.")
+    if row.action == "copy":
+        return _Group("biases and norms", "", before, _dtype_after(row), row.reason)
+    what = re.sub(r"\bh\.\d+\.", "h.*.", row.name.removeprefix("transformer."))
+    shape = " x ".join(map(str, row.shape))
+    after = grid_label(row.grid) if row.grid is not None else _dtype_after(row)
+    return _Group(what, shape, before, after, row.reason)
+
+
+def _dtype_after(row: PlanRow) -> str:
+    return str(row.stored[0].dtype).removeprefix("torch.") if row.stored else "-"
+
+
+def _bits(rows: Iterable[PlanRow]) -> float:
+    rows = list(rows)
+    return 8 * sum(row.out_bytes for row in rows) / max(1, sum(row.source.numel for row in rows))

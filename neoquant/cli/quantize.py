@@ -1,11 +1,89 @@
-"""`neoquant quantize`."""
+"""`neoquant quantize`: make a quantized checkpoint folder."""
 
 from __future__ import annotations
 
-from neoquant.cli.options import Debug, Quiet
-from neoquant.errors import NeoquantError
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from neoquant.cli import options
+from neoquant.cli.models import BUNDLED, choose_recipe, find_model, short_name
+from neoquant.cli.output import megabytes
+from neoquant.cli.plan import show_plan
+from neoquant.cli.terminal import Terminal
 
 
-def quantize(quiet: Quiet = False, debug: Debug = False) -> None:
-    """To be written."""
-    raise NeoquantError("not written yet")
+def quantize(
+    ctx: typer.Context,
+    model: options.Model = None,
+    bits: options.Bits = None,
+    type: options.Type = None,
+    block_size: options.BlockSize = None,
+    no_double_quant: options.NoDoubleQuant = False,
+    keep: options.Keep = None,
+    recipe: options.RecipeName = None,
+    format: options.Format = None,
+    dtype: options.KeptDtype = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder to make. [default: MODEL-RECIPE, here]")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder if it is there.")] = False,
+    shard_size: options.ShardSize = "5GB",
+    revision: options.Revision = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan, as `neoquant plan` does.")] = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Quantize a model, tensor by tensor, into a folder that appears whole or not at all.
+
+    The folder is an ordinary bitsandbytes checkpoint wherever that format can hold the recipe:
+    transformers loads it, and so does neoquant. Tokenizer, licence and a model card travel with it.
+
+    \b
+    Examples:
+      neoquant quantize --bits 4 --type nf4                  the bundled model, to try things
+      neoquant quantize EleutherAI/gpt-neo-1.3B --bits 4 --type nf4
+      neoquant quantize EleutherAI/gpt-neo-1.3B --bits 8 --type int8 --out neo-int8
+      neoquant quantize my-finetune --bits 4 --type fp4 --block-size 128 --keep 'transformer.h.0.*'
+      neoquant quantize my-finetune --recipe my-recipe.toml --dry-run
+    """
+    from neoquant import pipeline
+
+    terminal: Terminal = ctx.obj
+    chosen = choose_recipe(
+        bits=bits,
+        type=type,
+        block_size=block_size,
+        no_double_quant=no_double_quant,
+        keep=keep,
+        format=format,
+        dtype=dtype,
+        recipe=recipe,
+    )
+    largest = options.parse_size(shard_size)
+    source = find_model(model, terminal, "quantize")
+    folder = out or Path(f"{short_name(model)}-{chosen.name}")
+    if dry_run:
+        show_plan(
+            pipeline.plan(
+                source, chosen, revision=revision, shard_size=largest, name=folder.name, progress=terminal.progress
+            ),
+            terminal,
+        )
+        terminal.show(f"folder     {folder} (not made: this was a dry run)")
+        return
+    made = pipeline.quantize(
+        source, folder, chosen, revision=revision, force=force, shard_size=largest, progress=terminal.progress
+    )
+    for note in made.plan.notes:
+        terminal.note(f"note: {note}")
+    terminal.show(
+        f"{folder}: {megabytes(made.plan.source_bytes)} -> {megabytes(made.output_bytes)}, "
+        f"{made.plan.bits_per_weight_linears:.3f} bits per weight of the block linears, "
+        f"{made.plan.bits_per_weight_model:.3f} of the whole model, format {made.plan.format.name}"
+    )
+    terminal.note(
+        f"took {made.seconds:.1f} s and {megabytes(made.peak_rss_bytes)} of memory; "
+        f"what it cost: neoquant compare {model or BUNDLED} {folder} --suite demo"
+    )

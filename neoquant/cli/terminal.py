@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -28,6 +28,12 @@ class Terminal:
         """A result: text without markup, or a table, to stdout."""
         for renderable in renderables:
             self._out.print(renderable, markup=False, highlight=False, soft_wrap=isinstance(renderable, str))
+
+    def show_facts(self, facts: Iterable[tuple[str, str]]) -> None:
+        """A result of labelled lines: `label  text`."""
+        facts = list(facts)
+        width = max(len(label) for label, _ in facts)
+        self.show(*(f"{label:<{width}}  {text}" for label, text in facts))
 
     def note(self, text: str) -> None:
         """One line that is not a result, to stderr."""

@@ -1,0 +1,118 @@
+"""What a checkpoint is, from its headers and the record that neoquant leaves in the folders it makes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from neoquant.checkpoint import Checkpoint
+    from neoquant.evaluate import ModelInfo
+    from neoquant.formats import Format
+    from neoquant.model.config import GPTNeoConfig
+
+RECORD = "neoquant.json"
+
+# Whatever a block linear's weight is stored as: everything under its name but the bias.
+_LINEAR = re.compile(r"(?:.*\.)?h\.\d+\.(?:attn\.attention\.(?:[qkv]|out)_proj|mlp\.c_(?:fc|proj))\.(?!bias$).+")
+
+
+@dataclass(frozen=True)
+class Description:
+    """Sizes in bytes; `quantization` is config.json's, `record` neoquant's own: both may be empty."""
+
+    config: GPTNeoConfig
+    format: Format | None
+    parameters: int
+    bytes: int
+    bits_per_weight_linears: float
+    bits_per_weight_model: float
+    quantization: Mapping[str, Any]
+    record: Mapping[str, Any]
+
+    @property
+    def grids(self) -> str:
+        """The grids in words: counted where neoquant's record lists them, else what config.json says."""
+        from neoquant.cli.output import grid_label
+        from neoquant.grids import Grid
+
+        rows = [row["grid"] for row in self.record.get("tensors", []) if "grid" in row]
+        if rows:
+            counted = Counter(grid_label(Grid.from_dict(row)) for row in rows)
+            return "; ".join(f"{count} weights {grid}" for grid, count in counted.items())
+        stated = self.quantization
+        if stated.get("load_in_4bit"):
+            nested = "double quant" if stated.get("bnb_4bit_use_double_quant") else "no double quant"
+            return f"{stated.get('bnb_4bit_quant_type')}, {nested} (as config.json says)"
+        return "int8" if stated.get("load_in_8bit") else "not stated"
+
+
+def describe(checkpoint: Checkpoint) -> Description:
+    """Read what the headers say.
+
+    Raises:
+        ConfigError: config.json is not a legal GPT-Neo's.
+    """
+    from neoquant.formats import detect
+    from neoquant.model.config import GPTNeoConfig
+
+    config = GPTNeoConfig.from_dict(checkpoint.config)
+    linears = [header for name, header in checkpoint.headers.items() if _LINEAR.fullmatch(name)]
+    linear_bytes = sum(header.nbytes for header in linears)
+    weights = config.num_layers * (4 * config.hidden_size**2 + 2 * config.hidden_size * config.inner_size)
+    others = sum(header.numel for header in checkpoint.headers.values()) - sum(header.numel for header in linears)
+    return Description(
+        config=config,
+        format=detect(checkpoint.config, checkpoint.headers),
+        parameters=weights + others,
+        bytes=checkpoint.nbytes,
+        bits_per_weight_linears=8 * linear_bytes / max(1, weights),
+        bits_per_weight_model=8 * checkpoint.nbytes / max(1, weights + others),
+        quantization=checkpoint.config.get("quantization_config") or {},
+        record=_read_record(checkpoint.folder),
+    )
+
+
+def model_info(source: str | Path, revision: str | None, name: str) -> ModelInfo:
+    """What a result says of the model it was measured on."""
+    from neoquant.checkpoint import open_checkpoint
+    from neoquant.evaluate import ModelInfo
+
+    with open_checkpoint(source, revision=revision) as checkpoint:
+        found = describe(checkpoint)
+        return ModelInfo(
+            name=name,
+            source=checkpoint.source,
+            revision=checkpoint.revision,
+            bytes_on_disk=found.bytes,
+            bits_per_weight_linears=found.bits_per_weight_linears,
+            bits_per_weight_model=found.bits_per_weight_model,
+            recipe=found.record.get("recipe"),
+            sha256=_hash_weights(checkpoint),
+        )
+
+
+def _read_record(folder: Path | None) -> dict[str, Any]:
+    """neoquant's record in a folder; empty where there is none, or none that can be read: it is not needed to run."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8")) if folder is not None else {}
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _hash_weights(checkpoint: Checkpoint) -> str:
+    """SHA-256 over the weight files, in the order of their names."""
+    digest = hashlib.sha256()
+    assert checkpoint.folder is not None  # only headers_only leaves it out
+    for path in sorted([*checkpoint.folder.glob("*.safetensors"), *checkpoint.folder.glob("pytorch_model*.bin")]):
+        with path.open("rb") as file:
+            while piece := file.read(1 << 22):
+                digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,78 @@
+"""What this machine has, and which kernels that lets neoquant use."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+Fact = tuple[str, str]
+
+LIBRARIES = ("torch", "bitsandbytes", "safetensors", "tokenizers", "huggingface-hub", "datasets", "transformers")
+
+# What kernels for quantized weights look for, as Linux names it.
+CPU_FEATURES = ("avx2", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "asimddp", "i8mm", "bf16")
+
+_TYPICAL_SHAPE = (768, 768)
+
+
+def facts() -> Iterator[Fact]:
+    """(label, text) pairs, top to bottom."""
+    import torch
+
+    yield "neoquant", f"{installed('neoquant')}, Python {platform.python_version()}, {platform.platform(terse=True)}"
+    yield "libraries", ", ".join(f"{name} {installed(name)}" for name in LIBRARIES)
+    model, features = _cpu()
+    yield "cpu", f"{model}, {os.cpu_count()} cores, torch runs {torch.get_num_threads()} threads"
+    yield "features", f"{', '.join(features) or 'none known'}; torch uses {torch.backends.cpu.get_cpu_capability()}"
+    yield "memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB"
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(index)
+            yield f"cuda:{index}", f"{device.name}, {device.total_memory / 1e9:.1f} GB"
+    else:
+        yield "cuda", "no device" if torch.version.cuda else "no device, and this torch is built without CUDA"
+    yield from _kernels()
+
+
+def installed(package: str) -> str:
+    """Its version, or `not installed`."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu() -> tuple[str, list[str]]:
+    """The processor's name and those of `CPU_FEATURES` that it has; nothing known where there is no /proc."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine(), []
+    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    known = {key.strip(): value.split() for key, value in fields.items()}
+    flags = set(known.get("flags", known.get("Features", [])))
+    name = " ".join(known.get("model name", [])) or platform.machine()
+    return name, [feature for feature in CPU_FEATURES if feature in flags]
+
+
+def _kernels() -> Iterator[Fact]:
+    """For each device and grid, the kernel that runs and why the ones before it do not."""
+    import torch
+
+    from neoquant.grids import legal_pairs, make_grid
+    from neoquant.kernels import KERNELS
+
+    devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
+    for device in devices:
+        for bits, name in legal_pairs():
+            reasons = []
+            for kernel in KERNELS.values():
+                reason = kernel.refuse(make_grid(bits, name), _TYPICAL_SHAPE, device)
+                if reason is None:
+                    why = f" ({'; '.join(reasons)})" if reasons else ""
+                    yield f"{name} on {device}", f"{kernel.name} kernel{why}"
+                    break
+                reasons.append(f"not {kernel.name}: {reason}")

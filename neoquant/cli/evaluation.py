@@ -1,0 +1,54 @@
+"""What `eval` and `compare` share: which text, and which models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from neoquant.cli.describe import model_info
+from neoquant.cli.models import BUNDLED, find_model, short_name
+from neoquant.cli.terminal import Terminal
+from neoquant.errors import RequestError
+
+if TYPE_CHECKING:
+    from neoquant.evaluate import Contestant, Suite
+    from neoquant.model.tokenizer import Tokenizer
+
+
+def choose_suite(
+    name: str | None,
+    model: str | None,
+    *,
+    data: str | None,
+    subset: list[str] | None,
+    documents: int | None,
+    protocol: str | None,
+    context: int | None,
+    stride: int | None,
+) -> Suite:
+    """The suite that the options describe; the bundled model's own is `demo`, for others one must be named.
+
+    Raises:
+        RequestError: no suite is named, there is none of that name, or the values do not fit together.
+        DataError: the file is not a suite.
+    """
+    from neoquant.evaluate import load_suite, suite_names
+
+    if name is None and model in (None, BUNDLED):
+        name = "demo"
+    if name is None:
+        raise RequestError(f"say with --suite what to evaluate on: one of {', '.join(suite_names())}, or a TOML file")
+    overrides: dict[str, Any] = {"documents": documents, "protocol": protocol, "context": context, "stride": stride}
+    return load_suite(name).override(file=data, subsets=tuple(subset) if subset else None, **overrides)
+
+
+def load_contestant(
+    model: str | None, terminal: Terminal, verb: str, *, revision: str | None, device: str | None, dtype: str | None
+) -> tuple[Contestant, Tokenizer]:
+    """A model ready to run, what results say of it, and its tokenizer."""
+    from neoquant import loading
+    from neoquant.evaluate import Contestant
+
+    source = find_model(model, terminal, verb)
+    info = model_info(source, revision, short_name(model))
+    network, tokenizer = loading.load(source, revision=info.revision, device=device, dtype=dtype)
+    return Contestant(network, info), tokenizer

@@ -1,0 +1,84 @@
+"""From what was typed to what the library takes: models by name, recipes from options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neoquant.cli.terminal import Terminal
+from neoquant.errors import RequestError
+
+if TYPE_CHECKING:
+    from neoquant.recipe import Recipe
+
+BUNDLED = "neoquant-demo"
+"""How the model that comes with neoquant is called on the command line."""
+
+
+def find_model(model: str | None, terminal: Terminal, verb: str) -> str | Path:
+    """The folder or hub id to open: what was named, or the bundled model if it was, or if nothing was."""
+    from neoquant.demo import MODEL
+
+    if model is None:
+        terminal.note(
+            f"no model named: using {BUNDLED}, which comes with neoquant "
+            f"(for another: neoquant {verb} FOLDER or neoquant {verb} EleutherAI/gpt-neo-1.3B)"
+        )
+        return MODEL
+    if model == BUNDLED and not Path(model).exists():
+        return MODEL
+    return model
+
+
+def short_name(model: str | None) -> str:
+    """The last part of a folder or hub id: `gpt-neo-1.3B` for `EleutherAI/gpt-neo-1.3B`."""
+    if model is None:
+        return BUNDLED
+    return Path(model).resolve().name if Path(model).exists() else model.rpartition("/")[2]
+
+
+def choose_recipe(
+    *,
+    bits: int | None,
+    type: str | None,
+    block_size: int | None,
+    no_double_quant: bool,
+    keep: list[str] | None,
+    format: str | None,
+    dtype: str | None,
+    recipe: str | None,
+) -> Recipe:
+    """The recipe that the options describe.
+
+    Raises:
+        RequestError: they contradict each other, or there is no such grid or recipe.
+    """
+    from neoquant.recipe import Recipe
+
+    stated: dict[str, Any] = {key: value for key, value in (("format", format), ("dtype", dtype)) if value is not None}
+    if recipe is not None:
+        grid = {
+            "--bits": bits,
+            "--type": type,
+            "--block-size": block_size,
+            "--no-double-quant": no_double_quant or None,
+        }
+        extra = [option for option, value in grid.items() if value is not None]
+        if extra:
+            raise RequestError(f"--recipe decides the grids, so {', '.join(extra)} cannot be given with it")
+        whole = Recipe.load(recipe).model_dump(exclude_unset=True)
+        kept = [{"match": glob, "keep": True} for glob in keep or ()]
+        return Recipe.parse({**whole, **stated, "rules": [*kept, *whole["rules"]]})
+    bits, type = _complete(bits, type)
+    double_quant = False if no_double_quant else None
+    return Recipe.simple(bits, type, block_size=block_size, double_quant=double_quant, keep=keep or (), **stated)
+
+
+def _complete(bits: int | None, type: str | None) -> tuple[int, str]:
+    """Bits and type where only one of them, or neither, is named; an illegal pair is passed on to be refused."""
+    from neoquant.grids import legal_pairs
+
+    for pair in ((4, "nf4"), *sorted(legal_pairs())):
+        if bits in (None, pair[0]) and type in (None, pair[1]):
+            return pair
+    return bits or 4, type or "nf4"

@@ -1,0 +1,57 @@
+"""How numbers and files leave the command line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from neoquant.cli.terminal import Terminal
+from neoquant.errors import OutputError
+
+if TYPE_CHECKING:
+    from neoquant.grids import Grid
+
+
+def megabytes(size: float) -> str:
+    """`838.1 MB`: decimal, as hubs and disks count."""
+    return f"{size / 1e6:,.1f} MB"
+
+
+def grid_label(grid: Grid) -> str:
+    """`nf4, block size 64, double quant`: a grid in words."""
+    fields = grid.describe()
+    words = [str(fields.pop("name"))]
+    for key, value in fields.items():
+        name = key.replace("_", " ")
+        words.append(f"{name} {value}" if not isinstance(value, bool) else name if value else f"no {name}")
+    return ", ".join(words)
+
+
+def check_writable(path: Path | None) -> None:
+    """Refuse a result file that could not be written, before the work that fills it.
+
+    Raises:
+        OutputError: its folder is missing or read-only, or it is a folder itself.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder, name a file")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path} cannot be written: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise OutputError(f"{path} cannot be written: permission denied")
+
+
+def write_text(path: Path, text: str, terminal: Terminal) -> None:
+    """Write `text` to `path` and say so.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+    terminal.note(f"wrote {path}")
