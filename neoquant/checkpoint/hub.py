@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from neoquant.checkpoint.headers import DTYPES, TensorHeader
 from neoquant.errors import CheckpointError, HubError
@@ -128,12 +128,12 @@ def _download(source: str, revision: str | None, sizes: dict[str, int], progress
 
 def _silent_bars(advance: Callable[[float], None]) -> type[Any]:
     """A class of progress bars that huggingface_hub may create at will: one counts the bytes, the others are mute."""
-    from huggingface_hub.utils import tqdm
+    from huggingface_hub.utils.tqdm import tqdm
 
-    class Bar(tqdm):  # type: ignore[misc, type-arg]
+    class Bar(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self.counts = kwargs.get("name") == "huggingface_hub.snapshot_download"
-            super().__init__(*args, **{**kwargs, "disable": True})
+            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> None:
             if self.counts:
@@ -147,6 +147,8 @@ def _explained(source: str, revision: str | None) -> Iterator[None]:
     """Turn what huggingface_hub raises into one line that says what to do."""
     from huggingface_hub import constants, errors
 
+    # HfHubHTTPError inherits from the root of whatever HTTP library this version of huggingface_hub uses, and OSError.
+    transport_errors = cast("tuple[type[Exception], ...]", errors.HfHubHTTPError.__bases__)
     try:
         yield
     except errors.HFValidationError:
@@ -162,8 +164,7 @@ def _explained(source: str, revision: str | None) -> Iterator[None]:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise HubError(f"{source} has no revision {revision!r}, expected a branch, tag or commit") from error
-    # HfHubHTTPError inherits from the root of whatever HTTP library this version of huggingface_hub uses, and OSError.
-    except errors.HfHubHTTPError.__bases__ as error:
+    except transport_errors as error:
         raise HubError(_transport_problem(source, revision, error)) from error
 
 

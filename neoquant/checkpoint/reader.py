@@ -263,7 +263,7 @@ def _read_strided(file: BinaryIO, header: TensorHeader, span: Span) -> torch.Ten
     if span.stride:
         elements = 1 + sum((n - 1) * step for n, step in zip(header.shape, span.stride, strict=True))
     buffer = torch.empty(elements * header.dtype.itemsize, dtype=torch.uint8)
-    view = memoryview(buffer.numpy())
+    view = buffer.numpy().data
     try:
         file.seek(span.begin)
         while view:

@@ -49,7 +49,7 @@ def _header(name: str, tensor: torch.Tensor) -> TensorHeader:
 def _span(tensor: torch.Tensor) -> Span | None:
     """torch notes the place in the file on the storages it leaves out (`torch.load` to "meta", since 2.7)."""
     place: int | None = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-    return None if place is None else Span(place + tensor.storage_offset() * tensor.itemsize, tensor.stride())
+    return None if place is None else Span(place + int(tensor.storage_offset()) * tensor.itemsize, tensor.stride())
 
 
 def _is_plain_zip(path: Path) -> bool:

@@ -60,8 +60,8 @@ class CheckpointWriter:
         self.shard_size = shard_size
         self._force = force
         self._reserve = header_reserve(tensors)
-        self._partial = self.out.with_name(f".{self.out.name}.partial-{os.getpid()}")
-        self._replaced = self.out.with_name(f".{self.out.name}.replaced-{os.getpid()}")
+        self._partial = self.out.parent / f".{self.out.name}.partial-{os.getpid()}"
+        self._replaced = self.out.parent / f".{self.out.name}.replaced-{os.getpid()}"
         self._lock = -1
         self._shards: list[_Shard] = []
         self._names: set[str] = set()
@@ -119,7 +119,7 @@ class CheckpointWriter:
                 self._next_shard()
             self._shards[-1].close()
             index = self._name_shards()
-        for name, content in {"config.json": _json(config), **index, **files}.items():
+        for name, content in [("config.json", _json(config)), *index.items(), *files.items()]:
             if name != Path(name).name:
                 raise ValueError(f"{name!r} is not a plain file name")
             with _explained(f"write {name}", self.out):
@@ -258,7 +258,7 @@ class _Shard:
         if lane == ALIGNMENT:
             return self._file
         if lane not in self._side_files:
-            self._side_files[lane] = tempfile.SpooledTemporaryFile(_SIDE_FILE_MEMORY, dir=self.path.parent)  # noqa: SIM115
+            self._side_files[lane] = tempfile.SpooledTemporaryFile(_SIDE_FILE_MEMORY, dir=str(self.path.parent))  # noqa: SIM115
         return self._side_files[lane]
 
     def _move_to_wider(self, start: int) -> None:
@@ -279,7 +279,7 @@ def _aligned(size: int) -> int:
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """A tensor's bytes in row-major order, on the CPU, without a copy where they are that already."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _json(value: Mapping[str, Any]) -> str:
