@@ -1,0 +1,182 @@
+"""From a suite to windows of tokens: reading, tokenizing, cutting, hashing."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+from neoquant.errors import DataError, RequestError
+from neoquant.evaluate.documents import Document, Source, read_documents
+from neoquant.evaluate.suite import Suite
+from neoquant.evaluate.windows import Span, joined, rolling, strided
+from neoquant.progress import Progress
+
+
+class Tokenizer(Protocol):
+    """What the evaluation needs of a tokenizer."""
+
+    sha256: str
+
+    @property
+    def eos_token_id(self) -> int | None: ...
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: list[int]) -> str: ...
+
+
+class Unit(NamedTuple):
+    """What is resampled for an interval: a document, or a window where documents were joined."""
+
+    id: str
+    subset: str
+    tokens: int  # scored
+    bytes: int  # of UTF-8 that the scored tokens spell
+
+
+class Window(NamedTuple):
+    """`ids[:-1]` is read, the predictions of the last `scored` ids count towards unit number `unit`."""
+
+    unit: int
+    ids: torch.Tensor  # int32[at most context + 1]
+    scored: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A suite's text, ready to be scored."""
+
+    suite: Suite
+    source: Source
+    sha256: str  # of all documents in order: id, subset and text
+    documents: dict[str, int]  # subset -> documents, in order of appearance
+    units: tuple[Unit, ...]
+    windows: tuple[Window, ...]
+    notes: tuple[str, ...]  # what a reader of the figures must know, a line each
+
+    @property
+    def tokens(self) -> int:
+        return sum(unit.tokens for unit in self.units)
+
+
+def read_corpus(suite: Suite, tokenizer: Tokenizer, progress: Progress) -> Corpus:
+    """Read and cut what `suite` (with its context settled) names.
+
+    Raises DataError for data that cannot be read or leaves nothing to score, RequestError for a tokenizer without an
+    end-of-text token.
+    """
+    assert suite.context is not None, "Suite.fitted settles the context"
+    source, documents = read_documents(suite, progress)
+    with progress.task("tokenizing", total=sum(len(document.text) for document in documents)) as advance:
+        if suite.protocol == "rolling":
+            units, windows = _by_document(documents, tokenizer, suite.context, advance)
+            notes = _plural_note(sum(unit.tokens == 0 for unit in units), "{} empty and adds nothing to score")
+        else:
+            units, windows, notes = _by_subset(documents, tokenizer, suite, advance)
+    counts = dict(Counter(document.subset for document in documents))
+    for subset in counts:
+        if not any(unit.subset == subset and unit.tokens for unit in units):
+            raise DataError(
+                f"subset {subset!r} of suite {suite.name} leaves nothing to score: "
+                f"its {counts[subset]} documents are empty or shorter than one window of {suite.context} tokens"
+            )
+    digest = documents_sha256(documents)
+    if suite.sha256 not in (None, digest):
+        notes.append(
+            f"documents differ from those of published figures (sha256 {digest[:12]}…, not {suite.sha256[:12]}…)"
+        )
+    notes += _plural_note(sum(d.mended for d in documents), "{} not valid UTF-8 throughout, read with U+FFFD in place")
+    notes += _short_of(counts, suite.documents)
+    return Corpus(suite, source, digest, counts, tuple(units), tuple(windows), tuple(notes))
+
+
+def documents_sha256(documents: Iterable[Document]) -> str:
+    """One hash for a list of documents: each one's id, subset and text, with their lengths in bytes before them."""
+    digest = hashlib.sha256()
+    for document in documents:
+        for part in (document.id, document.subset, document.text):
+            encoded = part.encode()
+            digest.update(f"{len(encoded)}:".encode() + encoded)
+    return digest.hexdigest()
+
+
+def _by_document(
+    documents: list[Document], tokenizer: Tokenizer, context: int, advance: Callable[[float], None]
+) -> tuple[list[Unit], list[Window]]:
+    start = tokenizer.eos_token_id
+    if start is None:
+        raise RequestError(
+            "the rolling protocol begins every document with the end-of-text token: this tokenizer has none"
+        )
+    units, windows = [], []
+    for number, document in enumerate(documents):
+        ids = torch.tensor([start, *tokenizer.encode(document.text)], dtype=torch.int32)
+        units.append(Unit(document.id, document.subset, len(ids) - 1, len(document.text.encode())))
+        windows += [Window(number, ids[s.start : s.end], s.scored) for s in rolling(len(ids), context)]
+        advance(len(document.text))
+    return units, windows
+
+
+def _by_subset(
+    documents: list[Document], tokenizer: Tokenizer, suite: Suite, advance: Callable[[float], None]
+) -> tuple[list[Unit], list[Window], list[str]]:
+    units: list[Unit] = []
+    windows: list[Window] = []
+    notes: list[str] = []
+    for subset in dict.fromkeys(document.subset for document in documents):
+        text = "\n\n".join(document.text for document in documents if document.subset == subset)
+        ids = tokenizer.encode(text)
+        spans = list(_spans(len(ids), suite))
+        offsets = byte_offsets(text, ids, (e for s in spans for e in (s.end - s.scored, s.end)), tokenizer.decode)
+        tensor = torch.tensor(ids, dtype=torch.int32)
+        for number, span in enumerate(spans):
+            size = offsets[2 * number + 1] - offsets[2 * number]
+            windows.append(Window(len(units), tensor[span.start : span.end], span.scored))
+            units.append(Unit(f"window {number}", subset, span.scored, size))
+        dropped = len(ids) - (spans[-1].end if spans else 0)
+        if dropped:
+            notes.append(f"{subset}: the last {dropped} tokens fill no window and are dropped")
+        advance(len(text))
+    return units, windows, notes
+
+
+def _spans(length: int, suite: Suite) -> Iterator[Span]:
+    assert suite.context is not None
+    if suite.protocol == "joined":
+        return joined(length, suite.context)
+    assert suite.stride is not None
+    return strided(length, suite.context, suite.stride)
+
+
+def byte_offsets(text: str, ids: list[int], positions: Iterable[int], decode: Callable[[list[int]], str]) -> list[int]:
+    """How many UTF-8 bytes of `text` the first `position` tokens spell, for ascending positions.
+
+    A position inside a character counts as the character's start, so the stretches between positions add up exactly.
+    """
+    offsets = []
+    token = characters = size = 0  # up to here, tokens and characters end together
+    for position in positions:
+        piece = decode(ids[token:position])
+        if position == len(ids):
+            offsets.append(len(text.encode()))
+        elif piece.endswith("\ufffd") or not text.startswith(piece, characters):  # cut inside a character
+            offsets.append(size + len(piece.rstrip("\ufffd").encode()))
+        else:
+            token = position
+            characters += len(piece)
+            size += len(piece.encode())
+            offsets.append(size)
+    return offsets
+
+
+def _plural_note(count: int, verb: str) -> list[str]:
+    """`["3 documents are ..."]`, or nothing for none."""
+    return [verb.format("1 document is" if count == 1 else f"{count} documents are")] if count else []
+
+
+def _short_of(counts: dict[str, int], wanted: int | None) -> list[str]:
+    short = [f"{subset} {count}" for subset, count in counts.items() if wanted and count < wanted]
+    return [f"fewer than {wanted} documents: {', '.join(short)}"] if short else []

@@ -1,0 +1,146 @@
+"""The one loop that runs models: every model reads the same windows, and each scored token is added to its unit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from neoquant.errors import CheckpointError, RequestError
+from neoquant.evaluate.corpus import Corpus, Window
+from neoquant.progress import Progress
+
+BATCH_TOKENS = 4096  # positions read at once, by each model
+LOGITS = 1 << 23  # logits held at once, of each of two models: 32 MiB in float32
+
+
+class Model(Protocol):
+    """What the evaluation needs of a causal language model (ours and transformers' alike)."""
+
+    config: Any
+    transformer: Callable[..., Any]  # (input_ids[B, T]) -> .last_hidden_state[B, T, C]
+    lm_head: Callable[[torch.Tensor], torch.Tensor]  # [..., C] -> [..., V]
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What was added up over the scored tokens of each unit: float64[units] on the CPU."""
+
+    nats: torch.Tensor  # -log p(token)
+    kl: torch.Tensor  # KL(reference || this model), nats
+    agreed: torch.Tensor  # tokens where the likeliest token is the reference's
+
+
+@torch.inference_mode()
+def score(models: Sequence[Model], corpus: Corpus, progress: Progress) -> list[Sums]:
+    """Score every window of `corpus` with each of `models`, side by side; the first is the reference.
+
+    One batch of hidden states a model and a few pieces of logits are held, whatever the numbers of models and tokens.
+    Raises RequestError for tokens outside a model's vocabulary, CheckpointError for logits that are not finite.
+    """
+    vocabulary = _vocabulary(models, corpus)
+    totals = [[torch.zeros(len(corpus.units), dtype=torch.float64) for _ in range(3)] for _ in models]
+    rows = max(1, LOGITS // vocabulary)
+    with progress.task("scoring", total=corpus.tokens) as advance:
+        for windows in batches(corpus.windows, BATCH_TOKENS):
+            ids, where, targets, units = _stacked(windows)
+            hidden = [model.transformer(ids.to(model.device)).last_hidden_state for model in models]  # [B, T, C]
+            hidden = [h[where.to(h.device)] for h in hidden]  # [N, C]
+            for start in range(0, len(targets), rows):
+                piece = slice(start, start + rows)
+                logits = (model.lm_head(h[piece]) for model, h in zip(models, hidden, strict=True))
+                for sums, added in zip(totals, _measures(logits, targets[piece]), strict=True):
+                    for total, amount in zip(sums, added, strict=True):
+                        total.index_add_(0, units[piece], amount.cpu())
+                advance(len(targets[piece]))
+    results = [Sums(*sums) for sums in totals]
+    _check_finite(results, corpus)
+    return results
+
+
+def batches(windows: Sequence[Window], tokens: int) -> Iterator[list[Window]]:
+    """The windows, longest first, in batches of at most `tokens` positions (or of one window)."""
+    batch: list[Window] = []
+    for window in sorted(windows, key=lambda window: -len(window.ids)):
+        if batch and (len(batch) + 1) * len(batch[0].ids) > tokens:
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
+
+
+def _stacked(windows: list[Window]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ids[B, T], where[B, T] (bool: this position's prediction is scored), and for those targets[N], units[N].
+
+    Shorter windows are filled up on the right, which no earlier position of a causal model sees.
+    """
+    width = max(len(window.ids) for window in windows) - 1
+    ids = torch.zeros(len(windows), width, dtype=torch.int64)
+    where = torch.zeros(len(windows), width, dtype=torch.bool)
+    for row, window in enumerate(windows):
+        length = len(window.ids) - 1
+        ids[row, :length] = window.ids[:-1]
+        where[row, length - window.scored : length] = True
+    targets = torch.cat([window.ids[len(window.ids) - window.scored :].long() for window in windows])
+    units = torch.tensor([window.unit for window in windows])
+    return ids, where, targets, units.repeat_interleave(torch.tensor([window.scored for window in windows]))
+
+
+def _measures(
+    logits: Iterator[torch.Tensor], targets: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """For each model's logits[N, V]: nats, KL from the first model's, agreement with its likeliest token; float64[N].
+
+    KL = sum p (x - y) - (log Z_x - log Z_y): differences of logits are formed before anything is rounded, and sums are
+    taken in float64, so that a divergence far below float32's step at log p is still measured.
+    """
+    reference = next(logits).float()
+    targets = targets.to(reference.device)
+    top = reference.argmax(-1)
+    log_z, p = _softmax(reference)
+    picked = reference.gather(-1, targets[:, None])[:, 0].double()
+    yield log_z - picked, torch.zeros_like(log_z), torch.ones_like(log_z)
+    for other in logits:
+        y = other.to(reference.device, torch.float32)
+        other_log_z, _ = _softmax(y)
+        picked = y.gather(-1, targets[:, None])[:, 0].double()
+        kl = (p * (reference - y)).sum(-1, dtype=torch.float64) - (log_z - other_log_z)
+        yield other_log_z - picked, kl, (y.argmax(-1) == top).double()
+
+
+def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """log of the normalizer, float64[N], and the probabilities, float32[N, V], of float32 logits."""
+    peak = logits.amax(-1, keepdim=True)
+    p = (logits - peak).exp_()
+    z = p.sum(-1, dtype=torch.float64)
+    return z.log() + peak[:, 0].double(), p.div_(z[:, None].float())
+
+
+def _vocabulary(models: Sequence[Model], corpus: Corpus) -> int:
+    """The models' common vocabulary; the corpus has been made of it."""
+    sizes = [int(model.config.vocab_size) for model in models]
+    if len(set(sizes)) > 1:
+        raise RequestError(f"models of different vocabularies cannot be compared: {', '.join(map(str, sizes))} tokens")
+    largest = max((int(window.ids.max()) for window in corpus.windows), default=0)
+    if largest >= sizes[0]:
+        raise RequestError(
+            f"the tokenizer gives token {largest}, but the model knows {sizes[0]} tokens: "
+            "is it the model's own tokenizer?"
+        )
+    return sizes[0]
+
+
+def _check_finite(results: list[Sums], corpus: Corpus) -> None:
+    for sums in results:
+        bad = (~torch.isfinite(sums.nats)).nonzero()
+        if len(bad):
+            unit = corpus.units[int(bad[0])]
+            raise CheckpointError(
+                f"the loss on {unit.subset}, {unit.id}, is not a finite number: "
+                "the weights are damaged, or overflow in half precision (try float32)"
+            )
