@@ -1,0 +1,69 @@
+"""Formats by name. A new one is a file here, a line in this table and a section in docs/formats.md.
+
+The order is that of preference: what other tools read comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from neoquant.errors import FormatError, RequestError
+from neoquant.formats.base import Format
+from neoquant.formats.bnb4 import Bnb4
+from neoquant.formats.bnb8 import Bnb8
+from neoquant.formats.packed import Packed
+from neoquant.grids import Grid
+
+FORMATS: dict[str, Format] = {format.name: format for format in (Bnb4(), Bnb8(), Packed())}
+
+__all__ = ["FORMATS", "Bnb4", "Bnb8", "Format", "Packed", "choose", "detect"]
+
+
+def choose(layers: Mapping[str, tuple[Grid, tuple[int, ...]]], wanted: str = "auto") -> Format:
+    """The first format that holds all `layers` (name -> grid and shape) in one checkpoint.
+
+    `wanted` is "auto", a family ("bitsandbytes", "neoquant") or a format's own name.
+    Raises RequestError with every format's reason if there is none.
+    """
+    candidates = [format for format in FORMATS.values() if wanted in ("auto", format.family, format.name)]
+    if not candidates:
+        legal = dict.fromkeys(["auto", *(format.family for format in FORMATS.values()), *FORMATS])
+        raise RequestError(f"no format is called {wanted!r}; there are {', '.join(legal)}")
+    reasons = []
+    for format in candidates:
+        reason = _first_reason(format, layers)
+        if reason is None:
+            return format
+        reasons.append(reason)
+    raise RequestError(f"format {wanted!r} cannot hold this: {'; '.join(reasons)}")
+
+
+def detect(config: Mapping[str, Any], names: Iterable[str]) -> Format | None:
+    """The format of a checkpoint with this config.json and these tensor names; None if nothing is quantized.
+
+    Raises FormatError for a quantized checkpoint that no format here reads.
+    """
+    names = list(names)
+    said = config.get("quantization_config") or {}
+    by_names = [format for format in FORMATS.values() if format.quantized(names)]
+    if len(by_names) > 1:
+        raise FormatError(f"tensors of several formats are mixed: {', '.join(format.name for format in by_names)}")
+    if by_names:
+        return by_names[0]
+    method = said.get("quant_method") or (
+        "bitsandbytes" if said.get("load_in_4bit") or said.get("load_in_8bit") else ""
+    )
+    if not method:
+        return None
+    families = dict.fromkeys(format.family for format in FORMATS.values())
+    if method in families:
+        raise FormatError(f"config.json says {method}, but no tensor of the checkpoint is quantized that way")
+    raise FormatError(f"config.json says quant_method {method!r}; neoquant reads {' and '.join(families)}")
+
+
+def _first_reason(format: Format, layers: Mapping[str, tuple[Grid, tuple[int, ...]]]) -> str | None:
+    for name, (grid, shape) in layers.items():
+        if reason := format.refuse(grid, shape):
+            return f"{name}: {reason}"
+    return format.refuse_all({name: grid for name, (grid, _) in layers.items()})

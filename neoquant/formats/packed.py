@@ -1,0 +1,95 @@
+"""neoquant's own format: any grid, any order, several grids in one checkpoint.
+
+The byte level is docs/formats.md. Every layer carries a small JSON header, so a tensor can be read without
+config.json; rows start on a byte, so one row can be read without the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from neoquant import bits
+from neoquant.errors import FormatError, RequestError
+from neoquant.formats.base import (
+    Format,
+    Layout,
+    dtype_from_name,
+    dtype_name,
+    json_from_tensor,
+    json_to_tensor,
+    require_shape,
+    require_tensor,
+    shape_from_json,
+    take,
+)
+from neoquant.grids import Grid
+from neoquant.tensor import QuantizedTensor
+
+VERSION = 1
+HEADER = ".weight.neoquant"
+
+
+class Packed(Format):
+    """Everything that neoquant can quantize."""
+
+    name: ClassVar[str] = "packed"
+    family: ClassVar[str] = "neoquant"
+    markers: ClassVar[tuple[str, ...]] = (HEADER,)
+
+    def refuse(self, grid: Grid, shape: tuple[int, ...]) -> str | None:
+        return None
+
+    def encode(self, q: QuantizedTensor) -> dict[str, Tensor]:
+        tensors = {
+            ".weight": bits.pack(q.codes, q.grid.bits),
+            HEADER: json_to_tensor(_header(q.grid, q.shape, q.dtype)),
+        }
+        tensors |= {f".weight.{name}": param for name, param in q.params.items()}
+        return tensors if q.order is None else {**tensors, ".weight.order": q.order}
+
+    def decode(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...] | None = None, dtype: torch.dtype = torch.float16
+    ) -> QuantizedTensor:
+        if HEADER not in tensors:
+            raise FormatError(f"the quantized weight lacks its header {HEADER.removeprefix('.')}")
+        header = json_from_tensor(HEADER, tensors[HEADER])
+        if header.get("version") != VERSION:
+            raise FormatError(f"the weight's version is {header.get('version')!r}; this neoquant reads {VERSION}")
+        grid, stored = _grid(header), shape_from_json(header.get("shape"))
+        require_shape(stored, shape)
+        layout = self.layout(grid, stored)
+        order = tensors.get(".weight.order")
+        take(tensors, layout if order is None else [*layout, ".weight.order"])
+        require_tensor("weight", tensors[".weight"], *layout[".weight"])
+        codes = bits.unpack(tensors[".weight"], grid.bits, stored[1])
+        params = {name: tensors[f".weight.{name}"] for name in grid.param_shapes(stored)}
+        return QuantizedTensor(codes, grid, params, order, dtype_from_name(header.get("dtype")))
+
+    def layout(self, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype = torch.float16) -> Layout:
+        header = json_to_tensor(_header(grid, shape, dtype))
+        return {
+            ".weight": (torch.uint8, (shape[0], bits.row_bytes(shape[1], grid.bits))),
+            HEADER: (torch.uint8, tuple(header.shape)),
+            **{f".weight.{name}": param for name, param in grid.param_shapes(shape).items()},
+        }
+
+    def config(self, grids: Mapping[str, Grid], kept: Iterable[str]) -> dict[str, Any]:
+        return {"quant_method": "neoquant", "version": VERSION, "modules_to_not_convert": sorted({"lm_head", *kept})}
+
+
+def _header(grid: Grid, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
+    return {"version": VERSION, "grid": grid.describe(), "shape": list(shape), "dtype": dtype_name(dtype)}
+
+
+def _grid(header: dict[str, Any]) -> Grid:
+    described = header.get("grid")
+    if not isinstance(described, dict):
+        raise FormatError(f"the weight's grid is an object, got {described!r}")
+    try:
+        return Grid.from_dict(described)
+    except RequestError as error:
+        raise FormatError(str(error)) from error

@@ -1,0 +1,93 @@
+"""bitsandbytes' kernels for NF4 and FP4.
+
+On a CPU its C routine decodes the weight, and torch multiplies: exact, and much faster than decoding in torch. Its
+fused CPU product is never used, because it computes in bfloat16 whatever the activations are. Its routine also
+takes a wrong scale on CPUs with AVX-512 where a block crosses rows, and falls back to a compiled graph for long
+blocks and odd rows; so it is always shown the weight as whole blocks of at most 1024, one a row. On CUDA its
+matrix product runs.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from neoquant import bits
+from neoquant.grids import Codebook, Grid
+from neoquant.kernels.base import Kernel, State
+from neoquant.tensor import QuantizedTensor
+
+LONGEST_BLOCK = 1024  # the longest that bitsandbytes' C routine decodes itself
+
+
+class Bitsandbytes(Kernel):
+    """State: `packed`, the codes two a byte, high half first, as bitsandbytes stores them, and the parameters."""
+
+    name: ClassVar[str] = "bitsandbytes"
+
+    def refuse(self, grid: Grid, shape: tuple[int, ...], device: torch.device, ordered: bool = False) -> str | None:
+        if not isinstance(grid, Codebook):
+            return f"bitsandbytes multiplies exactly with nf4 and fp4 only, not {grid.name}"
+        if ordered:
+            return "bitsandbytes knows no activation order"
+        if device.type == "cuda" and shape[1] % grid.block_size:
+            return f"on CUDA, blocks of {grid.block_size} must not cross rows of {shape[1]}"
+        if device.type not in ("cpu", "cuda"):
+            return f"there are kernels for cpu and cuda, not {device.type}"
+        return None if _is_native() else "bitsandbytes' library is not available on this machine"
+
+    def pack(self, q: QuantizedTensor) -> State:
+        assert isinstance(q.grid, Codebook)
+        return {"packed": bits.pack_nibbles(q.codes.reshape(-1), pad=q.grid.zero_code), **q.params}
+
+    def unpack(self, state: State, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype) -> QuantizedTensor:
+        codes = bits.unpack_nibbles(state["packed"], shape[0] * shape[1]).view(shape)
+        return QuantizedTensor(codes, grid, {name: state[name] for name in grid.param_shapes(shape)}, dtype=dtype)
+
+    def linear(self, x: Tensor, state: State, grid: Grid, shape: tuple[int, ...], bias: Tensor | None) -> Tensor:
+        assert isinstance(grid, Codebook)
+        if x.is_cuda and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+            return _cuda_linear(x, state, grid, shape, bias)
+        return torch.nn.functional.linear(x, decode(state, grid, shape, x.dtype), bias)
+
+
+def decode(state: State, grid: Codebook, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The weight, dtype[O, I], by bitsandbytes' C routine; the last, short block by torch."""
+    import bitsandbytes  # noqa: F401  # defines torch.ops.bitsandbytes
+
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return decode(state, grid, shape, torch.float32).to(dtype)
+    n, block = shape[0] * shape[1], min(grid.block_size, LONGEST_BLOCK)
+    whole = n // grid.block_size
+    body, absmax = whole * grid.block_size, grid.scales(state)
+    scales = absmax[:whole].repeat_interleave(grid.block_size // block)
+    w: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+        state["packed"][: body // 2], scales, block, grid.kind, (body // block, block), dtype
+    )
+    if body < n:
+        codes = bits.unpack_nibbles(state["packed"][body // 2 :], n - body)
+        rest = grid.table(codes.device).index_select(0, codes.int()).mul_(absmax[-1])
+        w = torch.cat([w.view(-1), rest.to(dtype)])
+    return w.view(shape)
+
+
+def _cuda_linear(x: Tensor, state: State, grid: Codebook, shape: tuple[int, ...], bias: Tensor | None) -> Tensor:
+    import bitsandbytes as bnb
+
+    quant_state = bnb.functional.QuantState(
+        absmax=grid.scales(state), shape=torch.Size(shape), code=grid.table(x.device),
+        blocksize=grid.block_size, quant_type=grid.kind, dtype=x.dtype,
+    )  # fmt: skip
+    y: Tensor = bnb.matmul_4bit(x, state["packed"].unsqueeze(1), quant_state=quant_state, bias=bias)
+    return y
+
+
+@cache
+def _is_native() -> bool:
+    """Whether bitsandbytes found its compiled library; without it, it falls back to torch graphs."""
+    import bitsandbytes.cextension as extension
+
+    return not isinstance(extension.lib, extension.ErrorHandlerMockBNBNativeLibrary)

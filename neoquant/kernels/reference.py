@@ -1,0 +1,37 @@
+"""The truth: decode the weight in plain torch, then multiply. Runs everywhere."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from neoquant import bits
+from neoquant.grids import Grid
+from neoquant.kernels.base import Kernel, State
+from neoquant.tensor import QuantizedTensor
+
+
+class Reference(Kernel):
+    """State: `codes` packed by rows, the grid's parameters by their names, `order` where there is one."""
+
+    name: ClassVar[str] = "reference"
+
+    def refuse(self, grid: Grid, shape: tuple[int, ...], device: torch.device, ordered: bool = False) -> str | None:
+        return None
+
+    def pack(self, q: QuantizedTensor) -> State:
+        state = {"codes": bits.pack(q.codes, q.grid.bits), **q.params}
+        return state if q.order is None else {**state, "order": q.order}
+
+    def unpack(self, state: State, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype) -> QuantizedTensor:
+        codes = bits.unpack(state["codes"], grid.bits, shape[1])
+        params = {name: state[name] for name in grid.param_shapes(shape)}
+        return QuantizedTensor(codes, grid, params, state.get("order"), dtype)
+
+    def linear(self, x: Tensor, state: State, grid: Grid, shape: tuple[int, ...], bias: Tensor | None) -> Tensor:
+        if "order" in state:
+            x = x.index_select(-1, state["order"])
+        w = grid.decode(bits.unpack(state["codes"], grid.bits, shape[1]), state, x.dtype)
+        return torch.nn.functional.linear(x, w, bias)

@@ -1,0 +1,57 @@
+"""A linear layer on a quantized weight: buffers and a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from neoquant.kernels import Kernel, choose
+from neoquant.tensor import QuantizedTensor
+
+
+class QuantLinear(nn.Module):
+    """x[..., I] -> [..., O], computed in x's type, like the `nn.Linear` it stands for.
+
+    The weight's tensors are buffers in the kernel's arrangement. They move with `.to(device)` but are never cast:
+    `.half()` and `.to(dtype)` leave them as they are stored. Gradients flow to x, not to the weight.
+    """
+
+    def __init__(self, q: QuantizedTensor, bias: Tensor | None = None, kernel: Kernel | None = None) -> None:
+        """`q` and `bias`[O] on the device the layer is to live on; `kernel` None is the fastest there."""
+        super().__init__()
+        self.out_features, self.in_features = q.shape
+        self.grid, self.dtype = q.grid, q.dtype
+        self.kernel = kernel or choose(q.grid, q.shape, q.codes.device, q.order is not None)
+        for name, tensor in self.kernel.pack(q).items():
+            self.register_buffer(name, tensor)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    @property
+    def quantized(self) -> QuantizedTensor:
+        """The weight as it was given, bit for bit."""
+        return self.kernel.unpack(self._state(), self.grid, self.shape, self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return self.kernel.linear(x, self._state(), self.grid, self.shape, bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, {self.grid}, kernel={self.kernel.name}"
+
+    def _state(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        stored = {name: tensor.dtype for name, tensor in self._state().items()}
+        kept = self._state()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own is not typed
+        for name, tensor in self._state().items():
+            if tensor.dtype != stored[name]:  # fn casts: move the stored bits instead
+                self._buffers[name] = kept[name].to(tensor.device)
+        return self
