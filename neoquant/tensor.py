@@ -62,12 +62,6 @@ class QuantizedTensor:
         order = None if self.order is None else self.order.to(device)
         return replace(self, codes=self.codes.to(device), params=params, order=order)
 
-    def to(self, device: torch.device | str) -> QuantizedTensor:
-        """The same weight on another device."""
-        params = {name: param.to(device) for name, param in self.params.items()}
-        order = None if self.order is None else self.order.to(device)
-        return QuantizedTensor(self.codes.to(device), self.grid, params, order, self.dtype)
-
     def equals(self, other: QuantizedTensor) -> bool:
         """Whether both hold the same bits."""
         if (self.grid, self.dtype, self.order is None) != (other.grid, other.dtype, other.order is None):

@@ -1,13 +1,14 @@
-"""The text that the bundled model learns from: this Python's own standard library, less what the suite `demo` holds out."""
+"""What the bundled model learns from: this Python's standard library, less what the suite `demo` holds out."""
 
 from __future__ import annotations
 
 import importlib
 import sysconfig
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import tomllib
 
 from neoquant.evaluate.documents import Document, module_path, stdlib_documents
 

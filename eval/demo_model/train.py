@@ -175,10 +175,13 @@ def one_step(model: nn.Module, optimizers: list[torch.optim.Optimizer], batches:
     return total
 
 
-def save(
-    path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], step: int, spent: float
-) -> None:
-    state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step, "spent": spent}
+def save(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], step: int, spent: float) -> None:
+    state = {
+        "model": model.state_dict(),
+        "optimizers": [o.state_dict() for o in optimizers],
+        "step": step,
+        "spent": spent,
+    }
     torch.save(state, path.with_suffix(".partial"))
     path.with_suffix(".partial").replace(path)
 

@@ -57,7 +57,12 @@ class GPTNeoConfig:
             self.attention_types = [[["global", "local"], 12]]
         for name in ("vocab_size", "max_position_embeddings", "hidden_size", "num_heads", "window_size", "num_labels"):
             _check(_is_count(getattr(self, name)), name, getattr(self, name), "an integer of at least 1")
-        _check(self.num_layers == 0 or _is_count(self.num_layers), "num_layers", self.num_layers, "an integer of at least 0")
+        _check(
+            self.num_layers == 0 or _is_count(self.num_layers),
+            "num_layers",
+            self.num_layers,
+            "an integer of at least 0",
+        )
         self._check_shapes()
 
     def _check_shapes(self) -> None:
@@ -67,9 +72,7 @@ class GPTNeoConfig:
                 f"attention_types describes {len(layers)} layers ({self.attention_types}), but num_layers is "
                 f"{self.num_layers}: they must agree"
             )
-        _check(
-            self.hidden_size % self.num_heads == 0, "num_heads", self.num_heads, f"a divisor of {self.hidden_size=}"
-        )
+        _check(self.hidden_size % self.num_heads == 0, "num_heads", self.num_heads, f"a divisor of {self.hidden_size=}")
         _check(
             self.intermediate_size is None or _is_count(self.intermediate_size),
             "intermediate_size",
@@ -177,7 +180,8 @@ def _expand(attention_types: Any) -> list[str]:
             layers.extend(list(kinds) * count)
     except (TypeError, ValueError):
         raise ConfigError(
-            f'attention_types is {attention_types!r}; legal is a list of [[types], count], like [[["global", "local"], 12]]'
+            f"attention_types is {attention_types!r}; legal is a list of [[types], count], "
+            'like [[["global", "local"], 12]]'
         ) from None
     unknown = sorted({str(kind) for kind in layers if kind not in ATTENTION_TYPES})
     if unknown:

@@ -182,7 +182,13 @@ def generate_text(
     ids = tokenizer.encode(prompt) or [tokenizer.bos_token_id]
     sampling = sampling or Sampling(eos_token_ids=eos_ids(model))
     pieces: list[str] = []
-    out = TextStream(tokenizer, lambda text: (pieces.append(text), on_text(text) if on_text else None))
+
+    def write(text: str) -> None:
+        pieces.append(text)
+        if on_text is not None:
+            on_text(text)
+
+    out = TextStream(tokenizer, write)
     for chosen in stream(model, torch.tensor([ids]), max_new_tokens=max_new_tokens, sampling=sampling):
         token = int(chosen[0])
         if token in sampling.eos_token_ids:

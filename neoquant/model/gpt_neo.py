@@ -88,18 +88,18 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(C, C, bias=False)
         self.q_proj = nn.Linear(C, C, bias=False)
         self.out_proj = nn.Linear(C, C, bias=True)
-        self.resid_dropout = nn.Dropout(config.resid_dropout)
+        self.resid_dropout = config.resid_dropout
 
     def forward(self, x: Tensor, masks: AttentionMasks, cache: KVCache | None) -> Tensor:
         query, key, value = (self._split(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if cache is not None:
             key, value = cache.update(self.layer, key, value)
         y = self.attend(query, key, value, masks)  # [B, H, T, D]
-        y = y.transpose(1, 2).flatten(2)  # [B, T, C]
-        return self.resid_dropout(self.out_proj(y))
+        y = self.out_proj(y.transpose(1, 2).flatten(2))  # [B, T, C]
+        return F.dropout(y, self.resid_dropout, self.training)
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, T, C] -> [B, H, T, D]
+        return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)  # [B, T, C] -> [B, H, T, D]
 
     def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, masks: AttentionMasks) -> Tensor:
         # scale=1.0: GPT-Neo does not scale. Every backend accumulates the scores of half-precision inputs in float32.
@@ -158,9 +158,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, masks: AttentionMasks, cache: KVCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), masks, cache)
-        x = x + self.mlp(self.ln_2(x))
-        return x
+        attended: Tensor = self.attn(self.ln_1(x), masks, cache)
+        x = x + attended
+        thought: Tensor = self.mlp(self.ln_2(x))
+        return x + thought
 
 
 class GPTNeoModel(PreTrainedModel):

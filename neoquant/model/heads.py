@@ -53,7 +53,7 @@ class GPTNeoForSequenceClassification(PreTrainedModel):
         pad = self.config.pad_token_id
         if pad is None and B > 1:
             raise RequestError(
-                f"a batch of {B} needs pad_token_id in the configuration, which has none: set it, or give one row at a time"
+                f"a batch of {B} needs pad_token_id in the configuration, which has none: set it, or give single rows"
             )
         if pad is None or input_ids is None:
             return torch.full((B,), T - 1, device=scores.device)

@@ -1,4 +1,4 @@
-"""What a forward pass returns: transformers' field names, indexable like its outputs (`out.logits`, `out["logits"]`, `out[0]`)."""
+"""What a forward pass returns: transformers' names, reached like its own: `out.logits`, `out["logits"]`, `out[0]`."""
 
 from __future__ import annotations
 

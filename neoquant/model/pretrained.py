@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,29 @@ from neoquant.model.config import GPTNeoConfig
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
 
 
-class PreTrainedModel(nn.Module):
-    """A GPT-Neo with one of its heads.
+@dataclass(frozen=True)
+class LoadReport:
+    """What a checkpoint and the model that was loaded from it did not have in common.
 
-    `head_prefixes` names the modules outside `transformer`, and `tied_weights` maps a tensor's name to the name of
-    the one it shares storage with.
+    fresh        of the model's head, not in the checkpoint: drawn at random
+    unexpected   in the checkpoint, not in the model: not used
+    dropped      old mask buffers and second names of a tensor, left out by name
+    """
+
+    fresh: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+
+class PreTrainedModel(nn.Module):
+    """A GPT-Neo with one of its heads, or none.
+
+    `base_model_prefix` is where the network stands in it ("" for the bare network), `load_report` what was found
+    when it was loaded from a checkpoint.
     """
 
     config: GPTNeoConfig
+    load_report = LoadReport()
     base_model_prefix = "transformer"
 
     def __init__(self, config: GPTNeoConfig, attn_implementation: str = "sdpa") -> None:
@@ -98,7 +114,7 @@ class PreTrainedModel(nn.Module):
         )
 
     def save_pretrained(self, folder: str | Path, *, force: bool = False) -> None:
-        """Write `config.json` and `model.safetensors` that transformers and neoquant read; `force` replaces a folder."""
+        """Write a folder that transformers and neoquant read; `force` replaces one that is there."""
         from neoquant.loading import save_model
 
         save_model(self, folder, force=force)

@@ -19,6 +19,17 @@ from neoquant.model.heads import (
     GPTNeoForTokenClassification,
 )
 
+SMALL: dict[str, Any] = {
+    "vocab_size": 31,
+    "max_position_embeddings": 16,
+    "hidden_size": 12,
+    "num_heads": 3,
+    "num_layers": 2,
+    "window_size": 4,
+    "attention_types": [[["global", "local"], 1]],
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 CLASSES = (
     GPTNeoModel,
     GPTNeoForCausalLM,
@@ -137,8 +148,7 @@ def test_cached_decoding_of_a_padded_batch(values: dict[str, Any], seed: int, le
 
 @pytest.mark.parametrize("cls", CLASSES[1:])
 def test_losses_equal_transformers(cls: type) -> None:
-    values = dict(vocab_size=31, max_position_embeddings=16, hidden_size=12, num_heads=3, num_layers=2, window_size=4)
-    values |= dict(attention_types=[[["global", "local"], 1]], pad_token_id=1, num_labels=3, bos_token_id=0, eos_token_id=0)
+    values = SMALL | {"pad_token_id": 1, "num_labels": 3}
     theirs, ours = pair(values, cls, "sdpa", 0)
     ids, _ = batch(values, 3, 9, 0)
     labels: dict[str, torch.Tensor]
@@ -156,9 +166,7 @@ def test_losses_equal_transformers(cls: type) -> None:
     [(1, torch.tensor([0.5, -1.0])), (3, torch.tensor([[1.0, 0, 1], [0, 0, 1]])), (3, torch.tensor([2, 0]))],
 )
 def test_problem_types_are_guessed_as_transformers_does(num_labels: int, labels: torch.Tensor) -> None:
-    values = dict(vocab_size=31, max_position_embeddings=16, hidden_size=12, num_heads=3, num_layers=2, window_size=4)
-    values |= dict(attention_types=[[["global", "local"], 1]], pad_token_id=1, num_labels=num_labels)
-    values |= dict(bos_token_id=0, eos_token_id=0)
+    values = SMALL | {"pad_token_id": 1, "num_labels": num_labels}
     theirs, ours = pair(values, GPTNeoForSequenceClassification, "sdpa", 1)
     ids, _ = batch(values, 2, 5, 1)
     with warnings.catch_warnings():
@@ -167,9 +175,7 @@ def test_problem_types_are_guessed_as_transformers_does(num_labels: int, labels:
 
 
 def test_hidden_states_and_kept_logits_equal_transformers() -> None:
-    values = dict(vocab_size=31, max_position_embeddings=16, hidden_size=12, num_heads=3, num_layers=2, window_size=4)
-    values |= dict(attention_types=[[["global", "local"], 1]], bos_token_id=0, eos_token_id=0)
-    theirs, ours = pair(values, GPTNeoForCausalLM, "sdpa", 2)
+    theirs, ours = pair(SMALL, GPTNeoForCausalLM, "sdpa", 2)
     ids = torch.randint(0, 31, (2, 7))
     kwargs = {"output_hidden_states": True, "token_type_ids": ids % 2, "logits_to_keep": 3}
     expected, got = theirs(ids, **kwargs), ours(ids, **kwargs)

@@ -1,0 +1,104 @@
+"""Quantize GPT-Neo, save it where others can read it, and know what it cost.
+
+    import neoquant
+
+    model, tokenizer = neoquant.load("gpt-neo-1.3B-nf4")
+
+Names are imported when they are first used, so that `import neoquant` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from neoquant.errors import (
+    CheckpointError,
+    ConfigError,
+    ContextError,
+    DataError,
+    FormatError,
+    HubError,
+    NeoquantError,
+    OutputError,
+    RecipeError,
+    RequestError,
+)
+
+if TYPE_CHECKING:
+    from neoquant.evaluate import compare, evaluate
+    from neoquant.loading import LoadWarning, load, load_tokenizer
+    from neoquant.model.config import GPTNeoConfig
+    from neoquant.model.generate import generate_text
+    from neoquant.model.gpt_neo import GPTNeoForCausalLM, GPTNeoModel
+    from neoquant.model.heads import (
+        GPTNeoForQuestionAnswering,
+        GPTNeoForSequenceClassification,
+        GPTNeoForTokenClassification,
+    )
+    from neoquant.model.tokenizer import Tokenizer
+    from neoquant.pipeline import plan, quantize
+    from neoquant.recipe import Recipe
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "GPTNeoConfig": "neoquant.model.config",
+    "GPTNeoForCausalLM": "neoquant.model.gpt_neo",
+    "GPTNeoForQuestionAnswering": "neoquant.model.heads",
+    "GPTNeoForSequenceClassification": "neoquant.model.heads",
+    "GPTNeoForTokenClassification": "neoquant.model.heads",
+    "GPTNeoModel": "neoquant.model.gpt_neo",
+    "LoadWarning": "neoquant.loading",
+    "Recipe": "neoquant.recipe",
+    "Tokenizer": "neoquant.model.tokenizer",
+    "compare": "neoquant.evaluate",
+    "evaluate": "neoquant.evaluate",
+    "generate_text": "neoquant.model.generate",
+    "load": "neoquant.loading",
+    "load_tokenizer": "neoquant.loading",
+    "plan": "neoquant.pipeline",
+    "quantize": "neoquant.pipeline",
+}
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "ContextError",
+    "DataError",
+    "FormatError",
+    "GPTNeoConfig",
+    "GPTNeoForCausalLM",
+    "GPTNeoForQuestionAnswering",
+    "GPTNeoForSequenceClassification",
+    "GPTNeoForTokenClassification",
+    "GPTNeoModel",
+    "HubError",
+    "LoadWarning",
+    "NeoquantError",
+    "OutputError",
+    "Recipe",
+    "RecipeError",
+    "RequestError",
+    "Tokenizer",
+    "__version__",
+    "compare",
+    "evaluate",
+    "generate_text",
+    "load",
+    "load_tokenizer",
+    "plan",
+    "quantize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'neoquant' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

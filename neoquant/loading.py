@@ -1,0 +1,309 @@
+"""From a checkpoint to something that runs, and back: plain or quantized, by folder or by name."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from neoquant import formats
+from neoquant.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
+from neoquant.demo import MODEL
+from neoquant.errors import CheckpointError, RequestError, locate
+from neoquant.formats import Format
+from neoquant.layer import QuantLinear
+from neoquant.model.config import GPTNeoConfig
+from neoquant.model.gpt_neo import GPTNeoForCausalLM
+from neoquant.model.pretrained import LoadReport, PreTrainedModel
+from neoquant.model.tokenizer import Tokenizer
+from neoquant.progress import SILENT, Progress
+
+ModelT = TypeVar("ModelT", bound=PreTrainedModel)
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+BASE = "transformer."
+
+
+class LoadWarning(UserWarning):
+    """A checkpoint and a model class do not hold the same tensors, in a way that can be lived with."""
+
+
+def load(
+    source: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | int | None = None,
+    attn_implementation: str = "sdpa",
+    progress: Progress = SILENT,
+) -> tuple[GPTNeoForCausalLM, Tokenizer]:
+    """A language model and its tokenizer, from a folder or by id on the hub; None is the bundled model.
+
+    Arguments and errors are `load_model`'s.
+    """
+    source = MODEL if source is None else source
+    with open_checkpoint(source, revision=revision, progress=progress) as checkpoint:
+        tokenizer = Tokenizer.from_folder(_folder(checkpoint))
+        model = read_model(
+            checkpoint,
+            GPTNeoForCausalLM,
+            dtype=dtype,
+            device=device,
+            attn_implementation=attn_implementation,
+            progress=progress,
+        )
+    return model, tokenizer
+
+
+def load_tokenizer(source: str | Path | None = None, *, revision: str | None = None) -> Tokenizer:
+    """The tokenizer of a folder or hub id. Raises CheckpointError where there is none."""
+    with open_checkpoint(MODEL if source is None else source, revision=revision) as checkpoint:
+        return Tokenizer.from_folder(_folder(checkpoint))
+
+
+def load_model(
+    source: str | Path,
+    cls: type[ModelT],
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: object = None,
+    attn_implementation: str = "sdpa",
+    progress: Progress = SILENT,
+) -> ModelT:
+    """A model of class `cls`, in evaluation mode.
+
+    Args:
+        source: a folder, or an id on the hub at `revision`.
+        dtype: what activations are computed in and plain weights are held in: a torch type, its name, "auto" (the
+            checkpoint's own), or None: float32 on a CPU, float16 on a GPU. Quantized weights stay as they are stored.
+        device: "cpu", "cuda", "cuda:1", 1, a torch device, "auto" (a GPU if there is one) or None (the same).
+        attn_implementation: "sdpa" or "eager".
+        progress: told of every tensor.
+
+    Raises:
+        CheckpointError: files are missing or damaged, tensors are missing or have other shapes.
+        FormatError: the weights are quantized in a way that neoquant does not read.
+        HubError: the hub cannot be reached or does not have it.
+        RequestError: an illegal dtype, device or attention.
+
+    Warns:
+        LoadWarning: tensors that the model has no place for, and heads that the checkpoint has no weights for.
+    """
+    with open_checkpoint(source, revision=revision, progress=progress) as checkpoint:
+        return read_model(
+            checkpoint, cls, dtype=dtype, device=device, attn_implementation=attn_implementation, progress=progress
+        )
+
+
+def read_model(
+    checkpoint: Checkpoint,
+    cls: type[ModelT],
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: object = None,
+    attn_implementation: str = "sdpa",
+    progress: Progress = SILENT,
+) -> ModelT:
+    """`load_model` on a checkpoint that is open."""
+    with locate(f"{checkpoint.source}/config.json"):
+        config = GPTNeoConfig.from_dict(checkpoint.config)
+    target = resolve_device(device)
+    kind = resolve_dtype(dtype, config, target)
+    with torch.device("meta"):
+        model = cls(config, attn_implementation)
+    with locate(str(checkpoint.source)):
+        format = formats.detect(checkpoint.config, checkpoint.headers)
+        _Filling(checkpoint, model, format, kind, target).run(progress)
+    return model.eval()
+
+
+class _Filling:
+    """Puts a checkpoint's tensors into an empty model, one at a time."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        model: PreTrainedModel,
+        format: Format | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.checkpoint, self.model, self.format = checkpoint, model, format
+        self.dtype, self.device = dtype, device
+        self.layers = format.quantized(checkpoint.headers) if format else {}
+        spelled = {layer + suffix for layer, suffixes in self.layers.items() for suffix in suffixes}
+        self.plain = [name for name in checkpoint.headers if name not in spelled]
+
+    def run(self, progress: Progress) -> None:
+        stored_base = _has_base_prefix(self.checkpoint.headers)
+        slots = dict(self.model.named_parameters(remove_duplicate=False))
+        tied = self.model.tied_weights()
+        plain = {self._here(name, stored_base): name for name in self.plain}
+        layers = {self._here(name, stored_base): name for name in self.layers}
+        available = plain.keys() | {f"{layer}.weight" for layer in layers}
+        missing = [name for name in slots if name not in available and name not in tied]
+        unexpected = [name for name in available if name not in slots]
+        self._refuse_missing(missing)
+        with progress.task("loading", total=len(slots)) as advance:
+            for name, parameter in slots.items():
+                if name in tied or name in missing:
+                    continue
+                layer = name.removesuffix(".weight")
+                if layer in layers and name.endswith(".weight"):
+                    self._put_quantized(layer, layers[layer])
+                else:
+                    self._put_plain(name, plain[name], parameter)
+                advance(1)
+        for name, source in tied.items():
+            _set_parameter(self.model, name, self.model.get_parameter(source))
+        self._draw(missing)
+        self._report(missing, [name for name in unexpected if name not in tied])
+
+    def _here(self, name: str, stored_base: bool) -> str:
+        """A stored name as this model calls it: a bare GPTNeoModel's tensors have no `transformer.` before them."""
+        wanted_base = bool(self.model.base_model_prefix)
+        if stored_base and not wanted_base:
+            return name.removeprefix(BASE)
+        if wanted_base and not stored_base:
+            return BASE + name
+        return name
+
+    def _refuse_missing(self, missing: list[str]) -> None:
+        """Only the small heads for other tasks may be drawn anew; without the network itself there is no model."""
+        fatal = [name for name in missing if name.startswith((BASE, "lm_head.")) or not self.model.base_model_prefix]
+        if fatal:
+            shown = ", ".join(fatal[:5]) + (f" and {len(fatal) - 5} more" if len(fatal) > 5 else "")
+            raise CheckpointError(f"lacks {len(fatal)} of the model's tensors: {shown}")
+
+    def _put_plain(self, name: str, stored: str, slot: Tensor) -> None:
+        header = self.checkpoint.headers[stored]
+        if header.shape != tuple(slot.shape):
+            raise CheckpointError(f"tensor {stored!r} is {list(header.shape)}, but config.json says {list(slot.shape)}")
+        if not header.dtype.is_floating_point:
+            raise CheckpointError(f"tensor {stored!r} is {header.dtype}, a weight is floating-point")
+        tensor = self.checkpoint.read(stored).to(device=self.device, dtype=self.dtype)
+        _set_parameter(self.model, name, nn.Parameter(tensor))
+
+    def _put_quantized(self, layer: str, stored: str) -> None:
+        linear = self.model.get_submodule(layer)
+        if not isinstance(linear, nn.Linear) or self.format is None:
+            raise CheckpointError(f"{stored} is quantized, but only linear layers can be")
+        with locate(stored):
+            tensors = {suffix: self.checkpoint.read(stored + suffix) for suffix in self.layers[stored]}
+            q = self.format.decode(tensors, (linear.out_features, linear.in_features), self.dtype)
+            bias = None
+            if linear.bias is not None:
+                if f"{stored}.bias" not in self.checkpoint.headers:
+                    raise CheckpointError("lacks its bias")
+                bias = self.checkpoint.read(f"{stored}.bias").to(self.dtype)
+                if bias.shape != linear.bias.shape:
+                    raise CheckpointError(f"its bias is {list(bias.shape)}, config.json says {list(linear.bias.shape)}")
+            self.model.set_submodule(layer, QuantLinear(q.to(self.device), _moved(bias, self.device)))
+
+    def _draw(self, names: list[str]) -> None:
+        for name in names:
+            slot = self.model.get_parameter(name)
+            drawn = torch.empty(slot.shape, dtype=self.dtype, device=self.device)
+            std = 0.0 if name.endswith(".bias") else self.model.config.initializer_range
+            _set_parameter(self.model, name, nn.Parameter(nn.init.normal_(drawn, 0.0, std)))
+
+    def _report(self, fresh: list[str], unexpected: list[str]) -> None:
+        report = LoadReport(tuple(fresh), tuple(sorted(unexpected)), self.checkpoint.dropped)
+        self.model.load_report = report
+        source = self.checkpoint.source
+        if report.fresh:
+            warnings.warn(
+                f"{source} has no weights for {', '.join(report.fresh)}: drawn at random, to be trained",
+                LoadWarning,
+                stacklevel=2,
+            )
+        if report.unexpected:
+            warnings.warn(
+                f"{source} also holds {', '.join(report.unexpected)}, which {type(self.model).__name__} does not use",
+                LoadWarning,
+                stacklevel=2,
+            )
+
+
+def save_model(model: PreTrainedModel, folder: str | Path, *, force: bool = False) -> None:
+    """Write a model's configuration and weights as a folder that transformers and neoquant read.
+
+    Quantized layers are written in the format that holds them all, without rounding again. Raises OutputError where
+    the folder exists already (and is not replaced by `force`), and leaves nothing half-written.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    format = formats.choose({name: (layer.grid, layer.shape) for name, layer in layers.items()}) if layers else None
+    inside = {f"{name}.{buffer}" for name, layer in layers.items() for buffer in dict(layer.named_buffers())}
+    tied = model.tied_weights()
+    plain = {name: tensor for name, tensor in model.state_dict().items() if name not in tied and name not in inside}
+    config = model.config.to_dict() | {
+        "architectures": [type(model).__name__],
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    config.pop("quantization_config", None)
+    if format is not None:
+        kept = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        config["quantization_config"] = format.config({name: layer.grid for name, layer in layers.items()}, kept)
+    with CheckpointWriter(folder, tensors=len(plain) + 8 * len(layers), force=force) as sink:
+        for name, tensor in plain.items():
+            sink.put(name, tensor.detach().cpu())
+        for name, layer in layers.items():
+            if format is not None:
+                for suffix, tensor in format.encode(layer.quantized.to("cpu")).items():
+                    sink.put(name + suffix, tensor)
+        sink.finish(config, files={})
+
+
+def resolve_device(device: object) -> torch.device:
+    """A device from what a user may say. Raises RequestError for what is not one, or is not there."""
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if isinstance(device, Mapping):
+        places = set(device.values())
+        if len(places) != 1:
+            raise RequestError(f"device_map names {len(places)} devices; one device for the whole model is legal")
+        device = places.pop()
+    try:
+        found: torch.device = torch.device(f"cuda:{device}" if isinstance(device, int) else device)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError):
+        raise RequestError(f"device is {device!r}; legal are auto, cpu, cuda, cuda:N") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise RequestError(f"device is {str(found)!r}, but this machine has {torch.cuda.device_count()} CUDA devices")
+    if found.type not in ("cpu", "cuda"):
+        raise RequestError(f"device is {str(found)!r}; legal are auto, cpu, cuda, cuda:N")
+    return found
+
+
+def resolve_dtype(dtype: torch.dtype | str | None, config: GPTNeoConfig, device: torch.device) -> torch.dtype:
+    """A type from what a user may say. Raises RequestError for one that a model cannot compute in."""
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.float16
+    name = str(dtype).removeprefix("torch.")
+    if name == "auto":
+        name = (config.dtype or "float32").removeprefix("torch.")
+    if name not in DTYPES:
+        raise RequestError(f"dtype is {str(dtype)!r}; legal are auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _folder(checkpoint: Checkpoint) -> Path:
+    assert checkpoint.folder is not None, "opened with its files"
+    return checkpoint.folder
+
+
+def _has_base_prefix(names: Iterable[str]) -> bool:
+    return any(name.startswith(BASE) for name in names)
+
+
+def _set_parameter(model: nn.Module, name: str, value: nn.Parameter) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, value)
+
+
+def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
