@@ -126,6 +126,6 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"{key!r} appears twice")
+            raise ValueError(f"{key!r:.100} appears twice")
         found[key] = value
     return found

@@ -32,11 +32,11 @@ _WEIGHTS = (
 
 
 class RemoteHeaders(NamedTuple):
-    """What is known of a model on the hub without its weights; each tensor comes with the name of its file."""
+    """What is known of a model on the hub without its weights; each tensor comes with its file and place."""
 
     commit: str
     config: str
-    tensors: list[tuple[TensorHeader, str]]
+    tensors: list[tuple[TensorHeader, str, int]]
 
 
 def is_model_id(source: str) -> bool:
@@ -94,7 +94,7 @@ def fetch_headers(source: str, revision: str | None) -> RemoteHeaders | None:
                     raise CheckpointError(
                         f"{source}/{shard}: tensor {name!r} has the dtype {info.dtype!r}; known are {', '.join(DTYPES)}"
                     )
-                tensors.append((TensorHeader(name, DTYPES[info.dtype], tuple(info.shape)), shard))
+                tensors.append((TensorHeader(name, DTYPES[info.dtype], tuple(info.shape)), shard, info.data_offsets[0]))
     return RemoteHeaders(commit, config, tensors)
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, BinaryIO, NamedTuple
@@ -85,7 +85,6 @@ class Checkpoint:
         self.nbytes = sum(header.nbytes for header in self.headers.values())
         self._stored = kept
         self._open_files: dict[Path, BinaryIO] = {}
-        self._closing = ExitStack()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -96,8 +95,8 @@ class Checkpoint:
         self.close()
 
     def close(self) -> None:
-        self._open_files.clear()
-        self._closing.close()
+        while self._open_files:
+            self._open_files.popitem()[1].close()
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor, on the CPU, contiguous, in its stored type.
@@ -111,8 +110,10 @@ class Checkpoint:
         header, path, place = self._stored[name]
         if isinstance(place, torch.Tensor):
             return place.contiguous()
-        with locate(str(path)):
-            return _read_strided(self._file(path), header, place)
+        with _reading(path):
+            if path not in self._open_files:
+                self._open_files[path] = path.open("rb", buffering=0)
+            return _read_strided(self._open_files[path], header, place)
 
     def companions(self) -> list[Path]:
         """The files that travel with the weights: tokenizer, generation defaults, license."""
@@ -123,14 +124,6 @@ class Checkpoint:
         if self.folder is None:
             raise CheckpointError(f"only the headers of {self.source} were fetched, not its files")
         return self.folder
-
-    def _file(self, path: Path) -> BinaryIO:
-        if path not in self._open_files:
-            try:
-                self._open_files[path] = self._closing.enter_context(path.open("rb", buffering=0))
-            except OSError as error:
-                raise _unreadable(error) from error
-        return self._open_files[path]
 
 
 def open_checkpoint(
@@ -149,19 +142,21 @@ def open_checkpoint(
         HubError: the hub does not have it or cannot be reached.
         RequestError: a revision of a folder.
     """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    folder = Path(source)
+    with _reading(folder):
+        is_folder, exists = folder.is_dir(), folder.exists()
+    if is_folder:
         if revision is not None:
             raise RequestError(f"{source} is a folder, and only models on the hub have revisions (got {revision!r})")
         return _open_folder(str(source), folder, None)
-    if folder.exists():
+    if exists:
         raise CheckpointError(f"{source} is a file, expected a model folder (perhaps {folder.parent})")
     if not hub.is_model_id(str(source)):
-        raise CheckpointError(f"there is no folder {source}, and it cannot be a model on the hub (`user/name`)")
+        raise CheckpointError(f"there is no folder {str(source)!r}, and it cannot be a model on the hub (`user/name`)")
     if headers_only:
         remote = hub.fetch_headers(str(source), revision)
         if remote is not None:
-            stored = [Stored(header, Path(file), Span(0, ())) for header, file in remote.tensors]
+            stored = [Stored(header, Path(file), Span(begin, ())) for header, file, begin in remote.tensors]
             with locate(f"{source}/config.json"):
                 config = _parse_config(remote.config)
             return Checkpoint(str(source), remote.commit, None, config, stored)
@@ -171,13 +166,14 @@ def open_checkpoint(
 
 def _open_folder(source: str, folder: Path, revision: str | None) -> Checkpoint:
     config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise CheckpointError(f"{folder} holds no config.json, so it is not a model folder")
-    with locate(str(config_file)):
-        config = _parse_config(_read_text(config_file))
-    weights = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-    if weights is None:
-        raise CheckpointError(f"{folder} holds no weights, expected one of {', '.join(WEIGHT_FILES)}")
+    with _reading(folder):
+        if not config_file.is_file():
+            raise CheckpointError("holds no config.json, so it is not a model folder")
+        weights = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+        if weights is None:
+            raise CheckpointError(f"holds no weights, expected one of {', '.join(WEIGHT_FILES)}")
+    with _reading(config_file):
+        config = _parse_config(config_file.read_text(encoding="utf-8"))
     stored = _list_shards(weights) if weights.suffix == ".json" else _list_file(weights)
     return Checkpoint(source, revision, folder, config, stored)
 
@@ -196,8 +192,8 @@ def _parse_config(text: str) -> dict[str, Any]:
 
 def _list_shards(index_file: Path) -> list[Stored]:
     """List the tensors of every shard that an index names, in the order of the shards' names."""
-    with locate(str(index_file)):
-        shard_of = _parse_index(_read_text(index_file))
+    with _reading(index_file):
+        shard_of = _parse_index(index_file.read_text(encoding="utf-8"))
         shards = [index_file.parent / name for name in sorted(set(shard_of.values()))]
         for shard in shards:
             if not shard.is_file():
@@ -231,13 +227,10 @@ def _parse_index(text: str) -> dict[str, str]:
 
 
 def _list_file(path: Path) -> list[Stored]:
-    with locate(str(path)):
-        try:
-            if path.suffix == ".safetensors":
-                return [Stored(header, path, Span(begin, ())) for header, begin in _read_header(path)]
-            return [Stored(header, path, place) for header, place in torch_file.list_tensors(path)]
-        except OSError as error:
-            raise _unreadable(error) from error
+    with _reading(path):
+        if path.suffix == ".safetensors":
+            return [Stored(header, path, Span(begin, ())) for header, begin in _read_header(path)]
+        return [Stored(header, path, place) for header, place in torch_file.list_tensors(path)]
 
 
 def _read_header(path: Path) -> list[tuple[TensorHeader, int]]:
@@ -264,15 +257,12 @@ def _read_strided(file: BinaryIO, header: TensorHeader, span: Span) -> torch.Ten
         elements = 1 + sum((n - 1) * step for n, step in zip(header.shape, span.stride, strict=True))
     buffer = torch.empty(elements * header.dtype.itemsize, dtype=torch.uint8)
     view = buffer.numpy().data
-    try:
-        file.seek(span.begin)
-        while view:
-            count = file.readinto(view)  # type: ignore[attr-defined]  # an unbuffered file; one call reads 2 GiB at most
-            if not count:
-                raise CheckpointError(f"ends {len(view)} bytes before the end of tensor {header.name!r}")
-            view = view[count:]
-    except OSError as error:
-        raise _unreadable(error) from error
+    file.seek(span.begin)
+    while view:
+        count = file.readinto(view)  # type: ignore[attr-defined]  # an unbuffered file; one call reads 2 GiB at most
+        if not count:
+            raise CheckpointError(f"ends {len(view)} bytes before the end of tensor {header.name!r}")
+        view = view[count:]
     tensor = buffer.view(header.dtype)
     if span.stride:
         return tensor.as_strided(header.shape, span.stride).contiguous()
@@ -288,8 +278,7 @@ def _drop_buffers_and_aliases(stored: Iterable[Stored]) -> tuple[dict[str, Store
         header, file, place = entry
         where = (place.data_ptr(), place.stride()) if isinstance(place, torch.Tensor) else place
         identity = (file, header.dtype, header.shape, where)
-        # Only torch.save stores a tensor under two names; in safetensors, tensors without elements share their place.
-        alias = file.suffix != ".safetensors" and header.numel > 0 and identity in places
+        alias = header.numel > 0 and identity in places  # tensors without elements may share a place by chance
         if alias or _MASK_BUFFER.fullmatch(header.name):
             dropped.append(header.name)
         else:
@@ -298,12 +287,11 @@ def _drop_buffers_and_aliases(stored: Iterable[Stored]) -> tuple[dict[str, Store
     return kept, dropped
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise _unreadable(error) from error
-
-
-def _unreadable(error: Exception) -> CheckpointError:
-    return CheckpointError(f"cannot be read ({getattr(error, 'strerror', None) or error})")
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Put the path in front of every error, and turn the system's errors into ours."""
+    with locate(str(path)):
+        try:
+            yield
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"cannot be read ({getattr(error, 'strerror', None) or error})") from error

@@ -7,7 +7,9 @@ compressed or big-endian members, must be loaded whole.
 
 from __future__ import annotations
 
+import pickle
 import zipfile
+from bisect import bisect_right
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -34,11 +36,11 @@ def list_tensors(path: Path) -> list[tuple[TensorHeader, Span | torch.Tensor]]:
     Raises:
         CheckpointError: not a file of torch.save, damaged, or its pickle wants more than tensors.
     """
-    if _is_plain_zip(path):
+    members = _plain_members(path)
+    if members is not None:
         tensors = _load(path, device="meta")
-        spans = {name: _span(tensor) for name, tensor in tensors.items()}
-        if all(span is not None for span in spans.values()):
-            return [(_header(name, tensor), spans[name]) for name, tensor in tensors.items()]  # type: ignore[misc]
+        if all(_place(tensor) is not None for tensor in tensors.values()):
+            return [(_header(name, tensor), _span(name, tensor, members)) for name, tensor in tensors.items()]
     return [(_header(name, tensor), tensor) for name, tensor in _load(path, device="cpu").items()]
 
 
@@ -46,23 +48,33 @@ def _header(name: str, tensor: torch.Tensor) -> TensorHeader:
     return TensorHeader(name, tensor.dtype, tuple(tensor.shape))
 
 
-def _span(tensor: torch.Tensor) -> Span | None:
-    """torch notes the place in the file on the storages it leaves out (`torch.load` to "meta", since 2.7)."""
-    place: int | None = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-    return None if place is None else Span(place + int(tensor.storage_offset()) * tensor.itemsize, tensor.stride())
+def _place(tensor: torch.Tensor) -> int | None:
+    """Where its storage begins in the file: torch notes that on storages it leaves out, since 2.7."""
+    return getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
 
 
-def _is_plain_zip(path: Path) -> bool:
-    """Whether every member is stored as it is, in this machine's byte order."""
+def _span(name: str, tensor: torch.Tensor, members: list[zipfile.ZipInfo]) -> Span:
+    """Locate a tensor, and hold what the pickle says of its storage against what the zip says."""
+    place, size = _place(tensor) or 0, tensor.untyped_storage().nbytes()
+    if size > 0:
+        following = bisect_right(members, place, key=lambda member: member.header_offset)
+        if following == 0 or members[following - 1].file_size != size or tensor.nbytes > size:
+            raise CheckpointError(f"tensor {name!r} does not fit the bytes stored for it; the file is damaged")
+    return Span(place + int(tensor.storage_offset()) * tensor.itemsize, tensor.stride())
+
+
+def _plain_members(path: Path) -> list[zipfile.ZipInfo] | None:
+    """The members of a zip in file order; None where bytes are not stored as they are, in this machine's order."""
     if not zipfile.is_zipfile(path):
-        return False
+        return None
     try:
         with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
+            members = sorted(archive.infolist(), key=lambda member: member.header_offset)
             orders = [archive.read(member) for member in members if member.filename.endswith("/byteorder")]
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:  # damaged, unknown compression, encrypted
         raise CheckpointError(f"the file is damaged ({error})") from None
-    return all(member.compress_type == zipfile.ZIP_STORED for member in members) and orders in ([], [b"little"])
+    plain = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+    return members if plain and orders in ([], [b"little"]) else None
 
 
 def _load(path: Path, device: str) -> Mapping[str, torch.Tensor]:
@@ -72,12 +84,16 @@ def _load(path: Path, device: str) -> Mapping[str, torch.Tensor]:
         raise
     except Exception as error:  # a damaged pickle can raise anything: unpickling is running a small program
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error):
             raise CheckpointError(
                 "the pickle holds more than tensors, and running it could do anything, so it is not loaded; "
                 "convert the model to safetensors where you trust it"
             ) from error
         raise CheckpointError(f"the file is damaged or was not written by torch.save ({reason})") from error
-    if not isinstance(tensors, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise CheckpointError("the file holds something else than a mapping of names to tensors")
+    if not isinstance(tensors, Mapping) or not all(_is_entry(*entry) for entry in tensors.items()):
+        raise CheckpointError("the file holds something else than a mapping of names to dense tensors")
     return tensors
+
+
+def _is_entry(name: object, tensor: object) -> bool:
+    return isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided

@@ -56,7 +56,7 @@ class CheckpointWriter:
     """
 
     def __init__(self, out: str | Path, *, tensors: int, force: bool = False, shard_size: int = SHARD_SIZE) -> None:
-        self.out = Path(out).expanduser().resolve()
+        self.out = Path(out).resolve()
         self.shard_size = shard_size
         self._force = force
         self._reserve = header_reserve(tensors)
@@ -181,7 +181,7 @@ def expected_size(headers: Iterable[TensorHeader], shard_size: int = SHARD_SIZE)
 
 def free_bytes(path: str | Path) -> int:
     """Bytes free to this user on the disk where `path` is, or would be."""
-    path = Path(path).expanduser().resolve()
+    path = Path(path).resolve()
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
