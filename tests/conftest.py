@@ -1,12 +1,13 @@
-"""What every test may ask for: a tiny random model folder, the bundled model, and real data where it is."""
+"""What every test may ask for: tiny random models, the command line, real data where it is."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -112,6 +113,59 @@ def make_model(tmp_path: Path) -> Callable[..., Path]:
         return write_tiny_model(tmp_path / name, **changes)
 
     return make
+
+
+class Result(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line that a failed command must print, and nothing but it."""
+        lines = self.err.strip().splitlines()
+        assert self.code != 0 and len(lines) == 1 and not self.out, self
+        return lines[0]
+
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cli:
+    """`cli("info", folder, stdin="...")`: run one command line in an empty working directory, in this process.
+
+    Starting Python and torch anew costs seconds each time.
+    """
+    workplace = tmp_path / "here"
+    workplace.mkdir()
+    monkeypatch.chdir(workplace)
+
+    def run(*words: object, stdin: str = "") -> Result:
+        from neoquant.cli import main
+
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """Three short documents in the Pile's form, two subsets."""
+    path = tmp_path / "texts.jsonl"
+    documents = [
+        ("Github", "def f(x):\n    return x + 1\n"),
+        ("ArXiv", "We prove a theorem."),
+        ("ArXiv", "Größe: π ≈ 3"),
+    ]
+    lines = [json.dumps({"text": text, "meta": {"pile_set_name": subset}}) for subset, text in documents]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="session")

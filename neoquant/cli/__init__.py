@@ -5,16 +5,19 @@ Nothing heavy is imported before a verb runs, so that `neoquant --help` answers 
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 
+import neoquant
 from neoquant.cli import compare, eval, generate, info, plan, quantize
 from neoquant.cli.options import Debug, Quiet
 from neoquant.cli.terminal import Terminal
@@ -27,7 +30,6 @@ TERMINATED = 143  # ... and by SIGTERM
 app = typer.Typer(
     name="neoquant",
     add_completion=False,
-    no_args_is_help=True,
     rich_markup_mode=None,  # plain help: half the time, and it can be searched, piped and read aloud
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -44,9 +46,7 @@ for name, verb, purpose in (
 
 def _print_version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
-
-        typer.echo(f"neoquant {version('neoquant')}")
+        typer.echo(f"neoquant {neoquant.__version__}")
         raise typer.Exit()
 
 
@@ -76,10 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code. Results go to stdout, everything else to stderr."""
     terminal = Terminal()
     command = typer.main.get_command(app)
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        with command.make_context(
-            "neoquant", list(sys.argv[1:] if arguments is None else arguments), obj=terminal
-        ) as ctx:
+        with _our_warnings_only(terminal), command.make_context("neoquant", words, obj=terminal) as ctx:
             command.invoke(ctx)
         sys.stdout.flush()
     except typer.Exit as exit:
@@ -100,6 +99,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+@contextmanager
+def _our_warnings_only(terminal: Terminal) -> Iterator[None]:
+    """Warnings of neoquant's own become notes; those that libraries address to developers are dropped."""
+
+    def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
+        if category.__module__.startswith("neoquant"):
+            terminal.note(f"note: {message}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = show
+        yield
+
+
 def explain(error: Exception) -> tuple[str, int]:
     """What to say about an error, in one line, and the exit code: 1 is ours, 2 the request's."""
     if isinstance(error, NeoquantError):
@@ -114,6 +127,8 @@ def explain(error: Exception) -> tuple[str, int]:
 def _usage_message(error: Any) -> str:
     """Typer's sentence about an unknown or malformed option, and where the known ones are listed."""
     message = str(error.format_message()).rstrip(".")
+    if hasattr(error.__cause__, "errors"):  # pydantic converts the values for typer, and knows what was given
+        message += f", got {error.__cause__.errors()[0]['input']!r}"
     ctx = getattr(error, "ctx", None)
     help = f" (see {ctx.command_path} --help)" if ctx is not None else ""
     return f"{message[:1].lower()}{message[1:]}{help}"
@@ -124,7 +139,6 @@ def run() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")  # what libraries tell developers is not for users
+    logging.getLogger().addHandler(logging.NullHandler())  # what libraries tell developers is not for users
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # unwinds, so that partial results are removed
     sys.exit(main())

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from neoquant import __version__
+
 Fact = tuple[str, str]
 
 LIBRARIES = ("torch", "bitsandbytes", "safetensors", "tokenizers", "huggingface-hub", "datasets", "transformers")
@@ -22,7 +24,7 @@ def facts() -> Iterator[Fact]:
     """(label, text) pairs, top to bottom."""
     import torch
 
-    yield "neoquant", f"{installed('neoquant')}, Python {platform.python_version()}, {platform.platform(terse=True)}"
+    yield "neoquant", f"{__version__}, Python {platform.python_version()}, {platform.platform(terse=True)}"
     yield "libraries", ", ".join(f"{name} {installed(name)}" for name in LIBRARIES)
     model, features = _cpu()
     yield "cpu", f"{model}, {os.cpu_count()} cores, torch runs {torch.get_num_threads()} threads"

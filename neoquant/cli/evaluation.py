@@ -50,5 +50,7 @@ def load_contestant(
 
     source = find_model(model, terminal, verb)
     info = model_info(source, revision, short_name(model))
-    network, tokenizer = loading.load(source, revision=info.revision, device=device, dtype=dtype)
+    network, tokenizer = loading.load(
+        source, revision=info.revision, device=device, dtype=dtype, progress=terminal.progress
+    )
     return Contestant(network, info), tokenizer

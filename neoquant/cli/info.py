@@ -9,7 +9,7 @@ import typer
 
 from neoquant.cli import options
 from neoquant.cli.models import find_model
-from neoquant.cli.output import megabytes
+from neoquant.cli.output import size_text
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import RequestError
 
@@ -72,7 +72,7 @@ def _facts(checkpoint: Checkpoint, found: Description) -> Iterator[tuple[str, st
         ),
     )
     yield "parameters", f"{found.parameters:,}"
-    yield "size", f"{megabytes(found.bytes)} in {len(checkpoint.headers)} tensors"
+    yield "size", f"{size_text(found.bytes)} in {len(checkpoint.headers)} tensors"
     yield (
         "bits",
         (

@@ -37,6 +37,11 @@ def short_name(model: str | None) -> str:
     return Path(model).resolve().name if Path(model).exists() else model.rpartition("/")[2]
 
 
+def suite_for(model: str | None) -> str:
+    """The suite to propose for a model: the bundled one knows little but Python."""
+    return "demo" if model in (None, BUNDLED) else "pile-core"
+
+
 def choose_recipe(
     *,
     bits: int | None,
@@ -81,4 +86,4 @@ def _complete(bits: int | None, type: str | None) -> tuple[int, str]:
     for pair in ((4, "nf4"), *sorted(legal_pairs())):
         if bits in (None, pair[0]) and type in (None, pair[1]):
             return pair
-    return bits or 4, type or "nf4"
+    return 4 if bits is None else bits, type or "nf4"

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from neoquant.grids import Grid
 
 
-def megabytes(size: float) -> str:
+def size_text(size: float) -> str:
     """`838.1 MB`: decimal, as hubs and disks count."""
-    return f"{size / 1e6:,.1f} MB"
+    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} KB"
 
 
 def grid_label(grid: Grid) -> str:

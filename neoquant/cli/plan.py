@@ -11,7 +11,7 @@ import typer
 
 from neoquant.cli import options
 from neoquant.cli.models import choose_recipe, find_model
-from neoquant.cli.output import check_writable, grid_label, megabytes, write_text
+from neoquant.cli.output import check_writable, grid_label, size_text, write_text
 from neoquant.cli.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -74,19 +74,23 @@ def show_plan(plan: Plan, terminal: Terminal) -> None:
     """Print a plan: the table of tensors, then the totals and the notes."""
     at = f" at {plan.revision[:12]}" if plan.revision else ""
     terminal.show(f"{plan.source}{at}, recipe {plan.recipe.name}, format {plan.format.name}", plan_table(plan))
-    ratio = plan.source_bytes / plan.output_bytes
+    before, after = plan.source_bytes, plan.weights_bytes
     terminal.show_facts(
         [
-            ("size", f"{megabytes(plan.source_bytes)} -> {megabytes(plan.output_bytes)}, {ratio:.2f} times smaller"),
+            ("weights", f"{size_text(before)} -> {size_text(after)}, {before / after:.2f} times smaller"),
+            ("folder", size_text(plan.output_bytes)),
             (
                 "bits",
                 f"{plan.bits_per_weight_linears:.3f} per weight of the block linears, "
                 f"{plan.bits_per_weight_model:.3f} per parameter of the model",
             ),
-            ("memory", f"about {megabytes(plan.peak_memory_bytes)} at the peak"),
+            ("memory", f"about {size_text(plan.peak_memory_bytes)} at the peak"),
             *(("note", note) for note in plan.notes),
         ]
     )
+
+
+_ORDER = ("quantize", "keep", "copy", "drop")
 
 
 class _Group(NamedTuple):
@@ -104,7 +108,7 @@ def plan_table(plan: Plan) -> Table:
     from rich.table import Table
 
     groups: dict[_Group, list[PlanRow]] = {}
-    for row in plan.rows:
+    for row in sorted(plan.rows, key=lambda row: _ORDER.index(row.action)):
         groups.setdefault(_group(row), []).append(row)
     table = Table("tensors", box=None, pad_edge=False, header_style="bold")
     for column in ("count", "shape"):

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from neoquant.cli import options
-from neoquant.cli.models import BUNDLED, choose_recipe, find_model, short_name
-from neoquant.cli.output import megabytes
+from neoquant.cli.models import BUNDLED, choose_recipe, find_model, short_name, suite_for
+from neoquant.cli.output import size_text
 from neoquant.cli.plan import show_plan
 from neoquant.cli.terminal import Terminal
 
@@ -79,11 +79,11 @@ def quantize(
     for note in made.plan.notes:
         terminal.note(f"note: {note}")
     terminal.show(
-        f"{folder}: {megabytes(made.plan.source_bytes)} -> {megabytes(made.output_bytes)}, "
+        f"{folder}: {size_text(made.plan.source_bytes)} -> {size_text(made.plan.weights_bytes)}, "
         f"{made.plan.bits_per_weight_linears:.3f} bits per weight of the block linears, "
         f"{made.plan.bits_per_weight_model:.3f} of the whole model, format {made.plan.format.name}"
     )
     terminal.note(
-        f"took {made.seconds:.1f} s and {megabytes(made.peak_rss_bytes)} of memory; "
-        f"what it cost: neoquant compare {model or BUNDLED} {folder} --suite demo"
+        f"took {made.seconds:.1f} s and {size_text(made.peak_rss_bytes)} of memory; "
+        f"what it cost: neoquant compare {model or BUNDLED} {folder} --suite {suite_for(model)}"
     )

@@ -1,0 +1,111 @@
+"""What is typed wrong, and what help says: no model is needed for any of it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+from conftest import Cli
+
+from neoquant.cli import app
+from neoquant.cli.options import parse_size
+from neoquant.cli.terminal import Terminal
+from neoquant.errors import RequestError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+VERBS = ("plan", "quantize", "eval", "compare", "generate", "info")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself_with_examples(cli: Cli, verb: str) -> None:
+    result = cli(verb, "--help")
+    assert result.code == 0 and not result.err
+    assert "Examples:" in result.out and f"neoquant {verb} " in result.out
+    assert max(len(line) for line in result.out.splitlines()) <= 120
+
+
+def test_help_lists_every_verb_whole(cli: Cli) -> None:
+    out = cli("--help").out
+    assert all(re.search(rf"^  {verb} +[A-Z].*\.$", out, re.MULTILINE) for verb in VERBS)
+    assert "..." not in out.split("Commands:")[1]
+
+
+def test_no_arguments_is_help(cli: Cli) -> None:
+    assert cli() == cli("--help")
+
+
+def test_version(cli: Cli) -> None:
+    assert re.fullmatch(r"neoquant \d+\.\d+\.\d+\n", cli("--version").out)
+
+
+def examples() -> list[str]:
+    """Every command line that help, the README and the Makefile show."""
+    group = typer.main.get_command(app)
+    texts = [str(command.help) for command in (group, *group.commands.values())]  # type: ignore[attr-defined]
+    texts += [(REPOSITORY / name).read_text(encoding="utf-8") for name in ("README.md", "Makefile")]
+    verbs = "|".join(VERBS)
+    found = re.findall(rf"(?:^|\||/)[ \t]*neoquant ((?:{verbs}) [^\n|`]*)", "\n".join(texts), re.MULTILINE)
+    return sorted({re.split(r"\s{3,}", line.replace("$(DEMO)", "out"))[0] for line in found})
+
+
+@pytest.mark.parametrize("line", examples())
+def test_every_example_is_a_legal_command_line(line: str) -> None:
+    verb, *words = shlex.split(line, comments=True)
+    command = typer.main.get_command(app).commands[verb]  # type: ignore[attr-defined]
+    command.make_context(verb, words, obj=Terminal())  # raises for what the verb does not know
+
+
+def test_there_are_examples() -> None:
+    assert len(examples()) > 15
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["quantise"], "'quantize'"),
+        (["quantize", "--bit", "4"], "--bits"),
+        (["quantize", "--bits"], "--bits"),
+        (["quantize", "--bits", "four"], "four"),
+        (["quantize", "--shard-size", "big"], "500MB"),
+        (["quantize", "a", "b"], "b"),
+        (["compare", "a"], "MODEL"),
+        (["generate", "--max-new-tokens", "0", "-p", "x"], "0"),
+        (["generate", "--greedy", "--top-k", "3", "-p", "x"], "--top-k"),
+        (["info", "--env", "model"], "--env"),
+        (["eval", "some-model"], "demo"),
+        (["eval", "some-model", "--suite", "pile"], "demo"),
+        (["plan", "--recipe", "no-such-recipe"], "no-such-recipe"),
+        (["plan", "--recipe", "nf4", "--bits", "4"], "--bits"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(cli: Cli, words: list[str], expected: str) -> None:
+    result = cli(*words)
+    assert result.code == 2
+    assert result.error.startswith("error: ") and expected in result.error
+
+
+@pytest.mark.parametrize(
+    ("bits", "type"),
+    [(3, None), (16, None), (8, "nf4"), (4, "int8"), (2, "fp4"), (None, "nf5"), (0, "nf4"), (-4, "nf4")],
+)
+def test_illegal_pairs_are_refused_naming_the_legal_ones(
+    cli: Cli, tiny_model: Path, bits: int | None, type: str | None
+) -> None:
+    words = [*(["--bits", bits] if bits is not None else []), *(["--type", type] if type else [])]
+    result = cli("quantize", tiny_model, *words)
+    assert result.code == 2
+    assert all(name in result.error for name in ("nf4", "fp4", "int8", "4", "8"))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("1", 1), ("500MB", 500_000_000), ("5 gb", 5 * 10**9), ("1.5GiB", 3 * 2**29), ("64k", None)]
+)
+def test_sizes(text: str, size: int | None) -> None:
+    if size is None:
+        with pytest.raises(RequestError, match="64k"):
+            parse_size(text)
+    else:
+        assert parse_size(text) == size
