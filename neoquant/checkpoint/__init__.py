@@ -2,13 +2,14 @@
 
 from neoquant.checkpoint.headers import TensorHeader
 from neoquant.checkpoint.reader import Checkpoint, open_checkpoint
-from neoquant.checkpoint.writer import SHARD_SIZE, CheckpointWriter, expected_size, free_bytes
+from neoquant.checkpoint.writer import SHARD_SIZE, CheckpointWriter, check_output, expected_size, free_bytes
 
 __all__ = [
     "SHARD_SIZE",
     "Checkpoint",
     "CheckpointWriter",
     "TensorHeader",
+    "check_output",
     "expected_size",
     "free_bytes",
     "open_checkpoint",

@@ -31,12 +31,14 @@ _WEIGHTS = (
 )
 
 
-class RemoteHeaders(NamedTuple):
-    """What is known of a model on the hub without its weights; each tensor comes with its file and place."""
+class HubModel(NamedTuple):
+    """A model found on the hub, of which nothing but config.json has been fetched; or in the cache, when offline."""
 
+    source: str
     commit: str
-    config: str
-    tensors: list[tuple[TensorHeader, str, int]]
+    folder: Path
+    sizes: dict[str, int] | None
+    """Files in its uppermost folder and their bytes; None when offline."""
 
 
 def is_model_id(source: str) -> bool:
@@ -44,58 +46,76 @@ def is_model_id(source: str) -> bool:
     return _MODEL_ID.fullmatch(source) is not None
 
 
-def snapshot(source: str, revision: str | None, progress: Progress = SILENT) -> tuple[Path, str]:
-    """Bring a model into the cache, one kind of weights only; return its folder and commit.
+def find(source: str, revision: str | None) -> HubModel:
+    """Look a model up and fetch its config.json.
 
     Raises:
         HubError: it does not exist, must not be read, cannot be reached, or holds no weights that can be read.
     """
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import constants
 
     with _explained(source, revision):
         if constants.HF_HUB_OFFLINE:
-            folder = Path(snapshot_download(source, revision=revision, local_files_only=True))
-            _weights_among((path.name for path in folder.iterdir()), f"the copy of {source} in the cache")
-        else:
-            _, sizes = _list_files(source, revision)
-            weights = _weights_among(sizes, source)
-            small = [name for name in sizes if any(fnmatch(name, pattern) for pattern in _SMALL_FILES)]
-            wanted = {name: sizes[name] for name in (*small, *weights)}
-            folder = _download(source, revision, wanted, progress)
-    return folder, folder.name
+            folder = _cached(source, revision)
+            return HubModel(source, folder.name, folder, None)
+        commit, sizes = _list_files(source, revision)
+        _weights_among(sizes, source)
+        if "config.json" not in sizes:
+            raise HubError(f"{source} holds no config.json, so it is not a model that can be read")
+        folder = _download(source, revision, {"config.json": sizes["config.json"]}, SILENT)
+        return HubModel(source, commit, folder, sizes)
 
 
-def fetch_headers(source: str, revision: str | None) -> RemoteHeaders | None:
-    """Fetch the configuration and the headers of the weights, some kilobytes in all.
+def fetch_headers(model: HubModel) -> list[tuple[TensorHeader, str, int]] | None:
+    """Fetch the headers of the weights, some kilobytes: each tensor with its file and its place there.
 
-    Returns: None where that cannot be done without the files: offline, or because they are not safetensors.
+    Returns: None where the files themselves are needed: offline, or because they are not safetensors.
 
     Raises:
-        HubError: as `snapshot`.
+        HubError: the hub cannot be reached.
+        CheckpointError: what it holds is damaged.
     """
-    from huggingface_hub import HfApi, constants
-
-    if constants.HF_HUB_OFFLINE:
+    if model.sizes is None:
         return None
-    with _explained(source, revision):
-        commit, sizes = _list_files(source, revision)
-        shards = _weights_among(sizes, source)
-        if not all(name.endswith(".safetensors") for name in shards):
-            return None
-        if "config.json" not in sizes:
-            raise HubError(f"{source} has no config.json, so it is not a model that can be read")
-        folder = _download(source, revision, {"config.json": sizes["config.json"]}, SILENT)
-        config = (folder / "config.json").read_text(encoding="utf-8")
-        tensors = []
-        for shard in shards:
-            found = HfApi().parse_safetensors_file_metadata(source, shard, revision=commit).tensors
-            for name, info in sorted(found.items(), key=lambda entry: entry[1].data_offsets):
-                if info.dtype not in DTYPES:
-                    raise CheckpointError(
-                        f"{source}/{shard}: tensor {name!r} has the dtype {info.dtype!r}; known are {', '.join(DTYPES)}"
-                    )
-                tensors.append((TensorHeader(name, DTYPES[info.dtype], tuple(info.shape)), shard, info.data_offsets[0]))
-    return RemoteHeaders(commit, config, tensors)
+    files = _weights_among(model.sizes, model.source)
+    if not all(file.endswith(".safetensors") for file in files):
+        return None
+    with _explained(model.source, model.commit):
+        return [(header, file, begin) for file in files for header, begin in _fetch_header(model, file)]
+
+
+def fetch_files(model: HubModel, progress: Progress) -> None:
+    """Bring what `model.folder` lacks into it: one kind of weights, and what travels with them.
+
+    Raises:
+        HubError: the hub cannot be reached, or the disk has no room.
+    """
+    if model.sizes is None:
+        return
+    weights = _weights_among(model.sizes, model.source)
+    small = [name for name in model.sizes if any(fnmatch(name, pattern) for pattern in _SMALL_FILES)]
+    missing = {name: model.sizes[name] for name in (*small, *weights) if not (model.folder / name).exists()}
+    if missing:
+        with _explained(model.source, model.commit):
+            _download(model.source, model.commit, missing, progress)
+
+
+def _fetch_header(model: HubModel, file: str) -> list[tuple[TensorHeader, int]]:
+    """The tensors of a safetensors file on the hub and their places, in file order."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import SafetensorsParsingError
+
+    try:
+        found = HfApi().parse_safetensors_file_metadata(model.source, file, revision=model.commit).tensors
+    except SafetensorsParsingError as error:
+        raise CheckpointError(
+            f"{model.source}/{file}: the header cannot be read, so the file on the hub is damaged"
+        ) from error
+    unknown = [f"{name!r} has the dtype {info.dtype!r}" for name, info in found.items() if info.dtype not in DTYPES]
+    if unknown:
+        raise CheckpointError(f"{model.source}/{file}: tensor {unknown[0]}; known are {', '.join(DTYPES)}")
+    in_order = sorted(found.items(), key=lambda entry: entry[1].data_offsets)
+    return [(TensorHeader(name, DTYPES[t.dtype], tuple(t.shape)), t.data_offsets[0]) for name, t in in_order]
 
 
 def _list_files(source: str, revision: str | None) -> tuple[str, dict[str, int]]:
@@ -116,6 +136,22 @@ def _weights_among(names: Iterable[str], where: str) -> list[str]:
     raise HubError(
         f"{where} holds no weights that can be read, expected one of {', '.join(key for key, _ in _WEIGHTS)}"
     )
+
+
+def _cached(source: str, revision: str | None) -> Path:
+    """The folder of a model that was downloaded before."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    config = try_to_load_from_cache(source, "config.json", revision=revision)
+    if not isinstance(config, str):
+        which = source if revision is None else f"{source} at revision {revision}"
+        raise HubError(
+            f"there is no folder {source} here, and HF_HUB_OFFLINE is set while {which} is not in the cache "
+            f"({constants.HF_HUB_CACHE}); unset it to download"
+        )
+    folder = Path(config).parent
+    _weights_among((path.name for path in folder.iterdir()), f"the copy of {source} in the cache ({folder})")
+    return folder
 
 
 def _download(source: str, revision: str | None, sizes: dict[str, int], progress: Progress) -> Path:
@@ -165,15 +201,12 @@ def _explained(source: str, revision: str | None) -> Iterator[None]:
     except errors.RevisionNotFoundError as error:
         raise HubError(f"{source} has no revision {revision!r}, expected a branch, tag or commit") from error
     except transport_errors as error:
-        raise HubError(_transport_problem(source, revision, error)) from error
+        raise HubError(_transport_problem(source, error)) from error
 
 
-def _transport_problem(source: str, revision: str | None, error: BaseException) -> str:
+def _transport_problem(source: str, error: BaseException) -> str:
     from huggingface_hub import constants, errors
 
-    if constants.HF_HUB_OFFLINE:
-        which = source if revision is None else f"{source} at revision {revision}"
-        return f"{which} is not in the cache ({constants.HF_HUB_CACHE}); unset HF_HUB_OFFLINE to download it"
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
         return f"cannot store {source} in {constants.HF_HUB_CACHE} ({error}); set HF_HOME to a folder with room"
     if isinstance(error, errors.HfHubHTTPError) and error.response is not None:

@@ -153,40 +153,42 @@ def open_checkpoint(
         raise CheckpointError(f"{source} is a file, expected a model folder (perhaps {folder.parent})")
     if not hub.is_model_id(str(source)):
         raise CheckpointError(f"there is no folder {str(source)!r}, and it cannot be a model on the hub (`user/name`)")
-    if headers_only:
-        remote = hub.fetch_headers(str(source), revision)
-        if remote is not None:
-            stored = [Stored(header, Path(file), Span(begin, ())) for header, file, begin in remote.tensors]
-            with locate(f"{source}/config.json"):
-                config = _parse_config(remote.config)
-            return Checkpoint(str(source), remote.commit, None, config, stored)
-    folder, commit = hub.snapshot(str(source), revision, progress)
-    return _open_folder(str(source), folder, commit)
+    model = hub.find(str(source), revision)
+    config = _read_config(model.folder)  # before gigabytes are fetched of something else than a GPT-Neo
+    tensors = hub.fetch_headers(model) if headers_only else None
+    if tensors is not None:
+        stored = [Stored(header, Path(file), Span(begin, ())) for header, file, begin in tensors]
+        return Checkpoint(str(source), model.commit, None, config, stored)
+    hub.fetch_files(model, progress)
+    return _open_folder(str(source), model.folder, model.commit)
 
 
 def _open_folder(source: str, folder: Path, revision: str | None) -> Checkpoint:
-    config_file = folder / "config.json"
+    config = _read_config(folder)
     with _reading(folder):
-        if not config_file.is_file():
-            raise CheckpointError("holds no config.json, so it is not a model folder")
         weights = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
         if weights is None:
             raise CheckpointError(f"holds no weights, expected one of {', '.join(WEIGHT_FILES)}")
-    with _reading(config_file):
-        config = _parse_config(config_file.read_text(encoding="utf-8"))
     stored = _list_shards(weights) if weights.suffix == ".json" else _list_file(weights)
     return Checkpoint(source, revision, folder, config, stored)
 
 
-def _parse_config(text: str) -> dict[str, Any]:
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise ConfigError("not a JSON object")
-    if config.get("model_type") != "gpt_neo":
-        raise ConfigError(f"model_type is {config.get('model_type')!r}, expected 'gpt_neo': only GPT-Neo is supported")
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    with _reading(folder):
+        if not path.is_file():
+            raise CheckpointError("holds no config.json, so it is not a model folder")
+    with _reading(path):
+        text = path.read_text(encoding="utf-8")
+        try:
+            config = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"not JSON ({error})") from None
+        if not isinstance(config, dict):
+            raise ConfigError("not a JSON object")
+        kind = config.get("model_type")
+        if kind != "gpt_neo":
+            raise ConfigError(f"model_type is {kind!r}, expected 'gpt_neo': only GPT-Neo is supported")
     return config
 
 

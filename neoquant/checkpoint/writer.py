@@ -71,7 +71,7 @@ class CheckpointWriter:
         with _explained("create the folder", self.out):
             self.out.parent.mkdir(parents=True, exist_ok=True)
             _sweep(self.out)
-            _check_replaceable(self.out, self._force)
+            check_output(self.out, self._force)
             try:
                 self._partial.mkdir()
             except FileExistsError:
@@ -136,22 +136,15 @@ class CheckpointWriter:
 
     def _name_shards(self) -> dict[str, str]:
         """Give the shards their final names; return the index file, if there must be one."""
-        if len(self._shards) == 1:
-            self._shards[0].path.rename(self._partial / "model.safetensors")
-            return {}
-        shard_of: dict[str, str] = {}
-        for number, shard in enumerate(self._shards, start=1):
-            name = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
+        for shard, name in zip(self._shards, _shard_names(len(self._shards)), strict=True):
             shard.path.rename(self._partial / name)
-            shard_of.update(dict.fromkeys((header.name for header in shard.layout.tensors()), name))
-        total = sum(shard.layout.nbytes for shard in self._shards)
-        return {"model.safetensors.index.json": _json({"metadata": {"total_size": total}, "weight_map": shard_of})}
+        return _index([shard.layout for shard in self._shards])
 
     def _put_in_place(self) -> None:
         if not self.out.exists() or not any(self.out.iterdir()):
             self._partial.rename(self.out)
         else:
-            _check_replaceable(self.out, self._force)  # it may have appeared since we began
+            check_output(self.out, self._force)  # it may have appeared since we began
             self.out.rename(self._replaced)
             try:
                 self._partial.rename(self.out)
@@ -162,13 +155,41 @@ class CheckpointWriter:
         _sync_folder(self.out.parent)
 
 
+def check_output(out: Path, force: bool) -> None:
+    """Raise OutputError unless `out` is free, empty, or, with `force`, a model folder that may be replaced.
+
+    Replacing is deleting, so whatever is not plainly a model folder is left alone.
+    """
+    if not out.exists() and not out.is_symlink():
+        return
+    if not out.is_dir():
+        raise OutputError(f"{out} is a file, expected the name of a new folder")
+    entries = list(out.iterdir())
+    if not entries:
+        return
+    if not force:
+        raise OutputError(f"{out} exists; choose another name, or replace it with --force")
+    if not _is_model_config(out / "config.json"):
+        raise OutputError(
+            f"{out} is not a model folder (it holds no config.json of one), so --force does not replace it"
+        )
+    for entry in entries:
+        if entry.is_dir():
+            raise OutputError(
+                f"{out} holds a folder ({entry.name}), which is more than a model, so --force does not replace it"
+            )
+
+
 def header_reserve(tensors: int) -> int:
     """Bytes kept free for the header of every shard of a checkpoint with that many tensors."""
     return _aligned(_HEADER_BYTES_PER_TENSOR * (tensors + 1))
 
 
 def expected_size(headers: Iterable[TensorHeader], shard_size: int = SHARD_SIZE) -> int:
-    """Bytes of the weight files that CheckpointWriter makes of these tensors, put in this order and all announced."""
+    """Bytes of the weight files, and of their index, that CheckpointWriter makes of these tensors.
+
+    They are put in this order, and all were announced.
+    """
     headers = list(headers)
     reserve = header_reserve(len(headers))
     shards = [_Layout()]
@@ -176,7 +197,8 @@ def expected_size(headers: Iterable[TensorHeader], shard_size: int = SHARD_SIZE)
         if not shards[-1].takes(header, shard_size):
             shards.append(_Layout())
         shards[-1].add(header)
-    return sum(len(shard.head(reserve)) + shard.nbytes for shard in shards)
+    index = sum(len(text.encode()) for text in _index(shards).values())
+    return index + sum(len(shard.head(reserve)) + shard.nbytes for shard in shards)
 
 
 def free_bytes(path: str | Path) -> int:
@@ -273,6 +295,25 @@ class _Shard:
         self._file = self.path.open("rb+")
 
 
+def _shard_names(count: int) -> list[str]:
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _index(shards: list[_Layout]) -> dict[str, str]:
+    """The file that says which shard holds which tensor, by its name; one shard needs none."""
+    if len(shards) == 1:
+        return {}
+    shard_of = {
+        header.name: name
+        for name, shard in zip(_shard_names(len(shards)), shards, strict=True)
+        for header in shard.tensors()
+    }
+    total = sum(shard.nbytes for shard in shards)
+    return {"model.safetensors.index.json": _json({"metadata": {"total_size": total}, "weight_map": shard_of})}
+
+
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
@@ -304,31 +345,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _check_replaceable(out: Path, force: bool) -> None:
-    """Raise OutputError unless `out` is free, empty, or a model folder that may be replaced.
-
-    Replacing is deleting, so whatever is not plainly a model folder is left alone.
-    """
-    if not out.exists() and not out.is_symlink():
-        return
-    if not out.is_dir():
-        raise OutputError(f"{out} is a file, expected the name of a new folder")
-    entries = list(out.iterdir())
-    if not entries:
-        return
-    if not force:
-        raise OutputError(f"{out} exists; choose another name, or replace it with --force")
-    if not _is_model_config(out / "config.json"):
-        raise OutputError(
-            f"{out} is not a model folder (it holds no config.json of one), so --force does not replace it"
-        )
-    for entry in entries:
-        if entry.is_dir():
-            raise OutputError(
-                f"{out} holds a folder ({entry.name}), which is more than a model, so --force does not replace it"
-            )
 
 
 def _is_model_config(path: Path) -> bool:
