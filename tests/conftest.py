@@ -133,9 +133,16 @@ class Result(NamedTuple):
 Cli = Callable[..., Result]
 
 
+class Keyboard(io.StringIO):
+    """A standard input that nothing is piped into."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cli:
-    """`cli("info", folder, stdin="...")`: run one command line in an empty working directory, in this process.
+    """`cli("generate", folder, stdin="...")`: run one command line in an empty working directory, in this process.
 
     Starting Python and torch anew costs seconds each time.
     """
@@ -143,10 +150,10 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
     workplace.mkdir()
     monkeypatch.chdir(workplace)
 
-    def run(*words: object, stdin: str = "") -> Result:
+    def run(*words: object, stdin: str | None = None) -> Result:
         from neoquant.cli import main
 
-        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        monkeypatch.setattr("sys.stdin", Keyboard() if stdin is None else io.StringIO(stdin))
         capsys.readouterr()
         code = main([str(word) for word in words])
         return Result(code, *capsys.readouterr())

@@ -24,7 +24,6 @@ from neoquant.cli.terminal import Terminal
 from neoquant.errors import NeoquantError
 
 INTERRUPTED = 130  # what shells report of a program ended by SIGINT
-READER_GONE = 141  # ... and by SIGPIPE
 TERMINATED = 143  # ... and by SIGTERM
 
 app = typer.Typer(
@@ -89,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # Whoever read our output has gone (`| head`): there is nobody to tell. Python would complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return READER_GONE
+        return 1
     except Exception as error:
         if terminal.debug:
             traceback.print_exc()
@@ -103,13 +102,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _our_warnings_only(terminal: Terminal) -> Iterator[None]:
     """Warnings of neoquant's own become notes; those that libraries address to developers are dropped."""
 
-    def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         if category.__module__.startswith("neoquant"):
             terminal.note(f"note: {message}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = show
+        warnings.showwarning = show  # type: ignore[assignment]  # where in the code it was raised is no news
         yield
 
 

@@ -70,7 +70,7 @@ def _kernels() -> Iterator[Fact]:
     devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
     for device in devices:
         for bits, name in legal_pairs():
-            reasons = []
+            reasons: list[str] = []
             for kernel in KERNELS.values():
                 reason = kernel.refuse(make_grid(bits, name), _TYPICAL_SHAPE, device)
                 if reason is None:

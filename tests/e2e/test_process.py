@@ -1,0 +1,60 @@
+"""What only a process of its own shows: pipes, terminals that know no UTF-8, what is imported, what is installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PYTHON = (sys.executable, "-m", "neoquant")
+HEAVY = ("torch", "numpy", "pydantic", "datasets", "bitsandbytes", "rich")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    for words, heavy in (([], HEAVY), (["quantize", "--help"], set(HEAVY) - {"pydantic"})):  # typer's converter
+        code = f"import sys; from neoquant.cli import main; main({words})\n"
+        code += f"print([name for name in {heavy!r} if name in sys.modules])"
+        printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        assert printed.endswith("[]\n")
+
+
+def test_a_reader_that_leaves_is_no_error(tiny_model: Path) -> None:
+    process = subprocess.Popen([*PYTHON, "info", tiny_model], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 1
+
+
+def test_a_terminal_without_utf8_does_not_crash(tiny_model: Path) -> None:
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    command = [*PYTHON, "generate", tiny_model, "--prompt", "π ≈ 3", "--max-new-tokens", "4", "--greedy"]
+    done = subprocess.run(command, capture_output=True, env=environment)
+    assert done.returncode == 0 and done.stdout.startswith(b"? ? 3")
+
+
+@pytest.mark.slow
+def test_an_installed_copy_is_whole(tmp_path: Path) -> None:
+    """A wheel holds suites, recipes and the bundled model, and runs from anywhere."""
+    source = tmp_path / "source"
+    ignore = shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__", "build", "*.egg-info", "results")
+    shutil.copytree(REPOSITORY, source, ignore=ignore)
+    code = f"import setuptools.build_meta as b; print(b.build_wheel({str(tmp_path)!r}))"
+    subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for kept, where in (("eval/suites", "neoquant/evaluate/suites"), ("recipes", "neoquant/recipes")):
+        assert {f"{where}/{path.name}" for path in (REPOSITORY / kept).glob("*.toml")} <= names
+    code = "import neoquant.demo as d, neoquant.evaluate.suite as s; print(d.__file__, s.suite_names())"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert str(tmp_path) in done.stdout and "'demo'" in done.stdout

@@ -1,0 +1,224 @@
+"""The verbs at work on a tiny random model, and what they say when the work cannot be done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Cli
+
+from neoquant.checkpoint import CheckpointWriter
+
+SIMPLE = ("--bits", "4", "--type", "nf4")
+
+
+@pytest.fixture
+def quantized(cli: Cli, tiny_model: Path) -> Path:
+    """The tiny model in NF4, made by the command line."""
+    assert cli("quantize", tiny_model, *SIMPLE, "--out", "tiny-nf4").code == 0
+    return Path("tiny-nf4").resolve()
+
+
+def test_plan_shows_every_group_and_the_totals(cli: Cli, tiny_model: Path) -> None:
+    result = cli("plan", tiny_model, *SIMPLE, "--keep", "*.c_proj", "--json", "plan.json")
+    assert result.code == 0
+    for expected in ("q_proj", "c_proj", "wte", "biases and norms", "nf4, block size 64", "weights", "bits", "memory"):
+        assert expected in result.out
+    plan = json.loads(Path("plan.json").read_text())
+    assert {row["action"] for row in plan["tensors"]} == {"quantize", "keep", "copy"}
+    assert result.err == "wrote plan.json\n"
+
+
+def test_quantize_makes_the_folder_it_says(cli: Cli, tiny_model: Path) -> None:
+    result = cli("quantize", tiny_model, *SIMPLE)
+    assert result.code == 0 and result.out.startswith("tiny-neo-nf4: ")
+    names = {path.name for path in Path("tiny-neo-nf4").iterdir()}
+    assert names >= {"config.json", "model.safetensors", "neoquant.json", "README.md", "tokenizer.json"}
+    assert [path.name for path in Path.cwd().iterdir()] == ["tiny-neo-nf4"]
+
+
+def test_quantize_without_a_model_takes_the_bundled_one_and_says_so(
+    cli: Cli, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("neoquant.demo.MODEL", tiny_model)
+    result = cli("quantize", *SIMPLE)
+    first, *_ = result.err.splitlines()
+    assert "neoquant-demo" in first and "neoquant quantize EleutherAI/gpt-neo-1.3B" in first
+    assert result.out.startswith("neoquant-demo-nf4: ") and Path("neoquant-demo-nf4").is_dir()
+    assert cli("info", "neoquant-demo").code == 0
+
+
+@pytest.mark.parametrize(("bits", "type"), [(4, "nf4"), (4, "fp4"), (8, "int8")])
+def test_every_legal_pair(cli: Cli, tiny_model: Path, bits: int, type: str) -> None:
+    for words in (["--bits", bits, "--type", type], ["--type", type]):
+        assert cli("quantize", tiny_model, *words, "--force", "--quiet").code == 0
+    out = cli("info", f"tiny-neo-{type}").out
+    assert f"weights {type}" in out and "transformers" in out
+
+
+def test_bits_alone_choose_the_usual_type(cli: Cli, tiny_model: Path) -> None:
+    assert "recipe int8" in cli("plan", tiny_model, "--bits", "8").out
+    assert "recipe nf4" in cli("plan", tiny_model, "--bits", "4").out
+    assert "recipe nf4" in cli("plan", tiny_model).out
+
+
+def test_the_grid_options_reach_the_grid(cli: Cli, tiny_model: Path) -> None:
+    assert (
+        "nf4, block size 128, no double quant"
+        in cli("plan", tiny_model, "--type", "nf4", "--block-size", "128", "--no-double-quant").out
+    )
+    assert "format packed" in cli("plan", tiny_model, "--format", "neoquant").out
+    assert "bfloat16" in cli("plan", tiny_model, "--dtype", "bfloat16").out
+    assert cli("plan", tiny_model, "--block-size", "100").code == 2
+    assert cli("plan", tiny_model, "--type", "int8", "--block-size", "64").code == 2
+
+
+def test_keep_comes_before_the_rules_of_a_recipe(cli: Cli, tiny_model: Path) -> None:
+    Path("mine.toml").write_text('[[rules]]\nmatch = "*"\nbits = 4\ntype = "fp4"\n')
+    assert cli("plan", tiny_model, "--recipe", "mine.toml", "--keep", "*.q_proj", "--json", "p.json").code == 0
+    rows = {row["name"]: row["action"] for row in json.loads(Path("p.json").read_text())["tensors"]}
+    assert rows["transformer.h.0.attn.attention.q_proj.weight"] == "keep"
+    assert rows["transformer.h.0.attn.attention.k_proj.weight"] == "quantize"
+
+
+def test_a_keep_that_matches_nothing_is_an_error(cli: Cli, tiny_model: Path) -> None:
+    result = cli("quantize", tiny_model, *SIMPLE, "--keep", "transfomer.*")
+    assert result.code == 2 and "transfomer.*" in result.error
+
+
+def test_dry_run_writes_nothing(cli: Cli, tiny_model: Path) -> None:
+    result = cli("quantize", tiny_model, *SIMPLE, "--dry-run")
+    assert result.code == 0 and "tiny-neo-nf4" in result.out
+    assert not list(Path.cwd().iterdir())
+
+
+def test_force_replaces_and_nothing_else_does(cli: Cli, tiny_model: Path, quantized: Path) -> None:
+    before = {path.name: path.read_bytes() for path in quantized.iterdir()}
+    result = cli("quantize", tiny_model, *SIMPLE, "--out", quantized)
+    assert result.code == 1 and "--force" in result.error
+    assert cli("quantize", tiny_model, *SIMPLE, "--out", quantized, "--force").code == 0
+    assert {path.name: path.read_bytes() for path in quantized.iterdir()} == before
+
+
+def test_a_quantized_model_is_not_quantized_again(cli: Cli, quantized: Path) -> None:
+    assert "already quantized" in cli("quantize", quantized, *SIMPLE).error
+
+
+def test_quiet_leaves_only_results(cli: Cli, tiny_model: Path) -> None:
+    for words in (["--quiet", "quantize", tiny_model], ["quantize", tiny_model, "-q", "--force"]):
+        result = cli(*words)
+        assert result.code == 0 and not result.err and result.out.count("\n") == 1
+
+
+def test_generate_streams_prompt_and_continuation(cli: Cli, quantized: Path) -> None:
+    words = ("generate", quantized, "--max-new-tokens", "8", "--seed", "3")
+    given = cli(*words, "--prompt", "Hello")
+    assert given.code == 0 and given.out.startswith("Hello") and given.out.endswith("\n")
+    assert "--seed 3" in given.err
+    assert cli(*words, stdin="Hello\n").out == given.out
+
+
+def test_generate_greedy_is_repeatable_and_stays_within_the_context(cli: Cli, tiny_model: Path) -> None:
+    first, second = (cli("generate", tiny_model, "-p", "ab", "--greedy").out for _ in range(2))
+    assert first == second
+    result = cli("generate", tiny_model, "-p", "ab", "--max-new-tokens", "31")
+    assert result.code == 1 and "context is 32" in result.err
+
+
+def test_generate_needs_a_prompt(cli: Cli, tiny_model: Path) -> None:
+    result = cli("generate", tiny_model)
+    assert result.code == 2 and "--prompt" in result.error
+
+
+def test_eval_prints_each_subset_and_writes_json(cli: Cli, quantized: Path, text_file: Path) -> None:
+    suite = ("--suite", "demo", "--context", "16", "--data", text_file)
+    result = cli("eval", quantized, *suite, "--json", "result.json")
+    assert result.code == 0 and "ArXiv" in result.out and "Github" in result.out
+    written = json.loads(Path("result.json").read_text(encoding="utf-8"))
+    assert written["total"]["documents"] == 3
+    assert written["model"]["name"] == "tiny-nf4" and written["model"]["recipe"]["name"] == "nf4"
+    only = cli("eval", quantized, *suite, "--subset", "Github", "--documents", "1")
+    assert only.code == 0 and "ArXiv" not in only.out
+
+
+@pytest.mark.parametrize("protocol", ["rolling", "joined", "strided"])
+def test_eval_protocols(cli: Cli, tiny_model: Path, text_file: Path, protocol: str) -> None:
+    words = ("--suite", "demo", "--context", "16", "--data", text_file, "--protocol", protocol)
+    assert cli("eval", tiny_model, *words).code == 0
+
+
+def test_compare_takes_several(cli: Cli, tiny_model: Path, quantized: Path, text_file: Path) -> None:
+    assert cli("quantize", tiny_model, "--type", "int8").code == 0
+    suite = ("--suite", "demo", "--context", "16", "--data", text_file)
+    result = cli("compare", tiny_model, quantized, "tiny-neo-int8", *suite, "--json", "cost.json")
+    assert result.code == 0 and "tiny-nf4" in result.out and "tiny-neo-int8" in result.out
+    written = json.loads(Path("cost.json").read_text(encoding="utf-8"))
+    nf4, int8 = (candidate["total"]["kl"] for candidate in written["candidates"])
+    assert nf4 > int8 > 0
+
+
+def test_a_result_file_is_checked_before_the_work(cli: Cli, text_file: Path) -> None:
+    result = cli("eval", "no-such-model", "--suite", "demo", "--json", "no/such/folder/x.json")
+    assert result.code == 1 and "no/such/folder" in result.error
+
+
+def test_info_of_this_machine(cli: Cli) -> None:
+    out = cli("info", "--env").out
+    assert all(word in out for word in ("torch", "cpu", "memory", "nf4 on cpu", "int8 on cpu"))
+
+
+def test_info_of_a_plain_model(cli: Cli, tiny_model: Path) -> None:
+    out = cli("info", tiny_model).out
+    assert "16.000 per weight of the block linears" in out and "not quantized, float16" in out
+    parameters = sum((259 * 24, 32 * 24, 2 * (12 * 24 * 24 + 4 * 24 + 24 + 96 + 24), 2 * 24))
+    assert f"{parameters:,}" in out
+
+
+@pytest.mark.parametrize("verb", ["plan", "quantize", "info", "generate", "eval"])
+def test_what_is_not_a_model_is_one_line(cli: Cli, verb: str, tmp_path: Path) -> None:
+    extra = {"generate": ["-p", "x"], "eval": ["--suite", "demo"]}.get(verb, [])
+    result = cli(verb, tmp_path / "nowhere", *extra)
+    assert result.code == 1 and "nowhere" in result.error
+
+
+def test_another_kind_of_model_is_refused(cli: Cli, make_model: Callable[..., Path]) -> None:
+    result = cli("quantize", make_model(model_type="gpt2"))
+    assert result.code == 1 and "gpt2" in result.error and "gpt_neo" in result.error
+
+
+def test_a_truncated_file_is_one_line(cli: Cli, make_model: Callable[..., Path]) -> None:
+    folder = make_model()
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    for words in (["quantize", folder], ["generate", folder, "-p", "x"], ["info", folder]):
+        result = cli(*words)
+        assert result.code == 1 and "model.safetensors" in result.error
+
+
+def test_devices_and_types_are_checked(cli: Cli, tiny_model: Path) -> None:
+    for words in (["--device", "tpu"], ["--dtype", "int4"]):
+        result = cli("generate", tiny_model, "-p", "x", *words)
+        assert result.code == 2 and words[1] in result.error
+
+
+def test_an_interruption_leaves_nothing(cli: Cli, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CheckpointWriter, "put", interrupt)
+    result = cli("quantize", tiny_model, *SIMPLE)
+    assert result.code == 130 and result.error == "interrupted"
+    assert not list(Path.cwd().iterdir())
+
+
+def test_what_nobody_expected_is_called_a_bug(cli: Cli, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("a line\nand another")
+
+    monkeypatch.setattr(CheckpointWriter, "put", fail)
+    result = cli("quantize", tiny_model, *SIMPLE)
+    assert result.code == 1 and result.error.startswith("error: ZeroDivisionError: a line and another (this is a bug")
+    assert "Traceback" in cli("quantize", tiny_model, *SIMPLE, "--debug").err
+    assert not list(Path.cwd().iterdir())
