@@ -1,11 +1,6 @@
 """Write a checkpoint one tensor at a time, so that it appears whole or not at all.
 
 Everything is written into a hidden folder beside the target, which gets its name by one rename at the end.
-
-The header of a safetensors file stands before the tensors, whose sizes are not all known when the first is written.
-So space is reserved for it, the tensors stream in behind, and what the header does not use is filled with spaces, as
-the format allows. Holes between tensors it does not allow, while readers want each tensor aligned to its type: those
-whose size is no multiple of eight bytes wait in side files, by the size of their elements, and follow at the end.
 """
 
 from __future__ import annotations
@@ -15,24 +10,19 @@ import fcntl
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-from neoquant.checkpoint.headers import DTYPE_NAMES, TensorHeader, render_header
+from neoquant.checkpoint.headers import DTYPE_NAMES, TensorHeader
+from neoquant.checkpoint.shard import Layout, Shard, header_reserve
 from neoquant.errors import OutputError
 
 SHARD_SIZE = 5_000_000_000
-ALIGNMENT = 8
-
-# A line of the header takes about 75 bytes beside the tensor's name, and the names of quantized weights up to 80.
-_HEADER_BYTES_PER_TENSOR = 160
-_SIDE_FILE_MEMORY = 1 << 20
 
 
 class CheckpointWriter:
@@ -63,7 +53,7 @@ class CheckpointWriter:
         self._partial = self.out.parent / f".{self.out.name}.partial-{os.getpid()}"
         self._replaced = self.out.parent / f".{self.out.name}.replaced-{os.getpid()}"
         self._lock = -1
-        self._shards: list[_Shard] = []
+        self._shards: list[Shard] = []
         self._names: set[str] = set()
         self._finished = False
 
@@ -132,7 +122,7 @@ class CheckpointWriter:
     def _next_shard(self) -> None:
         if self._shards:
             self._shards[-1].close()
-        self._shards.append(_Shard(self._partial / f"shard-{len(self._shards) + 1}", self._reserve))
+        self._shards.append(Shard(self._partial / f"shard-{len(self._shards) + 1}", self._reserve))
 
     def _name_shards(self) -> dict[str, str]:
         """Give the shards their final names; return the index file, if there must be one."""
@@ -145,11 +135,12 @@ class CheckpointWriter:
             self._partial.rename(self.out)
         else:
             check_output(self.out, self._force)  # it may have appeared since we began
-            self.out.rename(self._replaced)
             try:
+                self.out.rename(self._replaced)
                 self._partial.rename(self.out)
             except BaseException:
-                self._replaced.rename(self.out)
+                if not self.out.exists():
+                    self._replaced.rename(self.out)
                 raise
             shutil.rmtree(self._replaced, ignore_errors=True)
         _sync_folder(self.out.parent)
@@ -180,11 +171,6 @@ def check_output(out: Path, force: bool) -> None:
             )
 
 
-def header_reserve(tensors: int) -> int:
-    """Bytes kept free for the header of every shard of a checkpoint with that many tensors."""
-    return _aligned(_HEADER_BYTES_PER_TENSOR * (tensors + 1))
-
-
 def expected_size(headers: Iterable[TensorHeader], shard_size: int = SHARD_SIZE) -> int:
     """Bytes of the weight files, and of their index, that CheckpointWriter makes of these tensors.
 
@@ -192,10 +178,10 @@ def expected_size(headers: Iterable[TensorHeader], shard_size: int = SHARD_SIZE)
     """
     headers = list(headers)
     reserve = header_reserve(len(headers))
-    shards = [_Layout()]
+    shards = [Layout()]
     for header in headers:
         if not shards[-1].takes(header, shard_size):
-            shards.append(_Layout())
+            shards.append(Layout())
         shards[-1].add(header)
     index = sum(len(text.encode()) for text in _index(shards).values())
     return index + sum(len(shard.head(reserve)) + shard.nbytes for shard in shards)
@@ -209,99 +195,13 @@ def free_bytes(path: str | Path) -> int:
     return shutil.disk_usage(path).free
 
 
-class _Layout:
-    """The order of tensors in a file: those of whole words as they come, then the others from wide to narrow types."""
-
-    def __init__(self) -> None:
-        self.lanes: dict[int, list[TensorHeader]] = {8: [], 4: [], 2: [], 1: []}
-        self.nbytes = 0
-
-    def takes(self, header: TensorHeader, limit: int) -> bool:
-        return self.nbytes == 0 or self.nbytes + header.nbytes <= limit
-
-    def add(self, header: TensorHeader) -> int:
-        """Return the tensor's lane: 8 for those written at once, else the size of its elements."""
-        lane = ALIGNMENT if header.nbytes % ALIGNMENT == 0 else header.dtype.itemsize
-        self.lanes[lane].append(header)
-        self.nbytes += header.nbytes
-        return lane
-
-    def tensors(self) -> Iterator[TensorHeader]:
-        for lane in self.lanes.values():
-            yield from lane
-
-    def head(self, reserve: int) -> bytes:
-        """What stands before the tensors: the header's length and the header, `reserve` bytes long or more."""
-        text = render_header(self.tensors())
-        text = text.ljust(max(_aligned(len(text)), reserve))
-        return len(text).to_bytes(8, "little") + text
-
-
-class _Shard:
-    """A safetensors file in the making."""
-
-    def __init__(self, path: Path, reserve: int) -> None:
-        self.path = path
-        self.layout = _Layout()
-        self._reserve = reserve
-        self._file: IO[bytes] = path.open("wb")
-        self._file.seek(8 + reserve)
-        self._side_files: dict[int, IO[bytes]] = {}
-
-    def takes(self, header: TensorHeader, limit: int) -> bool:
-        return self.layout.takes(header, limit)
-
-    def add(self, header: TensorHeader, tensor: torch.Tensor) -> None:
-        lane = self.layout.add(header)
-        self._lane_file(lane).write(_bytes_of(tensor))
-
-    def close(self) -> None:
-        """Append the side files, fill in the header, and wait until the disk has it all."""
-        for _, side_file in sorted(self._side_files.items(), reverse=True):
-            side_file.seek(0)
-            shutil.copyfileobj(side_file, self._file)
-            side_file.close()
-        head = self.layout.head(self._reserve)
-        if len(head) > 8 + self._reserve:
-            self._move_to_wider(len(head))
-        self._file.seek(0)
-        self._file.write(head)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-    def abandon(self) -> None:
-        """Close the files, wherever they stand; nobody will read them."""
-        for file in (self._file, *self._side_files.values()):
-            with suppress(OSError):  # flushing to a full disk fails again
-                file.close()
-
-    def _lane_file(self, lane: int) -> IO[bytes]:
-        if lane == ALIGNMENT:
-            return self._file
-        if lane not in self._side_files:
-            self._side_files[lane] = tempfile.SpooledTemporaryFile(_SIDE_FILE_MEMORY, dir=str(self.path.parent))  # noqa: SIM115
-        return self._side_files[lane]
-
-    def _move_to_wider(self, start: int) -> None:
-        """Copy the tensors to a new file where they begin at `start`: the header was longer than foreseen."""
-        self._file.close()
-        wider = self.path.with_name(f"{self.path.name}-wider")
-        with self.path.open("rb") as source, wider.open("wb") as target:
-            source.seek(8 + self._reserve)
-            target.seek(start)
-            shutil.copyfileobj(source, target, 1 << 20)
-        wider.replace(self.path)
-        self._file = self.path.open("rb+")
-
-
 def _shard_names(count: int) -> list[str]:
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def _index(shards: list[_Layout]) -> dict[str, str]:
+def _index(shards: list[Layout]) -> dict[str, str]:
     """The file that says which shard holds which tensor, by its name; one shard needs none."""
     if len(shards) == 1:
         return {}
@@ -312,15 +212,6 @@ def _index(shards: list[_Layout]) -> dict[str, str]:
     }
     total = sum(shard.nbytes for shard in shards)
     return {"model.safetensors.index.json": _json({"metadata": {"total_size": total}, "weight_map": shard_of})}
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """A tensor's bytes in row-major order, on the CPU, without a copy where they are that already."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _json(value: Mapping[str, Any]) -> str:
@@ -356,12 +247,16 @@ def _is_model_config(path: Path) -> bool:
 
 def _sweep(out: Path) -> None:
     """Clear up behind writers of `out` that were killed."""
-    for replaced in out.parent.glob(f".{out.name}.replaced-*"):
+
+    def leftovers(kind: str) -> list[Path]:
+        return [path for path in out.parent.iterdir() if path.name.startswith(f".{out.name}.{kind}-")]
+
+    for replaced in leftovers("replaced"):
         if out.exists():
             shutil.rmtree(replaced, ignore_errors=True)
         else:  # killed between the two renames: the old checkpoint is the only whole one
             replaced.rename(out)
-    for partial in out.parent.glob(f".{out.name}.partial-*"):
+    for partial in leftovers("partial"):
         descriptor = os.open(partial, os.O_RDONLY)
         try:
             if _try_lock(descriptor):

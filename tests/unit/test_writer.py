@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from neoquant.checkpoint import CheckpointWriter, TensorHeader, expected_size, free_bytes, open_checkpoint, writer
+from neoquant.checkpoint import CheckpointWriter, TensorHeader, expected_size, free_bytes, open_checkpoint, shard
 from neoquant.errors import OutputError
 
 CONFIG = {"model_type": "gpt_neo", "hidden_size": 4}
@@ -195,7 +195,7 @@ def test_a_full_disk_names_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     class Full:
         write = staticmethod(refuse(errno.ENOSPC))
 
-    monkeypatch.setattr(writer._Shard, "_lane_file", lambda *_: Full)
+    monkeypatch.setattr(shard.Shard, "_lane_file", lambda *_: Full)
     with pytest.raises(OutputError, match=r"disk is full: cannot write tensor 'a' \(60 bytes needed, \d+ free\)"):
         write(tmp_path / "out", TENSORS)
     assert list(tmp_path.iterdir()) == []
@@ -204,7 +204,7 @@ def test_a_full_disk_names_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES])
 @pytest.mark.parametrize("call", ["fsync", "Path.write_bytes", "shutil.copyfileobj"])
 def test_the_disk_fails_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int) -> None:
-    owner = {"fsync": os, "Path.write_bytes": Path, "shutil.copyfileobj": writer.shutil}[call]
+    owner = {"fsync": os, "Path.write_bytes": Path, "shutil.copyfileobj": shard.shutil}[call]
     with monkeypatch.context() as patch:
         patch.setattr(owner, call.split(".")[-1], refuse(number))
         with pytest.raises(OutputError, match=r"disk is full|cannot write"):
@@ -309,12 +309,12 @@ def test_a_symbolic_link_is_followed(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_the_dead_are_swept(tmp_path: Path) -> None:
-    dead = tmp_path / ".out.partial-4"
+    dead = tmp_path / ".[out].partial-4"
     dead.mkdir()
     (dead / "shard-1").write_text("half a shard")
     (tmp_path / ".other.partial-4").mkdir()
-    write(tmp_path / "out", TENSORS)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.partial-4", "out"]
+    write(tmp_path / "[out]", TENSORS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.partial-4", "[out]"]
 
 
 def test_a_model_lost_between_two_renames_returns(tmp_path: Path) -> None:
