@@ -47,12 +47,13 @@ class Bnb4(Format):
         return None
 
     def caution(self, grid: Grid, shape: tuple[int, ...]) -> str | None:
-        block_size = grid.block_size if isinstance(grid, Codebook) else 1
-        if shape[1] % block_size == 0 or block_size >= 2048 or shape[1] % 2:
+        if not isinstance(grid, Codebook) or grid.block_size >= 2048:
+            return None
+        if shape[1] % grid.block_size == 0 or shape[1] % 16:
             return None
         return (
-            f"blocks of {block_size} cross rows of {shape[1]}: bitsandbytes reads such a weight wrongly on CPUs with "
-            f"AVX-512; neoquant reads it right, and a block size that divides {shape[1]} avoids it"
+            f"blocks of {grid.block_size} cross rows of {shape[1]}, which bitsandbytes decodes wrongly on CPUs with "
+            f"AVX-512 (neoquant and CUDA do not); a block size that divides {shape[1]} avoids it"
         )
 
     def encode(self, q: QuantizedTensor) -> dict[str, Tensor]:

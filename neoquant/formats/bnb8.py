@@ -45,8 +45,10 @@ class Bnb8(Format):
     ) -> QuantizedTensor:
         suffixes = {".weight", ".SCB", ".weight_format"}
         take(tensors, suffixes if ".weight_format" in tensors else suffixes - {".weight_format"})
-        if ".weight_format" in tensors and tensors[".weight_format"].tolist() not in (ROW_MAJOR, [ROW_MAJOR]):
-            raise FormatError(f"weight_format must be {ROW_MAJOR} (rows), got {tensors['.weight_format'].tolist()}")
+        if ".weight_format" in tensors:
+            require_tensor("weight_format", tensors[".weight_format"], torch.uint8, ())
+            if (arrangement := int(tensors[".weight_format"])) != ROW_MAJOR:
+                raise FormatError(f"weight_format must be {ROW_MAJOR} (rows), got {arrangement}")
         weight = tensors[".weight"]
         if weight.dim() != 2:
             raise FormatError(f"an 8-bit weight is int8 [O, I], got {weight.dtype} {list(weight.shape)}")

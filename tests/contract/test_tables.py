@@ -1,0 +1,234 @@
+"""What every quantizer, grid, format and kernel must hold. Runs over the tables: a new entry needs no edit here."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from weights import DTYPES, KINDS, make_weight
+
+from neoquant.errors import FormatError
+from neoquant.formats import FORMATS, Format, choose, detect
+from neoquant.grids import Grid, legal_pairs, make_grid
+from neoquant.kernels import KERNELS, Kernel
+from neoquant.kernels import choose as choose_kernel
+from neoquant.layer import QuantLinear
+from neoquant.quantizers import QUANTIZERS
+from neoquant.tensor import QuantizedTensor
+
+SHAPES = [(1, 1), (3, 5), (24, 24), (96, 24), (24, 96), (64, 129), (130, 64), (48, 1024)]
+GRIDS = [make_grid(bits, name) for bits, name in legal_pairs()]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+every_quantizer = pytest.mark.parametrize("quantizer", QUANTIZERS)
+every_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
+every_format = pytest.mark.parametrize("format", FORMATS.values(), ids=lambda format: format.name)
+every_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=lambda kernel: kernel.name)
+every_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
+every_device = pytest.mark.parametrize("device", DEVICES)
+
+
+def quantize(
+    quantizer: str, grid: Grid, shape: tuple[int, int], dtype: torch.dtype = torch.float16, kind: str = "normal"
+) -> QuantizedTensor:
+    """A weight on a grid. For a quantizer that needs calibration, the layer has seen random inputs."""
+    w = make_weight(shape, dtype, kind)
+    seen: Any = (
+        make_weight((64, shape[1]), torch.float32, "normal", 7) if QUANTIZERS[quantizer].needs_calibration else None
+    )
+    return QUANTIZERS[quantizer]().quantize(w, grid, seen)
+
+
+def ordered(q: QuantizedTensor) -> QuantizedTensor:
+    """The same codes in an activation order that turns the columns round."""
+    return QuantizedTensor(q.codes, q.grid, q.params, torch.arange(q.shape[1] - 1, -1, -1, dtype=torch.int32), q.dtype)
+
+
+def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+def test_names_are_keys() -> None:
+    for table in (QUANTIZERS, FORMATS, KERNELS):
+        assert all(entry.name == name for name, entry in table.items())
+    assert all(grid.name == name and grid.bits == bits for grid, (bits, name) in zip(GRIDS, legal_pairs(), strict=True))
+
+
+@every_quantizer
+@every_grid
+@every_shape
+def test_quantizers_give_what_the_grid_holds(quantizer: str, grid: Grid, shape: tuple[int, int]) -> None:
+    for dtype, kind in itertools.product(DTYPES, KINDS):
+        q = quantize(quantizer, grid, shape, dtype, kind)
+        assert (q.shape, q.grid, q.dtype) == (shape, grid, dtype)
+        assert q.dequantize().isfinite().all()
+        assert q.equals(quantize(quantizer, grid, shape, dtype, kind)), "two runs, the same bits"
+
+
+@every_quantizer
+@every_grid
+def test_quantizers_come_close(quantizer: str, grid: Grid) -> None:
+    w = make_weight((96, 1024), torch.float16, "normal").float()
+    q = quantize(quantizer, grid, (96, 1024))
+    error = ((q.dequantize(torch.float32) - w).norm() / w.norm()).item()
+    assert error < 2.0 ** (1.5 - grid.bits), "a wrong table, scale or block gives several times as much"
+
+
+@every_quantizer
+@every_grid
+@every_format
+@every_shape
+def test_formats_give_back_every_bit(quantizer: str, grid: Grid, format: Format, shape: tuple[int, int]) -> None:
+    if reason := format.refuse(grid, shape):
+        with pytest.raises(FormatError) as caught:
+            format.encode(quantize(quantizer, grid, shape))
+        assert caught.value.message == reason
+        return
+    for dtype in DTYPES:
+        q = quantize(quantizer, grid, shape, dtype)
+        tensors = format.encode(q)
+        assert format.decode(tensors, shape, dtype).equals(q)
+        assert same_tensors(format.encode(format.decode(tensors, None, dtype)), tensors)
+
+
+@every_grid
+@every_format
+@every_shape
+def test_layouts_foretell_what_is_stored(grid: Grid, format: Format, shape: tuple[int, int]) -> None:
+    if format.refuse(grid, shape):
+        return
+    for dtype in DTYPES:
+        tensors = format.encode(quantize("nearest", grid, shape, dtype))
+        layout = format.layout(grid, shape, dtype)
+        assert layout.keys() == tensors.keys()
+        for suffix, (stored_dtype, stored_shape) in layout.items():
+            found = tensors[suffix]
+            assert found.dtype == stored_dtype
+            spare = torch.Size(stored_shape).numel() - found.numel()
+            assert (tuple(found.shape) == stored_shape) or (found.dim() == 1 and 0 < spare < 24), suffix
+
+
+@every_grid
+@every_format
+def test_formats_hold_an_order_or_refuse_it(grid: Grid, format: Format) -> None:
+    if format.refuse(grid, (24, 96)):
+        return
+    q = ordered(quantize("nearest", grid, (24, 96)))
+    try:
+        tensors = format.encode(q)
+    except FormatError as error:
+        assert "activation order" in str(error)
+    else:
+        assert format.decode(tensors).equals(q)
+
+
+@every_grid
+@every_format
+def test_formats_are_recognized_and_refuse_each_other(grid: Grid, format: Format) -> None:
+    if format.refuse(grid, (24, 96)):
+        return
+    tensors = format.encode(quantize("nearest", grid, (24, 96)))
+    layer = "transformer.h.1.mlp.c_fc"
+    names = [layer + suffix for suffix in tensors] + [f"{layer}.bias", "transformer.h.11.mlp.c_fc.weight"]
+    config = {"quantization_config": format.config({layer: grid}, [])}
+    assert detect(config, names) is format
+    assert detect({}, names) is format
+    assert format.quantized(names) == {layer: list(tensors)}
+    for other in FORMATS.values():
+        if other is not format:
+            assert not other.quantized(names)
+            with pytest.raises(FormatError):
+                other.decode(tensors)
+
+
+@every_grid
+@every_format
+def test_damaged_tensors_are_refused(grid: Grid, format: Format) -> None:
+    shape = (24, 96)
+    if format.refuse(grid, shape):
+        return
+    tensors = format.encode(quantize("nearest", grid, shape))
+    with pytest.raises(FormatError, match=r"stored weight is \[24, 96\], the model's is \[96, 24\]"):
+        format.decode(tensors, (96, 24))
+    with pytest.raises(FormatError, match="unknown surprise"):
+        format.decode({**tensors, ".surprise": torch.ones(1)})
+    for suffix, tensor in tensors.items():
+        if suffix != ".weight_format":  # older files lack it
+            with pytest.raises(FormatError):
+                format.decode({name: value for name, value in tensors.items() if name != suffix})
+        with pytest.raises(FormatError):
+            format.decode({**tensors, suffix: torch.cat([tensor.reshape(-1), tensor.reshape(-1)[:1]])})
+        with pytest.raises(FormatError):
+            format.decode({**tensors, suffix: tensor.to(torch.float64)})
+
+
+@every_grid
+def test_something_stores_and_something_runs_every_grid(grid: Grid) -> None:
+    for shape in SHAPES:
+        assert choose({"layer": (grid, shape)}).refuse(grid, shape) is None
+        for has_order in (False, True):
+            kernel = choose_kernel(grid, shape, torch.device("cpu"), has_order)
+            assert kernel.refuse(grid, shape, torch.device("cpu"), has_order) is None
+
+
+def runs(kernel: Kernel, grid: Grid, shape: tuple[int, int], device: str, has_order: bool = False) -> None:
+    if reason := kernel.refuse(grid, shape, torch.device(device), has_order):
+        pytest.skip(reason)
+
+
+@every_grid
+@every_kernel
+@every_shape
+@every_device
+@pytest.mark.parametrize("has_order", [False, True], ids=["", "ordered"])
+def test_kernels_agree_with_double_precision(
+    grid: Grid, kernel: Kernel, shape: tuple[int, int], device: str, has_order: bool
+) -> None:
+    runs(kernel, grid, shape, device, has_order)
+    q = quantize("nearest", grid, shape)
+    q = (ordered(q) if has_order else q).to(device)
+    bias = make_weight((1, shape[0]), torch.float16, "normal", 3)[0].to(device)
+    layer = QuantLinear(q, bias, kernel)
+    w = q.dequantize(torch.float64)
+    for dtype in DTYPES:
+        for rows in ((), (1,), (2, 3)):
+            x = torch.randn(*rows, shape[1], generator=torch.Generator().manual_seed(5)).to(device, dtype)
+            y = layer(x)
+            assert (y.shape, y.dtype) == ((*rows, shape[0]), dtype)
+            exact = x.double() @ w.T + bias.double()
+            # every product and sum is off by at most one unit: sqrt(I) of them on average
+            length = x.double().norm(dim=-1, keepdim=True) * w.norm(dim=1) + bias.double().abs()
+            bound = 4 * torch.finfo(dtype).eps * shape[1] ** 0.5 * length
+            assert ((y.double() - exact).abs() <= bound).all()
+
+
+@every_grid
+@every_kernel
+@every_shape
+@every_device
+def test_layers_keep_every_bit(grid: Grid, kernel: Kernel, shape: tuple[int, int], device: str) -> None:
+    runs(kernel, grid, shape, device)
+    q = quantize("nearest", grid, shape, torch.bfloat16).to(device)
+    layer = QuantLinear(q, torch.ones(shape[0], device=device), kernel)
+    for moved in (layer, layer.half(), layer.to(torch.float64), layer.to("cpu"), layer.to(device)):
+        assert moved.quantized.to(device).equals(q)
+    again = QuantLinear(
+        quantize("nearest", grid, shape, torch.bfloat16, "zero").to(device), torch.zeros(shape[0]), kernel
+    )
+    again.load_state_dict(layer.state_dict())
+    assert again.quantized.equals(q)
+
+
+@every_grid
+@every_kernel
+def test_gradients_flow_to_the_input(grid: Grid, kernel: Kernel) -> None:
+    runs(kernel, grid, (24, 96), "cpu")
+    layer = QuantLinear(quantize("nearest", grid, (24, 96)), None, kernel)
+    x = torch.randn(3, 96, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad[0], layer.quantized.dequantize(torch.float32).sum(0), atol=1e-4)
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
