@@ -108,7 +108,7 @@ def _our_warnings_only(terminal: Terminal) -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = show  # type: ignore[assignment]  # where in the code it was raised is no news
+        warnings.showwarning = show  # where in the code it was raised is no news
         yield
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from json import dumps
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -77,6 +76,10 @@ def show_plan(plan: Plan, terminal: Terminal) -> None:
     before, after = plan.source_bytes, plan.weights_bytes
     terminal.show_facts(
         [
+            *(
+                ("grid", grid_label(grid))
+                for grid in dict.fromkeys(row.grid for row in plan.rows if row.grid is not None)
+            ),
             ("weights", f"{size_text(before)} -> {size_text(after)}, {before / after:.2f} times smaller"),
             ("folder", size_text(plan.output_bytes)),
             (
@@ -98,56 +101,41 @@ class _Group(NamedTuple):
 
     what: str
     shape: str
-    before: str
-    after: str
-    reason: str
+    becomes: str
+    why: str
 
 
 def plan_table(plan: Plan) -> Table:
-    """One line for each group of tensors that are treated alike."""
+    """One line for each group of tensors that are treated alike, narrow enough for 80 columns."""
     from rich.table import Table
 
+    grids = {row.grid for row in plan.rows if row.grid is not None}
+    briefly = len({grid.name for grid in grids}) == len(grids)  # the name alone says which grid it is
     groups: dict[_Group, list[PlanRow]] = {}
     for row in sorted(plan.rows, key=lambda row: _ORDER.index(row.action)):
-        groups.setdefault(_group(row), []).append(row)
-    table = Table("tensors", box=None, pad_edge=False, header_style="bold")
-    for column in ("count", "shape"):
+        groups.setdefault(_group(row, briefly), []).append(row)
+    table = Table("layer", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in ("n", "shape"):
         table.add_column(column, justify="right")
-    for column in ("stored as", "becomes"):
-        table.add_column(column)
-    for column in ("bits/weight", "MB"):
+    table.add_column("becomes")
+    for column in ("bits", "MB"):
         table.add_column(column, justify="right")
     table.add_column("why")
     for group, rows in groups.items():
-        bits, size = _bits(rows), sum(row.out_bytes for row in rows) / 1e6
-        table.add_row(
-            group.what,
-            str(len(rows)),
-            group.shape,
-            group.before,
-            group.after,
-            f"{bits:.3f}",
-            f"{size:,.2f}",
-            group.reason,
-            style=None if rows[0].action == "quantize" else "dim",
-        )
+        stored = sum(row.out_bytes for row in rows)
+        bits = 8 * stored / max(1, sum(row.source.numel for row in rows))
+        numbers = (f"{bits:.3f}", f"{stored / 1e6:,.2f}")
+        style = None if rows[0].action == "quantize" else "dim"
+        table.add_row(group.what, str(len(rows)), group.shape, group.becomes, *numbers, group.why, style=style)
     return table
 
 
-def _group(row: PlanRow) -> _Group:
-    before = str(row.dtype).removeprefix("torch.")
+def _group(row: PlanRow, briefly: bool) -> _Group:
+    stored = str(row.stored[0].dtype).removeprefix("torch.") if row.stored else "-"
     if row.action == "copy":
-        return _Group("biases and norms", "", before, _dtype_after(row), row.reason)
-    what = re.sub(r"\bh\.\d+\.", "h.*.", row.name.removeprefix("transformer."))
-    shape = " x ".join(map(str, row.shape))
-    after = grid_label(row.grid) if row.grid is not None else _dtype_after(row)
-    return _Group(what, shape, before, after, row.reason)
-
-
-def _dtype_after(row: PlanRow) -> str:
-    return str(row.stored[0].dtype).removeprefix("torch.") if row.stored else "-"
-
-
-def _bits(rows: Iterable[PlanRow]) -> float:
-    rows = list(rows)
-    return 8 * sum(row.out_bytes for row in rows) / max(1, sum(row.source.numel for row in rows))
+        return _Group("biases and norms", "", stored, "")
+    what = re.sub(r"\bh\.\d+\.", "h.*.", row.layer.removeprefix("transformer."))
+    shape = "x".join(map(str, row.shape))
+    if row.grid is None:
+        return _Group(what, shape, stored, row.reason)
+    return _Group(what, shape, row.grid.name if briefly else grid_label(row.grid), "")

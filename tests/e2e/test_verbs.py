@@ -29,6 +29,7 @@ def test_plan_shows_every_group_and_the_totals(cli: Cli, tiny_model: Path) -> No
     plan = json.loads(Path("plan.json").read_text())
     assert {row["action"] for row in plan["tensors"]} == {"quantize", "keep", "copy"}
     assert result.err == "wrote plan.json\n"
+    assert max(len(line.rstrip()) for line in result.out.splitlines()[1:]) <= 90
 
 
 def test_quantize_makes_the_folder_it_says(cli: Cli, tiny_model: Path) -> None:
