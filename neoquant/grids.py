@@ -14,10 +14,12 @@ The NF4 and FP4 tables, and the table of double quantization, live here and nowh
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -91,6 +93,8 @@ class Grid(ABC):
                     f"{name} of a {self.name} weight {list(shape)} is {dtype} {list(size)}, "
                     f"got {found.dtype} {list(found.shape)}"
                 )
+            if dtype.is_floating_point and not found.isfinite().all():
+                raise FormatError(f"{name} of a {self.name} weight holds infinity or NaN")
 
     def describe(self) -> dict[str, Any]:
         """The grid as a JSON object, for headers and records."""
@@ -103,7 +107,7 @@ class Grid(ABC):
         """The inverse of `describe`. Raises RequestError for an unknown name or an illegal field."""
         fields = dict(described)
         name = fields.pop("name", None)
-        if name not in GRIDS:
+        if not isinstance(name, str) or name not in GRIDS:
             raise RequestError(f"no grid is called {name!r}; there are {', '.join(GRIDS)}")
         cls = GRIDS[name]
         try:
@@ -129,7 +133,7 @@ class Codebook(Grid):
     def __post_init__(self) -> None:
         if self.kind not in ("nf4", "fp4"):
             raise RequestError(f"no codebook is called {self.kind!r}; there are nf4 and fp4")
-        if self.block_size not in BLOCK_SIZES:
+        if not isinstance(self.block_size, int) or self.block_size not in BLOCK_SIZES:
             raise RequestError(f"block size {self.block_size!r}: legal are {', '.join(map(str, BLOCK_SIZES))}")
         if not isinstance(self.double_quant, bool):
             raise RequestError(f"double_quant is true or false, got {self.double_quant!r}")
@@ -158,8 +162,7 @@ class Codebook(Grid):
         }
 
     def nearest(self, w: Tensor) -> tuple[Tensor, Params]:
-        import bitsandbytes as bnb  # slow to import
-
+        bnb = load_bitsandbytes()
         # In pieces: bitsandbytes takes several float32 copies of what it is given. Its blocks are independent,
         # and only the last one may be short, so the pieces' bytes are the whole's.
         flat = w.detach().reshape(-1)
@@ -222,10 +225,8 @@ class Codebook(Grid):
         """Round float32 absmax[blocks] to the type they are stored in, with bitsandbytes' bytes."""
         if not self.double_quant:
             return {"absmax": absmax}
-        import bitsandbytes as bnb
-
         offset = absmax.mean()
-        stored, state = bnb.functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
+        stored, state = load_bitsandbytes().functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
         return {"absmax": stored, "nested_absmax": state.absmax, "nested_offset": offset}
 
     def _spans(self, n: int) -> Iterator[tuple[slice, slice]]:
@@ -253,8 +254,7 @@ class Int8Rows(Grid):
         return {"scb": (torch.float32, (shape[0],))}
 
     def nearest(self, w: Tensor) -> tuple[Tensor, Params]:
-        import bitsandbytes as bnb
-
+        bnb = load_bitsandbytes()
         codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
         scb = torch.empty(w.shape[0], dtype=torch.float32, device=w.device)
         for rows in _row_spans(w):
@@ -309,6 +309,20 @@ def make_grid(bits: int, type: str, **fields: int | bool | None) -> Grid:
     if type == "int8" and given:
         raise RequestError(f"int8 has one scale a row: leave out {' and '.join(given)}")
     return Grid.from_dict({"name": type, **given})
+
+
+@cache
+def load_bitsandbytes() -> ModuleType:
+    """bitsandbytes, which is slow to import, without its warning that a CPU kernel which we never use is absent."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        import bitsandbytes
+    finally:
+        logger.setLevel(level)
+    module: ModuleType = bitsandbytes
+    return module
 
 
 @cache

@@ -48,10 +48,9 @@ class QuantLinear(nn.Module):
         return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        stored = {name: tensor.dtype for name, tensor in self._state().items()}
-        kept = self._state()
+        stored = self._state()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own is not typed
         for name, tensor in self._state().items():
-            if tensor.dtype != stored[name]:  # fn casts: move the stored bits instead
-                self._buffers[name] = kept[name].to(tensor.device)
+            if tensor.dtype != stored[name].dtype:  # fn casts: move the stored bits instead
+                self._buffers[name] = stored[name].to(tensor.device)
         return self

@@ -84,15 +84,13 @@ class Format(ABC):
             raise FormatError(reason)
 
 
-def take(tensors: Mapping[str, Tensor], required: Iterable[str]) -> None:
+def require_suffixes(tensors: Mapping[str, Tensor], required: Iterable[str]) -> None:
     """Raise FormatError unless `tensors` has exactly the suffixes `required`."""
-    missing, unknown = set(required) - tensors.keys(), tensors.keys() - set(required)
-    if missing or unknown:
-        found = " and ".join(
-            text for text, names in ((f"lacks {_list(missing)}", missing), (f"has unknown {_list(unknown)}", unknown))
-            if names
-        )  # fmt: skip
-        raise FormatError(f"the quantized weight {found}; it is {_list(required)}")
+    required = set(required)
+    if missing := required - tensors.keys():
+        raise FormatError(f"the quantized weight lacks {_list(missing)}; it is {_list(required)}")
+    if unknown := tensors.keys() - required:
+        raise FormatError(f"the quantized weight has unknown {_list(unknown)}; it is {_list(required)}")
 
 
 def require_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -118,7 +116,7 @@ def json_from_tensor(name: str, tensor: Tensor) -> dict[str, Any]:
         raise FormatError(f"{name} holds JSON as uint8 [n], got {tensor.dtype} {list(tensor.shape)}")
     try:
         value = json.loads(bytes(tensor.tolist()))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{name} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise FormatError(f"{name} holds a JSON {type(value).__name__}, not an object")

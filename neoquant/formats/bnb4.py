@@ -23,9 +23,9 @@ from neoquant.formats.base import (
     json_from_tensor,
     json_to_tensor,
     require_shape,
+    require_suffixes,
     require_tensor,
     shape_from_json,
-    take,
 )
 from neoquant.grids import NESTED_BLOCK_SIZE, Codebook, Grid, Params, double_quant_table
 from neoquant.tensor import QuantizedTensor
@@ -64,12 +64,12 @@ class Bnb4(Format):
         tensors = {
             ".weight": bits.pack_nibbles(q.codes.reshape(-1), pad=q.grid.zero_code).unsqueeze(1),
             ".weight.absmax": q.params["absmax"],
-            ".weight.quant_map": q.grid.table(),
+            ".weight.quant_map": q.grid.table().clone(),
         }
         offset = None
         if q.grid.double_quant:
             tensors[".weight.nested_absmax"] = q.params["nested_absmax"]
-            tensors[".weight.nested_quant_map"] = double_quant_table(torch.device("cpu"))
+            tensors[".weight.nested_quant_map"] = double_quant_table(torch.device("cpu")).clone()
             offset = q.params["nested_offset"].item()
         tensors[STATE + q.grid.kind] = json_to_tensor(_state(q.grid, q.shape, q.dtype, offset))
         return tensors
@@ -86,13 +86,13 @@ class Bnb4(Format):
             raise FormatError(f"{markers[0].removeprefix('.')} says that its type is {grid.kind}")
         stored = shape_from_json(state.get("shape"))
         require_shape(stored, shape)
-        take(tensors, self.layout(grid, stored))
+        require_suffixes(tensors, self.layout(grid, stored))
         _require_table(".weight.quant_map", tensors, grid.table())
         params: Params = {"absmax": tensors[".weight.absmax"]}
         if grid.double_quant:
             _require_table(".weight.nested_quant_map", tensors, double_quant_table(torch.device("cpu")))
             params["nested_absmax"] = tensors[".weight.nested_absmax"]
-            params["nested_offset"] = torch.tensor(float(state["nested_offset"]), dtype=torch.float32)
+            params["nested_offset"] = torch.tensor(state["nested_offset"], dtype=torch.float32)
         codes = _codes(tensors[".weight"], stored)
         return QuantizedTensor(codes, grid, params, dtype=dtype_from_name(state.get("dtype")))
 
@@ -159,7 +159,7 @@ def _grid(state: dict[str, Any]) -> Codebook:
     nested = "nested_offset" in state
     if nested and state.get("nested_blocksize") != NESTED_BLOCK_SIZE:
         raise FormatError(f"nested_blocksize must be {NESTED_BLOCK_SIZE}, got {state.get('nested_blocksize')!r}")
-    if nested and not isinstance(state["nested_offset"], int | float):
+    if nested and not isinstance(state["nested_offset"], float):
         raise FormatError(f"nested_offset is a number, got {state['nested_offset']!r}")
     try:
         return Codebook(state.get("quant_type"), state.get("blocksize"), nested)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from neoquant.errors import FormatError
-from neoquant.formats.base import Format, Layout, require_shape, require_tensor, take
+from neoquant.formats.base import Format, Layout, require_shape, require_suffixes, require_tensor
 from neoquant.formats.bnb4 import bitsandbytes_config
 from neoquant.grids import Grid, Int8Rows
 from neoquant.tensor import QuantizedTensor
@@ -44,7 +44,7 @@ class Bnb8(Format):
         self, tensors: Mapping[str, Tensor], shape: tuple[int, ...] | None = None, dtype: torch.dtype = torch.float16
     ) -> QuantizedTensor:
         suffixes = {".weight", ".SCB", ".weight_format"}
-        take(tensors, suffixes if ".weight_format" in tensors else suffixes - {".weight_format"})
+        require_suffixes(tensors, suffixes if ".weight_format" in tensors else suffixes - {".weight_format"})
         if ".weight_format" in tensors:
             require_tensor("weight_format", tensors[".weight_format"], torch.uint8, ())
             if (arrangement := int(tensors[".weight_format"])) != ROW_MAJOR:

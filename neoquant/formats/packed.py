@@ -22,9 +22,9 @@ from neoquant.formats.base import (
     json_from_tensor,
     json_to_tensor,
     require_shape,
+    require_suffixes,
     require_tensor,
     shape_from_json,
-    take,
 )
 from neoquant.grids import Grid
 from neoquant.tensor import QuantizedTensor
@@ -63,7 +63,7 @@ class Packed(Format):
         require_shape(stored, shape)
         layout = self.layout(grid, stored)
         order = tensors.get(".weight.order")
-        take(tensors, layout if order is None else [*layout, ".weight.order"])
+        require_suffixes(tensors, layout if order is None else [*layout, ".weight.order"])
         require_tensor("weight", tensors[".weight"], *layout[".weight"])
         codes = bits.unpack(tensors[".weight"], grid.bits, stored[1])
         params = {name: tensors[f".weight.{name}"] for name in grid.param_shapes(stored)}

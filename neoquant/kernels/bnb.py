@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from neoquant import bits
-from neoquant.grids import Codebook, Grid
+from neoquant.grids import Codebook, Grid, load_bitsandbytes
 from neoquant.kernels.base import Kernel, State
 from neoquant.tensor import QuantizedTensor
 
@@ -56,14 +56,13 @@ class Bitsandbytes(Kernel):
 
 def decode(state: State, grid: Codebook, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The weight, dtype[O, I], by bitsandbytes' C routine; the last, short block by torch."""
-    import bitsandbytes  # noqa: F401  # defines torch.ops.bitsandbytes
-
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return decode(state, grid, shape, torch.float32).to(dtype)
     n, block = shape[0] * shape[1], min(grid.block_size, LONGEST_BLOCK)
     whole = n // grid.block_size
     body, absmax = whole * grid.block_size, grid.scales(state)
     scales = absmax[:whole].repeat_interleave(grid.block_size // block)
+    load_bitsandbytes()  # defines the operation
     w: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
         state["packed"][: body // 2], scales, block, grid.kind, (body // block, block), dtype
     )
@@ -75,8 +74,7 @@ def decode(state: State, grid: Codebook, shape: tuple[int, ...], dtype: torch.dt
 
 
 def _cuda_linear(x: Tensor, state: State, grid: Codebook, shape: tuple[int, ...], bias: Tensor | None) -> Tensor:
-    import bitsandbytes as bnb
-
+    bnb = load_bitsandbytes()
     quant_state = bnb.functional.QuantState(
         absmax=grid.scales(state), shape=torch.Size(shape), code=grid.table(x.device),
         blocksize=grid.block_size, quant_type=grid.kind, dtype=x.dtype,
@@ -88,6 +86,5 @@ def _cuda_linear(x: Tensor, state: State, grid: Codebook, shape: tuple[int, ...]
 @cache
 def _is_native() -> bool:
     """Whether bitsandbytes found its compiled library; without it, it falls back to torch graphs."""
-    import bitsandbytes.cextension as extension
-
+    extension = load_bitsandbytes().cextension
     return not isinstance(extension.lib, extension.ErrorHandlerMockBNBNativeLibrary)

@@ -33,7 +33,6 @@ THEIRS = {
 OURS: dict[str, Callable[[str], Grid | None]] = {
     "nf4": lambda layer: Codebook(),
     "fp4 without double quantization": lambda layer: Codebook("fp4", 32, False),
-    "long blocks": lambda layer: Codebook("nf4", 4096),
     "mixed": lambda layer: Codebook(
         "nf4" if "attn" in layer else "fp4", 64 if "q_proj" in layer else 32, "mlp" in layer
     ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -90,6 +92,15 @@ def test_worked_examples(format: str, grid: Grid, expected: dict[str, bytes]) ->
     if "nested" in "".join(expected):
         found.pop(".weight.quant_map")
     assert found == expected
+
+
+def test_the_page_shows_these_bytes() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
+    squeezed = page.replace(" ", "")
+    for _, _, tensors in CASES.values():
+        assert tensors[".weight"].hex() in squeezed
+    assert CASES["bnb4 nf4"][2][".weight.quant_state.bitsandbytes__nf4"].decode() in page
+    assert CASES["packed nf4"][2][".weight.neoquant"].decode() in page
 
 
 def test_order_is_stored_as_it_is() -> None:

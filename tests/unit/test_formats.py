@@ -44,6 +44,7 @@ def with_state(**changes: Any) -> dict[str, Tensor]:
         ({"dtype": "int8"}, "type is 'int8'; legal are float32, float16 and bfloat16"),
         ({"nested_blocksize": 128}, "nested_blocksize must be 256, got 128"),
         ({"nested_offset": "much"}, "nested_offset is a number"),
+        ({"nested_offset": float("nan")}, "nested_offset of a nf4 weight holds infinity or NaN"),
         ({"nested_offset": None}, "has unknown weight.nested_absmax, weight.nested_quant_map"),
     ],
 )
@@ -102,7 +103,7 @@ def test_the_first_format_that_holds_all_is_chosen() -> None:
     assert choose({"a": eight}).name == "bnb8"
     assert choose({"a": four, "b": eight}).name == "packed"
     assert choose({"a": four}, "neoquant").name == "packed"
-    with pytest.raises(RequestError, match="cannot hold this: b: .*not int8; a: .*not nf4"):
+    with pytest.raises(RequestError, match=r"cannot hold this: b: .*not int8; a: .*not nf4"):
         choose({"a": four, "b": eight}, "bitsandbytes")
     with pytest.raises(RequestError, match="'gguf'; there are auto, bitsandbytes, neoquant, bnb4, bnb8, packed"):
         choose({"a": four}, "gguf")

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from weights import DTYPES, make_weight, weights
 
 from neoquant import grids
 from neoquant.bits import pack_nibbles
 from neoquant.errors import FormatError, RequestError
 from neoquant.grids import BLOCK_SIZES, Codebook, Grid, Int8Rows, legal_pairs, make_grid
-from weights import DTYPES, make_weight, weights
 
 codebooks = st.builds(Codebook, st.sampled_from(["nf4", "fp4"]), st.sampled_from(BLOCK_SIZES), st.booleans())
 CPU = torch.device("cpu")
@@ -113,9 +113,9 @@ def test_pieces_do_not_show(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None
     assert all(same_bits(value, grid.fit(w)[name]) for name, value in whole[2].items())
 
 
-@pytest.mark.parametrize("name", [name for _, name in legal_pairs()])
-def test_values_are_fixed_points(name: str) -> None:
-    grid = make_grid(dict((n, b) for b, n in legal_pairs())[name], name)
+@pytest.mark.parametrize(("bits", "name"), legal_pairs())
+def test_values_are_fixed_points(bits: int, name: str) -> None:
+    grid = make_grid(bits, name)
     codes, params = grid.nearest(make_weight((16, 128), torch.float16, "normal"))
     w = grid.decode(codes, params)
     assert torch.equal(grid.decode(grid.round(w, params), params), w)
@@ -158,6 +158,10 @@ def test_illegal_requests_name_the_legal_ones() -> None:
         Grid.from_dict({"name": "nf3"})
     with pytest.raises(RequestError, match="nf4: 'bits' are not its fields"):
         Grid.from_dict({"name": "nf4", "bits": 4})
+    with pytest.raises(RequestError, match=r"block size 64\.0: legal are"):
+        Grid.from_dict({"name": "nf4", "block_size": 64.0})
+    with pytest.raises(RequestError, match=r"no grid is called \['nf4'\]"):
+        Grid.from_dict({"name": ["nf4"]})
     assert make_grid(4, "fp4", block_size=None, double_quant=False) == Codebook("fp4", 64, False)
 
 
@@ -165,5 +169,7 @@ def test_wrong_parameters_are_refused() -> None:
     grid = Codebook("nf4", 64, False)
     with pytest.raises(FormatError, match=r"has the parameters \['absmax'\], got \['scb'\]"):
         grid.check({"scb": torch.ones(1)}, (2, 64))
+    with pytest.raises(FormatError, match="absmax of a nf4 weight holds infinity or NaN"):
+        grid.check({"absmax": torch.tensor([1.0, float("nan")])}, (2, 64))
     with pytest.raises(FormatError, match=r"is torch.float32 \[2\], got torch.float32 \[3\]"):
         grid.check({"absmax": torch.ones(3)}, (2, 64))
