@@ -92,5 +92,3 @@ def test_a_quantized_model_is_saved_again_bit_for_bit(source: Path, tmp_path: Pa
             assert isinstance(copy, QuantLinear)
             assert copy.quantized.equals(module.quantized)
     assert_close(their_logits(tmp_path / "second"), our_logits(tmp_path / "first"))
-
-
