@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from pathlib import Path
 
 from neoquant.plan import Plan, PlanRow, dtype_name
 
-NOT_MEASURED = "not measured yet"
+NOT_MEASURED = "Not measured yet"
 
 # The class named in config.json ends with -> the hub's word for its task, transformers' class that loads it.
 _TASKS = {
@@ -57,7 +56,7 @@ def _front_matter(plan: Plan) -> str:
     lines = [
         "---",
         *base,
-        f"library_name: {'transformers' if plan.format.transformers else 'neoquant'}",
+        f"library_name: {'transformers' if _is_common(plan) else 'neoquant'}",
         f"pipeline_tag: {_task(plan)[0]}",
         "tags:",
         *(f"- {tag}" for tag in dict.fromkeys(["neoquant", "gpt_neo", "quantized", *names, plan.format.family])),
@@ -66,8 +65,13 @@ def _front_matter(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _is_common(plan: Plan) -> bool:
+    """Whether transformers reads the result."""
+    return plan.format.family == "bitsandbytes"
+
+
 def _opening(plan: Plan) -> str:
-    source = f"[{plan.source}](https://huggingface.co/{plan.source})" if plan.revision else f"`{Path(plan.source).name}`"
+    source = f"[{plan.source}](https://huggingface.co/{plan.source})" if plan.revision else f"`{plan.source_name}`"
     at = f" at revision `{plan.revision}`" if plan.revision else ""
     return (
         f"{source}{at}, quantized by neoquant with the recipe `{plan.recipe.name}` "
@@ -79,7 +83,7 @@ def _opening(plan: Plan) -> str:
 def _loading(plan: Plan, name: str) -> str:
     ours = f'import neoquant\n\nmodel, tokenizer = neoquant.load("{name}")'
     blocks = [f"```python\n{ours}\n```"]
-    if plan.format.transformers:
+    if _is_common(plan):
         cls = _task(plan)[1]
         theirs = f'from transformers import {cls}\n\nmodel = {cls}.from_pretrained("{name}")'
         blocks += ["or with transformers and bitsandbytes:", f"```python\n{theirs}\n```"]

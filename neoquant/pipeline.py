@@ -15,8 +15,17 @@ from typing import Any
 import torch
 
 from neoquant.card import render_card
-from neoquant.checkpoint import SHARD_SIZE, Checkpoint, CheckpointWriter, TensorHeader, free_bytes, open_checkpoint
+from neoquant.checkpoint import (
+    SHARD_SIZE,
+    Checkpoint,
+    CheckpointWriter,
+    TensorHeader,
+    check_output,
+    free_bytes,
+    open_checkpoint,
+)
 from neoquant.errors import CheckpointError, OutputError, locate
+from neoquant.formats import Format
 from neoquant.plan import EMBEDDING, Plan, PlanRow, dtype_name, make_plan
 from neoquant.progress import SILENT, Progress
 from neoquant.quantizers import QUANTIZERS
@@ -80,7 +89,7 @@ def quantize(
     shard_size: int = SHARD_SIZE,
     progress: Progress = SILENT,
 ) -> QuantizeResult:
-    """Quantize a checkpoint into the folder `out`, one tensor in memory at a time. The same request gives the same bytes.
+    """Quantize a checkpoint into the folder `out`, one tensor in memory at a time; the same request, the same bytes.
 
     Args:
         source: a folder, a hub id, or None for the bundled model.
@@ -100,6 +109,7 @@ def quantize(
     started = time.perf_counter()
     location = _location(source)
     out = Path(out).expanduser().resolve()
+    check_output(out, force)
     planned = plan(location, recipe, revision=revision, shard_size=shard_size, name=out.name, progress=progress)
     _require_space(out, planned.output_bytes)
     with (
@@ -148,51 +158,55 @@ def _whole_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: int, name: s
 def _require_space(out: Path, needed: int) -> None:
     free = free_bytes(out)
     if free < needed:
-        raise OutputError(f"{out}: {needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free on this disk")
+        raise OutputError(f"{out}: {needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free on this disk")
 
 
 def _write_tensors(
     checkpoint: Checkpoint, planned: Plan, sink: CheckpointWriter, progress: Progress
 ) -> tuple[Plan, str]:
-    """Write every row; return the plan with the tensors as they were stored, and the hash of the source's tensors."""
+    """Carry out every row; return the plan with the tensors as they were stored, and the hash of the source's."""
     digest = hashlib.sha256()
     rows = []
     with progress.task("quantizing", total=planned.source_bytes) as advance, torch.inference_mode():
         for row in planned.rows:
             with locate(row.name):
-                weight = checkpoint.read(row.name)
-                _add_to_digest(digest.update, row.source, weight)
-                rows.append(replace(row, stored=_store(row, weight, checkpoint, planned, sink)))
+                rows.append(replace(row, stored=_carry_out(row, checkpoint, planned.format, sink, digest.update)))
             advance(row.source.nbytes)
     return replace(planned, rows=tuple(rows)), digest.hexdigest()
 
 
-def _store(
-    row: PlanRow, weight: torch.Tensor, checkpoint: Checkpoint, planned: Plan, sink: CheckpointWriter
+def _carry_out(
+    row: PlanRow, checkpoint: Checkpoint, format: Format, sink: CheckpointWriter, digest: Callable[[memoryview], None]
 ) -> tuple[TensorHeader, ...]:
-    """Write what takes the place of one tensor; return what was written.
+    """Read one tensor and write what takes its place; return what was written.
 
     Raises:
         CheckpointError: the weight is not finite, does not fit its type, or is not the tensor it is said to be tied to.
         OutputError: it cannot be written.
     """
+    weight = checkpoint.read(row.name)
+    _add_to_digest(digest, row.source, weight)
     if row.action == "drop":
-        if not torch.equal(weight, checkpoint.read(EMBEDDING)):
-            raise CheckpointError(
-                f"differs from {EMBEDDING}, though config.json ties the two; set tie_word_embeddings to false to keep both"
-            )
-        return ()
-    if row.grid is None:
+        _require_equal(weight, checkpoint.read(EMBEDDING))
+        tensors = {}
+    elif row.grid is None:
         tensors = {row.stored[0].name: _converted(weight, row.stored[0].dtype)}
     else:
         assert row.quantizer is not None  # a row with a grid has a quantizer
         _require_finite(weight)
         quantized = QUANTIZERS[row.quantizer]().quantize(weight, row.grid)
         prefix = row.name.removesuffix(".weight")
-        tensors = {prefix + suffix: tensor for suffix, tensor in planned.format.encode(quantized).items()}
+        tensors = {prefix + suffix: tensor for suffix, tensor in format.encode(quantized).items()}
     for name, tensor in tensors.items():
         sink.put(name, tensor)
     return tuple(TensorHeader(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
+
+
+def _require_equal(head: torch.Tensor, embedding: torch.Tensor) -> None:
+    if not torch.equal(head, embedding):
+        raise CheckpointError(
+            f"differs from {EMBEDDING}, though config.json ties the two; set tie_word_embeddings to false to keep both"
+        )
 
 
 def _converted(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -228,7 +242,7 @@ def _is_finite(weight: torch.Tensor) -> bool:
 def _add_to_digest(update: Callable[[memoryview], None], header: TensorHeader, weight: torch.Tensor) -> None:
     """Names and shapes count as well as values: `name dtype [shape]`, a line end, then the tensor's bytes."""
     update(memoryview(f"{header.name} {dtype_name(header.dtype)} {list(header.shape)}\n".encode()))
-    update(memoryview(weight.reshape(-1).view(torch.uint8).numpy()))
+    update(weight.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _files(checkpoint: Checkpoint, done: Plan, digest: str, name: str) -> dict[str, str | Path]:

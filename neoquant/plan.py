@@ -7,21 +7,19 @@ that cannot be carried out is refused here, with every reason at once.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from neoquant.checkpoint import Checkpoint, TensorHeader, expected_size
-from neoquant.errors import CheckpointError, RecipeError, RequestError
+from neoquant.checkpoint import SHARD_SIZE, Checkpoint, TensorHeader, expected_size
+from neoquant.errors import CheckpointError, FormatError, RecipeError, RequestError
 from neoquant.formats import FORMATS, Format, detect
 from neoquant.grids import Grid
 from neoquant.model.config import GPTNeoConfig
 from neoquant.recipe import Recipe, Rule
-
-SHARD_SIZE = 5_000_000_000
-"""Bytes of tensors in one file of the output, unless the user says otherwise."""
 
 BLOCK_LINEARS = (
     "attn.attention.q_proj",
@@ -36,12 +34,15 @@ BLOCK_LINEARS = (
 EMBEDDING, TIED_HEAD = "transformer.wte.weight", "lm_head.weight"
 
 _BLOCK_LINEAR = re.compile(rf"transformer\.h\.\d+\.({'|'.join(map(re.escape, BLOCK_LINEARS))})")
+_UNKNOWN = "not a block linear"
 _HEADS = ("lm_head", "score", "classifier", "qa_outputs")
 
 # Peak memory, fitted to measurements (tests hold it): what Python and the libraries take before any weight is read,
 # and what is alive at once for one weight, as multiples of its elements.
 _RESIDENT_BYTES = 420_000_000
 _WORK_BYTES_PER_WEIGHT = 16
+
+_Targets = Mapping[str, tuple[Grid, tuple[int, int]]]  # layer to quantize -> its grid and shape
 
 Action = Literal["quantize", "keep", "copy", "drop"]
 
@@ -102,6 +103,11 @@ class Plan:
     """Bytes of the output's files that hold no weights."""
 
     @property
+    def source_name(self) -> str:
+        """The hub id, or the folder's name without where it lies on this machine."""
+        return self.source if self.revision is not None else Path(self.source).resolve().name
+
+    @property
     def stored(self) -> list[TensorHeader]:
         """Every tensor of the output, in order."""
         return [header for row in self.rows for header in row.stored]
@@ -112,8 +118,8 @@ class Plan:
 
     @property
     def weights_bytes(self) -> int:
-        """Bytes of the output's weight files, headers and index included."""
-        return expected_size(((h.name, h.dtype, h.shape) for h in self.stored), self.shard_size)
+        """Bytes of the output's weight files and their index."""
+        return expected_size(self.stored, self.shard_size)
 
     @property
     def output_bytes(self) -> int:
@@ -139,9 +145,9 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, for `neoquant.json` and `--json`."""
         return {
-            "source": self.source,
+            "source": self.source_name,
             "revision": self.revision,
-            "recipe": self.recipe.model_dump(exclude_unset=True),
+            "recipe": self.recipe.model_dump(mode="json", exclude_unset=True),
             "format": self.format.name,
             "dtype": dtype_name(self.dtype),
             "bits_per_weight_linears": round(self.bits_per_weight_linears, 4),
@@ -171,10 +177,10 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, shard_size: int = SHARD
     grids = {layer: rule.grid() for layer, rule in rules.items() if rule is not None and not rule.keep}
     if not grids:
         faults.append("nothing is left to quantize: every layer is kept in half precision")
-    shapes = {layer: linears[layer].shape for layer in grids}
-    format, why_format = _choose_format(recipe.format, grids, shapes)
+    targets = {layer: (grid, _matrix(linears[layer])) for layer, grid in grids.items()}
+    format, passed_over = _choose_format(recipe.format, targets)
     if format is None:
-        faults.append(why_format)
+        faults.append(f'format = "{recipe.format}" cannot hold this: {"; ".join(passed_over)}')
     if faults or format is None:
         raise RecipeError("; ".join(faults))
 
@@ -195,7 +201,11 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, shard_size: int = SHARD
         dtype=dtype,
         config=_output_config(checkpoint.config, format, grids, linears, dtype),
         shard_size=shard_size,
-        notes=tuple(_notes(rows, rules, why_format, checkpoint.dropped)),
+        notes=(
+            *_layer_notes(rows, rules),
+            *_format_notes(format, targets, passed_over),
+            *_dropped_notes(rows, checkpoint.dropped),
+        ),
     )
 
 
@@ -217,15 +227,23 @@ def _is_block_linear(header: TensorHeader) -> bool:
     return is_weight and _BLOCK_LINEAR.fullmatch(canonical_layer(header.name)) is not None
 
 
+def _matrix(header: TensorHeader) -> tuple[int, int]:
+    rows, columns = header.shape
+    return rows, columns
+
+
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    stated = checkpoint.config.get("quantization_config")
-    found = detect(checkpoint.config, checkpoint.headers)
-    if found is None and stated is None:
-        return
-    how = found.name if found is not None else stated.get("quant_method", "unknown")
+    try:
+        found = detect(checkpoint.config, checkpoint.headers)
+    except FormatError as error:
+        how = str(error)
+    else:
+        if found is None:
+            return
+        how = f"format {found.name}"
     raise RequestError(
         f"{checkpoint.source} is already quantized ({how}); quantizing twice loses twice. Give the model it was made "
-        "from, in full or half precision; to use this one as it is, `neoquant generate`, `eval` and `compare` take it"
+        "from, in full or half precision. To use this one as it is: neoquant generate, eval and compare take it"
     )
 
 
@@ -249,20 +267,24 @@ def _check_blocks(headers: Sequence[TensorHeader], config: GPTNeoConfig) -> None
             raise CheckpointError(f"{layer}.weight has shape {list(found[layer])}, not {list(shape)}: {sizes}")
 
 
-def _choose_format(
-    choice: str, grids: Mapping[str, Grid], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[Format | None, str]:
-    """The first format of the choice that holds these grids, and why the ones before it do not."""
-    reasons = []
+def _choose_format(choice: str, targets: _Targets) -> tuple[Format | None, list[str]]:
+    """The first format of the choice that holds all targets in one checkpoint, and why those before it do not."""
+    reasons: list[str] = []
     for format in FORMATS.values():
-        if choice not in ("auto", format.family):
-            continue
-        refusals = (format.refuse(grid, shapes[layer]) for layer, grid in grids.items())
-        reason = format.refuse_all(grids) or next((refusal for refusal in refusals if refusal), None)
-        if reason is None:
-            return format, "; ".join(reasons)
-        reasons.append(f"format {format.name}: {reason}")
-    return None, "; ".join(reasons)
+        if choice in ("auto", format.family):
+            reason = _why_not(format, targets)
+            if reason is None:
+                return format, reasons
+            reasons.append(reason)
+    return None, reasons
+
+
+def _why_not(format: Format, targets: _Targets) -> str | None:
+    for layer, (grid, shape) in targets.items():
+        reason = format.refuse(grid, shape)
+        if reason is not None:
+            return f"{reason} ({layer})"
+    return format.refuse_all({layer: grid for layer, (grid, _) in targets.items()})
 
 
 def _half_dtype(headers: Iterable[TensorHeader], choice: str) -> torch.dtype:
@@ -297,7 +319,7 @@ def _row(
         rule = rules[layer]
         assert rule is not None  # a layer has a grid because a rule gave it one
         prefix = header.name.removesuffix(".weight")
-        layout = format.layout(grid, header.shape, header.dtype)
+        layout = format.layout(grid, _matrix(header), header.dtype)
         stored = tuple(TensorHeader(prefix + suffix, *spec) for suffix, spec in layout.items())
         return PlanRow(header, layer, "quantize", stored, f"match = {rule.match!r}", grid, rule.quantizer)
     kept = TensorHeader(header.name, dtype if header.dtype.is_floating_point else header.dtype, header.shape)
@@ -311,7 +333,7 @@ def _why_kept(header: TensorHeader, layer: str, rules: Mapping[str, Rule | None]
         return f"match = {rule.match!r}" if rule is not None else "no rule matches it"
     if len(header.shape) < 2:
         return "small"
-    return "head" if layer in _HEADS else "embedding" if layer.endswith(("wte", "wpe")) else "not a block linear"
+    return "head" if layer in _HEADS else "embedding" if layer.endswith(("wte", "wpe")) else _UNKNOWN
 
 
 def _output_config(
@@ -327,28 +349,31 @@ def _output_config(
     output = {**config, "dtype": dtype_name(dtype)}
     if "torch_dtype" in config:
         output["torch_dtype"] = dtype_name(dtype)
-    output["quantization_config"] = format.config(dict(grids), skipped, dtype)
+    output["quantization_config"] = format.config(grids, skipped)
     return output
 
 
-def _notes(
-    rows: Sequence[PlanRow], rules: Mapping[str, Rule | None], why_format: str, dropped: Sequence[str]
-) -> list[str]:
-    notes = []
+def _layer_notes(rows: Sequence[PlanRow], rules: Mapping[str, Rule | None]) -> Iterator[str]:
     unmatched = [layer for layer, rule in rules.items() if rule is None]
     if unmatched:
-        notes.append(f"{len(unmatched)} linears stay in half precision because no rule matches them: {_some(unmatched)}")
-    if why_format:
-        notes.append(f"transformers cannot read the result, because {why_format}")
+        yield f"{len(unmatched)} linears stay in half precision because no rule matches them: {_some(unmatched)}"
+    unknown = [row.name for row in rows if row.reason == _UNKNOWN]
+    if unknown:
+        yield f"{len(unknown)} tensors are no part of a GPT-Neo that neoquant knows; kept: {_some(unknown)}"
+
+
+def _format_notes(format: Format, targets: _Targets, passed_over: Sequence[str]) -> Iterator[str]:
+    if format.family != "bitsandbytes" and passed_over:
+        yield f"only neoquant reads the result, transformers does not: {'; '.join(passed_over)}"
+    yield from dict.fromkeys(caution for target in targets.values() if (caution := format.caution(*target)))
+
+
+def _dropped_notes(rows: Sequence[PlanRow], dropped: Sequence[str]) -> Iterator[str]:
     masks = [name for name in dropped if name != TIED_HEAD]
     if TIED_HEAD in dropped or any(row.action == "drop" for row in rows):
-        notes.append(f"{TIED_HEAD} is not written: it is {EMBEDDING}")
+        yield f"{TIED_HEAD} is not written: it is {EMBEDDING}"
     if masks:
-        notes.append(f"{len(masks)} old mask buffers are left out: {_some(masks)}")
-    unknown = [row.name for row in rows if row.reason == "not a block linear"]
-    if unknown:
-        notes.append(f"{len(unknown)} tensors are no part of a GPT-Neo that neoquant knows; kept: {_some(unknown)}")
-    return notes
+        yield f"{len(masks)} old mask buffers are left out: {_some(masks)}"
 
 
 def _some(names: Sequence[str]) -> str:

@@ -18,7 +18,8 @@ A recipe is a frozen value, written in TOML::
     double_quant = true
     quantizer = "nearest"
 
-Layers are named as in the causal language model (`transformer.h.0.attn.attention.q_proj`), whatever the checkpoint's head.
+Layers are named as in the causal language model (`transformer.h.0.attn.attention.q_proj`), whatever the checkpoint's
+head.
 """
 
 from __future__ import annotations
@@ -64,12 +65,6 @@ class Rule(BaseModel):
         """Whether the glob covers `layer`, given by the layer's own name or by its weight's (`... .weight`)."""
         return fnmatchcase(layer, self.match) or fnmatchcase(f"{layer}.weight", self.match)
 
-    @property
-    def grid_options(self) -> dict[str, int | bool]:
-        """The grid's parameters that the rule states; the others are left to the grid."""
-        stated = {"block_size": self.block_size, "double_quant": self.double_quant}
-        return {key: value for key, value in stated.items() if value is not None}
-
     def grid(self) -> Grid:
         """The grid that the rule asks for.
 
@@ -80,7 +75,7 @@ class Rule(BaseModel):
 
         if self.bits is None or self.type is None:
             raise RecipeError("a rule that keeps layers has no grid")
-        return make_grid(self.bits, self.type, **self.grid_options)
+        return make_grid(self.bits, self.type, block_size=self.block_size, double_quant=self.double_quant)
 
     def check(self) -> None:
         """Refuse a rule that says nothing, says two things at once, or asks for what does not exist.
@@ -104,7 +99,7 @@ class Rule(BaseModel):
 
 
 class Recipe(BaseModel):
-    """A whole request. Build one with `simple`, `from_toml` or `parse`, which check it; equal recipes give equal bytes."""
+    """A whole request. Build one with `simple`, `load`, `from_toml` or `parse`, which check it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -252,7 +247,7 @@ def _fault(detail: Any) -> str:
 
 
 def _toml_lines(values: Mapping[str, str | int | bool]) -> Iterator[str]:
-    """`key = value` for each value that says something. TOML spells these types as JSON does, but for the DEL character."""
+    """`key = value` for each value that says something. TOML spells these types as JSON does, but for DEL."""
     for key, value in values.items():
         if value != "":
             yield f"{key} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007F")

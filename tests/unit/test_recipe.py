@@ -1,0 +1,149 @@
+"""Recipes: what they accept, what they refuse and in which words, and which rule decides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from neoquant.errors import RecipeError, RequestError
+from neoquant.grids import Codebook, Int8Rows
+from neoquant.recipe import Recipe, Rule
+
+LAYERS = [
+    f"transformer.h.{block}.{name}"
+    for block in range(3)
+    for name in ("attn.attention.q_proj", "attn.attention.out_proj", "mlp.c_fc", "mlp.c_proj")
+]
+OTHERS = ["transformer.wte", "transformer.h.0.ln_1", "lm_head"]
+NF4 = {"match": "*", "bits": 4, "type": "nf4"}
+
+
+def parse(*rules: dict[str, object], **more: object) -> Recipe:
+    return Recipe.parse({"name": "test", "rules": list(rules), **more})
+
+
+texts = st.text(min_size=1, max_size=12)
+rules = st.one_of(
+    st.builds(lambda match: {"match": match, "keep": True}, texts),
+    st.builds(lambda match: {"match": match, "bits": 8, "type": "int8"}, texts),
+    st.builds(
+        lambda match, type, block, double: {
+            "match": match,
+            "bits": 4,
+            "type": type,
+            "block_size": block,
+            "double_quant": double,
+        },
+        texts,
+        st.sampled_from(["nf4", "fp4"]),
+        st.sampled_from([32, 64, 4096]),
+        st.booleans(),
+    ),
+)
+
+
+@given(
+    name=texts,
+    description=st.text(max_size=12),
+    rules=st.lists(rules, min_size=1, max_size=4),
+    dtype=st.sampled_from(["auto", "bfloat16"]),
+)
+def test_toml_round_trip(tmp_path_factory: pytest.TempPathFactory, **data: object) -> None:
+    recipe = Recipe.parse(data)
+    path = tmp_path_factory.getbasetemp() / "round-trip.toml"
+    path.write_text(recipe.to_toml(), encoding="utf-8")
+    assert Recipe.from_toml(path) == recipe
+    assert Recipe.from_toml(path).to_toml() == recipe.to_toml()
+
+
+def test_simple_is_the_recipe_of_one_rule() -> None:
+    recipe = Recipe.simple(4, "nf4", block_size=128, keep=["*.c_proj"])
+    assert recipe == Recipe.parse(
+        {"name": "nf4", "rules": [{"match": "*.c_proj", "keep": True}, {**NF4, "block_size": 128}]}
+    )
+    assert recipe.rules[1].grid() == Codebook("nf4", 128, True)
+    assert Recipe.simple(8, "int8").rules[0].grid() == Int8Rows()
+
+
+def test_first_match_wins() -> None:
+    recipe = parse({"match": "*.h.0.*", "keep": True}, {"match": "*.c_proj", "bits": 8, "type": "int8"}, NF4)
+    assert recipe.rule_for("transformer.h.0.mlp.c_proj") is recipe.rules[0]
+    assert recipe.rule_for("transformer.h.1.mlp.c_proj") is recipe.rules[1]
+    assert recipe.rule_for("transformer.h.1.mlp.c_fc") is recipe.rules[2]
+    assert parse({**NF4, "match": "*.c_fc"}).rule_for("transformer.h.1.mlp.c_proj") is None
+
+
+def test_a_rule_may_name_the_weight() -> None:
+    assert Rule(match="*.c_fc.weight", keep=True).matches("transformer.h.1.mlp.c_fc")
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"rules": [{**NF4, "block_sise": 64}]}, ["rules 1: unknown key 'block_sise'", "did you mean 'block_size'?"]),
+        ({"rules": [NF4], "rule": []}, ["unknown key 'rule'", "did you mean 'rules'?"]),
+        ({"rules": []}, ["rules", "at least 1"]),
+        ({}, ["rules", "required"]),
+        ({"rules": [{**NF4, "bits": "4"}]}, ["rules 1 bits", "integer", "'4'"]),
+        ({"rules": [{**NF4, "double_quant": 1}]}, ["rules 1 double_quant", "boolean"]),
+        ({"rules": [NF4], "format": "gguf"}, ["format", "'bitsandbytes'", "'gguf'"]),
+        ({"rules": [{**NF4, "bits": 3}]}, ["rule 1 (match = '*')", "3 bits of type 'nf4'", "4 nf4", "8 int8"]),
+        ({"rules": [{**NF4, "block_size": 48}]}, ["rule 1", "block size 48", "32, 64"]),
+        ({"rules": [NF4, {**NF4, "bits": 8, "type": "int8", "block_size": 64}]}, ["rule 2", "int8", "block_size"]),
+        ({"rules": [{"match": "*"}]}, ["rule 1", "bits and type missing", "keep = true"]),
+        ({"rules": [{"match": "*", "type": "nf4"}]}, ["rule 1", "bits missing"]),
+        ({"rules": [{**NF4, "keep": True}]}, ["rule 1", "keep = true", "bits, type cannot apply"]),
+        ({"rules": [{**NF4, "quantizer": "gptkew"}]}, ["rule 1", "'gptkew'", "nearest"]),
+    ],
+)
+def test_refusals(data: dict[str, object], words: list[str]) -> None:
+    with pytest.raises(RequestError) as caught:
+        Recipe.parse({"name": "test", **data})
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_simple_does_not_speak_of_rules() -> None:
+    with pytest.raises(RequestError, match=r"^5 bits of type 'nf4'"):
+        Recipe.simple(5, "nf4")
+
+
+def test_rules_that_change_nothing() -> None:
+    recipe = parse({"match": "*.c_fk", "keep": True}, NF4, {"match": "*.c_fc", "keep": True})
+    first, second = recipe.complaints(LAYERS, OTHERS)
+    assert "rule 1 (match = '*.c_fk'): matches no layer; the closest are" in first
+    assert ".c_fc" in first
+    assert "rule 3 (match = '*.c_fc')" in second
+    assert "earlier rule" in second
+
+
+def test_equal_rules_are_still_two() -> None:
+    keep = {"match": "*.c_fc", "keep": True}
+    assert "rule 2" in parse(keep, keep, NF4).complaints(LAYERS)[0]
+
+
+def test_layers_that_are_always_kept() -> None:
+    assert parse({"match": "*.wte", "keep": True}, NF4).complaints(LAYERS, OTHERS) == []
+    (fault,) = parse({**NF4, "match": "*.wte"}, NF4).complaints(LAYERS, OTHERS)
+    assert "transformer.wte cannot be quantized" in fault
+
+
+def test_files(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('[[rules]]\nmatch = "*"\nbits = 4\ntype = "fp4"\n')
+    assert Recipe.load(path).name == "mine"
+    assert Recipe.load("nf4").name == "nf4"
+    with pytest.raises(RecipeError, match=r"nf5: no such file, and no recipe of that name: .*nf4"):
+        Recipe.load("nf5")
+    path.write_text("[[rules]\n")
+    with pytest.raises(RecipeError, match=r"mine\.toml: is not TOML: .*line 1"):
+        Recipe.load(path)
+    path.write_bytes(b"\xff")
+    with pytest.raises(RecipeError, match=r"mine\.toml: is not TOML"):
+        Recipe.load(path)
+    with pytest.raises(RecipeError, match="cannot be read"):
+        Recipe.from_toml(tmp_path)
