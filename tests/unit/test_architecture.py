@@ -21,7 +21,17 @@ UPWARD_BUT_DEFERRED = {("model/pretrained.py", "loading")}
 ORACLES = {"transformers", "accelerate", "optimum"}
 """What tests compare with; the package must run without them."""
 
-HEAVY = ("torch", "numpy", "pydantic", "datasets", "bitsandbytes", "huggingface_hub", "tokenizers", "matplotlib", "rich")
+HEAVY = (
+    "torch",
+    "numpy",
+    "pydantic",
+    "datasets",
+    "bitsandbytes",
+    "huggingface_hub",
+    "tokenizers",
+    "matplotlib",
+    "rich",
+)
 """What takes tenths of a second to import, and so waits until a verb needs it."""
 
 
@@ -36,7 +46,9 @@ class Import(NamedTuple):
 
 def rooms() -> list[list[set[str]]]:
     """The levels of the picture, each with its rooms: names in one room may import each other, rooms may not."""
-    indented = [line for line in PICTURE.read_text().split("Imports run one way:")[1].splitlines() if line[:4] == "    "]
+    indented = [
+        line for line in PICTURE.read_text().split("Imports run one way:")[1].splitlines() if line[:4] == "    "
+    ]
     levels = " ".join(indented).split("->")
     return [[{name.strip() for name in room.split(",")} for room in level.split("|")] for level in levels]
 
@@ -72,10 +84,7 @@ def room_names() -> set[str]:
 def place(name: str) -> tuple[int, int]:
     """Level and room of a name in the picture."""
     return next(
-        (height, number)
-        for height, level in enumerate(rooms())
-        for number, room in enumerate(level)
-        if name in room
+        (height, number) for height, level in enumerate(rooms()) for number, room in enumerate(level) if name in room
     )
 
 
