@@ -1,7 +1,7 @@
 """Train the bundled model: a small GPT-Neo that has read the Python standard library.
 
     python eval/demo_model/train.py --minutes 90 --work build/demo_model     # resumes from --work if it was stopped
-    python eval/demo_model/train.py --work build/demo_model --export neoquant/demo/model
+    python eval/demo_model/train.py --work build/demo_model --export neoquant/demo/neoquant-demo
 
 The length is a time, since machines differ: the learning rate follows the share of the time that is used up.
 Attention is trained with its scores divided by the root of the head size, since unscaled from the start it stalls;

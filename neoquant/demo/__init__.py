@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from pathlib import Path
 
-MODEL = Path(__file__).parent / "model"
+MODEL = Path(__file__).parent / "neoquant-demo"
