@@ -11,7 +11,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -55,7 +55,7 @@ def read_documents(suite: Suite, progress: Progress) -> tuple[Source, list[Docum
 
 
 def select(documents: Iterable[Document], suite: Suite) -> Iterator[Document]:
-    """The documents of the suite's subsets, at most `suite.documents` of each; stops reading when it has them all.
+    """The documents of the suite's subsets, as many and as long as it says; stops reading when it has them all.
 
     A subset may be named loosely: `pile-cc` is `Pile-CC`, `wikipedia` is `Wikipedia (en)`. Raises DataError, at the
     end, if there was no document of one that is named, or none at all.
@@ -69,7 +69,7 @@ def select(documents: Iterable[Document], suite: Suite) -> Iterator[Document]:
         if (wanted and key not in wanted) or taken[key] == suite.documents:
             continue
         taken[key] += 1
-        yield document
+        yield replace(document, text=document.text[: suite.characters])
         if wanted and suite.documents and len(taken) == len(wanted) and min(taken.values()) == suite.documents:
             return
     if not seen:

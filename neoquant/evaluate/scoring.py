@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -12,8 +12,16 @@ from neoquant.errors import CheckpointError, RequestError
 from neoquant.evaluate.corpus import Corpus, Window
 from neoquant.progress import Progress
 
-BATCH_TOKENS = 4096  # positions read at once, by each model
-LOGITS = 1 << 23  # logits held at once, of each of two models: 32 MiB in float32
+
+class Pace(NamedTuple):
+    """How much is held at once. A CPU is fastest with what stays in its cache, a GPU with large pieces."""
+
+    positions: int  # read in one batch (or one window, if that is longer)
+    rows: int  # of logits, for each of two models
+
+
+CPU_PACE = Pace(positions=1024, rows=128)
+GPU_PACE = Pace(positions=16384, rows=1024)
 
 
 class Model(Protocol):
@@ -42,16 +50,16 @@ def score(models: Sequence[Model], corpus: Corpus, progress: Progress) -> list[S
     One batch of hidden states a model and a few pieces of logits are held, whatever the numbers of models and tokens.
     Raises RequestError for tokens outside a model's vocabulary, CheckpointError for logits that are not finite.
     """
-    vocabulary = _vocabulary(models, corpus)
+    _check_vocabularies(models, corpus)
+    pace = CPU_PACE if models[0].device.type == "cpu" else GPU_PACE
     totals = [[torch.zeros(len(corpus.units), dtype=torch.float64) for _ in range(3)] for _ in models]
-    rows = max(1, LOGITS // vocabulary)
     with progress.task("scoring", total=corpus.tokens) as advance:
-        for windows in batches(corpus.windows, BATCH_TOKENS):
+        for windows in batches(corpus.windows, pace.positions):
             ids, where, targets, units = _stacked(windows)
             hidden = [model.transformer(ids.to(model.device)).last_hidden_state for model in models]  # [B, T, C]
             hidden = [h[where.to(h.device)] for h in hidden]  # [N, C]
-            for start in range(0, len(targets), rows):
-                piece = slice(start, start + rows)
+            for start in range(0, len(targets), pace.rows):
+                piece = slice(start, start + pace.rows)
                 logits = (model.lm_head(h[piece]) for model, h in zip(models, hidden, strict=True))
                 for sums, added in zip(totals, _measures(logits, targets[piece]), strict=True):
                     for total, amount in zip(sums, added, strict=True):
@@ -96,8 +104,8 @@ def _measures(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """For each model's logits[N, V]: nats, KL from the first model's, agreement with its likeliest token; float64[N].
 
-    KL = sum p (x - y) - (log Z_x - log Z_y): differences of logits are formed before anything is rounded, and sums are
-    taken in float64, so that a divergence far below float32's step at log p is still measured.
+    KL = sum p (x - y) - (log Z_x - log Z_y): the logits' differences are formed before anything is rounded, so that a
+    divergence far below float32's step at log p is still measured.
     """
     reference = next(logits).float()
     targets = targets.to(reference.device)
@@ -109,7 +117,7 @@ def _measures(
         y = other.to(reference.device, torch.float32)
         other_log_z, _ = _softmax(y)
         picked = y.gather(-1, targets[:, None])[:, 0].double()
-        kl = (p * (reference - y)).sum(-1, dtype=torch.float64) - (log_z - other_log_z)
+        kl = (p * (reference - y)).sum(-1).double() - (log_z - other_log_z)
         yield other_log_z - picked, kl, (y.argmax(-1) == top).double()
 
 
@@ -117,12 +125,11 @@ def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """log of the normalizer, float64[N], and the probabilities, float32[N, V], of float32 logits."""
     peak = logits.amax(-1, keepdim=True)
     p = (logits - peak).exp_()
-    z = p.sum(-1, dtype=torch.float64)
-    return z.log() + peak[:, 0].double(), p.div_(z[:, None].float())
+    z = p.sum(-1, keepdim=True)
+    return (z.double().log() + peak.double())[:, 0], p.div_(z)
 
 
-def _vocabulary(models: Sequence[Model], corpus: Corpus) -> int:
-    """The models' common vocabulary; the corpus has been made of it."""
+def _check_vocabularies(models: Sequence[Model], corpus: Corpus) -> None:
     sizes = [int(model.config.vocab_size) for model in models]
     if len(set(sizes)) > 1:
         raise RequestError(f"models of different vocabularies cannot be compared: {', '.join(map(str, sizes))} tokens")
@@ -132,7 +139,6 @@ def _vocabulary(models: Sequence[Model], corpus: Corpus) -> int:
             f"the tokenizer gives token {largest}, but the model knows {sizes[0]} tokens: "
             "is it the model's own tokenizer?"
         )
-    return sizes[0]
 
 
 def _check_finite(results: list[Sums], corpus: Corpus) -> None:

@@ -59,6 +59,7 @@ class Suite(Strict):
     stride: int | None = Field(None, ge=1)  # tokens; strided only
     subsets: Names = ()  # none named: all that the data holds
     documents: int | None = Field(None, ge=1)  # at most so many of each subset
+    characters: int | None = Field(None, ge=1)  # at most so many of each document, from its beginning
     sha256: str | None = None  # of the documents, where the data cannot be pinned
     data: Annotated[StdlibData | FileData | HubData, Field(discriminator="kind")]
 
@@ -80,13 +81,14 @@ class Suite(Strict):
         context: int | None = None,
         stride: int | None = None,
     ) -> Suite:
-        """This suite with what is given put in place; another file brings its own subsets unless they are named.
+        """This suite with what is given put in place; another file brings its own name and subsets.
 
         Raises RequestError where the values do not fit together.
         """
         fields = self.model_dump()
         if file is not None:
-            fields |= {"data": {"kind": "file", "path": str(file)}, "subsets": ()}
+            data = {"kind": "file", "path": str(file)}
+            fields |= {"name": Path(file).name, "description": "", "data": data, "subsets": ()}
         given = {"subsets": subsets, "documents": documents, "protocol": protocol, "context": context, "stride": stride}
         fields |= {key: value for key, value in given.items() if value is not None}
         if file is not None or subsets is not None or documents is not None:

@@ -1,0 +1,1 @@
+"""Results in a form for people: pure functions of results."""
