@@ -27,11 +27,22 @@ GPU_PACE = Pace(positions=16384, rows=1024)
 class Model(Protocol):
     """What the evaluation needs of a causal language model (ours and transformers' alike)."""
 
-    config: Any
-    transformer: Callable[..., Any]  # (input_ids[B, T]) -> .last_hidden_state[B, T, C]
-    lm_head: Callable[[torch.Tensor], torch.Tensor]  # [..., C] -> [..., V]
-    device: torch.device
-    dtype: torch.dtype
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def transformer(self) -> Callable[..., Any]:
+        """(input_ids[B, T]) -> .last_hidden_state[B, T, C]"""
+
+    @property
+    def lm_head(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """[..., C] -> [..., V]"""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
 
 @dataclass(frozen=True)
