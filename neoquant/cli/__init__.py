@@ -120,6 +120,8 @@ def explain(error: Exception) -> tuple[str, int]:
         return _usage_message(error), 2
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out of memory; close other programs, or try a smaller --context or another --device", 1
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'the system'}: {error.strerror}", 1
     return f"{type(error).__name__}: {error} (this is a bug: run with --debug to see where, and report it)", 1
 
 

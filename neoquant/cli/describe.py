@@ -11,16 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from neoquant.progress import Progress
+
 if TYPE_CHECKING:
     from neoquant.checkpoint import Checkpoint
     from neoquant.evaluate import ModelInfo
     from neoquant.formats import Format
     from neoquant.model.config import GPTNeoConfig
-
-RECORD = "neoquant.json"
-
-# Whatever a block linear's weight is stored as: everything under its name but the bias.
-_LINEAR = re.compile(r"(?:.*\.)?h\.\d+\.(?:attn\.attention\.(?:[qkv]|out)_proj|mlp\.c_(?:fc|proj))\.(?!bias$).+")
 
 
 @dataclass(frozen=True)
@@ -61,9 +58,12 @@ def describe(checkpoint: Checkpoint) -> Description:
     """
     from neoquant.formats import detect
     from neoquant.model.config import GPTNeoConfig
+    from neoquant.plan import BLOCK_LINEARS
 
+    # Whatever a block linear's weight is stored as: everything under the layer's name but the bias.
+    weight = re.compile(rf"(?:.*\.)?h\.\d+\.(?:{'|'.join(map(re.escape, BLOCK_LINEARS))})\.(?!bias$).+")
     config = GPTNeoConfig.from_dict(checkpoint.config)
-    linears = [header for name, header in checkpoint.headers.items() if _LINEAR.fullmatch(name)]
+    linears = [header for name, header in checkpoint.headers.items() if weight.fullmatch(name)]
     linear_bytes = sum(header.nbytes for header in linears)
     weights = config.num_layers * (4 * config.hidden_size**2 + 2 * config.hidden_size * config.inner_size)
     others = sum(header.numel for header in checkpoint.headers.values()) - sum(header.numel for header in linears)
@@ -79,12 +79,12 @@ def describe(checkpoint: Checkpoint) -> Description:
     )
 
 
-def model_info(source: str | Path, revision: str | None, name: str) -> ModelInfo:
+def model_info(source: str | Path, revision: str | None, name: str, progress: Progress) -> ModelInfo:
     """What a result says of the model it was measured on."""
     from neoquant.checkpoint import open_checkpoint
     from neoquant.evaluate import ModelInfo
 
-    with open_checkpoint(source, revision=revision) as checkpoint:
+    with open_checkpoint(source, revision=revision, progress=progress) as checkpoint:
         found = describe(checkpoint)
         return ModelInfo(
             name=name,
@@ -94,12 +94,14 @@ def model_info(source: str | Path, revision: str | None, name: str) -> ModelInfo
             bits_per_weight_linears=found.bits_per_weight_linears,
             bits_per_weight_model=found.bits_per_weight_model,
             recipe=found.record.get("recipe"),
-            sha256=_hash_weights(checkpoint),
+            sha256=_hash_weights(checkpoint, progress),
         )
 
 
 def _read_record(folder: Path | None) -> dict[str, Any]:
     """neoquant's record in a folder; empty where there is none, or none that can be read: it is not needed to run."""
+    from neoquant.pipeline import RECORD
+
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8")) if folder is not None else {}
     except (OSError, ValueError):
@@ -107,12 +109,15 @@ def _read_record(folder: Path | None) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _hash_weights(checkpoint: Checkpoint) -> str:
+def _hash_weights(checkpoint: Checkpoint, progress: Progress) -> str:
     """SHA-256 over the weight files, in the order of their names."""
     digest = hashlib.sha256()
     assert checkpoint.folder is not None  # only headers_only leaves it out
-    for path in sorted([*checkpoint.folder.glob("*.safetensors"), *checkpoint.folder.glob("pytorch_model*.bin")]):
-        with path.open("rb") as file:
-            while piece := file.read(1 << 22):
-                digest.update(piece)
+    files = sorted([*checkpoint.folder.glob("*.safetensors"), *checkpoint.folder.glob("pytorch_model*.bin")])
+    with progress.task("hashing", total=sum(path.stat().st_size for path in files)) as advance:
+        for path in files:
+            with path.open("rb") as file:
+                while piece := file.read(1 << 22):
+                    digest.update(piece)
+                    advance(len(piece))
     return digest.hexdigest()

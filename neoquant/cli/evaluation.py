@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from neoquant.cli.describe import model_info
-from neoquant.cli.models import BUNDLED, find_model, short_name
+from neoquant.cli.models import BUNDLED, find_model, short_name, suite_for
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import RequestError
 
@@ -34,7 +34,7 @@ def choose_suite(
     from neoquant.evaluate import load_suite, suite_names
 
     if name is None and model in (None, BUNDLED):
-        name = "demo"
+        name = suite_for(model)
     if name is None:
         raise RequestError(f"say with --suite what to evaluate on: one of {', '.join(suite_names())}, or a TOML file")
     overrides: dict[str, Any] = {"documents": documents, "protocol": protocol, "context": context, "stride": stride}
@@ -49,7 +49,7 @@ def load_contestant(
     from neoquant.evaluate import Contestant
 
     source = find_model(model, terminal, verb)
-    info = model_info(source, revision, short_name(model))
+    info = model_info(source, revision, short_name(model), terminal.progress)
     network, tokenizer = loading.load(
         source, revision=info.revision, device=device, dtype=dtype, progress=terminal.progress
     )

@@ -67,8 +67,10 @@ def generate(
         raise RequestError(f"--greedy leaves nothing to chance, so {', '.join(stated)} cannot be given with it")
     text = _read_prompt() if prompt is None else prompt
 
+    import torch
+
     from neoquant import loading
-    from neoquant.model.generate import Sampling, eos_ids, generate_text
+    from neoquant.model.generate import Sampling, TextStream, check_room, eos_ids, stream
 
     seed = random.SystemRandom().randrange(2**31) if seed is None else seed
     source = find_model(model, terminal, "generate")
@@ -81,15 +83,21 @@ def generate(
         seed=seed,
         eos_token_ids=eos_ids(network),
     )
-    used = len(tokenizer.encode(text)) or 1  # without a prompt, the end of some other text
+    ids = tokenizer.encode(text) or [tokenizer.bos_token_id]
     if max_new_tokens is None:
-        max_new_tokens = max(1, min(DEFAULT_TOKENS, network.config.max_position_embeddings - used))
-    started = time.perf_counter()
+        max_new_tokens = max(1, min(DEFAULT_TOKENS, network.config.max_position_embeddings - len(ids)))
+    check_room(network, len(ids), max_new_tokens)  # before the prompt is printed
+
+    started, tokens = time.perf_counter(), 0
     _write(text)
-    made = generate_text(network, tokenizer, text, max_new_tokens=max_new_tokens, sampling=sampling, on_text=_write)
+    out = TextStream(tokenizer, _write)
+    for chosen in stream(network, torch.tensor([ids]), max_new_tokens=max_new_tokens, sampling=sampling):
+        tokens += 1
+        if int(chosen[0]) not in sampling.eos_token_ids:
+            out.put(int(chosen[0]))
+    out.end()
     _write("\n")
     seconds = time.perf_counter() - started
-    tokens = len(tokenizer.encode(made))
     repeat = "" if greedy else f"; again: --seed {seed}"
     terminal.note(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s{repeat}")
 

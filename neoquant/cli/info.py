@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -53,47 +52,28 @@ def info(
         terminal.show_facts(_facts(checkpoint, describe(checkpoint)))
 
 
-def _facts(checkpoint: Checkpoint, found: Description) -> Iterator[tuple[str, str]]:
-    config = found.config
-    yield "model", f"{checkpoint.source}{f' at {checkpoint.revision}' if checkpoint.revision else ''}"
-    yield (
-        "shape",
-        (
-            f"{config.num_layers} layers, hidden {config.hidden_size}, {config.num_heads} heads, "
-            f"vocabulary {config.vocab_size:,}"
-        ),
-    )
+def _facts(checkpoint: Checkpoint, found: Description) -> list[tuple[str, str]]:
+    config, record = found.config, found.record
     local = sum(kind == "local" for kind in config.attention_layers)
-    yield (
-        "attention",
+    facts = [
+        ("model", f"{checkpoint.source}{f' at {checkpoint.revision}' if checkpoint.revision else ''}"),
+        ("layers", f"{config.num_layers}, {local} of them local with a window of {config.window_size}"),
+        ("width", f"{config.hidden_size}, {config.num_heads} heads, {config.inner_size} inside"),
+        ("context", f"{config.max_position_embeddings:,} tokens of a vocabulary of {config.vocab_size:,}"),
+        ("parameters", f"{found.parameters:,}"),
+        ("size", f"{size_text(found.bytes)} in {len(checkpoint.headers)} tensors"),
         (
-            f"context {config.max_position_embeddings:,}, {local} of {config.num_layers} layers local "
-            f"with a window of {config.window_size}"
-        ),
-    )
-    yield "parameters", f"{found.parameters:,}"
-    yield "size", f"{size_text(found.bytes)} in {len(checkpoint.headers)} tensors"
-    yield (
-        "bits",
-        (
+            "bits",
             f"{found.bits_per_weight_linears:.3f} per weight of the block linears, "
-            f"{found.bits_per_weight_model:.3f} per parameter of the model"
+            f"{found.bits_per_weight_model:.3f} per parameter of the model",
         ),
-    )
+    ]
     if found.format is None:
         types = sorted({str(header.dtype).removeprefix("torch.") for header in checkpoint.headers.values()})
-        yield "format", f"not quantized, {', '.join(types)}"
-        yield "read by", "neoquant and transformers"
-        return
-    yield "format", f"{found.format.name}, the {found.format.family} family"
-    yield "grids", found.grids
-    if found.record:
-        yield (
-            "made by",
-            (
-                f"neoquant {found.record.get('neoquant')} from {found.record.get('source')} "
-                f"with the recipe {found.record.get('recipe', {}).get('name')}"
-            ),
-        )
+        return [*facts, ("format", f"not quantized, {', '.join(types)}"), ("read by", "neoquant and transformers")]
+    facts += [("format", f"{found.format.name}, the {found.format.family} family"), ("grids", found.grids)]
+    if record:
+        made_from, recipe = record.get("source"), record.get("recipe", {}).get("name")
+        facts.append(("made by", f"neoquant {record.get('neoquant')} from {made_from} with the recipe {recipe}"))
     others = " and transformers with bitsandbytes" if found.format.family == "bitsandbytes" else " only"
-    yield "read by", f"neoquant{others}"
+    return [*facts, ("read by", f"neoquant{others}")]

@@ -117,7 +117,7 @@ def test_generate_streams_prompt_and_continuation(cli: Cli, quantized: Path) -> 
     words = ("generate", quantized, "--max-new-tokens", "8", "--seed", "3")
     given = cli(*words, "--prompt", "Hello")
     assert given.code == 0 and given.out.startswith("Hello") and given.out.endswith("\n")
-    assert "--seed 3" in given.err
+    assert given.err.startswith("8 tokens in ") and "--seed 3" in given.err
     assert cli(*words, stdin="Hello\n").out == given.out
 
 
@@ -125,7 +125,7 @@ def test_generate_greedy_is_repeatable_and_stays_within_the_context(cli: Cli, ti
     first, second = (cli("generate", tiny_model, "-p", "ab", "--greedy").out for _ in range(2))
     assert first == second
     result = cli("generate", tiny_model, "-p", "ab", "--max-new-tokens", "31")
-    assert result.code == 1 and "context is 32" in result.err
+    assert result.code == 1 and "context is 32" in result.error
 
 
 def test_generate_needs_a_prompt(cli: Cli, tiny_model: Path) -> None:
