@@ -84,9 +84,10 @@ def read_corpus(suite: Suite, tokenizer: Tokenizer, progress: Progress) -> Corpu
                 f"its {counts[subset]} documents are empty or shorter than one window of {suite.context} tokens"
             )
     digest = documents_sha256(documents)
-    if suite.sha256 not in (None, digest):
+    if suite.sha256 and suite.sha256 != digest:
         notes.append(
-            f"documents differ from those of published figures (sha256 {digest[:12]}…, not {suite.sha256[:12]}…)"
+            f"the documents are not those of the published figures (sha256 {digest[:12]}, not {suite.sha256[:12]}): "
+            f"{' '.join(filter(None, source))}"
         )
     notes += _plural_note(sum(d.mended for d in documents), "{} not valid UTF-8 throughout, read with U+FFFD in place")
     notes += _short_of(counts, suite.documents)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from neoquant.evaluate.result import Candidate, Change, Comparison, Evaluation, Score
 
-NONE = "–"
+NONE = "-"
 
 
 class Column(NamedTuple):
@@ -42,7 +42,7 @@ def evaluation_table(result: Evaluation) -> RenderableType:
 
 def comparison_table(result: Comparison) -> RenderableType:
     """What each candidate lost: a table by subset for each, then one line a model."""
-    parts: list[RenderableType] = [Text(f"{_suite(result.reference)}: {_amount(result.reference.total)}")]
+    parts: list[RenderableType] = [Text(_suite(result.reference)), Text(_amount(result.reference.total))]
     for candidate in result.candidates:
         parts += [Text(), CandidateTable(result.reference, candidate)]
     return Group(*parts, Text(), summary_table(result), _legend(result))
@@ -70,7 +70,8 @@ class CandidateTable:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         yield Text(self.title, style="bold")
         wide = _by_subset(self.scores, self.levels + self.differences)
-        if Measurement.get(console, options, wide).maximum <= options.max_width:
+        unbounded = options.update(max_width=1000)
+        if Measurement.get(console, unbounded, wide).maximum <= options.max_width:
             yield wide
         else:
             yield _by_subset(self.scores, self.levels)
@@ -78,17 +79,17 @@ class CandidateTable:
 
 
 def summary_table(result: Comparison) -> Table:
-    """One line a model: what it costs to keep, and what it loses in total."""
+    """One line a model: what it takes on disk, and what it loses in total."""
     table = _table("model")
-    for heading in ("size", "bits/weight", "of linears", "perplexity", "bits/byte", "KL"):
+    for heading in ("MB", "bits/weight", "linears", "perplexity", "bits/byte", "KL"):
         table.add_column(heading, justify="right", no_wrap=True)
     kl = [NONE, *(f"{candidate.total.kl:.5f}" for candidate in result.candidates)]
     evaluations = [result.reference, *(candidate.evaluation for candidate in result.candidates)]
     for evaluation, divergence in zip(evaluations, kl, strict=True):
         model, total = evaluation.model, evaluation.total
         table.add_row(
-            model.name,
-            NONE if model.bytes_on_disk is None else f"{model.bytes_on_disk / 1e6:,.1f} MB",
+            Text(model.name),  # a name is no markup
+            NONE if model.bytes_on_disk is None else f"{model.bytes_on_disk / 1e6:,.1f}",
             _number(model.bits_per_weight_model),
             _number(model.bits_per_weight_linears),
             _perplexity(total),
@@ -105,13 +106,13 @@ def _by_subset(scores: Sequence[Score], columns: Sequence[Column]) -> Table:
     last = len(scores) - 1
     for row, score in enumerate(scores):
         cells = [column.cells[row] for column in columns]
-        table.add_row(score.subset, *cells, style="bold" if row == last else "", end_section=row == last - 1)
+        table.add_row(Text(score.subset), *cells, style="bold" if row == last else "", end_section=row == last - 1)
     return table
 
 
 def _table(first: str) -> Table:
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column(first, overflow="ellipsis", no_wrap=True)
+    table.add_column(first, overflow="ellipsis")  # the only one that gives way: figures are never cut
     return table
 
 
@@ -133,8 +134,7 @@ def _models_line(result: Evaluation) -> str:
 def _legend(result: Comparison) -> Text:
     unit = result.resampling.unit
     return Text(
-        f"Δ: change of nats a token, {unit}s resampled · KL from {result.reference.model.name}, mean nats a token\n"
-        f"{_models_line(result.reference)}",
+        f"Δ: change and its 95 % interval, {unit}s resampled · KL: mean nats a token\n{_models_line(result.reference)}",
         style="dim",
     )
 

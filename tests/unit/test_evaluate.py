@@ -1,0 +1,296 @@
+"""Evaluation and comparison against a scorer that reads one token at a time."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from neoquant.errors import CheckpointError, DataError, RequestError
+from neoquant.evaluate import Comparison, Contestant, Evaluation, ModelInfo, Suite, compare, evaluate
+from neoquant.evaluate.corpus import byte_offsets, read_corpus
+from neoquant.evaluate.scoring import batches
+from neoquant.progress import SILENT, Progress
+
+TEXTS = [
+    ("code", "def f(x):\n    return x + 1\n" * 3),
+    ("prose", "Größe: π ≈ 3, 漢字 and 😀 " * 4),
+    ("code", ""),
+    ("prose", "x"),
+    ("code", "while True: pass"),
+    ("prose", "A sentence, then another. " * 5),
+]
+
+
+class Bytes:
+    """A tokenizer: token n + 1 is byte n, 0 ends a text."""
+
+    sha256 = "bytes"
+    eos_token_id: int | None = 0
+
+    def encode(self, text: str) -> list[int]:
+        return [byte + 1 for byte in text.encode()]
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(i - 1 for i in ids).decode("utf-8", "replace")
+
+
+class Models(NamedTuple):
+    reference: Any
+    other: Any
+
+
+@pytest.fixture(scope="module")
+def models(tiny_model: Path) -> Models:
+    from transformers import GPTNeoForCausalLM
+
+    reference = GPTNeoForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager").eval()
+    other = copy.deepcopy(reference)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(5)
+        for block in other.transformer.h:
+            weight = block.mlp.c_fc.weight
+            weight += 0.1 * torch.randn(weight.shape, generator=generator)
+    return Models(reference, other)
+
+
+@pytest.fixture
+def make_suite(tmp_path: Path) -> Callable[..., Suite]:
+    def make(texts: list[tuple[str, str]] = TEXTS, **fields: Any) -> Suite:
+        path = tmp_path / "texts.jsonl"
+        rows = [json.dumps({"text": text, "meta": {"pile_set_name": subset}}) for subset, text in texts]
+        path.write_text("\n".join(rows))
+        return Suite(name="mine", data={"kind": "file", "path": str(path)}, **fields)
+
+    return make
+
+
+def log_p(model: Any, context: list[int]) -> torch.Tensor:
+    """log p of every next token after `context`, float64."""
+    with torch.inference_mode():
+        hidden = model.transformer(torch.tensor([context])).last_hidden_state[0, -1]
+        return model.lm_head(hidden).double().log_softmax(-1)
+
+
+class Brute(NamedTuple):
+    tokens: int
+    nats: float
+    kl: float
+    agreed: int
+
+
+def brute_force(models: Models, predictions: list[tuple[list[int], int]]) -> Brute:
+    """Sums over (context, next token), each scored alone: the other model's nats, KL, agreement."""
+    nats = kl = 0.0
+    agreed = 0
+    for context, token in predictions:
+        p, q = log_p(models.reference, context), log_p(models.other, context)
+        nats -= float(q[token])
+        kl += float((p.exp() * (p - q)).sum())
+        agreed += int(p.argmax() == q.argmax())
+    return Brute(len(predictions), nats, kl, agreed)
+
+
+def rolling_predictions(text: str, context: int) -> list[tuple[list[int], int]]:
+    """As lm-evaluation-harness defines it, token by token."""
+    ids = [0, *Bytes().encode(text)]
+    predictions = []
+    for position in range(1, len(ids)):
+        stretch = (position - 1) // context
+        first = stretch * context
+        if (stretch + 1) * context >= len(ids) - 1:  # the last window is filled up with context
+            first = max(0, len(ids) - 1 - context)
+        predictions.append((ids[first:position], ids[position]))
+    return predictions
+
+
+def joined_predictions(texts: list[str], context: int) -> list[tuple[list[int], int]]:
+    ids = Bytes().encode("\n\n".join(texts))
+    windows = [ids[start : start + context] for start in range(0, len(ids) - context + 1, context)]
+    return [(window[:position], window[position]) for window in windows for position in range(1, context)]
+
+
+def strided_predictions(texts: list[str], context: int, stride: int) -> list[tuple[list[int], int]]:
+    ids = Bytes().encode("\n\n".join(texts))
+    predictions = []
+    for position in range(1, len(ids)):
+        start = 0  # the first window that reaches this token
+        while start + context <= position:
+            start += stride
+        predictions.append((ids[start:position], ids[position]))
+    return predictions
+
+
+def predictions(suite: Suite, subset: str) -> list[tuple[list[int], int]]:
+    texts = [text for name, text in TEXTS if name == subset]
+    assert suite.context is not None
+    if suite.protocol == "rolling":
+        return [p for text in texts for p in rolling_predictions(text, suite.context)]
+    if suite.protocol == "joined":
+        return joined_predictions(texts, suite.context)
+    assert suite.stride is not None
+    return strided_predictions(texts, suite.context, suite.stride)
+
+
+@pytest.mark.parametrize(
+    "protocol",
+    [
+        {"protocol": "rolling", "context": 32},
+        {"protocol": "rolling", "context": 7},
+        {"protocol": "joined", "context": 20},
+        {"protocol": "strided", "context": 20, "stride": 6},
+    ],
+    ids=lambda fields: "-".join(map(str, fields.values())),
+)
+def test_equals_brute_force(
+    models: Models, make_suite: Callable[..., Suite], protocol: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from neoquant.evaluate import scoring
+
+    monkeypatch.setattr(scoring, "CPU_PACE", scoring.Pace(positions=64, rows=11))  # several batches, uneven pieces
+    suite = make_suite(**protocol)
+    contestants = [Contestant(model, ModelInfo(name=name)) for model, name in zip(models, "ab", strict=True)]
+    result = compare(contestants[0], contestants[1:], Bytes(), suite)
+    (candidate,) = result.candidates
+    alone = evaluate(models.other, Bytes(), suite, describe=ModelInfo(name="b"))
+    assert alone.total.nats == pytest.approx(candidate.evaluation.total.nats, rel=1e-6)
+    total = Brute(0, 0, 0, 0)
+    for change, score in zip(candidate.subsets, candidate.evaluation.subsets, strict=True):
+        expected = brute_force(models, predictions(suite, score.subset))
+        total = Brute(*(a + b for a, b in zip(total, expected, strict=True)))
+        same_figures(score, change, expected)
+    same_figures(candidate.evaluation.total, candidate.total, total)
+    assert sum(unit.nats for unit in candidate.evaluation.units) == pytest.approx(total.nats, rel=1e-6)
+    assert sum(unit.kl for unit in candidate.units) == pytest.approx(total.kl, rel=1e-4)
+    assert candidate.total.nats_per_token == pytest.approx(
+        candidate.evaluation.total.nats_per_token - result.reference.total.nats_per_token, rel=1e-6
+    )
+
+
+def same_figures(score: Any, change: Any, expected: Brute) -> None:
+    assert score.subset == change.subset
+    assert score.tokens == expected.tokens
+    assert score.nats == pytest.approx(expected.nats, rel=1e-6)
+    assert change.kl == pytest.approx(expected.kl / expected.tokens, rel=1e-4)
+    assert change.agreement == pytest.approx(expected.agreed / expected.tokens)
+
+
+def test_rolling_counts_all_tokens_and_bytes(models: Models, make_suite: Callable[..., Suite]) -> None:
+    result = evaluate(models.reference, Bytes(), make_suite(), describe=ModelInfo(name="a"))
+    size = sum(len(text.encode()) for _, text in TEXTS)
+    assert (result.total.documents, result.total.tokens, result.total.bytes) == (len(TEXTS), size, size)
+    assert result.suite.context == 32  # the model's
+    assert result.total.bits_per_byte == pytest.approx(result.total.nats_per_token / 0.6931471805599453)
+    assert [score.subset for score in result.subsets] == ["code", "prose"]
+    assert result.notes == ("1 document is empty and adds nothing to score",)
+
+
+def test_a_model_does_not_differ_from_itself(models: Models, make_suite: Callable[..., Suite]) -> None:
+    same = Contestant(models.reference, ModelInfo(name="same"))
+    result = compare(same, [same, same], Bytes(), make_suite())
+    for candidate in result.candidates:
+        change = candidate.total
+        assert (change.nats_per_token, change.low, change.high) == (0, 0, 0)
+        assert (change.agreement, change.agreement_error, change.kl) == (1, 0, 0)
+        assert change.perplexity_ratio == 1
+
+
+def test_a_single_document_has_no_interval(models: Models, make_suite: Callable[..., Suite]) -> None:
+    contestants = [Contestant(model, ModelInfo(name="x")) for model in models]
+    result = compare(contestants[0], contestants[1:], Bytes(), make_suite([("only", "one text"), ("only", "")]))
+    change = result.candidates[0].total
+    assert (change.low, change.high, change.agreement_error) == (None, None, None)
+
+
+def test_json_round_trip(models: Models, make_suite: Callable[..., Suite]) -> None:
+    describe = ModelInfo(name="a", bits_per_weight_linears=4.127, recipe={"rules": [{"match": "*"}]})
+    contestants = [Contestant(model, describe) for model in models]
+    result = compare(contestants[0], contestants[1:], Bytes(), make_suite(protocol="strided", context=16))
+    assert Comparison.from_json(result.to_json()) == result
+    fields = json.loads(result.to_json())
+    assert fields["schema_version"] == "neoquant.comparison/1"
+    assert fields["candidates"][0]["evaluation"]["total"]["bits_per_byte"] > 0
+    assert fields["resampling"]["unit"] == "window"
+    alone = result.reference
+    assert Evaluation.from_json(alone.to_json()) == alone
+    assert alone.suite.stride == 8 and alone.data.tokenizer_sha256 == "bytes" and len(alone.data.sha256) == 64
+    assert alone.environment.dtype == "float32" and alone.environment.device == "cpu"
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "nonsense", '{"schema_version": "neoquant.evaluation/9"}'])
+def test_other_json_is_refused(text: str) -> None:
+    with pytest.raises(DataError, match="not a saved evaluation of this version"):
+        Evaluation.from_json(text)
+
+
+def test_progress_reaches_its_totals(models: Models, make_suite: Callable[..., Suite]) -> None:
+    done: dict[str, list[float]] = {}
+
+    class Listener(Progress):
+        @contextmanager
+        def task(self, label: str, total: float) -> Iterator[Callable[[float], None]]:
+            done[label] = [total, 0]
+
+            def advance(amount: float) -> None:
+                done[label][1] += amount
+
+            yield advance
+
+    evaluate(models.reference, Bytes(), make_suite(), describe=ModelInfo(name="a"), progress=Listener())
+    assert set(done) == {"reading texts.jsonl", "tokenizing", "scoring"}
+    assert all(reached == total for total, reached in done.values())
+
+
+def test_refusals(models: Models, make_suite: Callable[..., Suite]) -> None:
+    def attempt(suite: Suite, tokenizer: Any = None, model: Any = models.reference) -> None:
+        evaluate(model, tokenizer or Bytes(), suite, describe=ModelInfo(name="a"))
+
+    with pytest.raises(RequestError, match="context of 64 tokens, but the model has 32 positions"):
+        attempt(make_suite(context=64))
+    with pytest.raises(DataError, match="subset 'code' of suite mine leaves nothing to score"):
+        attempt(make_suite([("code", ""), ("prose", "something")]))
+    endless = Bytes()
+    endless.eos_token_id = None
+    with pytest.raises(RequestError, match="this tokenizer has none"):
+        attempt(make_suite(), endless)
+    foreign = Bytes()
+    foreign.encode = lambda text: [999]  # type: ignore[method-assign]
+    with pytest.raises(RequestError, match="gives token 999, but the model knows 259 tokens"):
+        attempt(make_suite(), foreign)
+    damaged = copy.deepcopy(models.reference)
+    with torch.no_grad():
+        damaged.transformer.ln_f.weight[0] = float("nan")
+    with pytest.raises(CheckpointError, match="loss on code, line 1, is not a finite number"):
+        attempt(make_suite(), model=damaged)
+
+
+def test_notes_say_what_was_dropped_or_differs(make_suite: Callable[..., Suite]) -> None:
+    corpus = read_corpus(make_suite(protocol="joined", context=20, documents=2, sha256="0" * 64), Bytes(), SILENT)
+    code = sum(len(text) for subset, text in TEXTS[:3] if subset == "code") + 2
+    assert corpus.notes[0] == f"code: the last {code % 20} tokens fill no window and are dropped"
+    assert corpus.notes[-1].startswith("the documents are not those of the published figures (sha256 ")
+    short = read_corpus(make_suite(context=20, documents=50), Bytes(), SILENT)
+    assert short.notes[-1] == "fewer than 50 documents: code 3, prose 3"
+
+
+def test_bytes_of_joined_windows_add_up() -> None:
+    """Windows cut characters; nothing is counted twice or lost, U+FFFD in the text included."""
+    text = "a\ufffd漢字😀\ufffd" * 5 + "é"
+    ids = Bytes().encode(text)
+    offsets = byte_offsets(text, ids, range(len(ids) + 1), Bytes().decode)
+    assert offsets[0] == 0 and offsets[-1] == len(text.encode())
+    assert offsets == sorted(offsets)
+    assert all(offset <= position < offset + 7 for position, offset in enumerate(offsets))
+
+
+def test_batches_keep_every_window(make_suite: Callable[..., Suite]) -> None:
+    corpus = read_corpus(make_suite(context=16), Bytes(), SILENT)
+    made = list(batches(corpus.windows, 64))
+    assert sorted(map(id, corpus.windows)) == sorted(id(window) for batch in made for window in batch)
+    assert all(len(batch) == 1 or len(batch) * max(len(w.ids) for w in batch) <= 64 for batch in made)
