@@ -5,9 +5,10 @@
     └── Int8Rows    256 even steps times the absmax of a row (LLM.int8(), arXiv:2208.07339)
 
 A grid is a plain value: two grids are equal if they say the same. A weight w[O, I] on a grid is `codes`, uint8[O, I],
-and `params`, a few tensors by name whose shapes follow from the weight's. `nearest` gives bitsandbytes' own bytes;
-`fit`, `round` and `decode` are plain torch. Everything works in pieces of `CHUNK` weights: what it needs beside
-the weight and the codes is small.
+and `params`, a few tensors by name whose shapes follow from the weight's. `nearest` gives bitsandbytes' own bytes,
+which tests hold. Everything works in pieces of `CHUNK` weights, so it needs little beside the weight and the codes;
+and a piece stays below what torch would split over its threads, whose meeting costs more than the work where the
+processor is busy.
 
 The NF4 and FP4 tables, and the table of double quantization, live here and nowhere else.
 """
@@ -25,7 +26,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from neoquant import bits as bitpack
 from neoquant.errors import FormatError, RequestError
 
 Params = dict[str, Tensor]
@@ -33,7 +33,9 @@ ParamShapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE = 256  # how many absmax share a scale under double quantization
-CHUNK = 1 << 18  # weights handled at once: a multiple of every block size, small enough for a CPU's cache
+CHUNK = 7 * 4096  # weights handled at once: whole blocks of every size, in cache, and below what torch gives to threads
+TO_INTEGER = 1.5 * 2**23  # added and taken away, leaves the nearest integer (ties to even); torch.round starts threads
+CELLS = 1024  # cells between 0 and 1 when the nearest value is looked up
 SMALLEST_SCALE = 1e-38  # what bitsandbytes divides by where a block is all zero
 
 # QLoRA, appendix E: quantiles of the normal distribution, with an exact zero, scaled to [-1, 1].
@@ -162,44 +164,14 @@ class Codebook(Grid):
         }
 
     def nearest(self, w: Tensor) -> tuple[Tensor, Params]:
-        bnb = load_bitsandbytes()
-        # In pieces: bitsandbytes takes several float32 copies of what it is given. Its blocks are independent,
-        # and only the last one may be short, so the pieces' bytes are the whole's.
-        flat = w.detach().reshape(-1)
-        codes = torch.empty(flat.numel(), dtype=torch.uint8, device=w.device)
-        absmax = torch.empty(_pieces(flat.numel(), self.block_size), dtype=torch.float32, device=w.device)
-        for span, blocks in self._spans(flat.numel()):
-            packed, state = bnb.functional.quantize_4bit(flat[span], blocksize=self.block_size, quant_type=self.kind)
-            absmax[blocks] = state.absmax
-            bitpack.unpack_nibbles(packed.view(-1), span.stop - span.start, out=codes[span])
-        _require_finite(absmax)
-        return codes.view(w.shape), self._store(absmax)
+        absmax = self._absmax(w)
+        return self._codes(w, absmax), self._store(absmax)
 
     def fit(self, w: Tensor) -> Params:
-        flat = w.detach().reshape(-1)
-        absmax = torch.empty(_pieces(flat.numel(), self.block_size), dtype=torch.float32, device=w.device)
-        for span, blocks in self._spans(flat.numel()):
-            full = (span.stop - span.start) // self.block_size
-            piece = flat[span].abs()
-            absmax[blocks][:full] = piece[: full * self.block_size].view(full, self.block_size).amax(1).float()
-            if piece.numel() % self.block_size:  # bitsandbytes gives an all-zero short block this absmax
-                absmax[blocks][full] = piece[full * self.block_size :].amax().float().clamp(min=SMALLEST_SCALE)
-        _require_finite(absmax)
-        return self._store(absmax)
+        return self._store(self._absmax(w))
 
     def round(self, w: Tensor, params: Params) -> Tensor:
-        flat = w.detach().reshape(-1)
-        codes = torch.empty(flat.numel(), dtype=torch.uint8, device=w.device)
-        absmax = self.scales(params).clamp(min=SMALLEST_SCALE)
-        bounds, order = _bounds(self.kind, w.device)
-        for span, blocks in self._spans(flat.numel()):
-            values, scale = flat[span].float(), absmax[blocks]
-            body = values.numel() // self.block_size * self.block_size
-            # bitsandbytes multiplies whole blocks by the reciprocal and divides a short one: ties depend on it
-            scaled = values[:body].view(-1, self.block_size) * (1 / scale[: body // self.block_size, None])
-            scaled = torch.cat([scaled.view(-1), values[body:] / scale[-1]]) if body < values.numel() else scaled
-            codes[span] = order[torch.bucketize(scaled.reshape(-1).clamp_(-1, 1), bounds, out_int32=True)]
-        return codes.view(w.shape)
+        return self._codes(w, self.scales(params))
 
     def decode(self, codes: Tensor, params: Params, dtype: torch.dtype = torch.float32) -> Tensor:
         flat = codes.reshape(-1)
@@ -207,9 +179,9 @@ class Codebook(Grid):
         absmax, table = self.scales(params), self.table(codes.device)
         for span, blocks in self._spans(flat.numel()):
             values = table.index_select(0, flat[span].int())
-            body = values.numel() // self.block_size * self.block_size
-            values[:body].view(-1, self.block_size).mul_(absmax[blocks][: body // self.block_size, None])
-            values[body:].mul_(absmax[blocks][-1])
+            whole, rest = self._split(values)
+            whole.mul_(absmax[blocks][: len(whole), None])
+            rest.mul_(absmax[blocks][-1])
             out[span] = values
         return out.view(codes.shape)
 
@@ -220,6 +192,41 @@ class Codebook(Grid):
         coarse = params["nested_absmax"].repeat_interleave(NESTED_BLOCK_SIZE)[: params["absmax"].numel()]
         table = double_quant_table(params["absmax"].device)
         return table.index_select(0, params["absmax"].int()).mul_(coarse).add_(params["nested_offset"])
+
+    def _absmax(self, w: Tensor) -> Tensor:
+        """The largest magnitude of every block, float32[blocks]."""
+        flat = w.detach().reshape(-1)
+        absmax = torch.empty(_pieces(flat.numel(), self.block_size), dtype=torch.float32, device=w.device)
+        for span, blocks in self._spans(flat.numel()):
+            whole, rest = self._split(flat[span].abs())
+            absmax[blocks][: len(whole)] = whole.amax(1)
+            if len(rest):  # bitsandbytes gives an all-zero short block this absmax
+                absmax[blocks][-1] = rest.amax().float().clamp(min=SMALLEST_SCALE)
+        _require_finite(absmax)
+        return absmax
+
+    def _codes(self, w: Tensor, absmax: Tensor) -> Tensor:
+        """The code of the value nearest to each weight, uint8[O, I]."""
+        flat = w.detach().reshape(-1)
+        codes = torch.empty(flat.numel(), dtype=torch.uint8, device=w.device)
+        absmax = absmax.clamp(min=SMALLEST_SCALE)
+        bound, below, above = _cells(self.kind, w.device)
+        for span, blocks in self._spans(flat.numel()):
+            whole, rest = self._split(flat[span].float())
+            # bitsandbytes multiplies whole blocks by the reciprocal and divides a short one: ties depend on it
+            scaled = (whole * (1 / absmax[blocks][: len(whole), None])).view(-1)
+            if len(rest):
+                scaled = torch.cat([scaled, rest / absmax[blocks][-1]])
+            scaled.clamp_(-1, 1)
+            cell = scaled.mul(CELLS).add_(CELLS).int()
+            higher = scaled > bound.index_select(0, cell)
+            torch.where(higher, above.index_select(0, cell), below.index_select(0, cell), out=codes[span])
+        return codes.view(w.shape)
+
+    def _split(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """The whole blocks of a piece, [blocks, block_size], and what is left for a short one."""
+        body = flat.numel() // self.block_size * self.block_size
+        return flat[:body].view(-1, self.block_size), flat[body:]
 
     def _store(self, absmax: Tensor) -> Params:
         """Round float32 absmax[blocks] to the type they are stored in, with bitsandbytes' bytes."""
@@ -254,24 +261,25 @@ class Int8Rows(Grid):
         return {"scb": (torch.float32, (shape[0],))}
 
     def nearest(self, w: Tensor) -> tuple[Tensor, Params]:
-        bnb = load_bitsandbytes()
-        codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
-        scb = torch.empty(w.shape[0], dtype=torch.float32, device=w.device)
-        for rows in _row_spans(w):
-            codes[rows], scb[rows], _ = bnb.functional.int8_vectorwise_quant(w[rows].detach().to(torch.float16))
-        self._require_half(w, scb)
-        return codes.view(torch.uint8), {"scb": scb}
+        params = self.fit(w)
+        return self.round(w, params), params
 
     def fit(self, w: Tensor) -> Params:
-        scb = w.detach().abs().amax(1).to(torch.float16).float()
-        self._require_half(w, scb)
+        scb = torch.empty(w.shape[0], dtype=torch.float32, device=w.device)
+        for rows in _row_spans(w):
+            scb[rows] = w[rows].detach().abs().amax(1).to(torch.float16)
+        if not scb.isfinite().all() and w.isfinite().all():
+            largest = w.abs().max().item()
+            raise FormatError(f"int8 goes through float16, which ends at 65504; the largest weight is {largest:g}")
+        _require_finite(scb)
         return {"scb": scb}
 
     def round(self, w: Tensor, params: Params) -> Tensor:
         codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
         for rows in _row_spans(w):
             steps = w[rows].detach().to(torch.float16) * (127.0 / params["scb"][rows, None])
-            codes[rows] = steps.round().nan_to_num_(0).clamp_(-127, 127).to(torch.int8)  # 0 * inf in an all-zero row
+            steps.nan_to_num_(0).clamp_(-127, 127)  # an all-zero row gives 0 * inf
+            codes[rows] = steps.add_(TO_INTEGER).sub_(TO_INTEGER)
         return codes.view(torch.uint8)
 
     def decode(self, codes: Tensor, params: Params, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -280,13 +288,6 @@ class Int8Rows(Grid):
         for rows in _row_spans(codes):
             out[rows] = codes[rows].view(torch.int8) * step[rows]
         return out
-
-    @staticmethod
-    def _require_half(w: Tensor, scb: Tensor) -> None:
-        if not scb.isfinite().all() and w.isfinite().all():
-            largest = w.abs().max().item()
-            raise FormatError(f"int8 goes through float16, which ends at 65504; the largest weight is {largest:g}")
-        _require_finite(scb)
 
 
 GRIDS: dict[str, type[Grid]] = {"nf4": Codebook, "fp4": Codebook, "int8": Int8Rows}
@@ -346,13 +347,21 @@ def double_quant_table(device: torch.device) -> Tensor:
 
 
 @cache
-def _bounds(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Midpoints between neighbouring values, float32[15], and the code of each interval, uint8[16].
+def _cells(kind: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """[-1, 1] in cells of 1 / CELLS, so narrow that none holds two midpoints between neighbouring values.
 
-    A value on a midpoint goes to the lower neighbour.
+    For each cell: the midpoint in it (infinity if there is none), float32, and the codes of the values below and
+    above it, uint8. A weight on a midpoint goes to the lower neighbour.
     """
-    values, order = codebook_table(kind, device).sort(stable=True)
-    return (values[:-1] + values[1:]) / 2, order.to(torch.uint8)
+    values, order = codebook_table(kind, torch.device("cpu")).sort(stable=True)
+    midpoints = (values[:-1] + values[1:]) / 2
+    cells = midpoints.mul(CELLS).add(CELLS).int()
+    assert cells.diff().all(), "two midpoints in one cell"
+    bound = torch.full((2 * CELLS + 1,), torch.inf)
+    bound[cells.long()] = midpoints
+    lower = torch.bucketize(torch.arange(2 * CELLS + 1), cells.long())  # midpoints in cells before this one
+    codes = order.to(torch.uint8)
+    return bound.to(device), codes[lower].to(device), codes[(lower + 1).clamp(max=len(midpoints))].to(device)
 
 
 def _row_spans(w: Tensor) -> Iterator[slice]:

@@ -30,7 +30,7 @@ def test_tables_are_bitsandbytes_own() -> None:
     assert torch.equal(grids.double_quant_table(CPU), bnb.create_dynamic_map())
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=200)
 @given(w=weights(), grid=codebooks)
 def test_codebook_gives_bitsandbytes_bytes(w: Tensor, grid: Codebook) -> None:
     codes, params = grid.nearest(w)
