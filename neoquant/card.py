@@ -38,7 +38,7 @@ def render_card(plan: Plan, name: str) -> str:
         _layers(plan),
         *(["\n".join(f"- {note}" for note in plan.notes)] if plan.notes else []),
         "## Measured",
-        f"{NOT_MEASURED}: run `neoquant compare {plan.source if plan.revision else 'BASE'} {name}`",
+        f"{NOT_MEASURED}: run `neoquant compare {plan.source_name} {name}`",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -120,8 +120,9 @@ def _layers(plan: Plan) -> str:
 def _kind(row: PlanRow) -> tuple[str, str, str]:
     if row.action == "copy":
         return "biases and norms", dtype_name(row.stored[0].dtype), "small"
+    why = f"`{row.reason}`" if row.reason.startswith("match") else row.reason
     what = re.sub(r"\.h\.\d+\.", ".h.*.", row.layer)
     if row.grid is None:
-        return f"`{what}`", dtype_name(row.stored[0].dtype), row.reason
+        return f"`{what}`", dtype_name(row.stored[0].dtype), why
     options = ", ".join(f"{key} {value}" for key, value in row.grid.describe().items() if key not in ("name", "bits"))
-    return f"`{what}`", f"{row.grid.name}{f' ({options})' if options else ''}, {row.quantizer}", row.reason
+    return f"`{what}`", f"{row.grid.name}{f' ({options})' if options else ''}, {row.quantizer}", why

@@ -118,7 +118,8 @@ def quantize(
         locate(planned.source),
     ):
         done, digest = _write_tensors(checkpoint, planned, sink, progress)
-        sink.finish(dict(done.config), files=_files(checkpoint, done, digest, out.name))
+        travelling = {path.name: path for path in checkpoint.companions()}
+        sink.finish(done.config, files={**travelling, **_own_files(done, digest, out.name)})
     return QuantizeResult(
         folder=out,
         plan=done,
@@ -151,8 +152,9 @@ def _location(source: str | Path | None) -> str | Path:
 def _whole_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: int, name: str) -> Plan:
     """The plan of the tensors, and the size of the files beside them."""
     planned = make_plan(checkpoint, recipe, shard_size=shard_size)
-    files = {"config.json": _json(planned.config), **_files(checkpoint, planned, _NO_DIGEST, name)}
-    return replace(planned, other_bytes=sum(_size(content) for content in files.values()))
+    written = [_json(planned.config), *_own_files(planned, _NO_DIGEST, name).values()]
+    beside = sum(checkpoint.companion_sizes().values()) + sum(len(text.encode()) for text in written)
+    return replace(planned, other_bytes=beside)
 
 
 def _require_space(out: Path, needed: int) -> None:
@@ -245,18 +247,13 @@ def _add_to_digest(update: Callable[[memoryview], None], header: TensorHeader, w
     update(weight.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _files(checkpoint: Checkpoint, done: Plan, digest: str, name: str) -> dict[str, str | Path]:
-    """The files beside the weights: what travels with them, the card, and the record."""
+def _own_files(done: Plan, digest: str, name: str) -> dict[str, str]:
+    """The card and the record."""
     from neoquant import __version__
 
     record = {"neoquant": __version__, "source_sha256": digest, **done.to_dict()}
-    travelling = checkpoint.companions() if checkpoint.folder is not None else []
-    return {**{path.name: path for path in travelling}, CARD: render_card(done, name), RECORD: _json(record)}
+    return {CARD: render_card(done, name), RECORD: _json(record)}
 
 
 def _json(value: Any) -> str:
     return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-
-
-def _size(content: str | Path) -> int:
-    return content.stat().st_size if isinstance(content, Path) else len(content.encode())

@@ -70,7 +70,7 @@ def bench(shape: str, repeats: int, temp: Path) -> dict[str, Any]:
         for tool in TOOLS:
             shutil.rmtree(temp / tool)
     median = {tool: {key: statistics.median(run[key] for run in runs[tool]) for key in runs[tool][0]} for tool in TOOLS}
-    ratios = {key: median["transformers"][key] / median["neoquant"][key] for key in median["neoquant"]}
+    ratios = {key: round(theirs / median["neoquant"][key], 3) for key, theirs in median["transformers"].items()}
     for tool in TOOLS:
         print(f"median {tool:13}", describe(median[tool]))
     print(f"neoquant is {ratios['wall_s']:.2f} times as fast and takes {1 / ratios['peak_rss_mb']:.3f} of the memory")
@@ -82,7 +82,7 @@ def bench(shape: str, repeats: int, temp: Path) -> dict[str, Any]:
         "runs": runs,
         "median": median,
         "transformers_over_neoquant": ratios,
-        "neoquant_over_copy_work_s": median["neoquant"]["work_s"] / median["copy"]["work_s"],
+        "neoquant_over_copy_work_s": round(median["neoquant"]["work_s"] / median["copy"]["work_s"], 2),
     }
 
 
@@ -96,7 +96,7 @@ def child(*arguments: object) -> dict[str, Any]:
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(map(str, arguments))} failed:\n{done.stderr}")
     wall = time.perf_counter() - started
-    return {"wall_s": wall, **json.loads(done.stdout.splitlines()[-1])}
+    return {"wall_s": round(wall, 3), **json.loads(done.stdout.splitlines()[-1])}
 
 
 def run_child(step: str, *arguments: str) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def run_child(step: str, *arguments: str) -> dict[str, Any]:
         "copy": run_copy,
     }
     work_s = timed(tools[step], *arguments)
-    return {"work_s": work_s, "peak_rss_mb": peak_rss_mb()}
+    return {"work_s": round(work_s, 3), "peak_rss_mb": round(peak_rss_mb(), 1)}
 
 
 def timed(tool: Callable[[str, str], None], source: str, out: str) -> float:

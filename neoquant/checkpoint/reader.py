@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, BinaryIO, NamedTuple
@@ -71,7 +72,13 @@ class Checkpoint:
     """
 
     def __init__(
-        self, source: str, revision: str | None, folder: Path | None, config: dict[str, Any], stored: Iterable[Stored]
+        self,
+        source: str,
+        revision: str | None,
+        folder: Path | None,
+        config: dict[str, Any],
+        stored: Iterable[Stored],
+        remote_sizes: Mapping[str, int] | None = None,
     ) -> None:
         kept, dropped = _drop_buffers_and_aliases(stored)
         self.source = source
@@ -84,6 +91,7 @@ class Checkpoint:
         self.dropped = tuple(dropped)
         self.nbytes = sum(header.nbytes for header in self.headers.values())
         self._stored = kept
+        self._remote_sizes = remote_sizes or {}
         self._open_files: dict[Path, BinaryIO] = {}
 
     def __enter__(self) -> Checkpoint:
@@ -119,6 +127,13 @@ class Checkpoint:
         """The files that travel with the weights: tokenizer, generation defaults, license."""
         folder = self._need_folder()
         return sorted({path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()})
+
+    def companion_sizes(self) -> dict[str, int]:
+        """Name -> bytes of the files that travel with the weights, also where only headers were fetched."""
+        if self.folder is not None:
+            return {path.name: path.stat().st_size for path in self.companions()}
+        found = self._remote_sizes.items()
+        return {name: size for name, size in found if any(fnmatchcase(name, pattern) for pattern in COMPANIONS)}
 
     def _need_folder(self) -> Path:
         if self.folder is None:
@@ -158,7 +173,7 @@ def open_checkpoint(
     tensors = hub.fetch_headers(model) if headers_only else None
     if tensors is not None:
         stored = [Stored(header, Path(file), Span(begin, ())) for header, file, begin in tensors]
-        return Checkpoint(str(source), model.commit, None, config, stored)
+        return Checkpoint(str(source), model.commit, None, config, stored, model.sizes)
     hub.fetch_files(model, progress)
     return _open_folder(str(source), model.folder, model.commit)
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from neoquant import pipeline
-from neoquant.checkpoint import open_checkpoint
+from neoquant.checkpoint import hub, open_checkpoint
 from neoquant.errors import CheckpointError, OutputError, RequestError
 from neoquant.pipeline import quantize
 from neoquant.progress import Progress
@@ -251,6 +252,51 @@ def test_an_existing_folder_is_refused_before_any_work(tiny_model: Path, tmp_pat
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     quantize(tiny_model, tmp_path / "out", Recipe.simple(8, "int8"), force=True)
     assert (tmp_path / "out" / "config.json").read_bytes() != before[tmp_path / "out" / "config.json"]
+
+
+def test_a_model_on_the_hub(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planned and refused from headers, fetched once at the commit that was planned; the card says whose it is."""
+    cached, commit = make_model("cached"), "c" * 40
+    sizes = {path.name: path.stat().st_size for path in cached.iterdir()}
+    asked, fetched = [], []
+
+    def find(source: str, revision: str | None) -> hub.HubModel:
+        asked.append(revision)
+        return hub.HubModel(source, commit, cached, sizes)
+
+    def fetch_headers(model: hub.HubModel) -> list[Any]:
+        with open_checkpoint(cached) as checkpoint:
+            return [(header, "model.safetensors", at) for at, header in enumerate(checkpoint.headers.values())]
+
+    monkeypatch.setattr(hub, "find", find)
+    monkeypatch.setattr(hub, "fetch_headers", fetch_headers)
+    monkeypatch.setattr(hub, "fetch_files", lambda model, progress: fetched.append(model))
+    planned = pipeline.plan("someone/tiny", NF4, revision="main")
+    with pytest.raises(RequestError, match="matches no layer"):
+        quantize("someone/tiny", tmp_path / "out", Recipe.simple(4, "nf4", keep=["*.c_fk"]), revision="main")
+    assert not fetched
+    result = quantize("someone/tiny", tmp_path / "out", NF4, revision="main")
+    assert (len(fetched), asked) == (1, ["main", "main", "main", commit])
+    assert planned.output_bytes == pytest.approx(result.output_bytes, rel=0.01)
+    card = ModelCard((tmp_path / "out" / "README.md").read_text())
+    assert card.data.base_model == "someone/tiny"
+    assert card.data.pipeline_tag == "text-generation"
+    assert card.data.library_name == "transformers"
+    assert {"neoquant", "nf4", "4-bit", "gpt_neo", "bitsandbytes"} <= set(card.data.tags)
+    assert f"revision `{commit}`" in card.text
+    assert "neoquant compare someone/tiny out" in card.text
+    record = json.loads((tmp_path / "out" / "neoquant.json").read_text())
+    assert (record["source"], record["revision"]) == ("someone/tiny", commit)
+
+
+def test_card_of_neoquants_own_format(tiny_model: Path, tmp_path: Path) -> None:
+    quantize(tiny_model, tmp_path / "out", Recipe.load("mixed"))
+    card = ModelCard((tmp_path / "out" / "README.md").read_text())
+    assert card.data.library_name == "neoquant"
+    assert {"nf4", "int8", "4-bit", "8-bit"} <= set(card.data.tags)
+    assert card.data.base_model is None
+    assert "from_pretrained" not in card.text
+    assert "| `transformer.h.*.mlp.c_proj` | 2 | int8, nearest | `match = '*.mlp.c_proj'` |" in card.text
 
 
 def test_disk_space_is_checked_first(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
