@@ -18,8 +18,8 @@ class Progress:
     """
 
     @contextmanager
-    def task(self, label: str, total: float) -> Iterator[Callable[[float], None]]:
-        """Announce a task called `label` of size `total`; the value yielded advances it by an amount."""
+    def task(self, label: str, total: float | None) -> Iterator[Callable[[float], None]]:
+        """Announce a task called `label` of size `total` (None: unknown); the value yielded advances it by an amount."""
         yield lambda amount: None
 
 

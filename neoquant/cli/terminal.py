@@ -75,7 +75,7 @@ class Bars(Progress):
         self._bars: RichBars | None = None
 
     @contextmanager
-    def task(self, label: str, total: float) -> Iterator[Callable[[float], None]]:
+    def task(self, label: str, total: float | None) -> Iterator[Callable[[float], None]]:
         """Show a bar called `label` until the block ends."""
         outermost = self._bars is None
         bars = self._bars = self._bars or self._make()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import logging
 import platform
 import re
 import sysconfig
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from neoquant.errors import DataError, HubError, locate
 from neoquant.evaluate.suite import FileData, HubData, StdlibData, Suite
@@ -51,7 +52,7 @@ def read_documents(suite: Suite, progress: Progress) -> tuple[Source, list[Docum
         with locate(str(path)):
             return Source(str(path), None), list(select(file_documents(path, progress), suite))
     with locate(f"data set {data.dataset}"):
-        return hub_source(data), list(select(hub_documents(data, suite, progress), suite))
+        return hub_source(data), list(select(hub_documents(data, progress), suite))
 
 
 def select(documents: Iterable[Document], suite: Suite) -> Iterator[Document]:
@@ -214,34 +215,46 @@ def hub_source(data: HubData) -> Source:
         return Source(name, HfApi().dataset_info(data.dataset, revision=data.revision).sha)
 
 
-def hub_documents(data: HubData, suite: Suite, progress: Progress) -> Iterator[Document]:
+def hub_documents(data: HubData, progress: Progress) -> Iterator[Document]:
     """The rows of a hub data set, streamed (from the cache, where the hub is switched off)."""
     import datasets
     from huggingface_hub import constants
 
     datasets.disable_progress_bars()
     subset = data.dataset.split("/")[-1]
-    total = len(suite.subsets) * (suite.documents or 0)
-    with _hub_errors(data), progress.task(f"reading {data.dataset}", total=total) as advance:
+    with _hub_errors(data):
         rows = datasets.load_dataset(
             data.dataset, split=data.split, revision=data.revision, streaming=not constants.HF_HUB_OFFLINE
         )
-        for number, row in enumerate(rows, start=1):
-            with locate(f"row {number}"):
-                document = row_document(row, f"row {number}", subset)
-            yield document
-            advance(1)
+        known = (rows.info.splits or {}).get(data.split)
+        with progress.task(f"reading {data.dataset}", total=known.num_examples if known else None) as advance:
+            for number, row in enumerate(rows, start=1):
+                with locate(f"row {number}"):
+                    document = row_document(row, f"row {number}", subset)
+                yield document
+                advance(1)
 
 
 @contextmanager
 def _hub_errors(data: HubData) -> Iterator[None]:
+    """Turn what the hub's libraries raise into one line, and keep what they log about retrying to themselves."""
+    import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
+    # HfHubHTTPError inherits from OSError and the root of whatever HTTP library this huggingface_hub uses
+    transport = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "datasets")]
+    levels = [logger.level for logger in loggers]
     try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         yield
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (*transport, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise HubError(
-            f"split {data.split!r} at revision {data.revision[:12]} cannot be read: {reason} "
+            f"split {data.split!r} at revision {data.revision[:12]} cannot be read: {reason[0]} "
             "(a local .jsonl or .jsonl.zst file can take its place)"
         ) from error
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -169,16 +170,18 @@ def test_hub_streams_the_pinned_revision(monkeypatch: pytest.MonkeyPatch) -> Non
     asked: dict[str, Any] = {}
     taken = 0
 
-    def load_dataset(name: str, **options: Any) -> Any:
-        asked.update(options, name=name)
+    class Rows:
+        info = datasets.DatasetInfo()
 
-        def rows() -> Any:
+        def __iter__(self) -> Iterator[dict[str, Any]]:
             nonlocal taken
             while True:
                 taken += 1
                 yield {"text": str(taken), "meta": {"pile_set_name": "Github"}}
 
-        return rows()
+    def load_dataset(name: str, **options: Any) -> Rows:
+        asked.update(options, name=name)
+        return Rows()
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source, documents = read_documents(hub("someone/pile", subsets=["Github"], documents=3), SILENT)

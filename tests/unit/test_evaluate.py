@@ -230,17 +230,19 @@ def test_other_json_is_refused(text: str) -> None:
 
 
 def test_progress_reaches_its_totals(models: Models, make_suite: Callable[..., Suite]) -> None:
-    done: dict[str, list[float]] = {}
+    done: dict[str, tuple[float | None, float]] = {}
 
     class Listener(Progress):
         @contextmanager
-        def task(self, label: str, total: float) -> Iterator[Callable[[float], None]]:
-            done[label] = [total, 0]
+        def task(self, label: str, total: float | None) -> Iterator[Callable[[float], None]]:
+            reached = 0.0
 
             def advance(amount: float) -> None:
-                done[label][1] += amount
+                nonlocal reached
+                reached += amount
 
             yield advance
+            done[label] = (total, reached)
 
     evaluate(models.reference, Bytes(), make_suite(), describe=ModelInfo(name="a"), progress=Listener())
     assert set(done) == {"reading texts.jsonl", "tokenizing", "scoring"}
