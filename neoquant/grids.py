@@ -232,7 +232,7 @@ class Codebook(Grid):
         """Round float32 absmax[blocks] to the type they are stored in, with bitsandbytes' bytes."""
         if not self.double_quant:
             return {"absmax": absmax}
-        offset = absmax.mean()
+        offset = absmax.mean()  # as in bitsandbytes; its last bit can depend on how many threads torch has
         stored, state = load_bitsandbytes().functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
         return {"absmax": stored, "nested_absmax": state.absmax, "nested_offset": offset}
 

@@ -27,6 +27,7 @@ class Format(ABC):
     name: ClassVar[str]
     family: ClassVar[str]  # what a recipe says: "bitsandbytes" or "neoquant"
     markers: ClassVar[tuple[str, ...]]  # a layer X is quantized if a tensor X + one of these exists
+    holds_order: ClassVar[bool] = False  # whether an activation order can be stored
 
     @abstractmethod
     def refuse(self, grid: Grid, shape: tuple[int, ...]) -> str | None:
@@ -79,9 +80,10 @@ class Format(ABC):
         return layers
 
     def _require_holdable(self, q: QuantizedTensor) -> None:
-        reason = self.refuse(q.grid, q.shape)
-        if reason:
+        if reason := self.refuse(q.grid, q.shape):
             raise FormatError(reason)
+        if q.order is not None and not self.holds_order:
+            raise FormatError(f"format {self.name} cannot hold an activation order")
 
 
 def require_suffixes(tensors: Mapping[str, Tensor], required: Iterable[str]) -> None:

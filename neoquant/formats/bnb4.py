@@ -59,8 +59,6 @@ class Bnb4(Format):
     def encode(self, q: QuantizedTensor) -> dict[str, Tensor]:
         self._require_holdable(q)
         assert isinstance(q.grid, Codebook)
-        if q.order is not None:
-            raise FormatError("bitsandbytes' 4-bit format cannot hold an activation order")
         tensors = {
             ".weight": bits.pack_nibbles(q.codes.reshape(-1), pad=q.grid.zero_code).unsqueeze(1),
             ".weight.absmax": q.params["absmax"],

@@ -32,8 +32,6 @@ class Bnb8(Format):
 
     def encode(self, q: QuantizedTensor) -> dict[str, Tensor]:
         self._require_holdable(q)
-        if q.order is not None:
-            raise FormatError("bitsandbytes' 8-bit format cannot hold an activation order")
         return {
             ".weight": q.codes.view(torch.int8),
             ".SCB": q.params["scb"],

@@ -39,11 +39,13 @@ class Packed(Format):
     name: ClassVar[str] = "packed"
     family: ClassVar[str] = "neoquant"
     markers: ClassVar[tuple[str, ...]] = (HEADER,)
+    holds_order: ClassVar[bool] = True
 
     def refuse(self, grid: Grid, shape: tuple[int, ...]) -> str | None:
         return None
 
     def encode(self, q: QuantizedTensor) -> dict[str, Tensor]:
+        self._require_holdable(q)
         tensors = {
             ".weight": bits.pack(q.codes, q.grid.bits),
             HEADER: json_to_tensor(_header(q.grid, q.shape, q.dtype)),

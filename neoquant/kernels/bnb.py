@@ -4,7 +4,7 @@ On a CPU its C routine decodes the weight, and torch multiplies: exact, and much
 fused CPU product is never used, because it computes in bfloat16 whatever the activations are. Its routine also
 takes a wrong scale on CPUs with AVX-512 where a block crosses rows, and falls back to a compiled graph for long
 blocks and odd rows; so it is always shown the weight as whole blocks of at most 1024, one a row. On CUDA its
-matrix product runs.
+matrix product runs where no block crosses a row.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from neoquant.grids import Codebook, Grid, load_bitsandbytes
 from neoquant.kernels.base import Kernel, State
 from neoquant.tensor import QuantizedTensor
 
+DECODED = (torch.float32, torch.float16, torch.bfloat16)
 LONGEST_BLOCK = 1024  # the longest that bitsandbytes' C routine decodes itself
 
 
@@ -33,8 +34,6 @@ class Bitsandbytes(Kernel):
             return f"bitsandbytes multiplies exactly with nf4 and fp4 only, not {grid.name}"
         if ordered:
             return "bitsandbytes knows no activation order"
-        if device.type == "cuda" and shape[1] % grid.block_size:
-            return f"on CUDA, blocks of {grid.block_size} must not cross rows of {shape[1]}"
         if device.type not in ("cpu", "cuda"):
             return f"there are kernels for cpu and cuda, not {device.type}"
         return None if _is_native() else "bitsandbytes' library is not available on this machine"
@@ -49,14 +48,14 @@ class Bitsandbytes(Kernel):
 
     def linear(self, x: Tensor, state: State, grid: Grid, shape: tuple[int, ...], bias: Tensor | None) -> Tensor:
         assert isinstance(grid, Codebook)
-        if x.is_cuda and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        if x.is_cuda and x.dtype in DECODED and shape[1] % grid.block_size == 0:
             return _cuda_linear(x, state, grid, shape, bias)
         return torch.nn.functional.linear(x, decode(state, grid, shape, x.dtype), bias)
 
 
 def decode(state: State, grid: Codebook, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The weight, dtype[O, I], by bitsandbytes' C routine; the last, short block by torch."""
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if dtype not in DECODED:
         return decode(state, grid, shape, torch.float32).to(dtype)
     n, block = shape[0] * shape[1], min(grid.block_size, LONGEST_BLOCK)
     whole = n // grid.block_size
