@@ -19,7 +19,7 @@ class Progress:
 
     @contextmanager
     def task(self, label: str, total: float | None) -> Iterator[Callable[[float], None]]:
-        """Announce a task called `label` of size `total` (None: unknown); the value yielded advances it by an amount."""
+        """Announce a task called `label` of size `total`, None if unknown; what is yielded advances it by an amount."""
         yield lambda amount: None
 
 

@@ -15,7 +15,7 @@ import torch
 from neoquant.errors import CheckpointError, DataError, RequestError
 from neoquant.evaluate import Comparison, Contestant, Evaluation, ModelInfo, Suite, compare, evaluate
 from neoquant.evaluate.corpus import byte_offsets, read_corpus
-from neoquant.evaluate.scoring import batches
+from neoquant.evaluate.scoring import batches, measures
 from neoquant.progress import SILENT, Progress
 
 TEXTS = [
@@ -179,6 +179,22 @@ def same_figures(score: Any, change: Any, expected: Brute) -> None:
     assert score.nats == pytest.approx(expected.nats, rel=1e-6)
     assert change.kl == pytest.approx(expected.kl / expected.tokens, rel=1e-4)
     assert change.agreement == pytest.approx(expected.agreed / expected.tokens)
+
+
+@pytest.mark.parametrize("noise", [1e-3, 1e-2, 1.0])
+def test_small_divergences_over_a_large_vocabulary(noise: float) -> None:
+    """Two models' logits that nearly agree: 5e-7 nats apart for the smallest noise, against float64."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(32, 50257, generator=generator) * 3 - 10
+    y = x + 0.3 + noise * torch.randn(x.shape, generator=generator)
+    targets = torch.randint(x.shape[1], (len(x),), generator=generator)
+    _, (nats, kl, agreed) = measures(iter([x, y]), targets)
+    p, q = x.double().log_softmax(-1), y.double().log_softmax(-1)
+    expected = (p.exp() * (p - q)).sum(-1)
+    assert (kl - expected).abs().max() < 5e-7
+    assert float((kl - expected).mean()) == pytest.approx(0, abs=1e-7)
+    assert torch.allclose(nats, -q.gather(-1, targets[:, None])[:, 0], rtol=0, atol=1e-6)
+    assert torch.equal(agreed, (x.argmax(-1) == y.argmax(-1)).double())
 
 
 def test_rolling_counts_all_tokens_and_bytes(models: Models, make_suite: Callable[..., Suite]) -> None:
