@@ -115,7 +115,6 @@ def quantize(
     with (
         CheckpointWriter(out, force=force, shard_size=shard_size, tensors=len(planned.stored)) as sink,
         open_checkpoint(location, revision=planned.revision, progress=progress) as checkpoint,
-        locate(planned.source),
     ):
         done, digest = _write_tensors(checkpoint, planned, sink, progress)
         travelling = {path.name: path for path in checkpoint.companions()}
@@ -171,8 +170,7 @@ def _write_tensors(
     rows = []
     with progress.task("quantizing", total=planned.source_bytes) as advance, torch.inference_mode():
         for row in planned.rows:
-            with locate(row.name):
-                rows.append(replace(row, stored=_carry_out(row, checkpoint, planned.format, sink, digest.update)))
+            rows.append(replace(row, stored=_carry_out(row, checkpoint, planned.format, sink, digest.update)))
             advance(row.source.nbytes)
     return replace(planned, rows=tuple(rows)), digest.hexdigest()
 
@@ -180,28 +178,32 @@ def _write_tensors(
 def _carry_out(
     row: PlanRow, checkpoint: Checkpoint, format: Format, sink: CheckpointWriter, digest: Callable[[memoryview], None]
 ) -> tuple[TensorHeader, ...]:
-    """Read one tensor and write what takes its place; return what was written.
-
-    Raises:
-        CheckpointError: the weight is not finite, does not fit its type, or is not the tensor it is said to be tied to.
-        OutputError: it cannot be written.
-    """
-    weight = checkpoint.read(row.name)
-    _add_to_digest(digest, row.source, weight)
-    if row.action == "drop":
-        _require_equal(weight, checkpoint.read(EMBEDDING))
-        tensors = {}
-    elif row.grid is None:
-        tensors = {row.stored[0].name: _converted(weight, row.stored[0].dtype)}
-    else:
-        assert row.quantizer is not None  # a row with a grid has a quantizer
-        _require_finite(weight)
-        quantized = QUANTIZERS[row.quantizer]().quantize(weight, row.grid)
-        prefix = row.name.removesuffix(".weight")
-        tensors = {prefix + suffix: tensor for suffix, tensor in format.encode(quantized).items()}
+    """Read one tensor and write what takes its place; return what was written. Nothing of it stays in memory."""
+    with locate(checkpoint.source), locate(row.name):
+        weight = checkpoint.read(row.name)
+        _add_to_digest(digest, row.source, weight)
+        tensors = _made_of(weight, row, checkpoint, format)
     for name, tensor in tensors.items():
         sink.put(name, tensor)
     return tuple(TensorHeader(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
+
+
+def _made_of(weight: torch.Tensor, row: PlanRow, checkpoint: Checkpoint, format: Format) -> dict[str, torch.Tensor]:
+    """The tensors of the output, by name, that take the place of one of the source.
+
+    Raises:
+        CheckpointError: the weight is not finite, does not fit its type, or is not the tensor it is said to be tied to.
+        FormatError: its grid cannot hold it.
+    """
+    if row.action == "drop":
+        _require_equal(weight, checkpoint.read(EMBEDDING))
+        return {}
+    if row.grid is None or row.quantizer is None:
+        return {row.stored[0].name: _converted(weight, row.stored[0].dtype)}
+    _require_finite(weight)
+    quantized = QUANTIZERS[row.quantizer]().quantize(weight, row.grid)
+    prefix = row.name.removesuffix(".weight")
+    return {prefix + suffix: tensor for suffix, tensor in format.encode(quantized).items()}
 
 
 def _require_equal(head: torch.Tensor, embedding: torch.Tensor) -> None:
@@ -223,9 +225,9 @@ def _converted(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     converted = weight.to(dtype)
     if not _is_finite(converted):
         largest = max(abs(float(edge)) for edge in weight.aminmax())
+        hint = '; a recipe with dtype = "bfloat16" can store it' if dtype == torch.float16 else ""
         raise CheckpointError(
-            f"holds {largest:.6g}, more than {dtype_name(dtype)} can ({torch.finfo(dtype).max:.6g}); "
-            'a recipe with dtype = "bfloat16" can store it'
+            f"holds {largest:.6g}, more than {dtype_name(dtype)} can ({torch.finfo(dtype).max:.6g}){hint}"
         )
     return converted
 

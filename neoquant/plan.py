@@ -31,6 +31,9 @@ BLOCK_LINEARS = (
 )
 """The layers of a block whose weights may be quantized."""
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+"""What a weight that is to be quantized may be stored as."""
+
 EMBEDDING, TIED_HEAD = "transformer.wte.weight", "lm_head.weight"
 
 _BLOCK_LINEAR = re.compile(rf"transformer\.h\.\d+\.({'|'.join(map(re.escape, BLOCK_LINEARS))})")
@@ -235,19 +238,20 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
     try:
         found = detect(checkpoint.config, checkpoint.headers)
     except FormatError as error:
-        how = str(error)
+        how, as_it_is = str(error), ""
     else:
         if found is None:
             return
         how = f"format {found.name}"
+        as_it_is = "; to use this one as it is, neoquant generate, eval and compare take it"
     raise RequestError(
-        f"{checkpoint.source} is already quantized ({how}); quantizing twice loses twice. Give the model it was made "
-        "from, in full or half precision. To use this one as it is: neoquant generate, eval and compare take it"
+        f"{checkpoint.source} is already quantized ({how}), and quantizing twice loses twice: "
+        f"give the model it was made from, in full or half precision{as_it_is}"
     )
 
 
 def _check_blocks(headers: Sequence[TensorHeader], config: GPTNeoConfig) -> None:
-    """Every block linear that the configuration promises is there and has its shape, and there are no more."""
+    """Every block linear that the configuration promises is there, in its shape and a floating type; no others are."""
     hidden, inner = config.hidden_size, config.inner_size
     shapes = {"mlp.c_fc": (inner, hidden), "mlp.c_proj": (hidden, inner)}
     promised = {
@@ -255,15 +259,18 @@ def _check_blocks(headers: Sequence[TensorHeader], config: GPTNeoConfig) -> None
         for block in range(config.num_layers)
         for linear in BLOCK_LINEARS
     }
-    found = {canonical_layer(header.name): header.shape for header in headers if _is_block_linear(header)}
+    found = {canonical_layer(header.name): header for header in headers if _is_block_linear(header)}
     sizes = f"config.json says num_layers = {config.num_layers}, hidden_size = {hidden}, intermediate_size = {inner}"
-    for what, names in (("missing", promised.keys() - found.keys()), ("too many", found.keys() - promised.keys())):
+    for what, names in (("missing", promised.keys() - found.keys()), ("unexpected", found.keys() - promised.keys())):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(f"{min(names)}.weight{more} {what}: {sizes}")
     for layer, shape in promised.items():
-        if found[layer] != shape:
-            raise CheckpointError(f"{layer}.weight has shape {list(found[layer])}, not {list(shape)}: {sizes}")
+        if found[layer].shape != shape:
+            raise CheckpointError(f"{layer}.weight has shape {list(found[layer].shape)}, not {list(shape)}: {sizes}")
+        if found[layer].dtype not in FLOATS:
+            legal = ", ".join(map(dtype_name, FLOATS))
+            raise CheckpointError(f"{layer}.weight is {dtype_name(found[layer].dtype)}, expected one of {legal}")
 
 
 def _choose_format(choice: str, targets: _Targets) -> tuple[Format | None, list[str]]:

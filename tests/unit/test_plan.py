@@ -162,7 +162,7 @@ def test_formats() -> None:
 
 @pytest.mark.parametrize("method", [{"quant_method": "bitsandbytes", "load_in_4bit": True}, {"quant_method": "gptq"}])
 def test_quantized_sources_are_refused(method: dict[str, Any]) -> None:
-    with pytest.raises(RequestError, match=r"already quantized .*Give the model it was made from"):
+    with pytest.raises(RequestError, match=r"already quantized .*give the model it was made from"):
         planned(TINY_CONFIG | {"quantization_config": method})
 
 
@@ -172,11 +172,13 @@ def test_blocks_must_be_as_the_configuration_says() -> None:
     with pytest.raises(CheckpointError, match=r"h\.1\.mlp\.c_fc\.weight and 1 more missing: .*num_layers = 2"):
         planned(TINY_CONFIG, shapes=fewer)
     more = shapes | {"transformer.h.2.mlp.c_fc.weight": (96, 24)}
-    with pytest.raises(CheckpointError, match=r"h\.2\.mlp\.c_fc\.weight too many"):
+    with pytest.raises(CheckpointError, match=r"h\.2\.mlp\.c_fc\.weight unexpected"):
         planned(TINY_CONFIG, shapes=more)
     wrong = shapes | {"transformer.h.1.mlp.c_fc.weight": (24, 96)}
     with pytest.raises(CheckpointError, match=r"shape \[24, 96\], not \[96, 24\]"):
         planned(TINY_CONFIG, shapes=wrong)
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight is float64, expected one of float32, float16, bfloat16"):
+        planned(TINY_CONFIG, dtype=torch.float64)
 
 
 def test_what_is_unknown_is_kept_and_said() -> None:
