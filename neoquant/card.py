@@ -43,9 +43,10 @@ def render_card(plan: Plan, name: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _task(plan: Plan) -> tuple[str, str]:
-    architecture = str(next(iter(plan.config.get("architectures") or ["GPTNeoForCausalLM"])))
-    return next((task for suffix, task in _TASKS.items() if architecture.endswith(suffix)), _TASKS["ForCausalLM"])
+def _head(plan: Plan) -> str:
+    """The key of `_TASKS` that fits the class in config.json."""
+    architecture = str(next(iter(plan.config.get("architectures") or ["ForCausalLM"])))
+    return next((suffix for suffix in _TASKS if architecture.endswith(suffix)), "ForCausalLM")
 
 
 def _front_matter(plan: Plan) -> str:
@@ -57,7 +58,7 @@ def _front_matter(plan: Plan) -> str:
         "---",
         *base,
         f"library_name: {'transformers' if _is_common(plan) else 'neoquant'}",
-        f"pipeline_tag: {_task(plan)[0]}",
+        f"pipeline_tag: {_TASKS[_head(plan)][0]}",
         "tags:",
         *(f"- {tag}" for tag in dict.fromkeys(["neoquant", "gpt_neo", "quantized", *names, plan.format.family])),
         "---",
@@ -81,10 +82,13 @@ def _opening(plan: Plan) -> str:
 
 
 def _loading(plan: Plan, name: str) -> str:
-    ours = f'import neoquant\n\nmodel, tokenizer = neoquant.load("{name}")'
+    call = "model, tokenizer = neoquant.load"
+    if _head(plan) != "ForCausalLM":
+        call = f"model = neoquant.GPTNeo{_head(plan)}.from_pretrained"
+    ours = f'import neoquant\n\n{call}("{name}")'
     blocks = [f"```python\n{ours}\n```"]
     if _is_common(plan):
-        cls = _task(plan)[1]
+        cls = _TASKS[_head(plan)][1]
         theirs = f'from transformers import {cls}\n\nmodel = {cls}.from_pretrained("{name}")'
         blocks += ["or with transformers and bitsandbytes:", f"```python\n{theirs}\n```"]
     else:

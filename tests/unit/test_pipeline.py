@@ -142,6 +142,8 @@ def test_transformers_reads_every_head(tmp_path: Path, head: str, recipe: str) -
     """What transformers saves can be quantized, and what comes out it loads: prefixes, heads, layers kept."""
     import transformers
 
+    import neoquant
+
     config = transformers.GPTNeoConfig(
         vocab_size=99, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
         max_position_embeddings=64, window_size=8, num_labels=3, bos_token_id=1, eos_token_id=1, pad_token_id=0,
@@ -154,6 +156,11 @@ def test_transformers_reads_every_head(tmp_path: Path, head: str, recipe: str) -
     names = tensors_of(tmp_path / "out").keys()
     assert any(name.startswith("transformer.") for name in names) is bool(head)
     assert "lm_head.weight" not in names
+
+    card = (tmp_path / "out" / "README.md").read_text()
+    ours = f"model = neoquant.GPTNeo{head or 'Model'}.from_pretrained"
+    assert ("model, tokenizer = neoquant.load" if head == "ForCausalLM" else ours) in card
+    getattr(neoquant, f"GPTNeo{head or 'Model'}").from_pretrained(tmp_path / "out")
 
     loaded, notes = cls.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not notes["missing_keys"]
