@@ -1,0 +1,103 @@
+"""Write the measured tables into README.md and the bundled model's card, from the committed results.
+
+    python eval/tables.py            # rewrite what stands between the markers
+    python eval/tables.py --check    # exit 1 where a text is not what the results say
+
+`eval/demo_model/measure.sh` makes the results anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from neoquant.evaluate import Comparison
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "eval" / "results" / "demo.json"
+CARD = ROOT / "neoquant" / "demo" / "neoquant-demo" / "README.md"
+
+
+def demo_totals() -> str:
+    """A line for each candidate on the suite `demo`, in total."""
+    result = _demo()
+    reference = result.reference
+    lines = [
+        "| model | MB | bits/weight: linears, model | bits/byte | perplexity | Δ nats/token [95 %] | top-1 | KL |",
+        "| --- | --: | --: | --: | --: | --: | --: | --: |",
+        f"| {reference.model.name} (fp16) | {_mb(reference.model.bytes_on_disk)} | 16, 16 "
+        f"| {reference.total.bits_per_byte:.4f} | {reference.total.perplexity:.3f} | | | |",
+    ]
+    for candidate in result.candidates:
+        model, total, change = candidate.evaluation.model, candidate.evaluation.total, candidate.total
+        lines.append(
+            f"| {model.name.removeprefix('neoquant-demo-')} | {_mb(model.bytes_on_disk)} "
+            f"| {_bits(model.bits_per_weight_linears)}, {_bits(model.bits_per_weight_model)} "
+            f"| {total.bits_per_byte:.4f} | {total.perplexity:.3f} "
+            f"| {change.nats_per_token:+.4f} [{change.low:+.4f}, {change.high:+.4f}] "
+            f"| {100 * change.agreement:.2f} % | {change.kl:.5f} |"
+        )
+    total, environment = reference.total, reference.environment
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{total.documents} documents, {total.tokens:,} tokens, {total.bytes:,} bytes of Python "
+            f"{reference.data.revision}'s standard library that the model was not trained on; computed in "
+            f"{environment.dtype} on {environment.device}, torch {environment.torch}.",
+        ]
+    )
+
+
+def demo_subsets() -> str:
+    """The unquantized bundled model on each subset of the suite `demo`."""
+    reference = _demo().reference
+    lines = ["| subset | documents | bytes | bits/byte |", "| --- | --: | --: | --: |"]
+    for score in [*reference.subsets, reference.total]:
+        lines.append(f"| {score.subset} | {score.documents} | {score.bytes:,} | {score.bits_per_byte:.4f} |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {"demo-totals": demo_totals, "demo-subsets": demo_subsets}
+
+
+def rendered(path: Path) -> str:
+    """The file's text with every marked table as the results have it."""
+    text = path.read_text("utf-8")
+    for name, table in TABLES.items():
+        marked = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        if marked.search(text):
+            content = table()
+            text = marked.sub(lambda found, content=content: found[1] + content + found[2], text)  # type: ignore[misc]
+    return text
+
+
+def _demo() -> Comparison:
+    return Comparison.from_json(DEMO.read_text("utf-8"))
+
+
+def _mb(size: int | None) -> str:
+    return "" if size is None else f"{size / 1e6:.1f}"
+
+
+def _bits(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where something would change")
+    check = parser.parse_args().check
+    stale = [path for path in (ROOT / "README.md", CARD) if rendered(path) != path.read_text("utf-8")]
+    for path in stale:
+        if not check:
+            path.write_text(rendered(path), "utf-8")
+        print(f"{path.relative_to(ROOT)}: {'not what the results say' if check else 'rewritten'}")
+    sys.exit(1 if check and stale else 0)
+
+
+if __name__ == "__main__":
+    main()
