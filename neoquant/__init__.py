@@ -26,7 +26,7 @@ from neoquant.errors import (
 )
 
 if TYPE_CHECKING:
-    from neoquant.evaluate import compare, evaluate
+    from neoquant.evaluation import compare, evaluate
     from neoquant.loading import LoadWarning, load, load_tokenizer
     from neoquant.model.config import GPTNeoConfig
     from neoquant.model.generate import generate_text
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         GPTNeoForTokenClassification,
     )
     from neoquant.model.tokenizer import Tokenizer
-    from neoquant.pipeline import plan, quantize
+    from neoquant.quantization import plan, quantize
     from neoquant.recipe import Recipe
 
 __version__ = "0.1.0"
@@ -52,13 +52,13 @@ _HOMES = {
     "LoadWarning": "neoquant.loading",
     "Recipe": "neoquant.recipe",
     "Tokenizer": "neoquant.model.tokenizer",
-    "compare": "neoquant.evaluate",
-    "evaluate": "neoquant.evaluate",
+    "compare": "neoquant.evaluation",
+    "evaluate": "neoquant.evaluation",
     "generate_text": "neoquant.model.generate",
     "load": "neoquant.loading",
     "load_tokenizer": "neoquant.loading",
-    "plan": "neoquant.pipeline",
-    "quantize": "neoquant.pipeline",
+    "plan": "neoquant.quantization",
+    "quantize": "neoquant.quantization",
 }
 
 __all__ = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from neoquant.plan import Plan, PlanRow, dtype_name
+from neoquant.planning import Plan, PlanRow, dtype_name
 
 NOT_MEASURED = "Not measured yet"
 

@@ -122,7 +122,7 @@ def timed(tool: Callable[[str, str], None], source: str, out: str) -> float:
 
 
 def run_neoquant(source: str, out: str) -> None:
-    from neoquant.pipeline import quantize
+    from neoquant.quantization import quantize
     from neoquant.recipe import Recipe
 
     quantize(source, out, Recipe.load("nf4"))

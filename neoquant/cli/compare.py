@@ -62,7 +62,7 @@ def compare(
             terminal.note(f"note: {model} comes with another tokenizer than {base}; both are read with that of {base}")
         others.append(other)
 
-    from neoquant.evaluate import compare
+    from neoquant.evaluation import compare
     from neoquant.report.table import comparison_table
 
     result = compare(reference, others, tokenizer, chosen, progress=terminal.progress)

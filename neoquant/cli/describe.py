@@ -15,7 +15,7 @@ from neoquant.progress import Progress
 
 if TYPE_CHECKING:
     from neoquant.checkpoint import Checkpoint
-    from neoquant.evaluate import ModelInfo
+    from neoquant.evaluation import ModelInfo
     from neoquant.formats import Format
     from neoquant.model.config import GPTNeoConfig
 
@@ -58,7 +58,7 @@ def describe(checkpoint: Checkpoint) -> Description:
     """
     from neoquant.formats import detect
     from neoquant.model.config import GPTNeoConfig
-    from neoquant.plan import BLOCK_LINEARS
+    from neoquant.planning import BLOCK_LINEARS
 
     # Whatever a block linear's weight is stored as: everything under the layer's name but the bias.
     weight = re.compile(rf"(?:.*\.)?h\.\d+\.(?:{'|'.join(map(re.escape, BLOCK_LINEARS))})\.(?!bias$).+")
@@ -82,7 +82,7 @@ def describe(checkpoint: Checkpoint) -> Description:
 def model_info(source: str | Path, revision: str | None, name: str, progress: Progress) -> ModelInfo:
     """What a result says of the model it was measured on."""
     from neoquant.checkpoint import open_checkpoint
-    from neoquant.evaluate import ModelInfo
+    from neoquant.evaluation import ModelInfo
 
     with open_checkpoint(source, revision=revision, progress=progress) as checkpoint:
         found = describe(checkpoint)
@@ -100,7 +100,7 @@ def model_info(source: str | Path, revision: str | None, name: str, progress: Pr
 
 def _read_record(folder: Path | None) -> dict[str, Any]:
     """neoquant's record in a folder; empty where there is none, or none that can be read: it is not needed to run."""
-    from neoquant.pipeline import RECORD
+    from neoquant.quantization import RECORD
 
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8")) if folder is not None else {}

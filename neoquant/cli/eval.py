@@ -51,7 +51,7 @@ def eval_(
     )
     contestant, tokenizer = load_contestant(model, terminal, "eval", revision=revision, device=device, dtype=dtype)
 
-    from neoquant.evaluate import evaluate
+    from neoquant.evaluation import evaluate
     from neoquant.report.table import evaluation_table
 
     result = evaluate(contestant.model, tokenizer, chosen, describe=contestant.describe, progress=terminal.progress)

@@ -10,7 +10,7 @@ from neoquant.cli.terminal import Terminal
 from neoquant.errors import RequestError
 
 if TYPE_CHECKING:
-    from neoquant.evaluate import Contestant, Suite
+    from neoquant.evaluation import Contestant, Suite
     from neoquant.model.tokenizer import Tokenizer
 
 
@@ -25,20 +25,26 @@ def choose_suite(
     context: int | None,
     stride: int | None,
 ) -> Suite:
-    """The suite that the options describe; the bundled model's own is `demo`, for others one must be named.
+    """The suite that the options describe: the named one, or the data alone, or the bundled model's own, `demo`.
 
     Raises:
-        RequestError: no suite is named, there is none of that name, or the values do not fit together.
+        RequestError: there is neither a suite nor data, there is none of that name, or the values do not fit together.
         DataError: the file is not a suite.
     """
-    from neoquant.evaluate import load_suite, suite_names
+    from neoquant.evaluation import Suite, load_suite, suite_names
 
+    overrides: dict[str, Any] = {"documents": documents, "protocol": protocol, "context": context, "stride": stride}
+    overrides["subsets"] = tuple(subset) if subset else None
+    if name is None and data is not None:
+        return Suite.of_file(data).override(**overrides)
     if name is None and model in (None, BUNDLED):
         name = suite_for(model)
     if name is None:
-        raise RequestError(f"say with --suite what to evaluate on: one of {', '.join(suite_names())}, or a TOML file")
-    overrides: dict[str, Any] = {"documents": documents, "protocol": protocol, "context": context, "stride": stride}
-    return load_suite(name).override(file=data, subsets=tuple(subset) if subset else None, **overrides)
+        raise RequestError(
+            f"say what to evaluate on: --suite with one of {', '.join(suite_names())}, or a TOML file; or --data with "
+            "a .jsonl, .jsonl.zst or .txt file"
+        )
+    return load_suite(name).override(file=data, **overrides)
 
 
 def load_contestant(
@@ -46,7 +52,7 @@ def load_contestant(
 ) -> tuple[Contestant, Tokenizer]:
     """A model ready to run, what results say of it, and its tokenizer."""
     from neoquant import loading
-    from neoquant.evaluate import Contestant
+    from neoquant.evaluation import Contestant
 
     source = find_model(model, terminal, verb)
     info = model_info(source, revision, short_name(model), terminal.progress)

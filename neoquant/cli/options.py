@@ -119,7 +119,11 @@ Suite = Annotated[
 ]
 Data = Annotated[
     str | None,
-    typer.Option("--data", metavar="FILE", help="Documents instead of the suite's: .jsonl, .jsonl.zst or plain text."),
+    typer.Option(
+        "--data",
+        metavar="FILE",
+        help="Documents to read, with --suite instead of the suite's: .jsonl, .jsonl.zst or plain text.",
+    ),
 ]
 Subset = Annotated[
     list[str] | None,

@@ -16,7 +16,7 @@ from neoquant.cli.terminal import Terminal
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from neoquant.plan import Plan, PlanRow
+    from neoquant.planning import Plan, PlanRow
 
 
 def plan(
@@ -46,7 +46,7 @@ def plan(
       neoquant plan EleutherAI/gpt-neo-2.7B --bits 8 --type int8 --keep '*.c_proj'
       neoquant plan my-finetune --recipe my-recipe.toml --json plan.json
     """
-    from neoquant import pipeline
+    from neoquant import quantization
 
     terminal: Terminal = ctx.obj
     chosen = choose_recipe(
@@ -61,7 +61,7 @@ def plan(
     )
     check_writable(json)
     source = find_model(model, terminal, "plan")
-    made = pipeline.plan(
+    made = quantization.plan(
         source, chosen, revision=revision, shard_size=options.parse_size(shard_size), progress=terminal.progress
     )
     show_plan(made, terminal)

@@ -48,7 +48,7 @@ def quantize(
       neoquant quantize my-finetune --bits 4 --type fp4 --block-size 128 --keep 'transformer.h.0.*'
       neoquant quantize my-finetune --recipe my-recipe.toml --dry-run
     """
-    from neoquant import pipeline
+    from neoquant import quantization
 
     terminal: Terminal = ctx.obj
     chosen = choose_recipe(
@@ -66,14 +66,14 @@ def quantize(
     folder = out or Path(f"{short_name(model)}-{chosen.name}")
     if dry_run:
         show_plan(
-            pipeline.plan(
+            quantization.plan(
                 source, chosen, revision=revision, shard_size=largest, name=folder.name, progress=terminal.progress
             ),
             terminal,
         )
         terminal.show(f"folder     {folder} (not made: this was a dry run)")
         return
-    made = pipeline.quantize(
+    made = quantization.quantize(
         source, folder, chosen, revision=revision, force=force, shard_size=largest, progress=terminal.progress
     )
     for note in made.plan.notes:

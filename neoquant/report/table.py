@@ -10,7 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from neoquant.evaluate.result import Candidate, Change, Comparison, Evaluation, Score
+from neoquant.evaluation.result import Candidate, Change, Comparison, Evaluation, Score
 
 NONE = "-"
 

@@ -140,6 +140,9 @@ def test_eval_prints_each_subset_and_writes_json(cli: Cli, quantized: Path, text
     written = json.loads(Path("result.json").read_text(encoding="utf-8"))
     assert written["total"]["documents"] == 3
     assert written["model"]["name"] == "tiny-nf4" and written["model"]["recipe"]["name"] == "nf4"
+    alone = cli("eval", quantized, "--context", "16", "--data", text_file, "--json", "alone.json")
+    assert alone.code == 0
+    assert json.loads(Path("alone.json").read_text())["total"] == json.loads(Path("result.json").read_text())["total"]
     only = cli("eval", quantized, *suite, "--subset", "Github", "--documents", "1")
     assert only.code == 0 and "ArXiv" not in only.out
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from neoquant.evaluate import ModelInfo, Suite, evaluate
+from neoquant.evaluation import ModelInfo, Suite, evaluate
 from neoquant.loading import load
 
 # Line of the sample -> nats, from lm_eval 0.4.13's HFLM(...).loglikelihood_rolling in float32 (transformers 5.23).

@@ -89,7 +89,7 @@ def place(name: str) -> tuple[int, int]:
 
 
 def part(file: str) -> str:
-    """`model` for model/gpt_neo.py, `plan` for plan.py."""
+    """`model` for model/gpt_neo.py, `planning` for planning.py."""
     return file.split("/")[0].removesuffix(".py")
 
 

@@ -11,8 +11,8 @@ import pytest
 import zstandard
 
 from neoquant.errors import DataError, HubError
-from neoquant.evaluate.documents import Document, Source, read_documents
-from neoquant.evaluate.suite import Suite
+from neoquant.evaluation.documents import Document, Source, read_documents
+from neoquant.evaluation.suite import Suite
 from neoquant.progress import SILENT
 
 

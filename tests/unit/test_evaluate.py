@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from neoquant.errors import CheckpointError, DataError, RequestError
-from neoquant.evaluate import Comparison, Contestant, Evaluation, ModelInfo, Suite, compare, evaluate
-from neoquant.evaluate.corpus import byte_offsets, read_corpus
-from neoquant.evaluate.scoring import batches, measures
+from neoquant.evaluation import Comparison, Contestant, Evaluation, ModelInfo, Suite, compare, evaluate
+from neoquant.evaluation.corpus import byte_offsets, read_corpus
+from neoquant.evaluation.scoring import batches, measures
 from neoquant.progress import SILENT, Progress
 
 TEXTS = [
@@ -151,7 +151,7 @@ def predictions(suite: Suite, subset: str) -> list[tuple[list[int], int]]:
 def test_equals_brute_force(
     models: Models, make_suite: Callable[..., Suite], protocol: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from neoquant.evaluate import scoring
+    from neoquant.evaluation import scoring
 
     monkeypatch.setattr(scoring, "CPU_PACE", scoring.Pace(positions=64, rows=11))  # several batches, uneven pieces
     suite = make_suite(**protocol)

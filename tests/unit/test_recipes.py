@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from shapes import SIZES, checkpoint_of
 
-from neoquant.plan import Plan, make_plan
+from neoquant.planning import Plan, make_plan
 from neoquant.quantizers import QUANTIZERS
 from neoquant.recipe import Recipe, recipe_names
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from neoquant.evaluate.statistics import bootstrap_interval, ratio_error, student_975
+from neoquant.evaluation.statistics import bootstrap_interval, ratio_error, student_975
 
 
 def f64(*values: float) -> torch.Tensor:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from neoquant.errors import DataError, RequestError
-from neoquant.evaluate import load_suite, suite_names
-from neoquant.evaluate.suite import FileData, HubData
+from neoquant.evaluation import load_suite, suite_names
+from neoquant.evaluation.suite import FileData, HubData
 
 OWN = """
 name = "own"

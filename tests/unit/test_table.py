@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console, RenderableType
 
-from neoquant.evaluate.result import (
+from neoquant.evaluation.result import (
     Candidate,
     Change,
     Comparison,
@@ -18,7 +18,7 @@ from neoquant.evaluate.result import (
     Resampling,
     Score,
 )
-from neoquant.evaluate.suite import Suite
+from neoquant.evaluation.suite import Suite
 from neoquant.report.table import comparison_table, evaluation_table
 
 SUBSETS = ("Gutenberg (PG-19)", "ArXiv")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neoquant.evaluate.windows import Span, joined, rolling, strided
+from neoquant.evaluation.windows import Span, joined, rolling, strided
 
 lengths = st.integers(0, 300)
 contexts = st.integers(2, 40)

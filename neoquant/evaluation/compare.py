@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import torch
 
-from neoquant.evaluate.corpus import Corpus, Tokenizer, read_corpus
-from neoquant.evaluate.perplexity import summarize
-from neoquant.evaluate.result import Candidate, Change, Comparison, ModelInfo, Resampling, UnitChange
-from neoquant.evaluate.scoring import Model, Sums, score
-from neoquant.evaluate.statistics import bootstrap_interval, ratio_error
-from neoquant.evaluate.suite import Suite
+from neoquant.evaluation.corpus import Corpus, Tokenizer, read_corpus
+from neoquant.evaluation.perplexity import summarize
+from neoquant.evaluation.result import Candidate, Change, Comparison, ModelInfo, Resampling, UnitChange
+from neoquant.evaluation.scoring import Model, Sums, score
+from neoquant.evaluation.statistics import bootstrap_interval, ratio_error
+from neoquant.evaluation.suite import Suite
 from neoquant.progress import SILENT, Progress
 
 

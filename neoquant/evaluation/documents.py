@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from neoquant.errors import DataError, HubError, locate
-from neoquant.evaluate.suite import FileData, HubData, StdlibData, Suite
+from neoquant.evaluation.suite import FileData, HubData, StdlibData, Suite
 from neoquant.progress import Progress
 
 

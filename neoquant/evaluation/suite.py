@@ -71,6 +71,12 @@ class Suite(Strict):
             raise ValueError(f"stride {self.stride} must be less than the context, {self.context}")
         return self
 
+    @classmethod
+    def of_file(cls, path: str | Path) -> Suite:
+        """A file's documents, rolling, in the model's whole context."""
+        fields: dict[str, Any] = {"name": Path(path).name, "data": {"kind": "file", "path": str(path)}}
+        return cls(**fields)
+
     def override(
         self,
         *,

@@ -1,7 +1,7 @@
 """What will happen to every tensor of a checkpoint, decided from its headers: no weight is read here.
 
-A plan is the whole decision. `pipeline.quantize` carries it out row by row, `neoquant plan` prints it, and a request
-that cannot be carried out is refused here, with every reason at once.
+A plan is the whole decision. `neoquant plan` prints it, `quantization.quantize` carries it out row by row, and a
+request that cannot be carried out is refused here, with every reason at once.
 """
 
 from __future__ import annotations

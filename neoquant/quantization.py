@@ -26,7 +26,7 @@ from neoquant.checkpoint import (
 )
 from neoquant.errors import CheckpointError, OutputError, locate
 from neoquant.formats import Format
-from neoquant.plan import EMBEDDING, Plan, PlanRow, dtype_name, make_plan
+from neoquant.planning import EMBEDDING, Plan, PlanRow, dtype_name, make_plan
 from neoquant.progress import SILENT, Progress
 from neoquant.quantizers import QUANTIZERS
 from neoquant.recipe import Recipe

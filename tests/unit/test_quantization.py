@@ -16,11 +16,11 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from neoquant import pipeline
+from neoquant import quantization
 from neoquant.checkpoint import hub, open_checkpoint
 from neoquant.errors import CheckpointError, OutputError, RequestError
-from neoquant.pipeline import quantize
 from neoquant.progress import Progress
+from neoquant.quantization import quantize
 from neoquant.quantizers import Nearest
 from neoquant.recipe import Recipe, recipe_names
 
@@ -54,7 +54,7 @@ def damage(folder: Path, name: str, value: float) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_predicted_size(make_model: MakeModel, tmp_path: Path, model: str, recipe: str, shard_size: int) -> None:
     source = make_model(**MODELS[model])
-    planned = pipeline.plan(source, Recipe.load(recipe), shard_size=shard_size)
+    planned = quantization.plan(source, Recipe.load(recipe), shard_size=shard_size)
     result = quantize(source, tmp_path / "out", Recipe.load(recipe), shard_size=shard_size)
     assert result.output_bytes == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
     assert planned.output_bytes == pytest.approx(result.output_bytes, rel=0.01)
@@ -248,7 +248,7 @@ def test_quantized_sources_are_refused(tiny_model: Path, tmp_path: Path) -> None
         del config["quantization_config"]
         (out / "config.json").write_text(json.dumps(config))
         with pytest.raises(RequestError, match="already quantized"):
-            pipeline.plan(out, NF4)
+            quantization.plan(out, NF4)
 
 
 def test_an_existing_folder_is_refused_before_any_work(tiny_model: Path, tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_a_model_on_the_hub(make_model: MakeModel, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(hub, "find", find)
     monkeypatch.setattr(hub, "fetch_headers", fetch_headers)
     monkeypatch.setattr(hub, "fetch_files", lambda model, progress: fetched.append(model))
-    planned = pipeline.plan("someone/tiny", NF4, revision="main")
+    planned = quantization.plan("someone/tiny", NF4, revision="main")
     with pytest.raises(RequestError, match="matches no layer"):
         quantize("someone/tiny", tmp_path / "out", Recipe.simple(4, "nf4", keep=["*.c_fk"]), revision="main")
     assert not fetched
@@ -307,7 +307,7 @@ def test_card_of_neoquants_own_format(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_disk_space_is_checked_first(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "free_bytes", lambda path: 10_000)
+    monkeypatch.setattr(quantization, "free_bytes", lambda path: 10_000)
     with pytest.raises(OutputError, match=r"out: 0\.1 MB needed, 0\.0 MB free"):
         quantize(tiny_model, tmp_path / "out", NF4)
     assert not list(tmp_path.iterdir())
@@ -334,7 +334,7 @@ def test_the_folder_may_be_moved_and_the_source_deleted(make_model: MakeModel, t
 
 PEAK = """
 import sys
-from neoquant.pipeline import quantize
+from neoquant.quantization import quantize
 from neoquant.recipe import Recipe
 
 result = quantize(sys.argv[1], sys.argv[2], Recipe.load("nf4"))

@@ -8,8 +8,8 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
 
 from neoquant.errors import DataError
-from neoquant.evaluate.statistics import RESAMPLES, SEED
-from neoquant.evaluate.suite import Suite
+from neoquant.evaluation.statistics import RESAMPLES, SEED
+from neoquant.evaluation.suite import Suite
 
 LN2 = math.log(2)
 

@@ -9,10 +9,10 @@ from datetime import datetime, timezone
 
 import torch
 
-from neoquant.evaluate.corpus import Corpus, Tokenizer, read_corpus
-from neoquant.evaluate.result import DataInfo, Environment, Evaluation, ModelInfo, Score, UnitScore
-from neoquant.evaluate.scoring import Model, score
-from neoquant.evaluate.suite import Suite
+from neoquant.evaluation.corpus import Corpus, Tokenizer, read_corpus
+from neoquant.evaluation.result import DataInfo, Environment, Evaluation, ModelInfo, Score, UnitScore
+from neoquant.evaluation.scoring import Model, score
+from neoquant.evaluation.suite import Suite
 from neoquant.progress import SILENT, Progress
 
 

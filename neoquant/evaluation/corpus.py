@@ -11,9 +11,9 @@ from typing import NamedTuple, Protocol
 import torch
 
 from neoquant.errors import DataError, RequestError
-from neoquant.evaluate.documents import Document, Source, read_documents
-from neoquant.evaluate.suite import Suite
-from neoquant.evaluate.windows import Span, joined, rolling, strided
+from neoquant.evaluation.documents import Document, Source, read_documents
+from neoquant.evaluation.suite import Suite
+from neoquant.evaluation.windows import Span, joined, rolling, strided
 from neoquant.progress import Progress
 
 

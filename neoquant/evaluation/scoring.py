@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from neoquant.errors import CheckpointError, RequestError
-from neoquant.evaluate.corpus import Corpus, Window
+from neoquant.evaluation.corpus import Corpus, Window
 from neoquant.progress import Progress
 
 

@@ -13,7 +13,7 @@ from shapes import SIZES, checkpoint_of
 
 from neoquant.checkpoint import Checkpoint, TensorHeader, open_checkpoint
 from neoquant.errors import CheckpointError, RecipeError, RequestError
-from neoquant.plan import BLOCK_LINEARS, Plan, canonical_layer, make_plan
+from neoquant.planning import BLOCK_LINEARS, Plan, canonical_layer, make_plan
 from neoquant.recipe import Recipe
 
 NF4 = Recipe.simple(4, "nf4")
