@@ -3,12 +3,13 @@
     python eval/tables.py            # rewrite what stands between the markers
     python eval/tables.py --check    # exit 1 where a text is not what the results say
 
-`eval/demo_model/measure.sh` makes the results anew.
+`eval/demo_model/measure.sh` and `eval/bench/quantize_1p3b.py` make the results anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from neoquant.evaluation import Comparison
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "eval" / "results" / "demo.json"
+BENCH = ROOT / "eval" / "results" / "quantize-1.3b.json"
 CARD = ROOT / "neoquant" / "demo" / "neoquant-demo" / "README.md"
 
 
@@ -61,7 +63,33 @@ def demo_subsets() -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"demo-totals": demo_totals, "demo-subsets": demo_subsets}
+def bench_1p3b() -> str:
+    """Time and memory of quantizing 1.3B, beside transformers + bitsandbytes and a plain copy of the file."""
+    result = json.loads(BENCH.read_text("utf-8"))
+    names = {"neoquant": "neoquant", "transformers": "transformers + bitsandbytes", "copy": "copying the source"}
+    lines = ["| | whole process, s | work alone, s | peak memory, MB |", "| --- | --: | --: | --: |"]
+    for tool, name in names.items():
+        median = result["median"][tool]
+        lines.append(f"| {name} | {median['wall_s']:.1f} | {median['work_s']:.1f} | {median['peak_rss_mb']:,.0f} |")
+    made = result["provenance"]
+    versions = made["versions"]
+    same = "The tensors are the same, byte by byte." if result["same_tensors"] else "The tensors DIFFER."
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Medians of {len(result['runs']['neoquant'])}, in turn, on {made['cores']} cores of an {made['cpu']}; "
+            f"torch {versions['torch']}, transformers {versions['transformers']}, "
+            f"bitsandbytes {versions['bitsandbytes']}. {same}",
+        ]
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo-totals": demo_totals,
+    "demo-subsets": demo_subsets,
+    "bench-1p3b": bench_1p3b,
+}
 
 
 def rendered(path: Path) -> str:

@@ -234,3 +234,20 @@ def test_a_trained_model_equals_transformers(real_data: Path) -> None:
     with torch.no_grad():
         ours, expected = model(ids).logits, theirs(ids).logits
     assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [None, "nf4", "int8"])
+def test_a_gpu_gives_the_cpus_logits(kind: str | None, tiny_model: Path, tmp_path: Path) -> None:
+    source = tiny_model
+    if kind is not None:
+        source = tmp_path / kind
+        neoquant.quantize(tiny_model, source, neoquant.Recipe.load(kind))
+    expected, _ = neoquant.load(source, device="cpu")
+    found, _ = neoquant.load(source, device="cuda", dtype="float32")
+    assert neoquant.load(source)[0].dtype == torch.float16
+    with torch.no_grad():
+        a, b = expected(IDS).logits, found(IDS.cuda()).logits.cpu()
+    assert (a - b).abs().max() <= 1e-3 * a.abs().max()
+    generated = found.generate(IDS[:, :5], max_new_tokens=8, eos_token_id=[])
+    assert generated.tolist() == expected.generate(IDS[:, :5], max_new_tokens=8, eos_token_id=[]).tolist()
