@@ -24,7 +24,7 @@ class ModelInfo(Record):
     """Which model was evaluated, and what it costs to keep."""
 
     name: str
-    source: str = ""  # folder or hub id
+    source: str = ""  # hub id, or the folder's name without where it lay: sha256 says which weights these are
     revision: str | None = None  # commit
     bytes_on_disk: int | None = None
     bits_per_weight_linears: float | None = None
