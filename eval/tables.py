@@ -40,7 +40,7 @@ def demo_totals() -> str:
             f"| {_bits(model.bits_per_weight_linears)}, {_bits(model.bits_per_weight_model)} "
             f"| {total.bits_per_byte:.4f} | {total.perplexity:.3f} "
             f"| {change.nats_per_token:+.4f} [{change.low:+.4f}, {change.high:+.4f}] "
-            f"| {100 * change.agreement:.2f} % | {change.kl:.5f} |"
+            f"| {100 * change.agreement:.2f} % | {change.kl:.2g} |"
         )
     total, environment = reference.total, reference.environment
     return "\n".join(

@@ -64,7 +64,7 @@ class CandidateTable:
         self.differences = [
             Column("Δ nats/token [95 %]", [_interval(change) for change in changes]),
             Column("top-1 agreement", [_agreement(change) for change in changes]),
-            Column("KL", [f"{change.kl:.5f}" for change in changes]),
+            Column("KL", [_divergence(change.kl) for change in changes]),
         ]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
@@ -83,7 +83,7 @@ def summary_table(result: Comparison) -> Table:
     table = _table("model")
     for heading in ("MB", "bits/weight", "linears", "perplexity", "bits/byte", "KL"):
         table.add_column(heading, justify="right", no_wrap=True)
-    kl = [NONE, *(f"{candidate.total.kl:.5f}" for candidate in result.candidates)]
+    kl = [NONE, *(_divergence(candidate.total.kl) for candidate in result.candidates)]
     evaluations = [result.reference, *(candidate.evaluation for candidate in result.candidates)]
     for evaluation, divergence in zip(evaluations, kl, strict=True):
         model, total = evaluation.model, evaluation.total
@@ -148,6 +148,11 @@ def _interval(change: Change) -> str:
 def _agreement(change: Change) -> str:
     error = NONE if change.agreement_error is None else f"{100 * change.agreement_error:.2f}"
     return f"{100 * change.agreement:.2f} ± {error} %"
+
+
+def _divergence(kl: float) -> str:
+    """Two digits at least, however small."""
+    return f"{kl:.5f}" if kl >= 1e-4 or kl <= 0 else f"{kl:.1e}"
 
 
 def _perplexity(score: Score) -> str:
