@@ -24,7 +24,7 @@ from neoquant.checkpoint import (
     free_bytes,
     open_checkpoint,
 )
-from neoquant.errors import CheckpointError, OutputError, locate
+from neoquant.errors import CheckpointError, OutputError, RequestError, locate
 from neoquant.formats import Format
 from neoquant.planning import EMBEDDING, Plan, PlanRow, dtype_name, make_plan
 from neoquant.progress import SILENT, Progress
@@ -101,7 +101,7 @@ def quantize(
         progress: told of the bytes of the source dealt with, and of downloads.
 
     Raises:
-        RequestError: the recipe cannot be carried out on this model; every reason is named.
+        RequestError: the recipe cannot be carried out on this model; every reason is named. Or `out` is the source.
         OutputError: `out` exists or cannot be written, or the disk has too little space: found before any work.
         CheckpointError, HubError: the source cannot be read, is not a GPT-Neo, or holds weights that are not finite or
             do not fit the type they are to be stored in.
@@ -109,6 +109,7 @@ def quantize(
     started = time.perf_counter()
     location = _location(source)
     out = Path(out).expanduser().resolve()
+    _require_another_folder(location, out)
     check_output(out, force)
     planned = plan(location, recipe, revision=revision, shard_size=shard_size, name=out.name, progress=progress)
     _require_space(out, planned.output_bytes)
@@ -154,6 +155,12 @@ def _whole_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: int, name: s
     written = [_json(planned.config), *_own_files(planned, _NO_DIGEST, name).values()]
     beside = sum(checkpoint.companion_sizes().values()) + sum(len(text.encode()) for text in written)
     return replace(planned, other_bytes=beside)
+
+
+def _require_another_folder(source: str | Path, out: Path) -> None:
+    """Replacing the source would leave nobody with the weights before they were rounded."""
+    if Path(source).is_dir() and Path(source).resolve() == out:
+        raise RequestError(f"{source} is the model to quantize, and would be lost: name another folder to make")
 
 
 def _require_space(out: Path, needed: int) -> None:

@@ -156,6 +156,8 @@ def check_output(out: Path, force: bool) -> None:
     if not out.is_dir():
         raise OutputError(f"{out} is a file, expected the name of a new folder")
     entries = list(out.iterdir())
+    if out.resolve() == Path.cwd():  # to replace it would leave the user's shell in a folder that is gone
+        raise OutputError(f"{out.resolve()} is the current folder, expected the name of a new one")
     if not entries:
         return
     if not force:

@@ -251,6 +251,12 @@ def test_quantized_sources_are_refused(tiny_model: Path, tmp_path: Path) -> None
             quantization.plan(out, NF4)
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_the_source_is_never_replaced(tiny_model: Path, force: bool) -> None:
+    with pytest.raises(RequestError, match="would be lost: name another folder"):
+        quantize(tiny_model, tiny_model / ".." / tiny_model.name, Recipe.simple(), force=force)
+
+
 def test_an_existing_folder_is_refused_before_any_work(tiny_model: Path, tmp_path: Path) -> None:
     quantize(tiny_model, tmp_path / "out", NF4)
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from neoquant.checkpoint import CheckpointWriter, TensorHeader, expected_size, free_bytes, open_checkpoint, shard
+from neoquant.checkpoint.writer import check_output
 from neoquant.errors import OutputError
 
 CONFIG = {"model_type": "gpt_neo", "hidden_size": 4}
@@ -222,6 +223,14 @@ def test_existing_output_is_left_alone(tmp_path: Path) -> None:
 def test_an_empty_folder_is_used(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     assert_same(load(write(tmp_path / "out", TENSORS)), TENSORS)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_the_current_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="is the current folder, expected the name of a new one"):
+        check_output(Path(), force)
+    assert Path.cwd() == tmp_path
 
 
 def test_force_replaces_a_model_whole(tmp_path: Path) -> None:
