@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -137,6 +138,8 @@ def _usage_message(error: Any) -> str:
 
 def run() -> None:
     """The `neoquant` command."""
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115 - none where it was closed
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark

@@ -44,7 +44,14 @@ def generate(
     ] = 1.0,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token; nothing is random.")] = False,
     seed: Annotated[
-        int | None, typer.Option("--seed", metavar="N", help="Repeat what this seed gave. [default: a fresh one, told]")
+        int | None,
+        typer.Option(
+            "--seed",
+            metavar="N",
+            min=0,
+            max=2**63 - 1,  # what torch takes
+            help="Repeat what this seed gave. [default: a fresh one, told]",
+        ),
     ] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -85,5 +86,5 @@ def quantize(
     )
     terminal.note(
         f"took {made.seconds:.1f} s and {size_text(made.peak_rss_bytes)} of memory; "
-        f"what it cost: neoquant compare {model or BUNDLED} {folder} --suite {suite_for(model)}"
+        f"what it cost: {shlex.join(['neoquant', 'compare', model or BUNDLED, str(folder)])} --suite {suite_for(model)}"
     )

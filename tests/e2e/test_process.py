@@ -32,6 +32,12 @@ def test_a_reader_that_leaves_is_no_error(tiny_model: Path) -> None:
     assert process.wait() == 1
 
 
+def test_a_closed_stdout_is_no_error(tiny_model: Path) -> None:
+    command = f'exec "{sys.executable}" -m neoquant info "{tiny_model}" >&-'
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE)
+    assert done.returncode == 0 and done.stderr == b""
+
+
 def test_a_terminal_without_utf8_does_not_crash(tiny_model: Path) -> None:
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     command = [*PYTHON, "generate", tiny_model, "--prompt", "π ≈ 3", "--max-new-tokens", "4", "--greedy"]

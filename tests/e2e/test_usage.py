@@ -73,6 +73,7 @@ def test_there_are_examples() -> None:
         (["quantize", "a", "b"], "b"),
         (["compare", "a"], "MODEL"),
         (["generate", "--max-new-tokens", "0", "-p", "x"], "0"),
+        (["generate", "--seed", str(2**64), "-p", "x"], "--seed"),
         (["generate", "--greedy", "--top-k", "3", "-p", "x"], "--top-k"),
         (["info", "--env", "model"], "--env"),
         (["eval", "some-model"], "pile-core"),
