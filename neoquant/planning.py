@@ -205,6 +205,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, shard_size: int = SHARD
         shard_size=shard_size,
         notes=(
             *_layer_notes(rows, rules),
+            *_grid_notes(targets),
             *_format_notes(format, targets, passed_over),
             *_dropped_notes(rows, checkpoint.dropped),
         ),
@@ -366,6 +367,10 @@ def _layer_notes(rows: Sequence[PlanRow], rules: Mapping[str, Rule | None]) -> I
     unknown = [row.name for row in rows if row.reason == _UNKNOWN]
     if unknown:
         yield f"{len(unknown)} tensors are no part of a GPT-Neo that neoquant knows; kept: {_some(unknown)}"
+
+
+def _grid_notes(targets: _Targets) -> Iterator[str]:
+    yield from dict.fromkeys(remark for grid, shape in targets.values() if (remark := grid.remark(shape)))
 
 
 def _format_notes(format: Format, targets: _Targets, passed_over: Sequence[str]) -> Iterator[str]:
