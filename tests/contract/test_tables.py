@@ -12,7 +12,7 @@ from weights import DTYPES, KINDS, make_weight
 
 from neoquant.errors import FormatError
 from neoquant.formats import FORMATS, Format, choose, detect
-from neoquant.grids import Grid, legal_pairs, make_grid
+from neoquant.grids import Affine, Grid, legal_pairs, make_grid
 from neoquant.kernels import KERNELS, Kernel
 from neoquant.kernels import choose as choose_kernel
 from neoquant.layer import QuantLinear
@@ -21,10 +21,16 @@ from neoquant.tensor import QuantizedTensor
 
 SHAPES = [(1, 1), (3, 5), (24, 24), (96, 24), (24, 96), (64, 129), (130, 64), (48, 1024)]
 GRIDS = [make_grid(bits, name) for bits, name in legal_pairs()]
+VARIANTS = [Affine(4, 16), Affine(3, -1, True)]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
+
+def grid_id(grid: Grid) -> str:
+    return "-".join(str(value) for value in grid.describe().values())
+
+
 every_quantizer = pytest.mark.parametrize("quantizer", QUANTIZERS)
-every_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
+every_grid = pytest.mark.parametrize("grid", GRIDS + VARIANTS, ids=grid_id)
 every_format = pytest.mark.parametrize("format", FORMATS.values(), ids=lambda format: format.name)
 every_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=lambda kernel: kernel.name)
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
@@ -36,10 +42,12 @@ def quantize(
 ) -> QuantizedTensor:
     """A weight on a grid. For a quantizer that needs calibration, the layer has seen random inputs."""
     w = make_weight(shape, dtype, kind)
-    seen: Any = (
-        make_weight((64, shape[1]), torch.float32, "normal", 7) if QUANTIZERS[quantizer].needs_calibration else None
-    )
-    return QUANTIZERS[quantizer]().quantize(w, grid, seen)
+    chosen = QUANTIZERS[quantizer]()
+    seen: Any = chosen.observer(shape[1])
+    assert chosen.needs_calibration == (seen is not None)
+    if seen is not None:
+        seen.add(make_weight((64, shape[1]), torch.float32, "normal", 7))
+    return chosen.quantize(w, grid, seen)
 
 
 def ordered(q: QuantizedTensor) -> QuantizedTensor:
