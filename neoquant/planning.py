@@ -374,7 +374,7 @@ def _grid_notes(targets: _Targets) -> Iterator[str]:
 
 
 def _format_notes(format: Format, targets: _Targets, passed_over: Sequence[str]) -> Iterator[str]:
-    if format.family != "bitsandbytes" and passed_over:
+    if format.family == "neoquant" and passed_over:
         yield f"only neoquant reads the result, transformers does not: {'; '.join(passed_over)}"
     yield from dict.fromkeys(caution for target in targets.values() if (caution := format.caution(*target)))
 

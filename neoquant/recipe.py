@@ -3,7 +3,7 @@
 A recipe is a frozen value, written in TOML::
 
     name = "nf4-mixed"
-    format = "auto"                     # auto | bitsandbytes | neoquant
+    format = "auto"                     # auto | bitsandbytes | gptq | neoquant
     dtype = "auto"                      # of what is not quantized: auto | float16 | bfloat16
 
     [[rules]]
@@ -46,7 +46,7 @@ else:
 if TYPE_CHECKING:
     from neoquant.grids import Grid
 
-FormatChoice = Literal["auto", "bitsandbytes", "neoquant"]
+FormatChoice = Literal["auto", "bitsandbytes", "gptq", "neoquant"]
 DtypeChoice = Literal["auto", "float16", "bfloat16"]
 
 

@@ -110,7 +110,8 @@ Format = Annotated[
     typer.Option(
         "--format",
         metavar="F",
-        help="bitsandbytes (transformers reads it) or neoquant (holds everything). [default: the first that fits]",
+        help="bitsandbytes or gptq (transformers reads both, gptq with GPTQModel) or neoquant (holds all). "
+        "[default: the first that fits]",
     ),
 ]
 KeptDtype = Annotated[
