@@ -56,7 +56,7 @@ class Gptq(Quantizer):
     """
 
     order: str = "static"
-    scales: str = "weighted"
+    scales: str = "range"
     damping: float = 0.01
 
     name: ClassVar[str] = "gptq"
