@@ -107,10 +107,6 @@ class Rule(BaseModel):
 
         if self.quantizer not in QUANTIZERS:
             raise RecipeError(f"quantizer {self.quantizer!r} is not one of {', '.join(QUANTIZERS)}")
-        if QUANTIZERS[self.quantizer].needs_calibration:
-            raise RecipeError(
-                f"quantizer {self.quantizer!r} needs to see the layer's inputs, which a recipe cannot show"
-            )
 
 
 class Recipe(BaseModel):
@@ -134,6 +130,7 @@ class Recipe(BaseModel):
         double_quant: bool | None = None,
         group_size: int | None = None,
         symmetric: bool | None = None,
+        quantizer: str | None = None,
         keep: Iterable[str] = (),
         format: FormatChoice = "auto",
         dtype: DtypeChoice = "auto",
@@ -151,11 +148,13 @@ class Recipe(BaseModel):
             "group_size": group_size,
             "symmetric": symmetric,
         }
-        stated = {"bits": bits, "type": type, **grid}
+        stated = {"bits": bits, "type": type, "quantizer": quantizer, **grid}
         everything = {"match": "*", **{key: value for key, value in stated.items() if value is not None}}
         Rule.model_validate(everything).check()  # here, so that the message does not speak of a rule nobody wrote
         rules = [*({"match": glob, "keep": True} for glob in keep), everything]
         named = f"{type}{bits}" if sum(name == type for _, name in legal_pairs()) > 1 else type
+        if quantizer not in (None, "nearest"):
+            named = f"gptq{bits}" if type == "affine" else f"{named}-{quantizer}"
         return cls.parse({"name": named, "format": format, "dtype": dtype, "rules": rules})
 
     @classmethod

@@ -50,6 +50,7 @@ def choose_recipe(
     no_double_quant: bool,
     group_size: int | None,
     symmetric: bool,
+    calibrated: bool = False,
     keep: list[str] | None,
     format: str | None,
     dtype: str | None,
@@ -78,6 +79,9 @@ def choose_recipe(
         whole = Recipe.load(recipe).model_dump(exclude_unset=True)
         kept = [{"match": glob, "keep": True} for glob in keep or ()]
         return Recipe.parse({**whole, **stated, "rules": [*kept, *whole["rules"]]})
+    quantizer = "gptq" if calibrated or type == "gptq" else None
+    if type == "gptq":
+        bits, type = 4 if bits is None else bits, "affine"
     bits, type = _complete(bits, type)
     return Recipe.simple(
         bits,
@@ -86,6 +90,7 @@ def choose_recipe(
         double_quant=False if no_double_quant else None,
         group_size=group_size,
         symmetric=symmetric or None,
+        quantizer=quantizer,
         keep=keep or (),
         **stated,
     )

@@ -62,7 +62,8 @@ Type = Annotated[
     typer.Option(
         "--type",
         metavar="T",
-        help="nf4 or fp4 with 4 bits, int8 with 8, affine (rounded integers in groups) with 2, 3, 4 or 8. "
+        help="nf4 or fp4 with 4 bits, int8 with 8, affine (rounded integers in groups) or gptq (the same with error "
+        "feedback from --calibration) with 2, 3, 4 or 8. "
         "[default: nf4, int8 with 8 bits, affine with 2 or 3]",
     ),
 ]
@@ -114,6 +115,20 @@ Format = Annotated[
         "[default: the first that fits]",
     ),
 ]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="TEXT",
+        help="Round with error feedback (GPTQ) on what layers see in this text: pile, demo, a suite's name, or a file.",
+        show_default=False,
+    ),
+]
+Rows = Annotated[int, typer.Option("--rows", metavar="N", help="Rows of calibration text.")]
+Length = Annotated[
+    int | None, typer.Option("--length", metavar="N", help="Tokens a row. [default: 2048 or the model's context]")
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Which rows are drawn from the text.")]
 KeptDtype = Annotated[
     str | None,
     typer.Option(
