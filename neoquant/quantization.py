@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from neoquant.calibrated import block_of, quantize_blocks, require_calibration
+from neoquant.calibrated import block_of, needs_calibration, quantize_blocks, require_calibration
 from neoquant.calibration import Calibration
 from neoquant.card import render_card
 from neoquant.checkpoint import (
@@ -31,6 +31,7 @@ from neoquant.formats import Format
 from neoquant.planning import EMBEDDING, Plan, PlanRow, dtype_name, make_plan
 from neoquant.progress import SILENT, Progress
 from neoquant.quantizers import QUANTIZERS
+from neoquant.quantizers.gptq import Report
 from neoquant.recipe import Recipe
 from neoquant.tensor import QuantizedTensor
 
@@ -165,6 +166,11 @@ def _whole_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: int, name: s
     """The plan of the tensors, and the size of the files beside them."""
     planned = make_plan(checkpoint, recipe, shard_size=shard_size)
     written = [_json(planned.config), *_own_files(planned, _NO_DIGEST, name).values()]
+    if needs_calibration(planned):
+        report = Report(0.01, False, 0, 0.012345678901234567, 0.012345678901234567, 0.0).to_dict()
+        seen = {"source": "about so long", "sha256": _NO_DIGEST, "rows": 128, "length": 2048, "seed": 0}
+        layers = {row.layer: report for row in planned.rows if row.quantizer is not None}
+        written.append(_json({"calibration": seen, "layers": layers}))
     beside = sum(checkpoint.companion_sizes().values()) + sum(len(text.encode()) for text in written)
     return replace(planned, other_bytes=beside)
 
