@@ -248,7 +248,11 @@ def save_model(model: PreTrainedModel, folder: str | Path, *, force: bool = Fals
     config.pop("quantization_config", None)
     if format is not None:
         kept = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        config["quantization_config"] = format.config({name: layer.grid for name, layer in layers.items()}, kept)
+        config["quantization_config"] = format.config(
+            {name: layer.grid for name, layer in layers.items()},
+            kept,
+            ordered=any(layer.quantized.order is not None for layer in layers.values()),
+        )
     with CheckpointWriter(folder, tensors=len(plain) + 8 * len(layers), force=force) as sink:
         for name, tensor in plain.items():
             sink.put(name, tensor.detach().cpu())

@@ -19,6 +19,7 @@ from neoquant.errors import CheckpointError, FormatError, RecipeError, RequestEr
 from neoquant.formats import FORMATS, Format, detect
 from neoquant.grids import Grid
 from neoquant.model.config import GPTNeoConfig
+from neoquant.quantizers import QUANTIZERS
 from neoquant.recipe import Recipe, Rule
 
 BLOCK_LINEARS = (
@@ -205,6 +206,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, shard_size: int = SHARD
         shard_size=shard_size,
         notes=(
             *_layer_notes(rows, rules),
+            *_grid_notes(targets),
+            *_calibration_notes(rows),
             *_format_notes(format, targets, passed_over),
             *_dropped_notes(rows, checkpoint.dropped),
         ),
@@ -368,8 +371,19 @@ def _layer_notes(rows: Sequence[PlanRow], rules: Mapping[str, Rule | None]) -> I
         yield f"{len(unknown)} tensors are no part of a GPT-Neo that neoquant knows; kept: {_some(unknown)}"
 
 
+def _calibration_notes(rows: Sequence[PlanRow]) -> Iterator[str]:
+    names = sorted({row.quantizer for row in rows if row.quantizer is not None})
+    for name in names:
+        if QUANTIZERS[name].needs_calibration:
+            yield f"{name} sees calibration text while it quantizes; the memory that this takes is not counted here"
+
+
+def _grid_notes(targets: _Targets) -> Iterator[str]:
+    yield from dict.fromkeys(remark for grid, shape in targets.values() if (remark := grid.remark(shape)))
+
+
 def _format_notes(format: Format, targets: _Targets, passed_over: Sequence[str]) -> Iterator[str]:
-    if format.family != "bitsandbytes" and passed_over:
+    if format.family == "neoquant" and passed_over:
         yield f"only neoquant reads the result, transformers does not: {'; '.join(passed_over)}"
     yield from dict.fromkeys(caution for target in targets.values() if (caution := format.caution(*target)))
 

@@ -7,13 +7,15 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from neoquant.calibrated import block_of, needs_calibration, quantize_blocks, require_calibration
+from neoquant.calibration import Calibration
 from neoquant.card import render_card
 from neoquant.checkpoint import (
     SHARD_SIZE,
@@ -29,12 +31,17 @@ from neoquant.formats import Format
 from neoquant.planning import EMBEDDING, Plan, PlanRow, dtype_name, make_plan
 from neoquant.progress import SILENT, Progress
 from neoquant.quantizers import QUANTIZERS
+from neoquant.quantizers.gptq import Report
 from neoquant.recipe import Recipe
+from neoquant.tensor import QuantizedTensor
 
 RECORD = "neoquant.json"
 """File in the output folder that says, for machines, what was done."""
 
 CARD = "README.md"
+
+CALIBRATION = "calibration.json"
+"""File in the output folder that says what calibrated quantizers saw, and how each layer came out."""
 
 _NO_DIGEST = "0" * 64
 
@@ -87,6 +94,7 @@ def quantize(
     revision: str | None = None,
     force: bool = False,
     shard_size: int = SHARD_SIZE,
+    calibration: Calibration | None = None,
     progress: Progress = SILENT,
 ) -> QuantizeResult:
     """Quantize a checkpoint into the folder `out`, one tensor in memory at a time; the same request, the same bytes.
@@ -98,6 +106,7 @@ def quantize(
         revision: branch, tag or commit on the hub.
         force: see `out`.
         shard_size: bytes of tensors in one output file.
+        calibration: text for quantizers that must see the layers' inputs.
         progress: told of the bytes of the source dealt with, and of downloads.
 
     Raises:
@@ -112,14 +121,19 @@ def quantize(
     _require_another_folder(location, out)
     check_output(out, force)
     planned = plan(location, recipe, revision=revision, shard_size=shard_size, name=out.name, progress=progress)
+    require_calibration(planned, calibration)
     _require_space(out, planned.output_bytes)
     with (
         CheckpointWriter(out, force=force, shard_size=shard_size, tensors=len(planned.stored)) as sink,
         open_checkpoint(location, revision=planned.revision, progress=progress) as checkpoint,
     ):
-        done, digest = _write_tensors(checkpoint, planned, sink, progress)
+        records: dict[str, str] = {}
+        if calibration is None:
+            done, digest = _write_tensors(checkpoint, planned, sink, progress)
+        else:
+            done, digest, records[CALIBRATION] = _write_calibrated(checkpoint, planned, calibration, sink, progress)
         travelling = {path.name: path for path in checkpoint.companions()}
-        sink.finish(done.config, files={**travelling, **_own_files(done, digest, out.name)})
+        sink.finish(done.config, files={**travelling, **_own_files(done, digest, out.name), **records})
     return QuantizeResult(
         folder=out,
         plan=done,
@@ -153,6 +167,11 @@ def _whole_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: int, name: s
     """The plan of the tensors, and the size of the files beside them."""
     planned = make_plan(checkpoint, recipe, shard_size=shard_size)
     written = [_json(planned.config), *_own_files(planned, _NO_DIGEST, name).values()]
+    if needs_calibration(planned):
+        report = Report(0.01, False, 0, 0.012345678901234567, 0.012345678901234567, 0.0).to_dict()
+        seen = {"source": "about so long", "sha256": _NO_DIGEST, "rows": 128, "length": 2048, "seed": 0}
+        layers = {row.layer: report for row in planned.rows if row.quantizer is not None}
+        written.append(_json({"calibration": seen, "layers": layers}))
     beside = sum(checkpoint.companion_sizes().values()) + sum(len(text.encode()) for text in written)
     return replace(planned, other_bytes=beside)
 
@@ -182,20 +201,54 @@ def _write_tensors(
     return replace(planned, rows=tuple(rows)), digest.hexdigest()
 
 
+def _write_calibrated(
+    checkpoint: Checkpoint, planned: Plan, calibration: Calibration, sink: CheckpointWriter, progress: Progress
+) -> tuple[Plan, str, str]:
+    """The same block after block, with a record of what calibration saw and of every layer."""
+    digest = hashlib.sha256()
+    for row in planned.rows:  # in the file's order, which need not be the blocks'
+        _add_to_digest(digest.update, row.source, checkpoint.read(row.name))
+    stored: dict[str, tuple[TensorHeader, ...]] = {}
+    layers: dict[str, Any] = {}
+
+    def carry_out(rows: Iterable[PlanRow], given: Mapping[str, QuantizedTensor]) -> None:
+        for row in rows:
+            stored[row.name] = _carry_out(row, checkpoint, planned.format, sink, None, given.get(row.name))
+
+    with torch.inference_mode():
+        carry_out((row for row in planned.rows if block_of(row) is None), {})
+        for block in quantize_blocks(checkpoint, planned, calibration, progress):
+            carry_out(block.rows, block.weights)
+            layers |= {layer: report.to_dict() for layer, report in block.reports.items()}
+    done = replace(planned, rows=tuple(replace(row, stored=stored[row.name]) for row in planned.rows))
+    return done, digest.hexdigest(), _json({"calibration": calibration.describe(), "layers": layers})
+
+
 def _carry_out(
-    row: PlanRow, checkpoint: Checkpoint, format: Format, sink: CheckpointWriter, digest: Callable[[memoryview], None]
+    row: PlanRow,
+    checkpoint: Checkpoint,
+    format: Format,
+    sink: CheckpointWriter,
+    digest: Callable[[memoryview], None] | None,
+    given: QuantizedTensor | None = None,
 ) -> tuple[TensorHeader, ...]:
-    """Read one tensor and write what takes its place; return what was written. Nothing of it stays in memory."""
+    """Read one tensor and write what takes its place; return what was written. Nothing of it stays in memory.
+
+    A weight may be `given` quantized.
+    """
     with locate(checkpoint.source), locate(row.name):
         weight = checkpoint.read(row.name)
-        _add_to_digest(digest, row.source, weight)
-        tensors = _made_of(weight, row, checkpoint, format)
+        if digest is not None:
+            _add_to_digest(digest, row.source, weight)
+        tensors = _made_of(weight, row, checkpoint, format, given)
     for name, tensor in tensors.items():
         sink.put(name, tensor)
     return tuple(TensorHeader(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
 
 
-def _made_of(weight: torch.Tensor, row: PlanRow, checkpoint: Checkpoint, format: Format) -> dict[str, torch.Tensor]:
+def _made_of(
+    weight: torch.Tensor, row: PlanRow, checkpoint: Checkpoint, format: Format, given: QuantizedTensor | None
+) -> dict[str, torch.Tensor]:
     """The tensors of the output, by name, that take the place of one of the source.
 
     Raises:
@@ -208,7 +261,7 @@ def _made_of(weight: torch.Tensor, row: PlanRow, checkpoint: Checkpoint, format:
     if row.grid is None or row.quantizer is None:
         return {row.stored[0].name: _converted(weight, row.stored[0].dtype)}
     _require_finite(weight)
-    quantized = QUANTIZERS[row.quantizer]().quantize(weight, row.grid)
+    quantized = given if given is not None else QUANTIZERS[row.quantizer]().quantize(weight, row.grid)
     prefix = row.name.removesuffix(".weight")
     return {prefix + suffix: tensor for suffix, tensor in format.encode(quantized).items()}
 

@@ -3,7 +3,7 @@
 A recipe is a frozen value, written in TOML::
 
     name = "nf4-mixed"
-    format = "auto"                     # auto | bitsandbytes | neoquant
+    format = "auto"                     # auto | bitsandbytes | gptq | neoquant
     dtype = "auto"                      # of what is not quantized: auto | float16 | bfloat16
 
     [[rules]]
@@ -14,8 +14,10 @@ A recipe is a frozen value, written in TOML::
     match = "*"
     bits = 4
     type = "nf4"
-    block_size = 64                     # these two as the grid allows; left out, the grid's own default
+    block_size = 64                     # these two for nf4 and fp4; left out, the grid's own default
     double_quant = true
+    # group_size = 128                  # these two for type = "affine"
+    # symmetric = false
     quantizer = "nearest"
 
 Layers are named as in the causal language model (`transformer.h.0.attn.attention.q_proj`), whatever the checkpoint's
@@ -44,7 +46,7 @@ else:
 if TYPE_CHECKING:
     from neoquant.grids import Grid
 
-FormatChoice = Literal["auto", "bitsandbytes", "neoquant"]
+FormatChoice = Literal["auto", "bitsandbytes", "gptq", "neoquant"]
 DtypeChoice = Literal["auto", "float16", "bfloat16"]
 
 
@@ -59,6 +61,8 @@ class Rule(BaseModel):
     type: str | None = None
     block_size: int | None = None
     double_quant: bool | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
     quantizer: str = "nearest"
 
     def matches(self, layer: str) -> bool:
@@ -75,7 +79,14 @@ class Rule(BaseModel):
 
         if self.bits is None or self.type is None:
             raise RecipeError("a rule that keeps layers has no grid")
-        return make_grid(self.bits, self.type, block_size=self.block_size, double_quant=self.double_quant)
+        return make_grid(
+            self.bits,
+            self.type,
+            block_size=self.block_size,
+            double_quant=self.double_quant,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+        )
 
     def check(self) -> None:
         """Refuse a rule that says nothing, says two things at once, or asks for what does not exist.
@@ -117,6 +128,9 @@ class Recipe(BaseModel):
         *,
         block_size: int | None = None,
         double_quant: bool | None = None,
+        group_size: int | None = None,
+        symmetric: bool | None = None,
+        quantizer: str | None = None,
         keep: Iterable[str] = (),
         format: FormatChoice = "auto",
         dtype: DtypeChoice = "auto",
@@ -126,11 +140,22 @@ class Recipe(BaseModel):
         Raises:
             RequestError: no such grid, or a parameter that it does not have.
         """
-        stated = {"bits": bits, "type": type, "block_size": block_size, "double_quant": double_quant}
+        from neoquant.grids import legal_pairs
+
+        grid = {
+            "block_size": block_size,
+            "double_quant": double_quant,
+            "group_size": group_size,
+            "symmetric": symmetric,
+        }
+        stated = {"bits": bits, "type": type, "quantizer": quantizer, **grid}
         everything = {"match": "*", **{key: value for key, value in stated.items() if value is not None}}
         Rule.model_validate(everything).check()  # here, so that the message does not speak of a rule nobody wrote
         rules = [*({"match": glob, "keep": True} for glob in keep), everything]
-        return cls.parse({"name": type, "format": format, "dtype": dtype, "rules": rules})
+        named = f"{type}{bits}" if sum(name == type for _, name in legal_pairs()) > 1 else type
+        if quantizer not in (None, "nearest"):
+            named = f"gptq{bits}" if type == "affine" else f"{named}-{quantizer}"
+        return cls.parse({"name": named, "format": format, "dtype": dtype, "rules": rules})
 
     @classmethod
     def load(cls, recipe: str | Path) -> Recipe:

@@ -69,7 +69,7 @@ def _kernels() -> Iterator[Fact]:
 
     devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
     for device in devices:
-        for bits, name in legal_pairs():
+        for name, bits in {name: bits for bits, name in legal_pairs()}.items():
             reasons: list[str] = []
             for kernel in KERNELS.values():
                 reason = kernel.refuse(make_grid(bits, name), _TYPICAL_SHAPE, device)

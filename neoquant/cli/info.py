@@ -75,5 +75,6 @@ def _facts(checkpoint: Checkpoint, found: Description) -> list[tuple[str, str]]:
     if record:
         made_from, recipe = record.get("source"), record.get("recipe", {}).get("name")
         facts.append(("made by", f"neoquant {record.get('neoquant')} from {made_from} with the recipe {recipe}"))
-    others = " and transformers with bitsandbytes" if found.format.family == "bitsandbytes" else " only"
+    theirs = {"bitsandbytes": " and transformers with bitsandbytes", "gptq": " and transformers with GPTQModel"}
+    others = theirs.get(found.format.family, " only")
     return [*facts, ("read by", f"neoquant{others}")]

@@ -48,6 +48,9 @@ def choose_recipe(
     type: str | None,
     block_size: int | None,
     no_double_quant: bool,
+    group_size: int | None,
+    symmetric: bool,
+    calibrated: bool = False,
     keep: list[str] | None,
     format: str | None,
     dtype: str | None,
@@ -67,6 +70,8 @@ def choose_recipe(
             "--type": type,
             "--block-size": block_size,
             "--no-double-quant": no_double_quant or None,
+            "--group-size": group_size,
+            "--symmetric": symmetric or None,
         }
         extra = [option for option, value in grid.items() if value is not None]
         if extra:
@@ -74,16 +79,28 @@ def choose_recipe(
         whole = Recipe.load(recipe).model_dump(exclude_unset=True)
         kept = [{"match": glob, "keep": True} for glob in keep or ()]
         return Recipe.parse({**whole, **stated, "rules": [*kept, *whole["rules"]]})
+    quantizer = "gptq" if calibrated or type == "gptq" else None
+    if type == "gptq":
+        bits, type = 4 if bits is None else bits, "affine"
     bits, type = _complete(bits, type)
-    double_quant = False if no_double_quant else None
-    return Recipe.simple(bits, type, block_size=block_size, double_quant=double_quant, keep=keep or (), **stated)
+    return Recipe.simple(
+        bits,
+        type,
+        block_size=block_size,
+        double_quant=False if no_double_quant else None,
+        group_size=group_size,
+        symmetric=symmetric or None,
+        quantizer=quantizer,
+        keep=keep or (),
+        **stated,
+    )
 
 
 def _complete(bits: int | None, type: str | None) -> tuple[int, str]:
     """Bits and type where only one of them, or neither, is named; an illegal pair is passed on to be refused."""
     from neoquant.grids import legal_pairs
 
-    for pair in ((4, "nf4"), *sorted(legal_pairs())):
+    for pair in ((4, "nf4"), (8, "int8"), (4, "affine"), *sorted(legal_pairs())):
         if bits in (None, pair[0]) and type in (None, pair[1]):
             return pair
     return 4 if bits is None else bits, type or "nf4"

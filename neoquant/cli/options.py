@@ -54,10 +54,18 @@ Dtype = Annotated[
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write everything measured to FILE.")]
 
 # What the quantized model shall be: the same for `plan` and `quantize`.
-Bits = Annotated[int | None, typer.Option("--bits", metavar="N", help="4 or 8. [default: what --type needs, else 4]")]
+Bits = Annotated[
+    int | None, typer.Option("--bits", metavar="N", help="2, 3, 4 or 8. [default: what --type needs, else 4]")
+]
 Type = Annotated[
     str | None,
-    typer.Option("--type", metavar="T", help="nf4 or fp4 with 4 bits, int8 with 8. [default: nf4, int8 with 8 bits]"),
+    typer.Option(
+        "--type",
+        metavar="T",
+        help="nf4 or fp4 with 4 bits, int8 with 8, affine (rounded integers in groups) or gptq (the same with error "
+        "feedback from --calibration) with 2, 3, 4 or 8. "
+        "[default: nf4, int8 with 8 bits, affine with 2 or 3]",
+    ),
 ]
 BlockSize = Annotated[
     int | None,
@@ -68,6 +76,17 @@ NoDoubleQuant = Annotated[
     typer.Option(
         "--no-double-quant", help="Keep the scales in float32 (nf4, fp4): 4.5 bits a weight instead of 4.127."
     ),
+]
+GroupSize = Annotated[
+    int | None,
+    typer.Option(
+        "--group-size",
+        metavar="N",
+        help="Weights of a row that share a scale (affine): 16, 32, 64, 128, 256, or -1 for whole rows. [default: 128]",
+    ),
+]
+Symmetric = Annotated[
+    bool, typer.Option("--symmetric", help="Groups without a zero of their own (affine): smaller, a little worse.")
 ]
 Keep = Annotated[
     list[str] | None,
@@ -92,9 +111,24 @@ Format = Annotated[
     typer.Option(
         "--format",
         metavar="F",
-        help="bitsandbytes (transformers reads it) or neoquant (holds everything). [default: the first that fits]",
+        help="bitsandbytes or gptq (transformers reads both, gptq with GPTQModel) or neoquant (holds all). "
+        "[default: the first that fits]",
     ),
 ]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="TEXT",
+        help="Round with error feedback (GPTQ) on what layers see in this text: pile, demo, a suite's name, or a file.",
+        show_default=False,
+    ),
+]
+Rows = Annotated[int, typer.Option("--rows", metavar="N", help="Rows of calibration text.")]
+Length = Annotated[
+    int | None, typer.Option("--length", metavar="N", help="Tokens a row. [default: 2048 or the model's context]")
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Which rows are drawn from the text.")]
 KeptDtype = Annotated[
     str | None,
     typer.Option(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,9 @@ from neoquant.cli.output import size_text
 from neoquant.cli.plan import show_plan
 from neoquant.cli.terminal import Terminal
 
+if TYPE_CHECKING:
+    from neoquant.calibration import Calibration
+
 
 def quantize(
     ctx: typer.Context,
@@ -22,6 +25,12 @@ def quantize(
     type: options.Type = None,
     block_size: options.BlockSize = None,
     no_double_quant: options.NoDoubleQuant = False,
+    group_size: options.GroupSize = None,
+    symmetric: options.Symmetric = False,
+    calibration: options.Calibration = None,
+    rows: options.Rows = 128,
+    length: options.Length = None,
+    seed: options.Seed = 0,
     keep: options.Keep = None,
     recipe: options.RecipeName = None,
     format: options.Format = None,
@@ -47,6 +56,8 @@ def quantize(
       neoquant quantize EleutherAI/gpt-neo-1.3B --bits 4 --type nf4
       neoquant quantize EleutherAI/gpt-neo-1.3B --bits 8 --type int8 --out neo-int8
       neoquant quantize my-finetune --bits 4 --type fp4 --block-size 128 --keep 'transformer.h.0.*'
+      neoquant quantize my-finetune --bits 3 --type gptq --group-size 64 --calibration my-text.jsonl
+      neoquant quantize my-finetune --bits 4 --type nf4 --calibration pile
       neoquant quantize my-finetune --recipe my-recipe.toml --dry-run
     """
     from neoquant import quantization
@@ -57,6 +68,9 @@ def quantize(
         type=type,
         block_size=block_size,
         no_double_quant=no_double_quant,
+        group_size=group_size,
+        symmetric=symmetric,
+        calibrated=calibration is not None and recipe is None,
         keep=keep,
         format=format,
         dtype=dtype,
@@ -74,8 +88,16 @@ def quantize(
         )
         terminal.show(f"folder     {folder} (not made: this was a dry run)")
         return
+    shown = _calibration(source, revision, calibration, rows, length, seed, terminal)
     made = quantization.quantize(
-        source, folder, chosen, revision=revision, force=force, shard_size=largest, progress=terminal.progress
+        source,
+        folder,
+        chosen,
+        revision=revision,
+        force=force,
+        shard_size=largest,
+        calibration=shown,
+        progress=terminal.progress,
     )
     for note in made.plan.notes:
         terminal.note(f"note: {note}")
@@ -87,4 +109,33 @@ def quantize(
     terminal.note(
         f"took {made.seconds:.1f} s and {size_text(made.peak_rss_bytes)} of memory; "
         f"what it cost: {shlex.join(['neoquant', 'compare', model or BUNDLED, str(folder)])} --suite {suite_for(model)}"
+    )
+
+
+def _calibration(
+    source: str | Path,
+    revision: str | None,
+    name: str | None,
+    rows: int,
+    length: int | None,
+    seed: int,
+    terminal: Terminal,
+) -> Calibration | None:
+    """The rows to calibrate on, as long as the model's context unless `length` is stated; None if none are named."""
+    if name is None:
+        return None
+    from neoquant.checkpoint import open_checkpoint
+    from neoquant.evaluation.calibration import LENGTH, load_calibration
+    from neoquant.loading import load_tokenizer
+    from neoquant.model.config import GPTNeoConfig
+
+    with open_checkpoint(source, revision=revision, headers_only=True, progress=terminal.progress) as checkpoint:
+        context = GPTNeoConfig.from_dict(checkpoint.config).max_position_embeddings
+    return load_calibration(
+        name,
+        load_tokenizer(source, revision=revision),
+        rows=rows,
+        length=min(LENGTH, context) if length is None else length,
+        seed=seed,
+        progress=terminal.progress,
     )

@@ -12,18 +12,19 @@ from neoquant.errors import FormatError, RequestError
 from neoquant.formats.base import Format
 from neoquant.formats.bnb4 import Bnb4
 from neoquant.formats.bnb8 import Bnb8
+from neoquant.formats.gptq import Gptq
 from neoquant.formats.packed import Packed
 from neoquant.grids import Grid
 
-FORMATS: dict[str, Format] = {format.name: format for format in (Bnb4(), Bnb8(), Packed())}
+FORMATS: dict[str, Format] = {format.name: format for format in (Bnb4(), Bnb8(), Gptq(), Packed())}
 
-__all__ = ["FORMATS", "Bnb4", "Bnb8", "Format", "Packed", "choose", "detect"]
+__all__ = ["FORMATS", "Bnb4", "Bnb8", "Format", "Gptq", "Packed", "choose", "detect"]
 
 
 def choose(layers: Mapping[str, tuple[Grid, tuple[int, ...]]], wanted: str = "auto") -> Format:
     """The first format that holds all `layers` (name -> grid and shape) in one checkpoint.
 
-    `wanted` is "auto", a family ("bitsandbytes", "neoquant") or a format's own name.
+    `wanted` is "auto", a family ("bitsandbytes", "gptq", "neoquant") or a format's own name.
     Raises RequestError with every format's reason if there is none.
     """
     candidates = [format for format in FORMATS.values() if wanted in ("auto", format.family, format.name)]
@@ -50,7 +51,7 @@ def detect(config: Mapping[str, Any], names: Iterable[str]) -> Format | None:
     if len(by_names) > 1:
         raise FormatError(f"tensors of several formats are mixed: {', '.join(format.name for format in by_names)}")
     if by_names:
-        return by_names[0]
+        return by_names[0].configured(said)
     method = said.get("quant_method") or (
         "bitsandbytes" if said.get("load_in_4bit") or said.get("load_in_8bit") else ""
     )
@@ -59,7 +60,7 @@ def detect(config: Mapping[str, Any], names: Iterable[str]) -> Format | None:
     families = dict.fromkeys(format.family for format in FORMATS.values())
     if method in families:
         raise FormatError(f"config.json says {method}, but no tensor of the checkpoint is quantized that way")
-    raise FormatError(f"config.json says quant_method {method!r}; neoquant reads {' and '.join(families)}")
+    raise FormatError(f"config.json says quant_method {method!r}; neoquant reads {', '.join(families)}")
 
 
 def _first_reason(format: Format, layers: Mapping[str, tuple[Grid, tuple[int, ...]]]) -> str | None:

@@ -25,9 +25,13 @@ class Format(ABC):
     """
 
     name: ClassVar[str]
-    family: ClassVar[str]  # what a recipe says: "bitsandbytes" or "neoquant"
+    family: ClassVar[str]  # what a recipe says: "bitsandbytes", "gptq" or "neoquant"
     markers: ClassVar[tuple[str, ...]]  # a layer X is quantized if a tensor X + one of these exists
     holds_order: ClassVar[bool] = False  # whether an activation order can be stored
+
+    def configured(self, said: Mapping[str, Any]) -> Format:
+        """The format as a checkpoint of this `quantization_config` has it, where its tensors do not say all."""
+        return self
 
     @abstractmethod
     def refuse(self, grid: Grid, shape: tuple[int, ...]) -> str | None:
@@ -60,8 +64,11 @@ class Format(ABC):
         """What `encode` will give for a weight [O, I], without one; JSON may turn out a few bytes shorter."""
 
     @abstractmethod
-    def config(self, grids: Mapping[str, Grid], kept: Iterable[str]) -> dict[str, Any]:
-        """The `quantization_config` of config.json: layer name -> grid, and the linear layers that are kept."""
+    def config(self, grids: Mapping[str, Grid], kept: Iterable[str], ordered: bool = False) -> dict[str, Any]:
+        """The `quantization_config` of config.json: layer name -> grid, and the linear layers that are kept.
+
+        `ordered` says that some layer has an activation order.
+        """
 
     def quantized(self, names: Iterable[str]) -> dict[str, list[str]]:
         """Layer -> suffixes of its stored tensors, for the quantized layers among a checkpoint's tensor names."""

@@ -109,7 +109,7 @@ class Bnb4(Format):
         layout[STATE + grid.kind] = (torch.uint8, tuple(json_to_tensor(state).shape))
         return layout
 
-    def config(self, grids: Mapping[str, Grid], kept: Iterable[str]) -> dict[str, Any]:
+    def config(self, grids: Mapping[str, Grid], kept: Iterable[str], ordered: bool = False) -> dict[str, Any]:
         codebooks = [grid for grid in grids.values() if isinstance(grid, Codebook)]
         grid = Counter(codebooks).most_common(1)[0][0] if codebooks else Codebook()
         return bitsandbytes_config(grid, kept)

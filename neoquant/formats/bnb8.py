@@ -62,5 +62,5 @@ class Bnb8(Format):
             ".weight_format": (torch.uint8, ()),
         }
 
-    def config(self, grids: Mapping[str, Grid], kept: Iterable[str]) -> dict[str, Any]:
+    def config(self, grids: Mapping[str, Grid], kept: Iterable[str], ordered: bool = False) -> dict[str, Any]:
         return bitsandbytes_config(Int8Rows(), kept)

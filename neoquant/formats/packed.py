@@ -79,7 +79,7 @@ class Packed(Format):
             **{f".weight.{name}": param for name, param in grid.param_shapes(shape).items()},
         }
 
-    def config(self, grids: Mapping[str, Grid], kept: Iterable[str]) -> dict[str, Any]:
+    def config(self, grids: Mapping[str, Grid], kept: Iterable[str], ordered: bool = False) -> dict[str, Any]:
         return {"quant_method": "neoquant", "version": VERSION, "modules_to_not_convert": sorted({"lm_head", *kept})}
 
 

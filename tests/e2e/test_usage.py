@@ -90,7 +90,18 @@ def test_wrong_usage_is_one_line_and_exit_code_2(cli: Cli, words: list[str], exp
 
 @pytest.mark.parametrize(
     ("bits", "type"),
-    [(3, None), (16, None), (8, "nf4"), (4, "int8"), (2, "fp4"), (None, "nf5"), (0, "nf4"), (-4, "nf4")],
+    [
+        (5, None),
+        (3, "nf4"),
+        (5, "affine"),
+        (16, None),
+        (8, "nf4"),
+        (4, "int8"),
+        (2, "fp4"),
+        (None, "nf5"),
+        (0, "nf4"),
+        (-4, "nf4"),
+    ],
 )
 def test_illegal_pairs_are_refused_naming_the_legal_ones(
     cli: Cli, tiny_model: Path, bits: int | None, type: str | None

@@ -226,3 +226,18 @@ def test_what_nobody_expected_is_called_a_bug(cli: Cli, tiny_model: Path, monkey
     assert result.code == 1 and result.error.startswith("error: ZeroDivisionError: a line and another (this is a bug")
     assert "Traceback" in cli("quantize", tiny_model, *SIMPLE, "--debug").err
     assert not list(Path.cwd().iterdir())
+
+
+def test_quantize_with_calibration(cli: Cli, tiny_model: Path, text_file: Path) -> None:
+    shown = ("--calibration", text_file, "--rows", "4", "--length", "16")
+    assert cli("quantize", tiny_model, "--bits", "3", "--type", "gptq", "--group-size", "16", *shown).code == 0
+    record = json.loads(Path("tiny-neo-gptq3/calibration.json").read_text())
+    assert record["calibration"]["source"] == text_file.name and len(record["layers"]) == 12
+    assert cli("quantize", tiny_model, *SIMPLE, *shown).code == 0
+    assert "transformers with bitsandbytes" in cli("info", "tiny-neo-nf4-gptq").out
+    assert "recipe gptq4" in cli("plan", tiny_model, "--type", "gptq").out
+    assert "name some with --calibration" in cli("quantize", tiny_model, "--type", "gptq", "--out", "x").error
+    unknown = cli("quantize", tiny_model, "--type", "gptq", "--calibration", "nowhere", "--out", "x")
+    assert "calibration 'nowhere': give a file of text, or one of pile, demo" in unknown.error
+    assert cli("quantize", tiny_model, "--type", "int8", "--recipe", "nf4", *shown, "--out", "x").code == 2
+    assert not Path("x").exists()

@@ -105,14 +105,14 @@ def test_the_first_format_that_holds_all_is_chosen() -> None:
     assert choose({"a": four}, "neoquant").name == "packed"
     with pytest.raises(RequestError, match=r"cannot hold this: b: .*not int8; a: .*not nf4"):
         choose({"a": four, "b": eight}, "bitsandbytes")
-    with pytest.raises(RequestError, match="'gguf'; there are auto, bitsandbytes, neoquant, bnb4, bnb8, packed"):
+    with pytest.raises(RequestError, match="'gguf'; there are auto, bitsandbytes, gptq, neoquant, bnb4, bnb8, packed"):
         choose({"a": four}, "gguf")
 
 
 def test_detect_says_what_it_cannot_read() -> None:
     assert detect({}, ["lm_head.weight"]) is None
-    with pytest.raises(FormatError, match="quant_method 'gptq'; neoquant reads bitsandbytes and neoquant"):
-        detect({"quantization_config": {"quant_method": "gptq"}}, ["a.qweight"])
+    with pytest.raises(FormatError, match="quant_method 'awq'; neoquant reads bitsandbytes, gptq, neoquant"):
+        detect({"quantization_config": {"quant_method": "awq"}}, ["a.qweight"])
     with pytest.raises(FormatError, match="says bitsandbytes, but no tensor"):
         detect({"quantization_config": {"load_in_4bit": True}}, ["a.weight"])
     with pytest.raises(FormatError, match="several formats are mixed: bnb4, bnb8"):

@@ -13,7 +13,7 @@ from weights import DTYPES, make_weight, weights
 from neoquant import grids
 from neoquant.bits import pack_nibbles
 from neoquant.errors import FormatError, RequestError
-from neoquant.grids import BLOCK_SIZES, Codebook, Grid, Int8Rows, legal_pairs, make_grid
+from neoquant.grids import BLOCK_SIZES, Affine, Codebook, Grid, Int8Rows, legal_pairs, make_grid
 
 codebooks = st.builds(Codebook, st.sampled_from(["nf4", "fp4"]), st.sampled_from(BLOCK_SIZES), st.booleans())
 CPU = torch.device("cpu")
@@ -99,12 +99,12 @@ def test_codebook_decode_against_its_definition(w: Tensor, grid: Codebook) -> No
     assert torch.equal(grid.decode(codes, params).view(-1)[:400], torch.stack(values))
 
 
-@pytest.mark.parametrize("grid", [Codebook("nf4", 64, False), Codebook("fp4", 512), Int8Rows()])
+@pytest.mark.parametrize("grid", [Codebook("nf4", 64, False), Codebook("fp4", 512), Int8Rows(), Affine(3, 32)])
 def test_pieces_do_not_show(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
     w = make_weight((97, 131), torch.float32, "normal")
     codes, params = grid.nearest(w)
     whole = grid.decode(codes, params), grid.round(w, params), grid.fit(w)
-    monkeypatch.setattr(grids, "CHUNK", 4096)
+    monkeypatch.setattr(grids.base, "CHUNK", 4096)
     again, params_again = grid.nearest(w)
     assert torch.equal(codes, again)
     assert all(same_bits(params[name], params_again[name]) for name in params)
@@ -121,7 +121,7 @@ def test_values_are_fixed_points(bits: int, name: str) -> None:
     assert torch.equal(grid.decode(grid.round(w, params), params), w)
 
 
-@pytest.mark.parametrize("grid", [Codebook(), Codebook("fp4", 64, False), Int8Rows()])
+@pytest.mark.parametrize("grid", [Codebook(), Codebook("fp4", 64, False), Int8Rows(), Affine(), Affine(2, -1, True)])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_not_finite_are_refused(grid: Grid, bad: float) -> None:
     w = make_weight((8, 80), torch.float32, "normal")
@@ -148,13 +148,16 @@ def test_descriptions_round_trip(grid: Grid) -> None:
 
 def test_illegal_requests_name_the_legal_ones() -> None:
     for bits, name in ((3, "nf4"), (4, "int8"), (8, "nf4"), (4, "int4")):
-        with pytest.raises(RequestError, match="legal pairs of bits and type are 4 nf4, 4 fp4, 8 int8"):
+        with pytest.raises(
+            RequestError,
+            match="legal pairs of bits and type are 4 nf4, 4 fp4, 8 int8, 2 affine, 3 affine, 4 affine, 8 affine",
+        ):
             make_grid(bits, name)
     with pytest.raises(RequestError, match="block size 48: legal are 32, 64, 128, 256, 512, 1024, 2048, 4096"):
         make_grid(4, "nf4", block_size=48)
-    with pytest.raises(RequestError, match="leave out block_size"):
+    with pytest.raises(RequestError, match="int8 does not know block_size; it has one scale a row"):
         make_grid(8, "int8", block_size=64)
-    with pytest.raises(RequestError, match="no grid is called 'nf3'; there are nf4, fp4, int8"):
+    with pytest.raises(RequestError, match="no grid is called 'nf3'; there are nf4, fp4, int8, affine"):
         Grid.from_dict({"name": "nf3"})
     with pytest.raises(RequestError, match="nf4: 'bits' are not its fields"):
         Grid.from_dict({"name": "nf4", "bits": 4})

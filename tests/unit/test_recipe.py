@@ -95,6 +95,8 @@ def test_a_rule_may_name_the_weight() -> None:
         ({"rules": [NF4, {**NF4, "bits": 8, "type": "int8", "block_size": 64}]}, ["rule 2", "int8", "block_size"]),
         ({"rules": [{"match": "*"}]}, ["rule 1", "bits and type missing", "keep = true"]),
         ({"rules": [{"match": "*", "type": "nf4"}]}, ["rule 1", "bits missing"]),
+        ({"rules": [{**NF4, "quantizer": "gptk"}]}, ["rule 1", "'gptk' is not one of nearest, gptq"]),
+        ({"rules": [{**NF4, "group_size": 64}]}, ["rule 1", "nf4 does not know group_size"]),
         ({"rules": [{**NF4, "keep": True}]}, ["rule 1", "keep = true", "bits, type cannot apply"]),
         ({"rules": [{**NF4, "quantizer": "gptkew"}]}, ["rule 1", "'gptkew'", "nearest"]),
     ],

@@ -1,41 +1,27 @@
-"""Grids: where the values of a quantized weight may lie.
+"""NF4 and FP4: sixteen values times the absmax of a block (QLoRA, arXiv:2305.14314).
 
-    Grid
-    ├── Codebook    NF4 or FP4: 16 values times the absmax of a block, itself quantized or not (QLoRA, arXiv:2305.14314)
-    └── Int8Rows    256 even steps times the absmax of a row (LLM.int8(), arXiv:2208.07339)
-
-A grid is a plain value: two grids are equal if they say the same. A weight w[O, I] on a grid is `codes`, uint8[O, I],
-and `params`, a few tensors by name whose shapes follow from the weight's. `nearest` gives bitsandbytes' own bytes,
-which tests hold. Everything works in pieces of `CHUNK` weights, so it needs little beside the weight and the codes;
-and a piece stays below what torch would split over its threads, whose meeting costs more than the work where the
-processor is busy.
-
-The NF4 and FP4 tables, and the table of double quantization, live here and nowhere else.
+The tables, and the table of double quantization, live here and nowhere else.
 """
 
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from neoquant.errors import FormatError, RequestError
-
-Params = dict[str, Tensor]
-ParamShapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+from neoquant.errors import RequestError
+from neoquant.grids.base import Columns, Grid, Params, ParamShapes, count_pieces, require_finite, spans
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE = 256  # how many absmax share a scale under double quantization
-CHUNK = 7 * 4096  # weights handled at once: whole blocks of every size, in cache, and below what torch gives to threads
-TO_INTEGER = 1.5 * 2**23  # added and taken away, leaves the nearest integer (ties to even); torch.round starts threads
 CELLS = 1024  # cells between 0 and 1 when the nearest value is looked up
+SEARCHED = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 1.04, 1.08)  # parts of the absmax that a scale search tries
 SMALLEST_SCALE = 1e-38  # what bitsandbytes divides by where a block is all zero
 
 # QLoRA, appendix E: quantiles of the normal distribution, with an exact zero, scaled to [-1, 1].
@@ -48,74 +34,6 @@ NF4 = (
 # A sign and three bits; the code is the bit pattern, so the values are not sorted, and zero has two codes.
 _FP4_HALF = tuple(value / 12 for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
 FP4 = (*_FP4_HALF, *(0.0 - value for value in _FP4_HALF))
-
-
-class Grid(ABC):
-    """Where values may lie. Subclasses are frozen dataclasses."""
-
-    bits: ClassVar[int]
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """What a user calls it: a key of `GRIDS`."""
-
-    @abstractmethod
-    def param_shapes(self, shape: tuple[int, ...]) -> ParamShapes:
-        """Name -> (dtype, shape) of the parameters of a weight [O, I]."""
-
-    @abstractmethod
-    def nearest(self, w: Tensor) -> tuple[Tensor, Params]:
-        """Round w[O, I] to the nearest values as bitsandbytes does, to the byte: (codes uint8[O, I], params).
-
-        Raises FormatError for a weight that holds infinity or NaN.
-        """
-
-    @abstractmethod
-    def fit(self, w: Tensor) -> Params:
-        """Parameters for w[O, I], already rounded to the type they are stored in."""
-
-    @abstractmethod
-    def round(self, w: Tensor, params: Params) -> Tensor:
-        """The codes, uint8[O, I], whose values under `params` are nearest to w[O, I]."""
-
-    @abstractmethod
-    def decode(self, codes: Tensor, params: Params, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The values of `codes`, uint8[O, I]: computed in float32, given as dtype[O, I]."""
-
-    def check(self, params: Params, shape: tuple[int, ...]) -> None:
-        """Raise FormatError unless `params` are what a weight of `shape` has."""
-        expected = self.param_shapes(shape)
-        if params.keys() != expected.keys():
-            raise FormatError(f"{self.name} has the parameters {sorted(expected)}, got {sorted(params)}")
-        for name, (dtype, size) in expected.items():
-            found = params[name]
-            if found.dtype != dtype or tuple(found.shape) != size:
-                raise FormatError(
-                    f"{name} of a {self.name} weight {list(shape)} is {dtype} {list(size)}, "
-                    f"got {found.dtype} {list(found.shape)}"
-                )
-            if dtype.is_floating_point and not found.isfinite().all():
-                raise FormatError(f"{name} of a {self.name} weight holds infinity or NaN")
-
-    def describe(self) -> dict[str, Any]:
-        """The grid as a JSON object, for headers and records."""
-        fields: dict[str, Any] = asdict(self)  # type: ignore[call-overload]  # every concrete grid is a dataclass
-        fields.pop("kind", None)
-        return {"name": self.name, **fields}
-
-    @staticmethod
-    def from_dict(described: dict[str, Any]) -> Grid:
-        """The inverse of `describe`. Raises RequestError for an unknown name or an illegal field."""
-        fields = dict(described)
-        name = fields.pop("name", None)
-        if not isinstance(name, str) or name not in GRIDS:
-            raise RequestError(f"no grid is called {name!r}; there are {', '.join(GRIDS)}")
-        cls = GRIDS[name]
-        try:
-            return cls(kind=name, **fields) if cls is Codebook else cls(**fields)
-        except TypeError as error:
-            raise RequestError(f"{name}: {', '.join(map(repr, fields))} are not its fields") from error
 
 
 @dataclass(frozen=True)
@@ -131,6 +49,8 @@ class Codebook(Grid):
     double_quant: bool = True
 
     bits: ClassVar[int] = 4
+    legal_bits: ClassVar[tuple[int, ...]] = (4,)
+    options: ClassVar[tuple[str, ...]] = ("block_size", "double_quant")
 
     def __post_init__(self) -> None:
         if self.kind not in ("nf4", "fp4"):
@@ -154,12 +74,12 @@ class Codebook(Grid):
         return codebook_table(self.kind, torch.device(device))
 
     def param_shapes(self, shape: tuple[int, ...]) -> ParamShapes:
-        blocks = _pieces(shape[0] * shape[1], self.block_size)
+        blocks = count_pieces(shape[0] * shape[1], self.block_size)
         if not self.double_quant:
             return {"absmax": (torch.float32, (blocks,))}
         return {
             "absmax": (torch.uint8, (blocks,)),
-            "nested_absmax": (torch.float32, (_pieces(blocks, NESTED_BLOCK_SIZE),)),
+            "nested_absmax": (torch.float32, (count_pieces(blocks, NESTED_BLOCK_SIZE),)),
             "nested_offset": (torch.float32, ()),
         }
 
@@ -167,8 +87,9 @@ class Codebook(Grid):
         absmax = self._absmax(w)
         return self._codes(w, absmax), self._store(absmax)
 
-    def fit(self, w: Tensor) -> Params:
-        return self._store(self._absmax(w))
+    def fit(self, w: Tensor, search: bool = False, importance: Tensor | None = None) -> Params:
+        absmax = self._absmax(w)
+        return self._store(self._search(w, absmax, importance) if search else absmax)
 
     def round(self, w: Tensor, params: Params) -> Tensor:
         return self._codes(w, self.scales(params))
@@ -196,13 +117,13 @@ class Codebook(Grid):
     def _absmax(self, w: Tensor) -> Tensor:
         """The largest magnitude of every block, float32[blocks]."""
         flat = w.detach().reshape(-1)
-        absmax = torch.empty(_pieces(flat.numel(), self.block_size), dtype=torch.float32, device=w.device)
+        absmax = torch.empty(count_pieces(flat.numel(), self.block_size), dtype=torch.float32, device=w.device)
         for span, blocks in self._spans(flat.numel()):
             whole, rest = self._split(flat[span].abs())
             absmax[blocks][: len(whole)] = whole.amax(1)
             if len(rest):  # bitsandbytes gives an all-zero short block this absmax
                 absmax[blocks][-1] = rest.amax().float().clamp(min=SMALLEST_SCALE)
-        _require_finite(absmax)
+        require_finite(absmax)
         return absmax
 
     def _codes(self, w: Tensor, absmax: Tensor) -> Tensor:
@@ -210,18 +131,46 @@ class Codebook(Grid):
         flat = w.detach().reshape(-1)
         codes = torch.empty(flat.numel(), dtype=torch.uint8, device=w.device)
         absmax = absmax.clamp(min=SMALLEST_SCALE)
-        bound, below, above = _cells(self.kind, w.device)
         for span, blocks in self._spans(flat.numel()):
             whole, rest = self._split(flat[span].float())
             # bitsandbytes multiplies whole blocks by the reciprocal and divides a short one: ties depend on it
             scaled = (whole * (1 / absmax[blocks][: len(whole), None])).view(-1)
             if len(rest):
                 scaled = torch.cat([scaled, rest / absmax[blocks][-1]])
-            scaled.clamp_(-1, 1)
-            cell = scaled.mul(CELLS).add_(CELLS).int()
-            higher = scaled > bound.index_select(0, cell)
-            torch.where(higher, above.index_select(0, cell), below.index_select(0, cell), out=codes[span])
+            codes[span] = nearest_codes(self.kind, scaled)
         return codes.view(w.shape)
+
+    def columns(self, params: Params, shape: tuple[int, int]) -> Columns:
+        return _CodebookColumns(self, params, shape)
+
+    def _search(self, w: Tensor, absmax: Tensor, importance: Tensor | None) -> Tensor:
+        """Scales near the blocks' absmax with a smaller squared error, float32[blocks]."""
+        flat = w.detach().reshape(-1)
+        weights = torch.ones(1) if importance is None else importance.float()
+        weights = weights.to(w.device).expand(w.shape).reshape(-1)
+        found = absmax.clamp(min=SMALLEST_SCALE)
+        for span, blocks in self._spans(flat.numel()):
+            scales = found[blocks]
+            pieces = zip(self._split(flat[span].float()), self._split(weights[span]), strict=True)
+            for number, (values, weight) in enumerate(pieces):  # the whole blocks, then the short one
+                if values.numel() and number == 0:
+                    scales[: len(values)] = self._best(values, weight, scales[: len(values)])
+                elif values.numel():
+                    scales[-1:] = self._best(values[None], weight[None], scales[-1:])
+        return found
+
+    def _best(self, blocks: Tensor, weight: Tensor, absmax: Tensor) -> Tensor:
+        """Of some parts of absmax[N], for each of blocks[N, B] that of the smallest weighted error, float32[N]."""
+        table = self.table(blocks.device)
+        best, least = absmax.clone(), torch.full_like(absmax, torch.inf)
+        for part in SEARCHED:
+            tried = absmax * part
+            codes = nearest_codes(self.kind, (blocks * (1 / tried[:, None])).view(-1))
+            values = table.index_select(0, codes.int()).view(blocks.shape).mul_(tried[:, None])
+            error = values.sub_(blocks).square_().mul_(weight).sum(1)
+            best = torch.where(error < least, tried, best)
+            least = torch.minimum(error, least)
+        return best
 
     def _split(self, flat: Tensor) -> tuple[Tensor, Tensor]:
         """The whole blocks of a piece, [blocks, block_size], and what is left for a short one."""
@@ -238,78 +187,8 @@ class Codebook(Grid):
 
     def _spans(self, n: int) -> Iterator[tuple[slice, slice]]:
         """Pieces of `n` weights: (which weights, which blocks). Only the last may end in a short block."""
-        for start in range(0, n, CHUNK):
-            stop = min(start + CHUNK, n)
-            yield slice(start, stop), slice(start // self.block_size, _pieces(stop, self.block_size))
-
-
-@dataclass(frozen=True)
-class Int8Rows(Grid):
-    """int8 times a row's absmax / 127, as bitsandbytes stores LLM.int8() weights.
-
-    `codes` hold the int8 bits viewed as uint8 (-1 is 255); `scb` float32[O] is the absmax of each row. The weight
-    is rounded to float16 first, because bitsandbytes does.
-    """
-
-    bits: ClassVar[int] = 8
-
-    @property
-    def name(self) -> str:
-        return "int8"
-
-    def param_shapes(self, shape: tuple[int, ...]) -> ParamShapes:
-        return {"scb": (torch.float32, (shape[0],))}
-
-    def nearest(self, w: Tensor) -> tuple[Tensor, Params]:
-        params = self.fit(w)
-        return self.round(w, params), params
-
-    def fit(self, w: Tensor) -> Params:
-        scb = torch.empty(w.shape[0], dtype=torch.float32, device=w.device)
-        for rows in _row_spans(w):
-            scb[rows] = w[rows].detach().abs().amax(1).to(torch.float16)
-        if not scb.isfinite().all() and w.isfinite().all():
-            largest = w.abs().max().item()
-            raise FormatError(f"int8 goes through float16, which ends at 65504; the largest weight is {largest:g}")
-        _require_finite(scb)
-        return {"scb": scb}
-
-    def round(self, w: Tensor, params: Params) -> Tensor:
-        codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
-        for rows in _row_spans(w):
-            steps = w[rows].detach().to(torch.float16) * (127.0 / params["scb"][rows, None])
-            steps.nan_to_num_(0).clamp_(-127, 127)  # an all-zero row gives 0 * inf
-            codes[rows] = steps.add_(TO_INTEGER).sub_(TO_INTEGER)
-        return codes.view(torch.uint8)
-
-    def decode(self, codes: Tensor, params: Params, dtype: torch.dtype = torch.float32) -> Tensor:
-        out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-        step = params["scb"][:, None] * (1.0 / 127.0)
-        for rows in _row_spans(codes):
-            out[rows] = codes[rows].view(torch.int8) * step[rows]
-        return out
-
-
-GRIDS: dict[str, type[Grid]] = {"nf4": Codebook, "fp4": Codebook, "int8": Int8Rows}
-
-
-def legal_pairs() -> list[tuple[int, str]]:
-    """Every (bits, type) that `make_grid` knows."""
-    return [(cls.bits, name) for name, cls in GRIDS.items()]
-
-
-def make_grid(bits: int, type: str, **fields: int | bool | None) -> Grid:
-    """The grid a user means; `fields` are block_size and double_quant, None for the grid's own default.
-
-    Raises RequestError naming what is legal.
-    """
-    if (bits, type) not in legal_pairs():
-        legal = ", ".join(f"{b} {name}" for b, name in legal_pairs())
-        raise RequestError(f"{bits} bits of type {type!r}: legal pairs of bits and type are {legal}")
-    given = {name: value for name, value in fields.items() if value is not None}
-    if type == "int8" and given:
-        raise RequestError(f"int8 has one scale a row: leave out {' and '.join(given)}")
-    return Grid.from_dict({"name": type, **given})
+        for span in spans(n):
+            yield span, slice(span.start // self.block_size, count_pieces(span.stop, self.block_size))
 
 
 @cache
@@ -346,6 +225,42 @@ def double_quant_table(device: torch.device) -> Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
+class _CodebookColumns(Columns):
+    def __init__(self, grid: Codebook, params: Params, shape: tuple[int, int]) -> None:
+        super().__init__(grid, params, shape)
+        self.kind, self.block = grid.kind, grid.block_size
+        self.table = grid.table(params["absmax"].device)
+        self.aligned = shape[1] % self.block == 0  # blocks do not cross rows
+        if self.aligned and not grid.double_quant:
+            self.width = self.block
+        scales = grid.scales(params).clamp(min=SMALLEST_SCALE)
+        self.scales = scales.view(shape[0], -1).T.contiguous() if self.aligned else scales
+        self.first = torch.arange(shape[0], device=scales.device) * shape[1]  # of each row, in the flattened weight
+        self.body = shape[0] * shape[1] // self.block * self.block
+
+    def round(self, j: int, w: Tensor) -> tuple[Tensor, Tensor]:
+        at = self.first + j
+        scale = self.scales[j // self.block] if self.aligned else self.scales[at // self.block]
+        single = w.float()
+        scaled = single * (1 / scale)
+        if int(at[-1]) >= self.body:  # the last, short block: bitsandbytes divides there
+            scaled = torch.where(at < self.body, scaled, single / scale)
+        codes = nearest_codes(self.kind, scaled)
+        return codes, (self.table.index_select(0, codes.int()) * scale).to(w.dtype)
+
+    def _reload(self, group: int) -> None:
+        absmax = self.params["absmax"].view(self.shape[0], -1)[:, group]
+        self.scales[group] = absmax.clamp(min=SMALLEST_SCALE)
+
+
+def nearest_codes(kind: str, scaled: Tensor) -> Tensor:
+    """The codes, uint8[n], of the values nearest to `scaled`[n], float32, which is clamped to [-1, 1] in place."""
+    bound, below, above = _cells(kind, scaled.device)
+    cell = scaled.clamp_(-1, 1).mul(CELLS).add_(CELLS).int()
+    higher = scaled > bound.index_select(0, cell)
+    return torch.where(higher, above.index_select(0, cell), below.index_select(0, cell))
+
+
 @cache
 def _cells(kind: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """[-1, 1] in cells of 1 / CELLS, so narrow that none holds two midpoints between neighbouring values.
@@ -362,17 +277,3 @@ def _cells(kind: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     lower = torch.bucketize(torch.arange(2 * CELLS + 1), cells.long())  # midpoints in cells before this one
     codes = order.to(torch.uint8)
     return bound.to(device), codes[lower].to(device), codes[(lower + 1).clamp(max=len(midpoints))].to(device)
-
-
-def _row_spans(w: Tensor) -> Iterator[slice]:
-    rows = max(1, CHUNK // max(1, w.shape[1]))
-    return (slice(start, min(start + rows, w.shape[0])) for start in range(0, w.shape[0], rows))
-
-
-def _pieces(n: int, size: int) -> int:
-    return -(n // -size)
-
-
-def _require_finite(absmax: Tensor) -> None:
-    if not absmax.isfinite().all():
-        raise FormatError("the weight holds infinity or NaN, which no grid can hold")

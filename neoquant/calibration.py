@@ -1,0 +1,119 @@
+"""What calibrated quantizers are shown: rows of text, run block after block through the model as it is quantized."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neoquant.errors import RequestError
+from neoquant.model.gpt_neo import AttentionMasks, Block
+
+SHARING = (  # layers of a block that see the same inputs, in the order in which they are quantized
+    ("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"),
+    ("attn.attention.out_proj",),
+    ("mlp.c_fc",),
+    ("mlp.c_proj",),
+)
+
+Observe = Callable[[Callable[[], Iterator[Tensor]], int], Any]
+Round = Callable[[str, Tensor, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Rows of token ids, and where they come from.
+
+    `ids` int64[rows, length]; `source` in words; `sha256` of the text they were drawn from; `seed` of the drawing.
+    """
+
+    ids: Tensor = field(repr=False)
+    source: str
+    sha256: str
+    seed: int
+
+    def describe(self) -> dict[str, Any]:
+        """For records: everything but the ids, which are counted."""
+        rows, length = self.ids.shape
+        return {"source": self.source, "sha256": self.sha256, "rows": rows, "length": length, "seed": self.seed}
+
+
+def draw(texts: Sequence[Sequence[int]], end: int, rows: int, length: int, seed: int) -> Tensor:
+    """`rows` pieces of `length` ids, int64, from anywhere in the texts (as ids) joined by `end`.
+
+    Raises RequestError if there is less text than one row.
+    """
+    if rows < 1 or length < 1:
+        raise RequestError(f"{rows} rows of {length} tokens: at least one of each is needed")
+    stream = torch.tensor([token for text in texts for token in (*text, end)], dtype=torch.int64)
+    if len(stream) < length:
+        raise RequestError(f"calibration needs {length} tokens for a row, the text has {len(stream)}")
+    random = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, len(stream) - length + 1, (rows,), generator=random)
+    return torch.stack([stream[start : start + length] for start in starts.tolist()])
+
+
+def hash_texts(texts: Sequence[str]) -> str:
+    """SHA-256 of the texts in order, a zero byte after each."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()
+
+
+class Walk:
+    """Hidden states [R, T, C] on their way through the model, one block at a time.
+
+    The inputs of every layer are those that the layers quantized before it give; each is computed once, but for the
+    inner activations of the MLP, which are four times as wide and so computed again.
+    """
+
+    def __init__(self, x: Tensor, window: int, tokens: int = 4096) -> None:
+        """`x` the embedded rows, which are used up; `window` of local layers; about so many `tokens` at a time."""
+        self.x = x
+        self.masks = AttentionMasks(x.shape[1], x.shape[1], window, None, x.device)
+        self.batch = max(1, tokens // x.shape[1])
+
+    def through(self, block: Block, observe: Observe, rounded: Round) -> None:
+        """Quantize the layers of `block` on the way, and leave in `x` what the quantized block gives.
+
+        Args:
+            block: changed: each linear's weight becomes what `rounded` gives for it.
+            observe: is given an iterator of a layer's inputs and their width, and makes what `rounded` is given.
+            rounded: name in the block, weight[O, I] and what was observed -> the weight as it is after quantization.
+        """
+        attention, mlp = block.attn.attention, block.mlp
+        kept: list[Tensor] = []  # what out_proj sees, piece by piece
+
+        def settle(stage: int, inputs: Callable[[], Iterator[Tensor]]) -> None:
+            linears = {name: block.get_submodule(name) for name in SHARING[stage]}
+            first = next(iter(linears.values()))
+            assert isinstance(first, nn.Linear)
+            seen = observe(inputs, first.in_features)
+            for name, linear in linears.items():
+                assert isinstance(linear, nn.Linear)
+                linear.weight = nn.Parameter(rounded(name, linear.weight.detach(), seen), requires_grad=False)
+
+        def inner() -> Iterator[Tensor]:
+            return (mlp.act(mlp.c_fc(block.ln_2(x))) for x in self._pieces())
+
+        settle(0, lambda: (block.ln_1(x) for x in self._pieces()))
+        hook = attention.out_proj.register_forward_pre_hook(lambda _, given: kept.append(given[0]))
+        for x in self._pieces():
+            attention(block.ln_1(x), self.masks, None)
+        hook.remove()
+        settle(1, lambda: iter(kept))
+        for x, attended in zip(self._pieces(), kept, strict=True):
+            x += attention.out_proj(attended)
+        kept.clear()
+        settle(2, lambda: (block.ln_2(x) for x in self._pieces()))
+        settle(3, inner)
+        for x, y in zip(self._pieces(), inner(), strict=True):
+            x += mlp.c_proj(y)
+
+    def _pieces(self) -> Iterator[Tensor]:
+        return (self.x[start : start + self.batch] for start in range(0, len(self.x), self.batch))

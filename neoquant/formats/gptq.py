@@ -1,0 +1,183 @@
+"""GPTQ checkpoints, as AutoGPTQ and GPTQModel write and read them: affine grids of one kind in a checkpoint.
+
+The byte level is docs/formats.md. `checkpoint_format` "gptq" (v1) stores every zero less one, so that it cannot hold
+a zero of 0; "gptq_v2" stores it as it is. Symmetric checkpoints are written as v1, which more programs read, others
+as v2.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from neoquant import bits
+from neoquant.errors import FormatError, RequestError
+from neoquant.formats.base import Format, Layout, require_shape, require_suffixes, require_tensor
+from neoquant.grids import Affine, Grid
+from neoquant.tensor import QuantizedTensor
+
+V1, V2 = "gptq", "gptq_v2"
+MULTIPLE = 32  # of inputs and outputs: whole words at every number of bits
+
+
+class Gptq(Format):
+    """Affine linears whose sides are multiples of 32."""
+
+    name: ClassVar[str] = "gptq"
+    family: ClassVar[str] = "gptq"
+    markers: ClassVar[tuple[str, ...]] = (".g_idx",)
+    holds_order: ClassVar[bool] = True
+
+    def __init__(self, said: Mapping[str, Any] | None = None) -> None:
+        """`said` is the `quantization_config` of the checkpoint to be read: the tensors alone do not say everything."""
+        self.said = dict(said or {})
+
+    def configured(self, said: Mapping[str, Any]) -> Format:
+        return Gptq(said)
+
+    def refuse(self, grid: Grid, shape: tuple[int, ...]) -> str | None:
+        if not isinstance(grid, Affine):
+            return f"the GPTQ format holds affine grids, not {grid.name}"
+        if shape[0] % MULTIPLE or shape[1] % MULTIPLE:
+            return f"the GPTQ format needs multiples of {MULTIPLE} inputs and outputs, not {shape[1]} and {shape[0]}"
+        return None
+
+    def refuse_all(self, grids: Mapping[str, Grid]) -> str | None:
+        kinds = list(dict.fromkeys(grids.values()))
+        if len(kinds) > 1:
+            return f"a GPTQ checkpoint has one number of bits, group size and symmetry, not {kinds[0]} and {kinds[1]}"
+        return None
+
+    def encode(self, q: QuantizedTensor) -> dict[str, Tensor]:
+        self._require_holdable(q)
+        assert isinstance(q.grid, Affine)
+        codes, columns = q.codes, torch.arange(q.shape[1], dtype=torch.int32)
+        g_idx = columns // q.grid.width(q.shape[1])
+        if q.order is not None:
+            at = q.order.long()
+            codes = torch.empty_like(codes).index_copy_(1, at, codes)
+            g_idx = torch.empty_like(g_idx).index_copy_(0, at, g_idx)
+        if q.grid.symmetric:  # v1: less one
+            zeros = torch.full_like(q.params["scale"], q.grid.middle - 1, dtype=torch.uint8)
+        else:
+            zeros = q.params["zero"]
+        return {
+            ".qweight": _to_words(codes, q.grid.bits).T.contiguous(),
+            ".qzeros": _to_words(zeros.T, q.grid.bits),
+            ".scales": q.params["scale"].T.contiguous(),
+            ".g_idx": g_idx,
+        }
+
+    def decode(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...] | None = None, dtype: torch.dtype = torch.float16
+    ) -> QuantizedTensor:
+        grid, version = self._stated()
+        require_suffixes(tensors, (".qweight", ".qzeros", ".scales", ".g_idx"))
+        rows, columns = _shape(tensors)
+        require_shape((rows, columns), shape)
+        if reason := self.refuse(grid, (rows, columns)):
+            raise FormatError(reason)
+        for suffix, spec in self.layout(grid, (rows, columns)).items():
+            if suffix != ".scales":
+                require_tensor(suffix.removeprefix("."), tensors[suffix], *spec)
+        codes = bits.unpack(_to_bytes(tensors[".qweight"].T), grid.bits, columns)
+        zeros = bits.unpack(_to_bytes(tensors[".qzeros"]), grid.bits, rows)
+        if version == V1:
+            if bool((zeros == grid.top).any()):
+                raise FormatError(
+                    f"qzeros holds {grid.top} in a v1 checkpoint, which programs read as a zero of 0 or {grid.top + 1}"
+                )
+            zeros = zeros + 1
+        scale = _half(tensors[".scales"], (zeros.shape[0], rows))
+        if grid.symmetric and bool((zeros == grid.middle).all()):
+            params = {"scale": scale.T.contiguous()}
+        else:  # whatever is said: the zeros decide what the weight is
+            grid = Affine(grid.bits, grid.group_size, False)
+            params = {"scale": scale.T.contiguous(), "zero": zeros.T.contiguous()}
+        order = _order(tensors[".g_idx"], grid.width(columns))
+        codes = codes if order is None else codes[:, order.long()]
+        return QuantizedTensor(codes.contiguous(), grid, params, order, dtype)
+
+    def layout(self, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype = torch.float16) -> Layout:
+        assert isinstance(grid, Affine)
+        groups = grid.param_shapes(shape)["scale"][1][1]
+        return {
+            ".qweight": (torch.int32, (shape[1] * grid.bits // 32, shape[0])),
+            ".qzeros": (torch.int32, (groups, shape[0] * grid.bits // 32)),
+            ".scales": (torch.float16, (groups, shape[0])),
+            ".g_idx": (torch.int32, (shape[1],)),
+        }
+
+    def config(self, grids: Mapping[str, Grid], kept: Iterable[str], ordered: bool = False) -> dict[str, Any]:
+        grid = next((grid for grid in grids.values() if isinstance(grid, Affine)), Affine())
+        # GPTQModel's way to leave out layers of a block: `-:` and a regular expression. Heads are left out anyway.
+        left_out: dict[str, dict[str, Any]] = {
+            f"-:.*{re.escape(name)}$": {} for name in sorted(kept) if re.search(r"\bh\.\d", name)
+        }
+        return {
+            "quant_method": "gptq",
+            "checkpoint_format": V1 if grid.symmetric else V2,
+            "bits": grid.bits,
+            "group_size": grid.group_size,
+            "sym": grid.symmetric,
+            "desc_act": ordered,
+            "lm_head": False,
+            "pack_dtype": "int32",
+            **({"dynamic": left_out} if left_out else {}),
+        }
+
+    def _stated(self) -> tuple[Affine, str]:
+        """The grid and the version that config.json states."""
+        version = self.said.get("checkpoint_format", V1)
+        if version not in (V1, V2):
+            raise FormatError(f"config.json says checkpoint_format {version!r}; neoquant reads {V1} and {V2}")
+        stated = [self.said.get(key) for key in ("bits", "group_size", "sym")]
+        if None in stated:
+            raise FormatError("the quantization_config of a GPTQ checkpoint states bits, group_size and sym")
+        try:
+            return Affine(*stated), version  # type: ignore[arg-type]
+        except RequestError as error:
+            raise FormatError(f"quantization_config: {error}") from error
+
+
+def _to_words(codes: Tensor, n: int) -> Tensor:
+    """uint8[R, N] packed along N into int32[R, N * n / 32], the first code in the lowest bits."""
+    return bits.pack(codes, n).flatten().view(torch.int32).view(codes.shape[0], -1)
+
+
+def _to_bytes(words: Tensor) -> Tensor:
+    """The bytes of int32[R, W]: uint8[R, 4 * W]."""
+    return words.contiguous().flatten().view(torch.uint8).view(words.shape[0], -1)
+
+
+def _shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    qweight, g_idx = tensors[".qweight"], tensors[".g_idx"]
+    if qweight.dim() != 2 or g_idx.dim() != 1 or not qweight.numel() or not g_idx.numel():
+        found = f"{list(qweight.shape)} and {list(g_idx.shape)}"
+        raise FormatError(f"qweight is int32 [I * bits / 32, O] and g_idx int32 [I], got {found}")
+    return qweight.shape[1], g_idx.shape[0]
+
+
+def _half(scales: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Scales as float16, if nothing is lost by it."""
+    if not scales.is_floating_point() or tuple(scales.shape) != shape:
+        raise FormatError(f"scales is float16 {list(shape)}, got {scales.dtype} {list(scales.shape)}")
+    half = scales.to(torch.float16)
+    if not torch.equal(half.to(scales.dtype), scales) or scales.dtype == torch.float64:
+        raise FormatError(f"scales is {scales.dtype} and does not fit float16")
+    return half
+
+
+def _order(g_idx: Tensor, width: int) -> Tensor | None:
+    """The activation order: inputs group by group, each group's in rising order; None if that is 0, 1, 2, ..."""
+    natural = torch.arange(len(g_idx), dtype=torch.int32) // width
+    if torch.equal(g_idx, natural):
+        return None
+    order = g_idx.argsort(stable=True)
+    if not torch.equal(g_idx[order], natural):
+        raise FormatError(f"g_idx must put {width} inputs into each group, and the rest into the last")
+    return order.to(torch.int32)

@@ -1,0 +1,77 @@
+"""Grids: where the values of a quantized weight may lie.
+
+    Grid
+    ├── Codebook    NF4 or FP4: 16 values times the absmax of a block, itself quantized or not (QLoRA, arXiv:2305.14314)
+    ├── Int8Rows    256 even steps times the absmax of a row (LLM.int8(), arXiv:2208.07339)
+    └── Affine      2 to 8 bits: even steps of a group's scale around the group's zero
+
+A grid is a plain value: two grids are equal if they say the same. A weight w[O, I] on a grid is `codes`, uint8[O, I],
+and `params`, a few tensors by name whose shapes follow from the weight's. `nearest` of the first two gives
+bitsandbytes' own bytes, which tests hold. Everything works in pieces of `CHUNK` weights, so it needs little beside the
+weight and the codes; and a piece stays below what torch would split over its threads, whose meeting costs more than
+the work where the processor is busy.
+
+Each class and its tables live in a file of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from neoquant.errors import RequestError
+from neoquant.grids.affine import GROUP_SIZES, Affine
+from neoquant.grids.base import Columns, Grid, Params, ParamShapes
+from neoquant.grids.codebook import (
+    BLOCK_SIZES,
+    FP4,
+    NESTED_BLOCK_SIZE,
+    NF4,
+    Codebook,
+    double_quant_table,
+    load_bitsandbytes,
+)
+from neoquant.grids.int8 import Int8Rows
+
+GRIDS: dict[str, type[Grid]] = {"nf4": Codebook, "fp4": Codebook, "int8": Int8Rows, "affine": Affine}
+
+__all__ = [
+    "BLOCK_SIZES",
+    "FP4",
+    "GRIDS",
+    "GROUP_SIZES",
+    "NESTED_BLOCK_SIZE",
+    "NF4",
+    "Affine",
+    "Codebook",
+    "Columns",
+    "Grid",
+    "Int8Rows",
+    "ParamShapes",
+    "Params",
+    "double_quant_table",
+    "legal_pairs",
+    "load_bitsandbytes",
+    "make_grid",
+]
+
+
+def legal_pairs() -> list[tuple[int, str]]:
+    """Every (bits, type) that `make_grid` knows."""
+    return [(bits, name) for name, cls in GRIDS.items() for bits in cls.legal_bits]
+
+
+def make_grid(bits: int, type: str, **fields: int | bool | None) -> Grid:
+    """The grid a user means; `fields` are the grid's own (block_size, double_quant; group_size, symmetric), None for
+    the grid's own default.
+
+    Raises RequestError naming what is legal.
+    """
+    if (bits, type) not in legal_pairs():
+        legal = ", ".join(f"{b} {name}" for b, name in legal_pairs())
+        raise RequestError(f"{bits} bits of type {type!r}: legal pairs of bits and type are {legal}")
+    given: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
+    cls = GRIDS[type]
+    if foreign := [name for name in given if name not in cls.options]:
+        has = f"its options are {' and '.join(cls.options)}" if cls.options else "it has one scale a row"
+        raise RequestError(f"{type} does not know {' and '.join(foreign)}; {has}")
+    return Grid.from_dict({"name": type, **({"bits": bits} if cls is Affine else {}), **given})

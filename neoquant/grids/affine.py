@@ -1,0 +1,220 @@
+"""Even steps: what GPTQ, AWQ and plain rounding of 2 to 8 bits put weights on.
+
+    value = (code - zero) * scale          code = 0 ... 2**bits - 1
+
+Groups of `group_size` inputs of one row share a scale (float16) and a zero (an integer among the codes). A row that
+the group size does not divide ends in a shorter group; a row shorter than a group is one group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from neoquant.errors import FormatError, RequestError
+from neoquant.grids.base import TO_INTEGER, Columns, Grid, Params, ParamShapes, count_pieces, row_spans
+
+BITS = (2, 3, 4, 8)
+GROUP_SIZES = (-1, 16, 32, 64, 128, 256)
+
+# What the scale search tries, as parts of the range that the weights take: from, to, in how many steps. Few bits gain
+# from clipping much; more steps than these gain nothing that could be measured.
+SEARCHED = {2: (0.35, 1.0, 28), 3: (0.5, 1.0, 24), 4: (0.65, 1.0, 22), 8: (0.94, 1.0, 8)}
+
+
+@dataclass(frozen=True)
+class Affine(Grid):
+    """`scale` float16[O, G] and, if not symmetric, `zero` uint8[O, G]; G groups a row.
+
+    Symmetric: the zero is 2**(bits - 1), so there is one value fewer above it than below. -1 is a group a row.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = False
+
+    legal_bits: ClassVar[tuple[int, ...]] = BITS
+    options: ClassVar[tuple[str, ...]] = ("group_size", "symmetric")
+
+    def __post_init__(self) -> None:
+        if type(self.bits) is not int or self.bits not in BITS:
+            raise RequestError(f"bits {self.bits!r}: affine has {', '.join(map(str, BITS))}")
+        if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
+            raise RequestError(
+                f"group size {self.group_size!r}: legal are {', '.join(map(str, GROUP_SIZES))} (-1: a whole row)"
+            )
+        if not isinstance(self.symmetric, bool):
+            raise RequestError(f"symmetric is true or false, got {self.symmetric!r}")
+
+    @property
+    def name(self) -> str:
+        return "affine"
+
+    @property
+    def top(self) -> int:
+        """The highest code."""
+        return (1 << self.bits) - 1
+
+    @property
+    def middle(self) -> int:
+        """The zero of a symmetric grid."""
+        return 1 << (self.bits - 1)
+
+    def width(self, columns: int) -> int:
+        """Columns of a whole group in a row of so many."""
+        return columns if self.group_size == -1 else min(self.group_size, columns)
+
+    def param_shapes(self, shape: tuple[int, ...]) -> ParamShapes:
+        size = (shape[0], count_pieces(shape[1], self.width(shape[1])))
+        scale: ParamShapes = {"scale": (torch.float16, size)}
+        return scale if self.symmetric else {**scale, "zero": (torch.uint8, size)}
+
+    def remark(self, shape: tuple[int, ...]) -> str | None:
+        if shape[1] <= self.group_size:
+            return f"rows of {shape[1]} are one group, shorter than the group size {self.group_size}"
+        rest = shape[1] % self.width(shape[1])
+        return f"rows of {shape[1]} end in a group of {rest} instead of {self.group_size}" if rest else None
+
+    def nearest(self, w: Tensor) -> tuple[Tensor, Params]:
+        params = self.fit(w)
+        return self.round(w, params), params
+
+    def fit(self, w: Tensor, search: bool = False, importance: Tensor | None = None) -> Params:
+        width = self.width(w.shape[1])
+        params = self._empty(w)
+        for rows in row_spans(w):
+            for columns, groups in self._split(w[rows].detach(), width):  # [R, G, width]
+                weights = None if importance is None else importance[columns].view(1, -1, groups.shape[-1]).float()
+                at = slice(columns.start // width, count_pieces(columns.stop, width))
+                for name, fitted in self._fit(groups.float(), search, weights).items():
+                    params[name][rows, at] = fitted
+        return params
+
+    def round(self, w: Tensor, params: Params) -> Tensor:
+        width = self.width(w.shape[1])
+        codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+        scale, zero = self.scale_and_zero(params)
+        inverse = reciprocal(scale)
+        for rows in row_spans(w):
+            for columns, groups in self._split(w[rows].detach(), width):
+                at = slice(columns.start // width, count_pieces(columns.stop, width))
+                steps = groups.float() * inverse[rows, at, None]
+                steps = steps.add_(TO_INTEGER).sub_(TO_INTEGER).add_(zero[rows, at, None]).clamp_(0, self.top)
+                codes[rows, columns] = steps.to(torch.uint8).flatten(1)
+        return codes
+
+    def decode(self, codes: Tensor, params: Params, dtype: torch.dtype = torch.float32) -> Tensor:
+        width = self.width(codes.shape[1])
+        out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+        scale, zero = self.scale_and_zero(params)
+        for rows in row_spans(codes):
+            for columns, groups in self._split(codes[rows], width):
+                at = slice(columns.start // width, count_pieces(columns.stop, width))
+                values = groups.float().sub_(zero[rows, at, None]).mul_(scale[rows, at, None])
+                out[rows, columns] = values.flatten(1).to(dtype)
+        return out
+
+    def columns(self, params: Params, shape: tuple[int, int]) -> Columns:
+        return _AffineColumns(self, params, shape)
+
+    def scale_and_zero(self, params: Params) -> tuple[Tensor, Tensor]:
+        """Both as float32[O, G]."""
+        scale = params["scale"].float()
+        if self.symmetric:
+            return scale, torch.full_like(scale, self.middle)
+        return scale, params["zero"].float()
+
+    def check(self, params: Params, shape: tuple[int, ...]) -> None:
+        super().check(params, shape)
+        if not self.symmetric and self.bits < 8 and int(params["zero"].max()) > self.top:
+            raise FormatError(
+                f"zeros of a weight of {self.bits} bits end at {self.top}, got {int(params['zero'].max())}"
+            )
+
+    def _empty(self, w: Tensor) -> Params:
+        shapes = self.param_shapes(tuple(w.shape))
+        return {name: torch.empty(size, dtype=dtype, device=w.device) for name, (dtype, size) in shapes.items()}
+
+    def _split(self, w: Tensor, width: int) -> Iterator[tuple[slice, Tensor]]:
+        """Whole groups [R, G, width] of w[R, I] and the short one [R, 1, rest], each with its columns."""
+        body = w.shape[1] // width * width
+        yield slice(0, body), w[:, :body].view(len(w), -1, width)
+        if body < w.shape[1]:
+            yield slice(body, w.shape[1]), w[:, body:].unsqueeze(1)
+
+    def _fit(self, groups: Tensor, search: bool, importance: Tensor | None) -> Params:
+        """Parameters of groups[R, G, width], rounded to their stored types: {name: [R, G]}."""
+        low, high = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
+        if self.symmetric:
+            high = torch.maximum(high, -low)
+            low = -high
+        best = self._params(low, high)
+        scale = best["scale"]
+        if not scale.isfinite().all():
+            if not (low.isfinite().all() and high.isfinite().all()):
+                raise FormatError("the weight holds infinity or NaN, which no grid can hold")
+            raise FormatError(
+                f"scales are float16, which ends at 65504; the largest is {(high - low).max() / self.top:g}"
+            )
+        if search:
+            error = self._error(groups, best, importance)
+            start, end, steps = SEARCHED[self.bits]
+            if self.symmetric:  # the range ends half a step beyond the highest value: a larger scale may be better
+                end *= self.top / (self.top - 1)
+            for part in torch.linspace(end, start, steps).tolist():
+                tried = self._params(low * part, high * part)
+                found = self._error(groups, tried, importance)
+                better = found < error
+                error = torch.where(better, found, error)
+                best = {name: torch.where(better, tried[name], best[name]) for name in best}
+        return best
+
+    def _params(self, low: Tensor, high: Tensor) -> Params:
+        """The stored parameters whose values run from `low` to `high`."""
+        scale = ((high - low) / self.top).to(torch.float16)
+        if self.symmetric:
+            return {"scale": scale}
+        zero = (-low * reciprocal(scale.float())).add_(TO_INTEGER).sub_(TO_INTEGER).clamp_(0, self.top)
+        return {"scale": scale, "zero": zero.nan_to_num_(0).to(torch.uint8)}
+
+    def _error(self, groups: Tensor, params: Params, importance: Tensor | None) -> Tensor:
+        """The squared error of every group, weighted by `importance`[1, G, width] where given: [R, G]."""
+        scale, zero = self.scale_and_zero(params)
+        scale, zero = scale[..., None], zero[..., None]
+        values = (groups * reciprocal(scale)).add_(TO_INTEGER).sub_(TO_INTEGER)
+        torch.maximum(values, -zero, out=values)
+        torch.minimum(values, self.top - zero, out=values)
+        values.mul_(scale).sub_(groups).square_()
+        return values.sum(2) if importance is None else values.mul_(importance).sum(2)
+
+
+class _AffineColumns(Columns):
+    def __init__(self, grid: Affine, params: Params, shape: tuple[int, int]) -> None:
+        super().__init__(grid, params, shape)
+        self.top, self.step = grid.top, grid.width(shape[1])
+        self.width = self.step
+        scale, zero = grid.scale_and_zero(params)
+        self.scale, self.zero = scale.T.contiguous(), zero.T.contiguous()  # [G, O]: a column's lie together
+        self.inverse = reciprocal(self.scale)
+
+    def round(self, j: int, w: Tensor) -> tuple[Tensor, Tensor]:
+        group = j // self.step
+        zero = self.zero[group]
+        codes = (w * self.inverse[group]).round_().add_(zero).clamp_(0, self.top)
+        return codes.to(torch.uint8), (codes - zero).mul_(self.scale[group])
+
+    def _reload(self, group: int) -> None:
+        assert isinstance(self.grid, Affine)
+        self.scale[group] = self.params["scale"][:, group]
+        if not self.grid.symmetric:
+            self.zero[group] = self.params["zero"][:, group]
+        self.inverse[group] = reciprocal(self.scale[group])
+
+
+def reciprocal(scale: Tensor) -> Tensor:
+    """1 / scale, and 0 where the scale is 0: every weight of such a group has the zero's code."""
+    return torch.where(scale > 0, 1 / scale, 0.0)

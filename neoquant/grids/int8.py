@@ -1,0 +1,76 @@
+"""int8 rows, as bitsandbytes stores LLM.int8() weights (arXiv:2208.07339)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from neoquant.errors import FormatError
+from neoquant.grids.base import TO_INTEGER, Columns, Grid, Params, ParamShapes, require_finite, row_spans
+
+
+@dataclass(frozen=True)
+class Int8Rows(Grid):
+    """int8 times a row's absmax / 127, as bitsandbytes stores LLM.int8() weights.
+
+    `codes` hold the int8 bits viewed as uint8 (-1 is 255); `scb` float32[O] is the absmax of each row. The weight
+    is rounded to float16 first, because bitsandbytes does.
+    """
+
+    bits: ClassVar[int] = 8
+    legal_bits: ClassVar[tuple[int, ...]] = (8,)
+    options: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def name(self) -> str:
+        return "int8"
+
+    def param_shapes(self, shape: tuple[int, ...]) -> ParamShapes:
+        return {"scb": (torch.float32, (shape[0],))}
+
+    def nearest(self, w: Tensor) -> tuple[Tensor, Params]:
+        params = self.fit(w)
+        return self.round(w, params), params
+
+    def fit(self, w: Tensor, search: bool = False, importance: Tensor | None = None) -> Params:
+        scb = torch.empty(w.shape[0], dtype=torch.float32, device=w.device)
+        for rows in row_spans(w):
+            scb[rows] = w[rows].detach().abs().amax(1).to(torch.float16)
+        if not scb.isfinite().all() and w.isfinite().all():
+            largest = w.abs().max().item()
+            raise FormatError(f"int8 goes through float16, which ends at 65504; the largest weight is {largest:g}")
+        require_finite(scb)
+        return {"scb": scb}
+
+    def round(self, w: Tensor, params: Params) -> Tensor:
+        codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
+        for rows in row_spans(w):
+            steps = w[rows].detach().to(torch.float16) * (127.0 / params["scb"][rows, None])
+            steps.nan_to_num_(0).clamp_(-127, 127)  # an all-zero row gives 0 * inf
+            codes[rows] = steps.add_(TO_INTEGER).sub_(TO_INTEGER)
+        return codes.view(torch.uint8)
+
+    def decode(self, codes: Tensor, params: Params, dtype: torch.dtype = torch.float32) -> Tensor:
+        out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+        step = params["scb"][:, None] * (1.0 / 127.0)
+        for rows in row_spans(codes):
+            out[rows] = codes[rows].view(torch.int8) * step[rows]
+        return out
+
+    def columns(self, params: Params, shape: tuple[int, int]) -> Columns:
+        return _Int8Columns(self, params, shape)
+
+
+class _Int8Columns(Columns):
+    def __init__(self, grid: Int8Rows, params: Params, shape: tuple[int, int]) -> None:
+        super().__init__(grid, params, shape)
+        self.step = params["scb"] * (1.0 / 127.0)
+        self.inverse = 127.0 / params["scb"]
+
+    def round(self, j: int, w: Tensor) -> tuple[Tensor, Tensor]:
+        codes = w.to(torch.float16) * self.inverse
+        codes = codes.nan_to_num_(0).clamp_(-127, 127).round_()
+        return codes.to(torch.int8).view(torch.uint8), (codes * self.step).to(w.dtype)

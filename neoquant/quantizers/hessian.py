@@ -1,0 +1,106 @@
+"""What a layer's inputs say about its weight: the matrix of their second moments, and its inverse's factor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from neoquant.errors import FormatError, RequestError
+
+STRIP = 512  # columns of a symmetric update: only strips at and right of the diagonal are computed
+STEPS = 4  # how often the damping is raised tenfold before giving up
+
+
+@dataclass(frozen=True)
+class Factor:
+    """`upper`[I, I] with H**-1 = upperᵀ upper, for H damped and in the order asked for."""
+
+    upper: Tensor
+    damping: float  # part of the mean diagonal that was added, perhaps more than asked for
+    double: bool  # whether single precision failed
+
+
+class Hessian:
+    """H = 2 / n * sum of x xᵀ over the n inputs x[I] that were added: of the squared output error, for each row.
+
+    Layers that share their inputs (q, k, v) share one; the factor is then computed once.
+    """
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
+        self.columns, self.rows = columns, 0
+        self._sum = torch.zeros(columns, columns, device=device)  # its upper triangle
+        self._factors: dict[tuple[bool, float], Factor] = {}
+
+    def add(self, x: Tensor) -> None:
+        """Take in inputs x[..., I]. Raises FormatError if they are not finite, or of another width."""
+        if x.shape[-1] != self.columns:
+            raise FormatError(f"the layer has {self.columns} inputs, got {x.shape[-1]}")
+        x = x.detach().reshape(-1, self.columns).float()
+        self.rows += len(x)
+        self._factors.clear()
+        for start in range(0, self.columns, STRIP):
+            stop = min(start + STRIP, self.columns)
+            self._sum[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+        if not bool(self._sum.diagonal().sum().isfinite()):
+            raise FormatError("the layer's inputs hold infinity or NaN, or are too large to be squared")
+
+    @property
+    def matrix(self) -> Tensor:
+        """H, float32[I, I], without damping."""
+        upper = self._sum.triu()
+        return (upper + upper.triu(1).T).mul_(2 / max(1, self.rows))
+
+    @property
+    def diagonal(self) -> Tensor:
+        """Of H, float32[I]: how much each input counts."""
+        return self._sum.diagonal() * (2 / max(1, self.rows))
+
+    def order(self) -> Tensor:
+        """Inputs by falling weight, int64[I]; equal ones keep their order."""
+        return self.diagonal.argsort(descending=True, stable=True)
+
+    def factor(self, ordered: bool, damping: float) -> Factor:
+        """See `Factor`; `ordered` takes the inputs in `order()`. Kept until more inputs come.
+
+        Dead inputs, which were always zero, are given the mean diagonal: their weights are rounded to nearest, and
+        nothing is corrected through them. Raises RequestError if damping does not make H positive definite.
+        """
+        if not 0 < damping <= 1:
+            raise RequestError(f"damping {damping}: legal is more than 0, at most 1 (a part of the mean diagonal)")
+        if (ordered, damping) not in self._factors:
+            H, diagonal = self.matrix, self.diagonal
+            mean = float(diagonal.mean()) or 1.0
+            H.diagonal()[diagonal == 0] = mean
+            if ordered:
+                order = self.order()
+                H = H[order][:, order]
+            self._factors[ordered, damping] = _factor(H, mean, damping)
+        return self._factors[ordered, damping]
+
+
+def _factor(H: Tensor, mean: float, damping: float) -> Factor:
+    for _ in range(STEPS):
+        for dtype in (torch.float32, torch.float64):
+            damped = H.to(dtype, copy=True)
+            damped.diagonal().add_(damping * mean)
+            upper = inverse_factor(damped)
+            if upper is not None:
+                return Factor(upper.float(), damping, dtype == torch.float64)
+        damping *= 10
+    raise RequestError(f"the inputs' second moments are not positive definite, even with damping {damping / 10:g}")
+
+
+def inverse_factor(H: Tensor) -> Tensor | None:
+    """Upper triangular U with H**-1 = Uᵀ U, or None if H is not positive definite in its precision.
+
+    With rows and columns turned round, H = R Rᵀ for an upper triangular R, and U = R**-1: one Cholesky factor and one
+    triangular inverse, where inverting H first takes two of each.
+    """
+    lower, info = torch.linalg.cholesky_ex(H.flip(0, 1))
+    if int(info):
+        return None
+    identity = torch.eye(len(H), dtype=H.dtype, device=H.device)
+    upper: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    return upper if bool(upper.isfinite().all()) else None

@@ -1,0 +1,144 @@
+"""Calibrated runs: what layers are shown, block after block, and what is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import write_tiny_model
+from torch import Tensor, nn
+
+from neoquant.calibration import SHARING, Calibration, Walk, draw, hash_texts
+from neoquant.errors import RequestError
+from neoquant.layer import QuantLinear
+from neoquant.loading import load_model
+from neoquant.model.config import GPTNeoConfig
+from neoquant.model.gpt_neo import GPTNeoForCausalLM
+from neoquant.quantization import quantize
+from neoquant.quantizers import Gptq, Hessian
+from neoquant.recipe import Recipe
+
+GPTQ3 = Recipe.simple(3, "affine", group_size=32, quantizer="gptq")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("calibration") / "plain", hidden_size=32, num_heads=4)
+
+
+def calibration(rows: int = 12, length: int = 24, seed: int = 0) -> Calibration:
+    ids = torch.randint(0, 200, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return Calibration(ids, "made up", hash_texts(["made up"]), seed)
+
+
+def embedded(model: GPTNeoForCausalLM, ids: Tensor) -> Tensor:
+    return model.transformer.wte(ids) + model.transformer.wpe(torch.arange(ids.shape[1]))
+
+
+def collect(inputs: Callable[[], Iterator[Tensor]], columns: int) -> Tensor:
+    return torch.cat([piece.reshape(-1, columns) for piece in inputs()])
+
+
+def damaged(name: str, w: Tensor, seen: Any) -> Tensor:
+    """Stands for a quantizer: anything that changes the weight."""
+    return (w * 16).round() / 16
+
+
+@torch.inference_mode()
+def test_layers_are_shown_what_the_quantized_model_gives_them(model: Path) -> None:
+    plain, changed = load_model(model, GPTNeoForCausalLM), load_model(model, GPTNeoForCausalLM)
+    ids = calibration().ids
+    walk = Walk(embedded(plain, ids), plain.config.window_size, tokens=5 * ids.shape[1])
+    shown: list[Tensor] = []
+    expected: dict[str, Tensor] = {}
+    for block in plain.transformer.h:
+        before = walk.x.clone()
+        shown.clear()
+        walk.through(block, lambda inputs, columns: shown.append(collect(inputs, columns)), damaged)
+        twin = changed.transformer.h[list(plain.transformer.h).index(block)]
+        for stage, names in enumerate(SHARING):  # earlier layers of the block changed already, later ones not yet
+            linear = twin.get_submodule(names[0])
+            hook = linear.register_forward_pre_hook(lambda _, given: expected.update(x=given[0]))
+            twin(before, walk.masks)
+            hook.remove()
+            assert torch.allclose(shown[stage], expected["x"].reshape(shown[stage].shape), atol=1e-5)
+            for name in names:
+                layer = twin.get_submodule(name)
+                assert isinstance(layer, nn.Linear)
+                layer.weight.data = damaged(name, layer.weight.data, None)
+                assert torch.equal(layer.weight, block.get_submodule(name).weight)
+        assert torch.allclose(walk.x, twin(before, walk.masks), atol=1e-5)
+
+
+def test_a_folder_is_the_quantizer_applied_block_by_block(model: Path, tmp_path: Path) -> None:
+    made = quantize(model, tmp_path / "out", GPTQ3, calibration=calibration())
+    again = quantize(model, tmp_path / "again", GPTQ3, calibration=calibration())
+    for name in ("model.safetensors", "config.json", "calibration.json"):
+        assert (made.folder / name).read_bytes() == (again.folder / name).read_bytes(), name
+    assert made.source_sha256 == quantize(model, tmp_path / "nf4", Recipe.simple()).source_sha256
+    loaded, plain = load_model(made.folder, GPTNeoForCausalLM), load_model(model, GPTNeoForCausalLM)
+    with torch.inference_mode():
+        walk = Walk(embedded(plain, calibration().ids), plain.config.window_size)
+        for number, block in enumerate(plain.transformer.h):
+            found: dict[str, Tensor] = {}
+
+            def observe(inputs: Callable[[], Iterator[Tensor]], columns: int) -> Hessian:
+                hessian = Hessian(columns)
+                for piece in inputs():
+                    hessian.add(piece)
+                return hessian
+
+            def rounded(name: str, w: Tensor, seen: Hessian, found: dict[str, Tensor] = found) -> Tensor:
+                q = Gptq().quantize(w, GPTQ3.rules[0].grid(), seen)
+                found[name] = q.dequantize(torch.float32)
+                return found[name]
+
+            walk.through(block, observe, rounded)
+            for name, expected in found.items():
+                layer = loaded.transformer.h[number].get_submodule(name)
+                assert isinstance(layer, QuantLinear)
+                assert torch.allclose(layer.quantized.dequantize(torch.float32), expected, atol=1e-6)
+
+
+def test_records_and_plans(model: Path, tmp_path: Path) -> None:
+    recipe = Recipe.simple(4, "nf4", quantizer="gptq", keep=["*.c_proj"])
+    assert recipe.name == "nf4-gptq" and GPTQ3.name == "gptq3"
+    made = quantize(model, tmp_path / "out", recipe, calibration=calibration())
+    record = json.loads((made.folder / "calibration.json").read_text())
+    assert record["calibration"] == {
+        "source": "made up", "sha256": hash_texts(["made up"]), "rows": 12, "length": 24, "seed": 0,
+    }  # fmt: skip
+    assert len(record["layers"]) == 10
+    assert all(0 < layer["error"] < layer["error_nearest"] for layer in record["layers"].values())
+    config = json.loads((made.folder / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "bitsandbytes"
+    assert load_model(made.folder, GPTNeoForCausalLM)(calibration().ids[:1]).logits.isfinite().all()
+
+
+def test_what_does_not_fit_is_refused(model: Path, tmp_path: Path) -> None:
+    positions = GPTNeoConfig.from_pretrained(model).max_position_embeddings
+    for recipe, given, message in (
+        (GPTQ3, None, "gptq must see text: name some with --calibration"),
+        (Recipe.simple(), calibration(), "rounding to nearest sees no text"),
+        (GPTQ3, calibration(length=positions + 1), f"the model has {positions} positions"),
+        (GPTQ3, Calibration(torch.full((1, 4), 99999), "", "", 0), "holds token 99999"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            quantize(model, tmp_path / "out", recipe, calibration=given)
+        assert not (tmp_path / "out").exists()
+
+
+def test_rows_are_drawn_from_all_texts() -> None:
+    rows = draw([[1, 2, 3], [4, 5]], 0, 50, 3, seed=1)
+    assert {tuple(row) for row in rows.tolist()} == {(1, 2, 3), (2, 3, 0), (3, 0, 4), (0, 4, 5), (4, 5, 0)}
+    assert torch.equal(rows, draw([[1, 2, 3], [4, 5]], 0, 50, 3, seed=1))
+    assert not torch.equal(rows, draw([[1, 2, 3], [4, 5]], 0, 50, 3, seed=2))
+    with pytest.raises(RequestError, match="needs 8 tokens for a row, the text has 7"):
+        draw([[1, 2, 3], [4, 5]], 0, 1, 8, seed=0)
+    with pytest.raises(RequestError, match="0 rows of 3 tokens"):
+        draw([[1]], 0, 0, 3, seed=0)
+    assert hash_texts(["ab", "c"]) != hash_texts(["a", "bc"])

@@ -1,0 +1,172 @@
+"""GPTQ checkpoints: golden tensors made by hand from the definition, what others write, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_tiny_model
+from torch import Tensor
+from weights import make_weight
+
+from neoquant.errors import FormatError
+from neoquant.formats import FORMATS, Gptq, choose, detect
+from neoquant.grids import GROUP_SIZES, Affine, Codebook
+from neoquant.layer import QuantLinear
+from neoquant.loading import load_model
+from neoquant.model.gpt_neo import GPTNeoForCausalLM
+from neoquant.quantization import quantize
+from neoquant.quantizers import Nearest
+from neoquant.recipe import Recipe
+from neoquant.tensor import QuantizedTensor
+
+
+def words_by_definition(values: list[int], bits: int) -> list[int]:
+    """Integers packed as the format says: for 3 bits, 32 values in three words, two of which are split."""
+    words = []
+    if bits != 3:
+        per_word = 32 // bits
+        for start in range(0, len(values), per_word):
+            words.append(sum(value << (bits * k) for k, value in enumerate(values[start : start + per_word])))
+    else:
+        for start in range(0, len(values), 32):
+            v = values[start : start + 32]
+            first = sum(v[k] << (3 * k) for k in range(10)) | (v[10] & 3) << 30
+            second = v[10] >> 2 | sum(v[11 + k] << (3 * k + 1) for k in range(10)) | (v[21] & 1) << 31
+            third = v[21] >> 1 | sum(v[22 + k] << (3 * k + 2) for k in range(10))
+            words += [first, second, third]
+    return [word - (1 << 32) if word >> 31 else word for word in words]
+
+
+def by_definition(
+    codes: Tensor, scale: Tensor, zero: Tensor, g_idx: Tensor, bits: int, version: int
+) -> dict[str, Tensor]:
+    """The four tensors of codes[O, I], scale and zero[O, G], with python integers only."""
+    rows = len(codes)
+    qweight = [words_by_definition(codes[row].tolist(), bits) for row in range(rows)]
+    stored = zero - 1 if version == 1 else zero
+    qzeros = [words_by_definition(stored[:, group].tolist(), bits) for group in range(zero.shape[1])]
+    return {
+        ".qweight": torch.tensor(qweight, dtype=torch.int32).T.contiguous(),
+        ".qzeros": torch.tensor(qzeros, dtype=torch.int32),
+        ".scales": scale.T.contiguous(),
+        ".g_idx": g_idx.to(torch.int32),
+    }
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+def reader(grid: Affine, checkpoint_format: str | None, desc_act: bool = False) -> Gptq:
+    said = {"quant_method": "gptq", "bits": grid.bits, "group_size": grid.group_size, "sym": grid.symmetric}
+    said |= {"desc_act": desc_act} | ({} if checkpoint_format is None else {"checkpoint_format": checkpoint_format})
+    found = detect({"quantization_config": said}, ["transformer.h.0.mlp.c_fc.g_idx"])
+    assert isinstance(found, Gptq)
+    return found
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("ordered", [False, True], ids=["", "ordered"])
+def test_golden(bits: int, group_size: int, symmetric: bool, ordered: bool) -> None:
+    grid = Affine(bits, group_size, symmetric)
+    w = make_weight((32, 160), torch.float16, "normal", bits)  # 160: ragged for 64, 128, one short group for 256
+    codes, params = grid.nearest(w)
+    width = grid.width(160)
+    order = torch.randperm(160, generator=torch.Generator().manual_seed(3)) if ordered else torch.arange(160)
+    q = QuantizedTensor(codes, grid, params, order.int() if ordered else None)
+    g_idx = torch.empty(160, dtype=torch.int64)
+    natural = torch.empty_like(codes)
+    for column, place in enumerate(order.tolist()):
+        g_idx[place], natural[:, place] = column // width, codes[:, column]
+    zero = torch.full(params["scale"].shape, grid.middle) if symmetric else params["zero"].int()
+    expected = by_definition(natural, params["scale"], zero, g_idx, bits, 1 if symmetric else 2)
+    assert same(FORMATS["gptq"].encode(q), expected)
+    config = FORMATS["gptq"].config({"x": grid}, [])
+    assert config["checkpoint_format"] == ("gptq" if symmetric else "gptq_v2")
+    assert reader(grid, config["checkpoint_format"], ordered).decode(expected).dequantize().equal(q.dequantize())
+    # as others may write the same weight
+    if symmetric or bool((zero > 0).all()):
+        first = by_definition(natural, params["scale"], zero, g_idx, bits, 1)
+        for said in ("gptq", None):
+            assert reader(grid, said, ordered).decode(first).dequantize().equal(q.dequantize())
+    second = by_definition(natural, params["scale"], zero, g_idx, bits, 2)
+    assert reader(grid, "gptq_v2", ordered).decode(second).dequantize().equal(q.dequantize())
+
+
+def test_v1_refuses_a_zero_of_zero() -> None:
+    grid = Affine(4, -1)
+    codes, params = grid.nearest(make_weight((32, 32), torch.float16, "normal").abs())
+    assert (params["zero"] == 0).all()
+    tensors = FORMATS["gptq"].encode(QuantizedTensor(codes, grid, params))
+    assert reader(grid, "gptq_v2").decode(tensors).dequantize().isfinite().all()
+    wrapped = tensors | {".qzeros": torch.full_like(tensors[".qzeros"], -1)}
+    with pytest.raises(
+        FormatError, match="qzeros holds 15 in a v1 checkpoint, which programs read as a zero of 0 or 16"
+    ):
+        reader(grid, "gptq").decode(wrapped)
+
+
+def test_zeros_count_more_than_what_is_said_of_symmetry() -> None:
+    q = Nearest().quantize(make_weight((32, 64), torch.float16, "normal"), Affine(4, 32))
+    tensors = FORMATS["gptq"].encode(q)
+    found = reader(Affine(4, 32, True), "gptq_v2").decode(tensors)
+    assert found.grid == Affine(4, 32) and found.dequantize().equal(q.dequantize())
+
+
+def test_what_is_refused() -> None:
+    q = Nearest().quantize(make_weight((32, 64), torch.float16, "normal"), Affine(4, 32))
+    tensors = FORMATS["gptq"].encode(q)
+    good = reader(Affine(4, 32), "gptq_v2")
+    lopsided = tensors[".g_idx"].clone()
+    lopsided[0] = 1
+    for change, message in (
+        ({".g_idx": lopsided}, "g_idx must put 32 inputs into each group"),
+        ({".scales": tensors[".scales"].float() + 1e-6}, "scales is torch.float32 and does not fit float16"),
+        ({".scales": tensors[".scales"][:1]}, r"scales is float16 \[2, 32\], got torch.float16 \[1, 32\]"),
+        ({".qweight": tensors[".qweight"][:, :, None]}, "qweight is int32"),
+    ):
+        with pytest.raises(FormatError, match=message):
+            good.decode({**tensors, **change})
+    assert good.decode({**tensors, ".scales": tensors[".scales"].float()}).equals(q)
+    with pytest.raises(FormatError, match="checkpoint_format 'marlin'; neoquant reads gptq and gptq_v2"):
+        reader(Affine(4, 32), "marlin").decode(tensors)
+    with pytest.raises(FormatError, match="states bits, group_size and sym"):
+        Gptq().decode(tensors)
+    with pytest.raises(FormatError, match="quantization_config: group size 48"):
+        Gptq({"bits": 4, "group_size": 48, "sym": False}).decode(tensors)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_folder_is_made_and_run(tmp_path: Path, symmetric: bool) -> None:
+    source = write_tiny_model(tmp_path / "plain", hidden_size=32, num_heads=4)
+    recipe = Recipe.simple(3, "affine", group_size=64, symmetric=symmetric, keep=["transformer.h.1.mlp.*"])
+    made = quantize(source, tmp_path / "out", recipe)
+    config = json.loads((made.folder / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["bits"], config["sym"]) == ("gptq", 3, symmetric)
+    assert set(config["dynamic"]) == {r"-:.*h\.1\.mlp\.c_fc$", r"-:.*h\.1\.mlp\.c_proj$"}
+    model, plain = load_model(made.folder, GPTNeoForCausalLM), load_model(source, GPTNeoForCausalLM)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantLinear)}
+    assert len(layers) == 10
+    for name, layer in layers.items():
+        linear = plain.get_submodule(name)
+        assert isinstance(linear, torch.nn.Linear)
+        expected = Nearest().quantize(linear.weight.detach(), layer.grid).dequantize(torch.float32)
+        assert torch.equal(layer.quantized.dequantize(torch.float32), expected)
+        linear.weight.data = expected
+    ids = torch.arange(20)[None]
+    assert torch.allclose(model(ids).logits, plain(ids).logits, atol=1e-5)
+
+
+def test_one_checkpoint_is_of_one_kind() -> None:
+    layers = {"a": (Affine(4, 64), (64, 64)), "b": (Affine(4, 32), (64, 64))}
+    assert choose(layers).name == "packed"
+    assert choose({"a": layers["a"]}).name == "gptq"
+    assert choose({"a": (Affine(4, 64), (64, 24))}).name == "packed"
+    assert choose({"a": (Codebook(), (64, 64))}).name == "bnb4"
+    kept = FORMATS["gptq"].config({"a": Affine()}, ["h.0.mlp.c_fc", "lm_head", "score"])
+    assert kept["dynamic"] == {r"-:.*h\.0\.mlp\.c_fc$": {}}
