@@ -6,9 +6,9 @@
 
 A grid is a plain value: two grids are equal if they say the same. A weight w[O, I] on a grid is `codes`, uint8[O, I],
 and `params`, a few tensors by name whose shapes follow from the weight's. `nearest` gives bitsandbytes' own bytes,
-which tests hold. Everything works in pieces of `CHUNK` weights, so it needs little beside the weight and the codes;
-and a piece stays below what torch would split over its threads, whose meeting costs more than the work where the
-processor is busy.
+which tests hold, and is the native library's work where that does not refuse. Everything works in pieces of `CHUNK`
+weights, so it needs little beside the weight and the codes; and a piece stays below what torch would split over its
+threads, whose meeting costs more than the work where the processor is busy.
 
 The NF4 and FP4 tables, and the table of double quantization, live here and nowhere else.
 """
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from neoquant.errors import FormatError, RequestError
+from neoquant.native import rounding
 
 Params = dict[str, Tensor]
 ParamShapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -164,6 +165,11 @@ class Codebook(Grid):
         }
 
     def nearest(self, w: Tensor) -> tuple[Tensor, Params]:
+        if rounding.refuse(w) is None:
+            flat = w.detach().reshape(-1)
+            codes, absmax = rounding.round_blocks(flat, self.block_size, *_midpoints(self.kind))
+            _require_finite(absmax)
+            return codes.view(w.shape), self._store(absmax)
         absmax = self._absmax(w)
         return self._codes(w, absmax), self._store(absmax)
 
@@ -233,6 +239,9 @@ class Codebook(Grid):
         if not self.double_quant:
             return {"absmax": absmax}
         offset = absmax.mean()  # as in bitsandbytes; its last bit can depend on how many threads torch has
+        if rounding.refuse_nested(absmax) is None:
+            stored, coarse = rounding.round_nested(absmax - offset, double_quant_table(absmax.device))
+            return {"absmax": stored, "nested_absmax": coarse, "nested_offset": offset}
         stored, state = load_bitsandbytes().functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
         return {"absmax": stored, "nested_absmax": state.absmax, "nested_offset": offset}
 
@@ -261,6 +270,10 @@ class Int8Rows(Grid):
         return {"scb": (torch.float32, (shape[0],))}
 
     def nearest(self, w: Tensor) -> tuple[Tensor, Params]:
+        if rounding.refuse(w) is None:
+            codes, scb = rounding.round_rows(w.detach())
+            self._require_half(w, scb)
+            return codes.view(torch.uint8), {"scb": scb}
         params = self.fit(w)
         return self.round(w, params), params
 
@@ -268,10 +281,7 @@ class Int8Rows(Grid):
         scb = torch.empty(w.shape[0], dtype=torch.float32, device=w.device)
         for rows in _row_spans(w):
             scb[rows] = w[rows].detach().abs().amax(1).to(torch.float16)
-        if not scb.isfinite().all() and w.isfinite().all():
-            largest = w.abs().max().item()
-            raise FormatError(f"int8 goes through float16, which ends at 65504; the largest weight is {largest:g}")
-        _require_finite(scb)
+        self._require_half(w, scb)
         return {"scb": scb}
 
     def round(self, w: Tensor, params: Params) -> Tensor:
@@ -288,6 +298,13 @@ class Int8Rows(Grid):
         for rows in _row_spans(codes):
             out[rows] = codes[rows].view(torch.int8) * step[rows]
         return out
+
+    @staticmethod
+    def _require_half(w: Tensor, scb: Tensor) -> None:
+        if not scb.isfinite().all() and w.isfinite().all():
+            largest = w.abs().max().item()
+            raise FormatError(f"int8 goes through float16, which ends at 65504; the largest weight is {largest:g}")
+        _require_finite(scb)
 
 
 GRIDS: dict[str, type[Grid]] = {"nf4": Codebook, "fp4": Codebook, "int8": Int8Rows}
@@ -347,20 +364,25 @@ def double_quant_table(device: torch.device) -> Tensor:
 
 
 @cache
+def _midpoints(kind: str) -> tuple[Tensor, Tensor]:
+    """Midpoints between neighbouring values in rising order, float32[15], and the codes of the intervals, uint8[16]."""
+    values, order = codebook_table(kind, torch.device("cpu")).sort(stable=True)
+    return (values[:-1] + values[1:]) / 2, order.to(torch.uint8)
+
+
+@cache
 def _cells(kind: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """[-1, 1] in cells of 1 / CELLS, so narrow that none holds two midpoints between neighbouring values.
 
     For each cell: the midpoint in it (infinity if there is none), float32, and the codes of the values below and
     above it, uint8. A weight on a midpoint goes to the lower neighbour.
     """
-    values, order = codebook_table(kind, torch.device("cpu")).sort(stable=True)
-    midpoints = (values[:-1] + values[1:]) / 2
+    midpoints, codes = _midpoints(kind)
     cells = midpoints.mul(CELLS).add(CELLS).int()
     assert cells.diff().all(), "two midpoints in one cell"
     bound = torch.full((2 * CELLS + 1,), torch.inf)
     bound[cells.long()] = midpoints
     lower = torch.bucketize(torch.arange(2 * CELLS + 1), cells.long())  # midpoints in cells before this one
-    codes = order.to(torch.uint8)
     return bound.to(device), codes[lower].to(device), codes[(lower + 1).clamp(max=len(midpoints))].to(device)
 
 
