@@ -9,7 +9,7 @@ import os
 
 from setuptools import Extension, setup
 
-SOURCES = [f"neoquant/native/{name}.c" for name in ("parallel", "quantize")]
+SOURCES = [f"neoquant/native/{name}.c" for name in ("multiply", "parallel", "quantize")]
 
 # No contraction to fused multiply-add: where a rounding decides a byte, it is bitsandbytes' rounding.
 FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"]

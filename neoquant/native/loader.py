@@ -21,9 +21,10 @@ from neoquant.errors import RequestError
 ISAS = ("portable", "avx2", "avx512")  # by their number in cpu.h
 SWITCH = "NEOQUANT_ISA"
 FOLDER = Path(__file__).parent  # where the library was put when neoquant was installed
-VERSION = 1  # of the C functions' signatures, as in parallel.c
+VERSION = 2  # of the C functions' signatures, as in parallel.c
 
-_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_CODEBOOK = (*(_POINTER,) * 7, _INT)  # the packed weight itself
 _SIGNATURES: dict[str, tuple[type, ...]] = {
     "nq_use_team": (_POINTER,),
     "nq_round_blocks": (_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT),
@@ -31,6 +32,10 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "nq_round_nested": (_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _INT),
     "nq_pack_nibbles": (_POINTER, _POINTER, _LONG, _INT),
     "nq_unpack_nibbles": (_POINTER, _POINTER, _LONG, _INT),
+    "nq_multiply_codebook": (*_CODEBOOK, _LONG, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT),
+    "nq_multiply_int8": (_POINTER, _POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT),
+    "nq_decode_codebook": (*_CODEBOOK, _LONG, _LONG, _LONG, _POINTER, _INT, _INT),
+    "nq_decode_int8": (_POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _INT),
 }
 
 

@@ -61,7 +61,7 @@ void nq_parallel(int threads, int64_t n, int64_t grain, nq_range run, void *job)
 }
 
 /* Of the signatures of every exported function: the loader refuses a library whose number is not its own. */
-NQ_EXPORT int nq_version(void) { return 1; }
+NQ_EXPORT int nq_version(void) { return 2; }
 
 /* The address of torch's GOMP_parallel, or 0 for threads of our own. */
 NQ_EXPORT void nq_use_team(void *gomp_parallel) { team = (team_function)gomp_parallel; }

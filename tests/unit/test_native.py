@@ -7,14 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from switch import forced
 from torch import Tensor
 from weights import make_weight, weights
 
@@ -25,28 +25,9 @@ from neoquant.native import loader
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 codebooks = st.builds(Codebook, st.sampled_from(["nf4", "fp4"]), st.sampled_from(BLOCK_SIZES), st.booleans())
-any_threads = st.sampled_from([1, 2, 5])
+any_threads = st.sampled_from([1, 2])
 
 every_isa = pytest.mark.parametrize("isa", native.ISAS)
-
-
-@contextmanager
-def forced(isa: str, threads: int | None = None) -> Iterator[None]:
-    """Run on one instruction set (or `off`) and so many threads; skipped where this machine cannot."""
-    if isa != "off" and isa not in native.runnable():
-        pytest.skip(f"{isa} does not run here: {native.active().reason}")
-    before, running = os.environ.get(native.SWITCH), torch.get_num_threads()
-    os.environ[native.SWITCH] = isa
-    native.active.cache_clear()
-    torch.set_num_threads(threads or running)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(running)
-        os.environ.pop(native.SWITCH)
-        if before is not None:
-            os.environ[native.SWITCH] = before
-        native.active.cache_clear()
 
 
 def nearest(grid: Grid, w: Tensor, isa: str, threads: int = 1) -> tuple[Tensor, Params]:
@@ -63,14 +44,14 @@ def require_same(found: tuple[Tensor, Params], expected: tuple[Tensor, Params]) 
 
 
 @every_isa
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(w=weights(), grid=codebooks, threads=any_threads)
 def test_codebooks_round_as_bitsandbytes_does(isa: str, w: Tensor, grid: Codebook, threads: int) -> None:
     require_same(nearest(grid, w, isa, threads), nearest(grid, w, "off"))
 
 
 @every_isa
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(w=weights(), threads=any_threads)
 def test_int8_rounds_as_bitsandbytes_does(isa: str, w: Tensor, threads: int) -> None:
     require_same(nearest(Int8Rows(), w, isa, threads), nearest(Int8Rows(), w, "off"))
