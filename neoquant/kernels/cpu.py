@@ -2,7 +2,8 @@
 
 Few rows of activations (generating) are multiplied with the packed weight as it lies, in float32 whatever their type:
 every byte of the weight is read once. Many rows (prefill, evaluation) are multiplied by torch, in their own type,
-with a piece of the weight at a time, decoded to where the cache still holds it.
+with a piece of the weight at a time: a large weight is never decoded whole, a small one at once, since every piece
+costs a meeting of the threads.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from neoquant.native import products
 from neoquant.tensor import QuantizedTensor
 
 FEW = 8  # rows up to which the packed product is the faster one
-PIECE = 1 << 20  # weights decoded at once: 4 MiB
+PIECE = 1 << 22  # weights decoded at once: 16 MiB
 
 
 class Cpu(Kernel):
