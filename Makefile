@@ -20,7 +20,7 @@ $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt
+$(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt setup.py $(wildcard neoquant/native/*.[ch])
 	@echo "installing neoquant into $(VENV) (torch is large: the first time takes minutes)"
 	$(PIP) --editable .
 	@touch $@
@@ -57,5 +57,5 @@ bench: $(VENV)/.installed-test  ## the measurements behind the README's figures
 	@for script in eval/bench/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:  ## remove the environment and everything made
-	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO) build dist *.egg-info neoquant/native/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

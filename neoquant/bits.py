@@ -21,6 +21,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from neoquant.native import rounding
+
 
 def row_bytes(n: int, bits: int) -> int:
     """Bytes that `n` codes of `bits` bits take in one row."""
@@ -75,6 +77,8 @@ def pack_nibbles(codes: Tensor, pad: int = 0) -> Tensor:
     _check(codes, 4)
     if codes.numel() % 2:
         codes = torch.nn.functional.pad(codes, (0, 1), value=pad)
+    if rounding.refuse_bytes(codes) is None:
+        return rounding.pack_nibbles(codes)
     return (codes[::2] << 4).bitwise_or_(codes[1::2])
 
 
@@ -83,6 +87,8 @@ def unpack_nibbles(words: Tensor, n: int, out: Tensor | None = None) -> Tensor:
     _check(words, 4)
     if words.numel() != row_bytes(n, 4):
         raise ValueError(f"{n} codes of 4 bits take {row_bytes(n, 4)} bytes, got {words.numel()}")
+    if out is None and rounding.refuse_bytes(words) is None:
+        return rounding.unpack_nibbles(words)[:n]
     codes = words.new_empty(n) if out is None else out
     codes[::2] = words >> 4
     codes[1::2] = (words & 0xF)[: n // 2]

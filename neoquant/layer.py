@@ -53,4 +53,19 @@ class QuantLinear(nn.Module):
         for name, tensor in self._state().items():
             if tensor.dtype != stored[name].dtype:  # fn casts: move the stored bits instead
                 self._buffers[name] = stored[name].to(tensor.device)
+        self._choose_again()
         return self
+
+    def _choose_again(self) -> None:
+        """Where the kernel cannot run on the device the layer has moved to, take one that can."""
+        state = self._state()
+        device = next(iter(state.values())).device
+        ordered = "order" in state
+        if device.type == "meta" or self.kernel.refuse(self.grid, self.shape, device, ordered) is None:
+            return
+        q = self.quantized
+        self.kernel = choose(self.grid, self.shape, device, ordered)
+        for name in state:
+            del self._buffers[name]
+        for name, tensor in self.kernel.pack(q).items():
+            self.register_buffer(name, tensor)

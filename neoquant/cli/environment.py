@@ -36,6 +36,7 @@ def facts() -> Iterator[Fact]:
             yield f"cuda:{index}", f"{device.name}, {device.total_memory / 1e9:.1f} GB"
     else:
         yield "cuda", "no device" if torch.version.cuda else "no device, and this torch is built without CUDA"
+    yield "native", _native()
     yield from _kernels()
 
 
@@ -45,6 +46,14 @@ def installed(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _native() -> str:
+    """Which path of the native library is active, and why."""
+    from neoquant import native
+
+    active = native.active()
+    return f"{active.reason}; {native.SWITCH} chooses" if active.library is not None else f"none: {active.reason}"
 
 
 def _cpu() -> tuple[str, list[str]]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from neoquant.errors import RequestError
 from neoquant.grids.base import Columns, Grid, Params, ParamShapes, count_pieces, require_finite, spans
+from neoquant.native import rounding
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE = 256  # how many absmax share a scale under double quantization
@@ -84,6 +85,11 @@ class Codebook(Grid):
         }
 
     def nearest(self, w: Tensor) -> tuple[Tensor, Params]:
+        if rounding.refuse(w) is None:
+            flat = w.detach().reshape(-1)
+            codes, absmax = rounding.round_blocks(flat, self.block_size, *_midpoints(self.kind))
+            require_finite(absmax)
+            return codes.view(w.shape), self._store(absmax)
         absmax = self._absmax(w)
         return self._codes(w, absmax), self._store(absmax)
 
@@ -182,6 +188,9 @@ class Codebook(Grid):
         if not self.double_quant:
             return {"absmax": absmax}
         offset = absmax.mean()  # as in bitsandbytes; its last bit can depend on how many threads torch has
+        if rounding.refuse_nested(absmax) is None:
+            stored, coarse = rounding.round_nested(absmax - offset, double_quant_table(absmax.device))
+            return {"absmax": stored, "nested_absmax": coarse, "nested_offset": offset}
         stored, state = load_bitsandbytes().functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
         return {"absmax": stored, "nested_absmax": state.absmax, "nested_offset": offset}
 
@@ -262,18 +271,23 @@ def nearest_codes(kind: str, scaled: Tensor) -> Tensor:
 
 
 @cache
+def _midpoints(kind: str) -> tuple[Tensor, Tensor]:
+    """Midpoints between neighbouring values in rising order, float32[15], and the codes of the intervals, uint8[16]."""
+    values, order = codebook_table(kind, torch.device("cpu")).sort(stable=True)
+    return (values[:-1] + values[1:]) / 2, order.to(torch.uint8)
+
+
+@cache
 def _cells(kind: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """[-1, 1] in cells of 1 / CELLS, so narrow that none holds two midpoints between neighbouring values.
 
     For each cell: the midpoint in it (infinity if there is none), float32, and the codes of the values below and
     above it, uint8. A weight on a midpoint goes to the lower neighbour.
     """
-    values, order = codebook_table(kind, torch.device("cpu")).sort(stable=True)
-    midpoints = (values[:-1] + values[1:]) / 2
+    midpoints, codes = _midpoints(kind)
     cells = midpoints.mul(CELLS).add(CELLS).int()
     assert cells.diff().all(), "two midpoints in one cell"
     bound = torch.full((2 * CELLS + 1,), torch.inf)
     bound[cells.long()] = midpoints
     lower = torch.bucketize(torch.arange(2 * CELLS + 1), cells.long())  # midpoints in cells before this one
-    codes = order.to(torch.uint8)
     return bound.to(device), codes[lower].to(device), codes[(lower + 1).clamp(max=len(midpoints))].to(device)

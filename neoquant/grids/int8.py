@@ -10,6 +10,7 @@ from torch import Tensor
 
 from neoquant.errors import FormatError
 from neoquant.grids.base import TO_INTEGER, Columns, Grid, Params, ParamShapes, require_finite, row_spans
+from neoquant.native import rounding
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class Int8Rows(Grid):
         return {"scb": (torch.float32, (shape[0],))}
 
     def nearest(self, w: Tensor) -> tuple[Tensor, Params]:
+        if rounding.refuse(w) is None:
+            codes, scb = rounding.round_rows(w.detach())
+            _require_half(w, scb)
+            return codes.view(torch.uint8), {"scb": scb}
         params = self.fit(w)
         return self.round(w, params), params
 
@@ -39,10 +44,7 @@ class Int8Rows(Grid):
         scb = torch.empty(w.shape[0], dtype=torch.float32, device=w.device)
         for rows in row_spans(w):
             scb[rows] = w[rows].detach().abs().amax(1).to(torch.float16)
-        if not scb.isfinite().all() and w.isfinite().all():
-            largest = w.abs().max().item()
-            raise FormatError(f"int8 goes through float16, which ends at 65504; the largest weight is {largest:g}")
-        require_finite(scb)
+        _require_half(w, scb)
         return {"scb": scb}
 
     def round(self, w: Tensor, params: Params) -> Tensor:
@@ -74,3 +76,10 @@ class _Int8Columns(Columns):
         codes = w.to(torch.float16) * self.inverse
         codes = codes.nan_to_num_(0).clamp_(-127, 127).round_()
         return codes.to(torch.int8).view(torch.uint8), (codes * self.step).to(w.dtype)
+
+
+def _require_half(w: Tensor, scb: Tensor) -> None:
+    if not scb.isfinite().all() and w.isfinite().all():
+        largest = w.abs().max().item()
+        raise FormatError(f"int8 goes through float16, which ends at 65504; the largest weight is {largest:g}")
+    require_finite(scb)

@@ -7,11 +7,12 @@ import torch
 from neoquant.grids import Grid
 from neoquant.kernels.base import Kernel, State
 from neoquant.kernels.bnb import Bitsandbytes
+from neoquant.kernels.cpu import Cpu
 from neoquant.kernels.reference import Reference
 
-KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (Bitsandbytes(), Reference())}
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (Cpu(), Bitsandbytes(), Reference())}
 
-__all__ = ["KERNELS", "Bitsandbytes", "Kernel", "Reference", "State", "choose"]
+__all__ = ["KERNELS", "Bitsandbytes", "Cpu", "Kernel", "Reference", "State", "choose"]
 
 
 def choose(grid: Grid, shape: tuple[int, ...], device: torch.device, ordered: bool = False) -> Kernel:

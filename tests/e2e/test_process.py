@@ -49,7 +49,9 @@ def test_a_terminal_without_utf8_does_not_crash(tiny_model: Path) -> None:
 def test_an_installed_copy_is_whole(tmp_path: Path) -> None:
     """A wheel holds suites, recipes and the bundled model, and runs from anywhere."""
     source = tmp_path / "source"
-    ignore = shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__", "build", "*.egg-info", "results")
+    ignore = shutil.ignore_patterns(
+        ".git", ".venv", ".*_cache", "__pycache__", "build", "*.egg-info", "*.so", "results"
+    )
     shutil.copytree(REPOSITORY, source, ignore=ignore)
     code = f"import setuptools.build_meta as b; print(b.build_wheel({str(tmp_path)!r}))"
     subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, check=True)

@@ -1,0 +1,44 @@
+/* What the sources of neoquant's native library share.
+ *
+ * Every entry point is a plain C function that ctypes calls with addresses of CPU tensors. Each is told which
+ * instruction set to use and how many threads to run on, and keeps nothing between calls. Arithmetic that decides a
+ * byte is written out one rounding at a time (the sources are compiled with -ffp-contract=off).
+ */
+#ifndef NEOQUANT_CPU_H
+#define NEOQUANT_CPU_H
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#define NQ_X86 1
+#include <immintrin.h>
+#define NQ_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define NQ_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
+#endif
+
+#define NQ_INLINE static inline __attribute__((always_inline))
+#define NQ_EXPORT __attribute__((visibility("default")))
+
+enum nq_isa { NQ_ISA_PORTABLE = 0, NQ_ISA_AVX2 = 1, NQ_ISA_AVX512 = 2 };
+enum nq_dtype { NQ_FLOAT32 = 0, NQ_FLOAT16 = 1, NQ_BFLOAT16 = 2 };
+
+/* Calls run(job, begin, end) on pieces of [0, n), each a multiple of `grain` long but the last, on `threads` threads. */
+typedef void (*nq_range)(void *job, int64_t begin, int64_t end);
+void nq_parallel(int threads, int64_t n, int64_t grain, nq_range run, void *job);
+
+NQ_INLINE uint32_t nq_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+NQ_INLINE float nq_from_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+NQ_INLINE int64_t nq_min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+#endif

@@ -1,0 +1,117 @@
+"""Finds the compiled library, chooses its instruction set, and lends it torch's threads.
+
+The library is optional: where it was not compiled, or is switched off, `active()` says why, and everything runs
+through torch and bitsandbytes. Nothing is loaded on import. The environment variable NEOQUANT_ISA, read when the
+library is first wanted, forces an instruction set: `portable`, `avx2`, `avx512`, or `off` for none of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+
+from neoquant.errors import RequestError
+
+ISAS = ("portable", "avx2", "avx512")  # by their number in cpu.h
+SWITCH = "NEOQUANT_ISA"
+FOLDER = Path(__file__).parent  # where the library was put when neoquant was installed
+VERSION = 2  # of the C functions' signatures, as in parallel.c
+
+_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_CODEBOOK = (*(_POINTER,) * 7, _INT)  # the packed weight itself
+_SIGNATURES: dict[str, tuple[type, ...]] = {
+    "nq_use_team": (_POINTER,),
+    "nq_round_blocks": (_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT),
+    "nq_round_rows": (_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _INT, _INT),
+    "nq_round_nested": (_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _INT),
+    "nq_pack_nibbles": (_POINTER, _POINTER, _LONG, _INT),
+    "nq_unpack_nibbles": (_POINTER, _POINTER, _LONG, _INT),
+    "nq_multiply_codebook": (*_CODEBOOK, _LONG, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT),
+    "nq_multiply_int8": (_POINTER, _POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT),
+    "nq_decode_codebook": (*_CODEBOOK, _LONG, _LONG, _LONG, _POINTER, _INT, _INT),
+    "nq_decode_int8": (_POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _INT),
+}
+
+
+@dataclass(frozen=True)
+class Native:
+    """What is active: the library (None: nothing), the number of its instruction set, and the reason, for a reader."""
+
+    library: ctypes.CDLL | None
+    isa: int
+    reason: str
+
+    def call(self, function: str, *arguments: object) -> None:
+        """Call a C function; tensors are given by their `data_ptr()`."""
+        getattr(self.library, function)(*arguments)
+
+
+@cache
+def active() -> Native:
+    """The library as this process uses it, found once.
+
+    Raises RequestError where NEOQUANT_ISA names what there is not, or what this machine cannot run.
+    """
+    wanted = os.environ.get(SWITCH, "")
+    if wanted not in ("", "off", *ISAS):
+        raise RequestError(f"{SWITCH} is {wanted!r}; legal are {', '.join(ISAS)} and off")
+    if wanted == "off":
+        return Native(None, 0, f"switched off by {SWITCH}=off")
+    library, reason = _load()
+    if library is None:
+        if wanted:
+            raise RequestError(f"{SWITCH} is {wanted!r}, but there is no native library: {reason}")
+        return Native(None, 0, reason)
+    best = library.nq_best_isa()
+    if wanted and ISAS.index(wanted) > best:
+        raise RequestError(f"{SWITCH} is {wanted!r}, but this machine's best is {ISAS[best]}")
+    isa = ISAS.index(wanted) if wanted else best
+    return Native(library, isa, f"{ISAS[isa]} {f'forced by {SWITCH}' if wanted else 'is the best here'}, {reason}")
+
+
+def runnable() -> list[str]:
+    """The instruction sets that this machine runs; empty without a library."""
+    library, _ = _load()
+    return [] if library is None else list(ISAS[: library.nq_best_isa() + 1])
+
+
+def threads() -> int:
+    """How many threads a call may use: as many as torch does."""
+    return torch.get_num_threads()
+
+
+@cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, with its signatures set and torch's threads lent to it, and a sentence about it."""
+    found = [path for suffix in EXTENSION_SUFFIXES if (path := FOLDER / f"_cpu{suffix}").exists()]
+    if not found:
+        return None, "not compiled when neoquant was installed (no C compiler, or NEOQUANT_NO_EXTENSION was set)"
+    try:
+        library = ctypes.CDLL(str(found[0]))
+        version = library.nq_version()
+        if version != VERSION:
+            return None, f"{found[0].name} is of version {version}, not {VERSION}: install neoquant again"
+        for name, types in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = types, None
+    except (OSError, AttributeError) as error:
+        return None, f"{found[0].name} cannot be used: {error}"
+    team = _torch_team()
+    library.nq_use_team(team)
+    return library, "on torch's OpenMP threads" if team else "on its own threads, for torch has no OpenMP"
+
+
+def _torch_team() -> int | None:
+    """The address of GOMP_parallel in the OpenMP runtime that torch itself is linked to, if it is to one."""
+    torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        team = ctypes.CDLL(str(torch_library)).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    return ctypes.cast(team, ctypes.c_void_p).value

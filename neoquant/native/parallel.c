@@ -1,0 +1,81 @@
+/* A parallel for.
+ *
+ * torch's OpenMP threads stay awake for a while after each of its operations; a second pool beside them would fight
+ * for the same cores. So where torch runs on OpenMP, the loader hands over GOMP_parallel of torch's own runtime
+ * (libgomp's stable entry point, which other runtimes provide as well), and the pieces run on torch's threads.
+ * Without it, threads are started for the call, which pays for long calls only.
+ */
+#include "cpu.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+enum { MOST_THREADS = 256, PIECES_A_THREAD = 4 };
+
+typedef void (*team_function)(void (*)(void *), void *, unsigned, unsigned);
+static team_function team;
+
+struct loop {
+    nq_range run;
+    void *job;
+    int64_t n, piece;
+    atomic_llong next;
+};
+
+/* Threads take the next piece until none is left: one that another program holds up does not hold up the others. */
+static void work(void *argument) {
+    struct loop *loop = argument;
+    for (;;) {
+        int64_t begin = atomic_fetch_add(&loop->next, 1) * loop->piece;
+        if (begin >= loop->n) return;
+        loop->run(loop->job, begin, nq_min(begin + loop->piece, loop->n));
+    }
+}
+
+static void *work_in_thread(void *argument) {
+    work(argument);
+    return 0;
+}
+
+static void run_on_own_threads(int threads, struct loop *loop) {
+    pthread_t started[MOST_THREADS];
+    int count = 0;
+    while (count < threads - 1 && !pthread_create(&started[count], 0, work_in_thread, loop)) count++;
+    work(loop);
+    while (count > 0) pthread_join(started[--count], 0);
+}
+
+void nq_parallel(int threads, int64_t n, int64_t grain, nq_range run, void *job) {
+    if (threads > MOST_THREADS) threads = MOST_THREADS;
+    if (n <= grain || threads < 2) {
+        if (n > 0) run(job, 0, n);
+        return;
+    }
+    int64_t pieces = nq_min((int64_t)threads * PIECES_A_THREAD, (n + grain - 1) / grain);
+    int64_t piece = (n + pieces - 1) / pieces;
+    struct loop loop = {run, job, n, (piece + grain - 1) / grain * grain, 0};
+    if (team)
+        team(work, &loop, (unsigned)threads, 0);
+    else
+        run_on_own_threads(threads, &loop);
+}
+
+/* Of the signatures of every exported function: the loader refuses a library whose number is not its own. */
+NQ_EXPORT int nq_version(void) { return 2; }
+
+/* The address of torch's GOMP_parallel, or 0 for threads of our own. */
+NQ_EXPORT void nq_use_team(void *gomp_parallel) { team = (team_function)gomp_parallel; }
+
+/* The best instruction set that this machine runs. */
+NQ_EXPORT int nq_best_isa(void) {
+#ifdef NQ_X86
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return NQ_ISA_PORTABLE;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        return NQ_ISA_AVX512;
+    return NQ_ISA_AVX2; /* every CPU with AVX2 and FMA has F16C, which compilers have no portable name for */
+#else
+    return NQ_ISA_PORTABLE;
+#endif
+}

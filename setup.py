@@ -1,0 +1,27 @@
+"""The native library, which pyproject.toml cannot describe yet without being experimental.
+
+It is a plain C library that ctypes loads, built as if it were an extension module so that wheels and editable
+installs carry it. It is optional: without a compiler, the package installs and works without it. Set
+NEOQUANT_NO_EXTENSION=1 to leave it out on purpose.
+"""
+
+import os
+
+from setuptools import Extension, setup
+
+SOURCES = [f"neoquant/native/{name}.c" for name in ("multiply", "parallel", "quantize")]
+
+# No contraction to fused multiply-add: where a rounding decides a byte, it is bitsandbytes' rounding.
+FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"]
+
+native = Extension(
+    "neoquant.native._cpu",
+    SOURCES,
+    depends=["neoquant/native/cpu.h"],
+    extra_compile_args=FLAGS,
+    extra_link_args=["-pthread"],
+    libraries=["m"],
+    optional=True,
+)
+
+setup(ext_modules=[] if os.environ.get("NEOQUANT_NO_EXTENSION", "") not in ("", "0") else [native])

@@ -1,0 +1,31 @@
+"""Forces a path of the native library."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from neoquant import native
+
+
+@contextmanager
+def forced(isa: str, threads: int | None = None) -> Iterator[None]:
+    """Run on one instruction set (or `off`) and so many threads; skipped where this machine cannot."""
+    if isa != "off" and isa not in native.runnable():
+        pytest.skip(f"{isa} does not run here: {native.active().reason}")
+    before, running = os.environ.get(native.SWITCH), torch.get_num_threads()
+    os.environ[native.SWITCH] = isa
+    native.active.cache_clear()
+    torch.set_num_threads(threads or running)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(running)
+        os.environ.pop(native.SWITCH)
+        if before is not None:
+            os.environ[native.SWITCH] = before
+        native.active.cache_clear()

@@ -1,0 +1,188 @@
+"""The native library: every instruction set that this machine runs, on any number of threads, the same bytes."""
+
+from __future__ import annotations
+
+import _ctypes
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from switch import forced
+from torch import Tensor
+from weights import make_weight, weights
+
+from neoquant import bits, native
+from neoquant.errors import FormatError, RequestError
+from neoquant.grids import BLOCK_SIZES, Codebook, Grid, Int8Rows, Params
+from neoquant.native import loader
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+codebooks = st.builds(Codebook, st.sampled_from(["nf4", "fp4"]), st.sampled_from(BLOCK_SIZES), st.booleans())
+any_threads = st.sampled_from([1, 2])
+
+every_isa = pytest.mark.parametrize("isa", native.ISAS)
+
+
+def nearest(grid: Grid, w: Tensor, isa: str, threads: int = 1) -> tuple[Tensor, Params]:
+    with forced(isa, threads):
+        return grid.nearest(w)
+
+
+def require_same(found: tuple[Tensor, Params], expected: tuple[Tensor, Params]) -> None:
+    assert torch.equal(found[0], expected[0])
+    assert found[1].keys() == expected[1].keys()
+    for name, param in expected[1].items():
+        assert found[1][name].dtype == param.dtype
+        assert found[1][name].numpy().tobytes() == param.numpy().tobytes(), name
+
+
+@every_isa
+@settings(deadline=None, max_examples=40)
+@given(w=weights(), grid=codebooks, threads=any_threads)
+def test_codebooks_round_as_bitsandbytes_does(isa: str, w: Tensor, grid: Codebook, threads: int) -> None:
+    require_same(nearest(grid, w, isa, threads), nearest(grid, w, "off"))
+
+
+@every_isa
+@settings(deadline=None, max_examples=40)
+@given(w=weights(), threads=any_threads)
+def test_int8_rounds_as_bitsandbytes_does(isa: str, w: Tensor, threads: int) -> None:
+    require_same(nearest(Int8Rows(), w, isa, threads), nearest(Int8Rows(), w, "off"))
+
+
+@every_isa
+@pytest.mark.parametrize("grid", [Codebook(), Codebook("fp4", 128), Int8Rows()], ids=str)
+def test_pieces_on_threads_do_not_show(isa: str, grid: Grid) -> None:
+    w = make_weight((173, 1031), torch.bfloat16, "normal")
+    expected = nearest(grid, w, "off")
+    for threads in (1, 3):
+        require_same(nearest(grid, w, isa, threads), expected)
+        require_same(nearest(grid, w.T.contiguous().T, isa, threads), expected)
+
+
+@every_isa
+def test_every_half_and_many_singles_become_int8(isa: str) -> None:
+    """Each of the 65536 halves that are numbers, as a row with the largest one; and singles around half's edges."""
+    halves = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    halves = halves[halves.isfinite()]
+    near = torch.cat([halves[:2100].float() * factor for factor in (1 - 2**-12, 1 - 2**-11, 1.0, 1 + 2**-11)])
+    rows = [halves.view(-1, 64), halves.view(-1, 64).bfloat16()[:400], near.view(-1, 24), near.view(-1, 24) * 2**-9]
+    for w in rows:
+        require_same(nearest(Int8Rows(), w, isa), nearest(Int8Rows(), w, "off"))
+
+
+@every_isa
+@pytest.mark.parametrize("grid", [Codebook(), Codebook("fp4", 64, False), Int8Rows()], ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [(0, 3), (7, 79)])  # in a whole block, in the short one
+def test_weights_that_are_not_finite_are_refused(isa: str, grid: Grid, bad: float, place: tuple[int, int]) -> None:
+    w = make_weight((8, 84), torch.float32, "normal")
+    w[place] = bad
+    with forced(isa), pytest.raises(FormatError, match="holds infinity or NaN"):
+        grid.nearest(w)
+
+
+@every_isa
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 300), st.integers(0, 99))
+def test_nibbles_pack_as_in_torch(isa: str, n: int, seed: int) -> None:
+    codes = torch.randint(0, 16, (n,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    with forced("off"):
+        expected = bits.pack_nibbles(codes, pad=7)
+    with forced(isa):
+        assert torch.equal(bits.pack_nibbles(codes, pad=7), expected)
+        assert torch.equal(bits.unpack_nibbles(expected, n), codes)
+
+
+def test_own_threads_do_what_torch_s_do() -> None:
+    """Where torch has no OpenMP, the library starts threads itself."""
+    w = make_weight((64, 4096), torch.float16, "normal")
+    expected = nearest(Codebook(), w, "off")
+    library = loader._load()[0]
+    if library is None:
+        pytest.skip(native.active().reason)
+    library.nq_use_team(None)
+    try:
+        require_same(nearest(Codebook(), w, "portable", 3), expected)
+    finally:
+        library.nq_use_team(loader._torch_team())
+
+
+def test_the_switch_says_what_is_legal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.SWITCH, "sse9")
+    native.active.cache_clear()
+    try:
+        with pytest.raises(RequestError, match="NEOQUANT_ISA is 'sse9'; legal are portable, avx2, avx512 and off"):
+            native.active()
+    finally:
+        monkeypatch.undo()
+        native.active.cache_clear()
+
+
+def test_off_is_off() -> None:
+    with forced("off"):
+        assert native.active().library is None
+        assert native.active().reason == "switched off by NEOQUANT_ISA=off"
+
+
+@pytest.mark.parametrize(
+    ("library", "reason"),
+    [
+        (lambda path: None, "not compiled when neoquant was installed"),
+        (lambda path: path.write_bytes(b"not a library"), "_cpu.so cannot be used"),
+        (lambda path: shutil.copy(_ctypes.__file__, path), "_cpu.so cannot be used"),
+    ],
+    ids=["missing", "damaged", "another"],
+)
+def test_without_a_library_everything_works_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: Callable[[Path], None], reason: str
+) -> None:
+    w = make_weight((8, 84), torch.float16, "normal")
+    expected = nearest(Codebook(), w, "off")
+    library(tmp_path / "_cpu.so")
+    monkeypatch.setattr(loader, "FOLDER", tmp_path)
+    monkeypatch.delenv(native.SWITCH, raising=False)
+    forget()
+    try:
+        assert native.active().library is None and native.active().reason.startswith(reason)
+        assert native.runnable() == []
+        require_same(Codebook().nearest(w), expected)
+        monkeypatch.setenv(native.SWITCH, "portable")
+        native.active.cache_clear()
+        with pytest.raises(RequestError, match="NEOQUANT_ISA is 'portable', but there is no native library: "):
+            native.active()
+    finally:
+        monkeypatch.undo()
+        forget()
+
+
+def forget() -> None:
+    """Look for the library again."""
+    loader._load.cache_clear()
+    native.active.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("environment", "compiled"), [({}, True), ({"NEOQUANT_NO_EXTENSION": "1"}, False), ({"CC": "/bin/false"}, False)]
+)
+def test_a_wheel_carries_the_library_where_it_can(tmp_path: Path, environment: dict[str, str], compiled: bool) -> None:
+    if compiled and not native.runnable():
+        pytest.skip("there is no compiler, or the library was left out")
+    source = tmp_path / "source"
+    kept = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "neoquant", "recipes", "eval")
+    source.mkdir()
+    for name in kept:
+        path = REPOSITORY / name
+        ignore = shutil.ignore_patterns("*.so", "__pycache__", "results", "*.safetensors")
+        shutil.copytree(path, source / name, ignore=ignore) if path.is_dir() else shutil.copy(path, source / name)
+    command = [sys.executable, "setup.py", "--quiet", "build", "--build-lib", str(tmp_path / "built")]
+    subprocess.run(command, cwd=source, env=os.environ | environment, capture_output=True, check=True)
+    assert bool(list((tmp_path / "built" / "neoquant" / "native").glob("_cpu*.so"))) == compiled
