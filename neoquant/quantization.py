@@ -172,8 +172,12 @@ def _whole_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: int, name: s
         seen = {"source": "about so long", "sha256": _NO_DIGEST, "rows": 128, "length": 2048, "seed": 0}
         layers = {row.layer: report for row in planned.rows if row.quantizer is not None}
         written.append(_json({"calibration": seen, "layers": layers}))
-    beside = sum(checkpoint.companion_sizes().values()) + sum(len(text.encode()) for text in written)
-    return replace(planned, other_bytes=beside)
+    companions = checkpoint.companion_sizes()
+    beside = sum(companions.values()) + sum(len(text.encode()) for text in written)
+    notes = planned.notes
+    if "tokenizer.json" not in companions and not {"vocab.json", "merges.txt"} <= companions.keys():
+        notes += ("no tokenizer beside these weights: the result can be loaded, but not evaluated or generated with",)
+    return replace(planned, other_bytes=beside, notes=notes)
 
 
 def _require_another_folder(source: str | Path, out: Path) -> None:

@@ -253,6 +253,13 @@ def test_quantized_sources_are_refused(tiny_model: Path, tmp_path: Path) -> None
             quantization.plan(out, NF4)
 
 
+def test_a_source_without_a_tokenizer_is_noted(make_model: Callable[..., Path]) -> None:
+    source = make_model()
+    assert not any("tokenizer" in note for note in quantization.plan(source, NF4).notes)
+    (source / "tokenizer.json").unlink()
+    assert any("no tokenizer beside these weights" in note for note in quantization.plan(source, NF4).notes)
+
+
 @pytest.mark.parametrize("force", [False, True])
 def test_the_source_is_never_replaced(tiny_model: Path, force: bool) -> None:
     with pytest.raises(RequestError, match="would be lost: name another folder"):
