@@ -7,9 +7,24 @@ cd "$(dirname "$0")/../.."
 made=$(mktemp -d)
 trap 'rm -rf "$made"' EXIT
 candidates=()
+
+quantized() { # name, options
+    neoquant quantize neoquant-demo "${@:2}" --out "$made/neoquant-demo-$1"
+    candidates+=("$made/neoquant-demo-$1")
+}
+calibrated() { # the same with error feedback, on text that the suite does not hold
+    quantized "$@" --calibration demo --rows 64
+}
+
 for recipe in int8 nf4-single nf4 fp4 mixed nf4-edges; do
-    neoquant quantize neoquant-demo --recipe "$recipe" --out "$made/neoquant-demo-$recipe"
-    candidates+=("$made/neoquant-demo-$recipe")
+    quantized "$recipe" --recipe "$recipe"
 done
+calibrated nf4-gptq --bits 4 --type nf4
+quantized affine4-g64 --bits 4 --type affine --group-size 64
+calibrated gptq4-g64 --bits 4 --type gptq --group-size 64
+quantized affine3-g64 --bits 3 --type affine --group-size 64
+calibrated gptq3-g64 --bits 3 --type gptq --group-size 64
+calibrated gptq2-g32 --bits 2 --type gptq --group-size 32
+
 neoquant compare neoquant-demo "${candidates[@]}" --suite demo --json eval/results/demo.json
 python eval/tables.py
