@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from neoquant import formats
-from neoquant.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
+from neoquant.checkpoint import Checkpoint, CheckpointWriter, companion_files, open_checkpoint
 from neoquant.demo import MODEL
 from neoquant.errors import CheckpointError, RequestError, locate
 from neoquant.formats import Format
@@ -186,8 +186,8 @@ class _Filling:
             raise CheckpointError(f"tensor {stored!r} is {list(header.shape)}, but config.json says {list(slot.shape)}")
         if not header.dtype.is_floating_point:
             raise CheckpointError(f"tensor {stored!r} is {header.dtype}, a weight is floating-point")
-        tensor = self.checkpoint.read(stored).to(device=self.device, dtype=self.dtype)
-        _set_parameter(self.model, name, nn.Parameter(tensor))
+        tensor = _cast(self.checkpoint.read(stored), self.dtype, stored)
+        _set_parameter(self.model, name, nn.Parameter(tensor.to(self.device)))
 
     def _put_quantized(self, layer: str, stored: str) -> None:
         linear = self.model.get_submodule(layer)
@@ -200,7 +200,7 @@ class _Filling:
             if linear.bias is not None:
                 if f"{stored}.bias" not in self.checkpoint.headers:
                     raise CheckpointError("lacks its bias")
-                bias = self.checkpoint.read(f"{stored}.bias").to(self.dtype)
+                bias = _cast(self.checkpoint.read(f"{stored}.bias"), self.dtype, f"{stored}.bias")
                 if bias.shape != linear.bias.shape:
                     raise CheckpointError(f"its bias is {list(bias.shape)}, config.json says {list(linear.bias.shape)}")
             self.model.set_submodule(layer, QuantLinear(q.to(self.device), _moved(bias, self.device)))
@@ -233,8 +233,9 @@ class _Filling:
 def save_model(model: PreTrainedModel, folder: str | Path, *, force: bool = False) -> None:
     """Write a model's configuration and weights as a folder that transformers and neoquant read.
 
-    Quantized layers are written in the format that holds them all, without rounding again. Raises OutputError where
-    the folder exists already (and is not replaced by `force`), and leaves nothing half-written.
+    Quantized layers are written in the format that holds them all, without rounding again. A folder that `force`
+    replaces hands its tokenizer and other companions on. Raises OutputError where the folder exists already (and is
+    not replaced by `force`), and leaves nothing half-written.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
     format = formats.choose({name: (layer.grid, layer.shape) for name, layer in layers.items()}) if layers else None
@@ -260,7 +261,7 @@ def save_model(model: PreTrainedModel, folder: str | Path, *, force: bool = Fals
             if format is not None:
                 for suffix, tensor in format.encode(layer.quantized.to("cpu")).items():
                     sink.put(name + suffix, tensor)
-        sink.finish(config, files={})
+        sink.finish(config, files={path.name: path for path in companion_files(Path(folder))})
 
 
 def resolve_device(device: object) -> torch.device:
@@ -293,6 +294,17 @@ def resolve_dtype(dtype: torch.dtype | str | None, config: GPTNeoConfig, device:
     if name not in DTYPES:
         raise RequestError(f"dtype is {str(dtype)!r}; legal are auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The tensor in another type. Raises CheckpointError where a finite value would become infinite."""
+    cast = tensor.to(dtype)
+    if tensor.dtype != dtype == torch.float16 and not cast.isfinite().all() and tensor.isfinite().all():
+        raise CheckpointError(
+            f"tensor {name!r} reaches {tensor.abs().max().item():g}, and float16 ends at 65504: load it with "
+            "dtype bfloat16 or float32"
+        )
+    return cast
 
 
 def _folder(checkpoint: Checkpoint) -> Path:

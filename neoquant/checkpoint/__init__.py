@@ -1,7 +1,7 @@
 """Files and tensors: read a checkpoint, write one. Knows nothing of quantization."""
 
 from neoquant.checkpoint.headers import TensorHeader
-from neoquant.checkpoint.reader import Checkpoint, open_checkpoint
+from neoquant.checkpoint.reader import Checkpoint, companion_files, open_checkpoint
 from neoquant.checkpoint.writer import SHARD_SIZE, CheckpointWriter, check_output, expected_size, free_bytes
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "CheckpointWriter",
     "TensorHeader",
     "check_output",
+    "companion_files",
     "expected_size",
     "free_bytes",
     "open_checkpoint",

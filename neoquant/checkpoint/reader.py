@@ -125,8 +125,7 @@ class Checkpoint:
 
     def companions(self) -> list[Path]:
         """The files that travel with the weights: tokenizer, generation defaults, license."""
-        folder = self._need_folder()
-        return sorted({path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()})
+        return companion_files(self._need_folder())
 
     def companion_sizes(self) -> dict[str, int]:
         """Name -> bytes of the files that travel with the weights, also where only headers were fetched."""
@@ -139,6 +138,11 @@ class Checkpoint:
         if self.folder is None:
             raise CheckpointError(f"only the headers of {self.source} were fetched, not its files")
         return self.folder
+
+
+def companion_files(folder: Path) -> list[Path]:
+    """The files of a model folder that travel with its weights; none where there is no such folder."""
+    return sorted({path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()})
 
 
 def open_checkpoint(

@@ -66,8 +66,12 @@ class CheckpointWriter:
                 self._partial.mkdir()
             except FileExistsError:
                 raise OutputError(f"{self.out} is being written already (to {self._partial})") from None
-            self._lock = os.open(self._partial, os.O_RDONLY)
-            _try_lock(self._lock)
+            try:
+                self._lock = os.open(self._partial, os.O_RDONLY)
+                _try_lock(self._lock)
+            except BaseException:  # __exit__ is not called for what happens here, Ctrl-C included
+                self._partial.rmdir()
+                raise
         return self
 
     def __exit__(

@@ -55,14 +55,9 @@ class GPTNeoConfig:
     def __post_init__(self) -> None:
         if self.attention_types is None:
             self.attention_types = [[["global", "local"], 12]]
-        for name in ("vocab_size", "max_position_embeddings", "hidden_size", "num_heads", "window_size", "num_labels"):
+        counts = ("vocab_size", "max_position_embeddings", "hidden_size", "num_layers", "num_heads", "window_size")
+        for name in (*counts, "num_labels"):
             _check(_is_count(getattr(self, name)), name, getattr(self, name), "an integer of at least 1")
-        _check(
-            self.num_layers == 0 or _is_count(self.num_layers),
-            "num_layers",
-            self.num_layers,
-            "an integer of at least 0",
-        )
         self._check_shapes()
 
     def _check_shapes(self) -> None:

@@ -59,6 +59,7 @@ def test_transformers_reads_what_we_write(tmp_path: Path) -> None:
         ({"vocab_size": "many"}, "vocab_size is 'many'"),
         ({"activation_function": "gelu_fast"}, "activation_function is 'gelu_fast'; legal is one of gelu_new"),
         ({"num_layers": "two"}, "num_layers is 'two'"),
+        ({"num_layers": 0, "attention_types": []}, "num_layers is 0; legal is an integer of at least 1"),
     ],
 )
 def test_what_is_illegal_is_named(change: dict[str, Any], message: str) -> None:

@@ -213,6 +213,26 @@ def test_saving_replaces_nothing_unasked(tiny_model: Path, tmp_path: Path) -> No
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
 
 
+def test_a_replaced_folder_hands_its_tokenizer_on(make_model: Callable[..., Path]) -> None:
+    folder = make_model()
+    model, tokenizer = neoquant.load(folder)
+    model.save_pretrained(folder, force=True)
+    assert neoquant.load(folder)[1].sha256 == tokenizer.sha256
+
+
+@pytest.mark.parametrize("name", ["transformer.wte.weight", "transformer.h.0.mlp.c_fc.bias"])
+def test_a_weight_beyond_float16_is_refused_not_made_infinite(name: str, make_model: Callable[..., Path]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = make_model(dtype="float32")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[3] = 1e6
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"'{name}' reaches 1e\+06, and float16 ends at 65504: .*bfloat16"):
+        neoquant.load(folder, dtype="float16")
+    assert neoquant.load(folder, dtype="bfloat16")[0].transformer.wte.weight.isfinite().all()
+
+
 @pytest.mark.real_data
 def test_the_gpt2_tokenizer_equals_transformers(real_data: Path) -> None:
     folder = real_data / "data" / "gpt2-tokenizer"

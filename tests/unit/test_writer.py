@@ -225,6 +225,16 @@ def test_an_empty_folder_is_used(tmp_path: Path) -> None:
     assert_same(load(write(tmp_path / "out", TENSORS)), TENSORS)
 
 
+def test_an_interruption_while_entering_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("neoquant.checkpoint.writer._try_lock", interrupt)
+    with pytest.raises(KeyboardInterrupt), CheckpointWriter(tmp_path / "out", tensors=1):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("force", [False, True])
 def test_the_current_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool) -> None:
     monkeypatch.chdir(tmp_path)
