@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from neoquant.planning import Plan, PlanRow, dtype_name
+from neoquant.formats.base import dtype_name
+from neoquant.planning import Plan, PlanRow
 
 NOT_MEASURED = "Not measured yet"
 

@@ -33,6 +33,11 @@ class QuantLinear(nn.Module):
         return self.out_features, self.in_features
 
     @property
+    def ordered(self) -> bool:
+        """Whether the weight has an activation order."""
+        return "order" in self._buffers
+
+    @property
     def quantized(self) -> QuantizedTensor:
         """The weight as it was given, bit for bit."""
         return self.kernel.unpack(self._state(), self.grid, self.shape, self.dtype)
@@ -60,11 +65,10 @@ class QuantLinear(nn.Module):
         """Where the kernel cannot run on the device the layer has moved to, take one that can."""
         state = self._state()
         device = next(iter(state.values())).device
-        ordered = "order" in state
-        if device.type == "meta" or self.kernel.refuse(self.grid, self.shape, device, ordered) is None:
+        if device.type == "meta" or self.kernel.refuse(self.grid, self.shape, device, self.ordered) is None:
             return
         q = self.quantized
-        self.kernel = choose(self.grid, self.shape, device, ordered)
+        self.kernel = choose(self.grid, self.shape, device, q.order is not None)
         for name in state:
             del self._buffers[name]
         for name, tensor in self.kernel.pack(q).items():

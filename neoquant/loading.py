@@ -15,6 +15,7 @@ from neoquant.checkpoint import Checkpoint, CheckpointWriter, companion_files, o
 from neoquant.demo import MODEL
 from neoquant.errors import CheckpointError, RequestError, locate
 from neoquant.formats import Format
+from neoquant.formats.base import dtype_name
 from neoquant.layer import QuantLinear
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.gpt_neo import GPTNeoForCausalLM
@@ -203,7 +204,8 @@ class _Filling:
                 bias = _cast(self.checkpoint.read(f"{stored}.bias"), self.dtype, f"{stored}.bias")
                 if bias.shape != linear.bias.shape:
                     raise CheckpointError(f"its bias is {list(bias.shape)}, config.json says {list(linear.bias.shape)}")
-            self.model.set_submodule(layer, QuantLinear(q.to(self.device), _moved(bias, self.device)))
+                bias = bias.to(self.device)
+            self.model.set_submodule(layer, QuantLinear(q.to(self.device), bias))
 
     def _draw(self, names: list[str]) -> None:
         for name in names:
@@ -244,7 +246,7 @@ def save_model(model: PreTrainedModel, folder: str | Path, *, force: bool = Fals
     plain = {name: tensor for name, tensor in model.state_dict().items() if name not in tied and name not in inside}
     config = model.config.to_dict() | {
         "architectures": [type(model).__name__],
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
     }
     config.pop("quantization_config", None)
     if format is not None:
@@ -252,7 +254,7 @@ def save_model(model: PreTrainedModel, folder: str | Path, *, force: bool = Fals
         config["quantization_config"] = format.config(
             {name: layer.grid for name, layer in layers.items()},
             kept,
-            ordered=any(layer.quantized.order is not None for layer in layers.values()),
+            ordered=any(layer.ordered for layer in layers.values()),
         )
     with CheckpointWriter(folder, tensors=len(plain) + 8 * len(layers), force=force) as sink:
         for name, tensor in plain.items():
@@ -319,7 +321,3 @@ def _has_base_prefix(names: Iterable[str]) -> bool:
 def _set_parameter(model: nn.Module, name: str, value: nn.Parameter) -> None:
     path, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(path), leaf, value)
-
-
-def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)

@@ -14,22 +14,17 @@ from typing import Any, Literal
 
 import torch
 
+from neoquant.calibration import SHARING
 from neoquant.checkpoint import SHARD_SIZE, Checkpoint, TensorHeader, expected_size
 from neoquant.errors import CheckpointError, FormatError, RecipeError, RequestError
 from neoquant.formats import FORMATS, Format, detect
+from neoquant.formats.base import dtype_name
 from neoquant.grids import Grid
 from neoquant.model.config import GPTNeoConfig
 from neoquant.quantizers import QUANTIZERS
 from neoquant.recipe import Recipe, Rule
 
-BLOCK_LINEARS = (
-    "attn.attention.q_proj",
-    "attn.attention.k_proj",
-    "attn.attention.v_proj",
-    "attn.attention.out_proj",
-    "mlp.c_fc",
-    "mlp.c_proj",
-)
+BLOCK_LINEARS = tuple(name for together in SHARING for name in together)
 """The layers of a block whose weights may be quantized."""
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -220,11 +215,6 @@ def canonical_layer(tensor: str) -> str:
     if layer.split(".", 1)[0] in ("transformer", *_HEADS):
         return layer
     return f"transformer.{layer}"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`float16` for `torch.float16`."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _is_block_linear(header: TensorHeader) -> bool:

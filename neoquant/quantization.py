@@ -28,7 +28,8 @@ from neoquant.checkpoint import (
 )
 from neoquant.errors import CheckpointError, OutputError, RequestError, locate
 from neoquant.formats import Format
-from neoquant.planning import EMBEDDING, Plan, PlanRow, dtype_name, make_plan
+from neoquant.formats.base import dtype_name
+from neoquant.planning import EMBEDDING, Plan, PlanRow, make_plan
 from neoquant.progress import SILENT, Progress
 from neoquant.quantizers import QUANTIZERS
 from neoquant.quantizers.gptq import Report
