@@ -95,6 +95,13 @@ def unpack_nibbles(words: Tensor, n: int, out: Tensor | None = None) -> Tensor:
     return codes
 
 
+def take_nibbles(words: Tensor, rows: Tensor, n: int) -> Tensor:
+    """Of `words` as `pack_nibbles` gives them for rows of `n` codes, those of `rows`, int64[N]: uint8[N, n]."""
+    places = rows[:, None] * n + torch.arange(n, device=words.device)
+    found = words[places >> 1]
+    return torch.where(places % 2 == 0, found >> 4, found & 0xF)
+
+
 def _check(tensor: Tensor, bits: int) -> None:
     if not 1 <= bits <= 8:
         raise ValueError(f"bits must be 1 to 8, got {bits}")

@@ -118,6 +118,9 @@ class Affine(Grid):
                 out[rows, columns] = values.flatten(1).to(dtype)
         return out
 
+    def decode_rows(self, codes: Tensor, params: Params, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.decode(codes, {name: param[rows] for name, param in params.items()}, dtype)
+
     def columns(self, params: Params, shape: tuple[int, int]) -> Columns:
         return _AffineColumns(self, params, shape)
 

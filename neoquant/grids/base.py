@@ -63,6 +63,11 @@ class Grid(ABC):
         """The values of `codes`, uint8[O, I]: computed in float32, given as dtype[O, I]."""
 
     @abstractmethod
+    def decode_rows(self, codes: Tensor, params: Params, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Some rows only, bit for bit as `decode` gives them: `codes` uint8[N, I] are those of `rows`, int64[N]; N is
+        not 0."""
+
+    @abstractmethod
     def columns(self, params: Params, shape: tuple[int, int]) -> Columns:
         """A weight [O, I] on this grid, one column at a time."""
 

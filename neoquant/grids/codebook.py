@@ -112,6 +112,15 @@ class Codebook(Grid):
             out[span] = values
         return out.view(codes.shape)
 
+    def decode_rows(self, codes: Tensor, params: Params, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        columns = torch.arange(codes.shape[1], device=codes.device)
+        blocks = (rows[:, None] * codes.shape[1] + columns) // self.block_size  # they may cross rows
+        absmax = params["absmax"][blocks]
+        if self.double_quant:
+            absmax = double_quant_table(codes.device)[absmax.int()]
+            absmax = absmax.mul_(params["nested_absmax"][blocks // NESTED_BLOCK_SIZE]).add_(params["nested_offset"])
+        return self.table(codes.device)[codes.int()].mul_(absmax).to(dtype)
+
     def scales(self, params: Params) -> Tensor:
         """The absmax of every block as float32[blocks], double quantization undone."""
         if not self.double_quant:

@@ -62,6 +62,9 @@ class Int8Rows(Grid):
             out[rows] = codes[rows].view(torch.int8) * step[rows]
         return out
 
+    def decode_rows(self, codes: Tensor, params: Params, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.decode(codes, {"scb": params["scb"][rows]}, dtype)
+
     def columns(self, params: Params, shape: tuple[int, int]) -> Columns:
         return _Int8Columns(self, params, shape)
 

@@ -34,3 +34,26 @@ class Kernel(ABC):
     @abstractmethod
     def linear(self, x: Tensor, state: State, grid: Grid, shape: tuple[int, ...], bias: Tensor | None) -> Tensor:
         """x[..., I] times the weight's transpose, plus bias[O]: [..., O], computed in x's type."""
+
+    @abstractmethod
+    def embedding(self, ids: Tensor, state: State, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Rows of the weight: int64 ids[...] to dtype[..., I], as `QuantizedTensor.dequantize` gives them.
+
+        Raises IndexError for an id that is not 0 ... O - 1.
+        """
+
+
+def look_up(ids: Tensor, codes: Tensor, state: State, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """`Kernel.embedding` by the grid: `codes` uint8[N, I] are those of the flattened `ids`."""
+    if ids.numel() == 0:
+        return torch.empty(*ids.shape, shape[1], dtype=dtype, device=ids.device)
+    values = grid.decode_rows(codes, {name: state[name] for name in grid.param_shapes(shape)}, ids.reshape(-1), dtype)
+    if "order" in state:
+        values = torch.empty_like(values).index_copy_(1, state["order"].long(), values)
+    return values.view(*ids.shape, shape[1])
+
+
+def require_ids(ids: Tensor, rows: int) -> None:
+    """Raise IndexError unless every one of the ids is a row."""
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= rows):
+        raise IndexError(f"ids are 0 to {rows - 1}, got {int(ids.min())} to {int(ids.max())}")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from neoquant import bits
 from neoquant.grids import Codebook, Grid, load_bitsandbytes
-from neoquant.kernels.base import Kernel, State
+from neoquant.kernels.base import Kernel, State, look_up, require_ids
 from neoquant.tensor import QuantizedTensor
 
 DECODED = (torch.float32, torch.float16, torch.bfloat16)
@@ -51,6 +51,11 @@ class Bitsandbytes(Kernel):
         if x.is_cuda and x.dtype in DECODED and shape[1] % grid.block_size == 0:
             return _cuda_linear(x, state, grid, shape, bias)
         return torch.nn.functional.linear(x, decode(state, grid, shape, x.dtype), bias)
+
+    def embedding(self, ids: Tensor, state: State, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        require_ids(ids, shape[0])
+        codes = bits.take_nibbles(state["packed"], ids.reshape(-1), shape[1])
+        return look_up(ids, codes, state, grid, shape, dtype)
 
 
 def decode(state: State, grid: Codebook, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from neoquant import bits, native
 from neoquant.grids import Codebook, Grid, Int8Rows, double_quant_table
-from neoquant.kernels.base import Kernel, State
+from neoquant.kernels.base import Kernel, State, look_up, require_ids
 from neoquant.native import products
 from neoquant.tensor import QuantizedTensor
 
@@ -59,6 +59,16 @@ class Cpu(Kernel):
         rows = x.reshape(-1, shape[1])
         product: Callable[..., Tensor] = _Product.apply if torch.is_grad_enabled() and x.requires_grad else _product
         return product(rows, w, bias).view(*x.shape[:-1], shape[0])
+
+    def embedding(self, ids: Tensor, state: State, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        require_ids(ids, shape[0])
+        rows = ids.reshape(-1)
+        codes = (
+            bits.take_nibbles(state["packed"], rows, shape[1])
+            if isinstance(grid, Codebook)
+            else state["codes"][rows].view(torch.uint8)
+        )
+        return look_up(ids, codes, state, grid, shape, dtype)
 
 
 class _Product(torch.autograd.Function):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from neoquant import bits
 from neoquant.grids import Grid
-from neoquant.kernels.base import Kernel, State
+from neoquant.kernels.base import Kernel, State, look_up, require_ids
 from neoquant.tensor import QuantizedTensor
 
 
@@ -35,3 +35,8 @@ class Reference(Kernel):
             x = x.index_select(-1, state["order"])
         w = grid.decode(bits.unpack(state["codes"], grid.bits, shape[1]), state, x.dtype)
         return torch.nn.functional.linear(x, w, bias)
+
+    def embedding(self, ids: Tensor, state: State, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        require_ids(ids, shape[0])
+        codes = bits.unpack(state["codes"][ids.reshape(-1)], grid.bits, shape[1])
+        return look_up(ids, codes, state, grid, shape, dtype)

@@ -226,6 +226,25 @@ def test_kernels_agree_with_double_precision(
 @every_kernel
 @every_shape
 @every_device
+@pytest.mark.parametrize("has_order", [False, True], ids=["", "ordered"])
+def test_kernels_look_rows_up(grid: Grid, kernel: Kernel, shape: tuple[int, int], device: str, has_order: bool) -> None:
+    runs(kernel, grid, shape, device, has_order)
+    q = quantize("nearest", grid, shape)
+    q = (ordered(q) if has_order else q).to(device)
+    state = kernel.pack(q)
+    for ids in (torch.randint(0, shape[0], (2, 7)), torch.tensor(shape[0] - 1), torch.empty(0, 3, dtype=torch.int64)):
+        for dtype in DTYPES:
+            rows = kernel.embedding(ids.to(device), state, grid, shape, dtype)
+            assert rows.dtype == dtype and torch.equal(rows, q.dequantize(dtype)[ids.to(device)])
+    for outside in (-1, shape[0]):
+        with pytest.raises(IndexError, match=f"ids are 0 to {shape[0] - 1}, got {outside} to {outside}"):
+            kernel.embedding(torch.tensor([outside], device=device), state, grid, shape, torch.float32)
+
+
+@every_grid
+@every_kernel
+@every_shape
+@every_device
 def test_layers_keep_every_bit(grid: Grid, kernel: Kernel, shape: tuple[int, int], device: str) -> None:
     runs(kernel, grid, shape, device)
     q = quantize("nearest", grid, shape, torch.bfloat16).to(device)
