@@ -26,7 +26,9 @@ from neoquant.errors import (
 )
 
 if TYPE_CHECKING:
-    from neoquant.evaluation import compare, evaluate
+    from neoquant.evaluation.compare import compare
+    from neoquant.evaluation.inspection import inspect
+    from neoquant.evaluation.perplexity import evaluate
     from neoquant.loading import LoadWarning, load, load_tokenizer
     from neoquant.model.config import GPTNeoConfig
     from neoquant.model.generate import generate_text
@@ -55,6 +57,7 @@ _HOMES = {
     "compare": "neoquant.evaluation",
     "evaluate": "neoquant.evaluation",
     "generate_text": "neoquant.model.generate",
+    "inspect": "neoquant.evaluation",
     "load": "neoquant.loading",
     "load_tokenizer": "neoquant.loading",
     "plan": "neoquant.quantization",
@@ -85,6 +88,7 @@ __all__ = [
     "compare",
     "evaluate",
     "generate_text",
+    "inspect",
     "load",
     "load_tokenizer",
     "plan",

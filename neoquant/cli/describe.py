@@ -36,8 +36,8 @@ class Description:
     @property
     def grids(self) -> str:
         """The grids in words: counted where neoquant's record lists them, else what config.json says."""
-        from neoquant.cli.output import grid_label
         from neoquant.grids import Grid
+        from neoquant.report.words import grid_label
 
         rows = [row["grid"] for row in self.record.get("tensors", []) if "grid" in row]
         if rows:

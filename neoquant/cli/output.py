@@ -4,28 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import OutputError
-
-if TYPE_CHECKING:
-    from neoquant.grids import Grid
 
 
 def size_text(size: float) -> str:
     """`838.1 MB`: decimal, as hubs and disks count."""
     return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} KB"
-
-
-def grid_label(grid: Grid) -> str:
-    """`nf4, block size 64, double quant`: a grid in words."""
-    fields = grid.describe()
-    words = [str(fields.pop("name"))]
-    for key, value in fields.items():
-        name = key.replace("_", " ")
-        words.append(f"{name} {value}" if not isinstance(value, bool) else name if value else f"no {name}")
-    return ", ".join(words)
 
 
 def check_writable(path: Path | None) -> None:

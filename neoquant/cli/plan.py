@@ -10,8 +10,9 @@ import typer
 
 from neoquant.cli import options
 from neoquant.cli.models import choose_recipe, find_model
-from neoquant.cli.output import check_writable, grid_label, size_text, write_text
+from neoquant.cli.output import check_writable, size_text, write_text
 from neoquant.cli.terminal import Terminal
+from neoquant.report.words import grid_label
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -111,7 +111,7 @@ class Evaluation(Record):
     @classmethod
     def from_json(cls, text: str) -> Evaluation:
         """Raises DataError for JSON that is not an evaluation of this schema version."""
-        return _from_json(cls, text)
+        return from_json(cls, text)
 
 
 class Change(Record):
@@ -172,13 +172,13 @@ class Comparison(Record):
     @classmethod
     def from_json(cls, text: str) -> Comparison:
         """Raises DataError for JSON that is not a comparison of this schema version."""
-        return _from_json(cls, text)
+        return from_json(cls, text)
 
 
-R = TypeVar("R", Evaluation, Comparison)
+R = TypeVar("R", bound=Record)
 
 
-def _from_json(kind: type[R], text: str) -> R:
+def from_json(kind: type[R], text: str) -> R:
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:

@@ -61,12 +61,12 @@ def score(models: Sequence[Model], corpus: Corpus, progress: Progress) -> list[S
     One batch of hidden states a model and a few pieces of logits are held, whatever the numbers of models and tokens.
     Raises RequestError for tokens outside a model's vocabulary, CheckpointError for logits that are not finite.
     """
-    _check_vocabularies(models, corpus)
+    check_vocabularies(models, corpus)
     pace = CPU_PACE if models[0].device.type == "cpu" else GPU_PACE
     totals = [[torch.zeros(len(corpus.units), dtype=torch.float64) for _ in range(3)] for _ in models]
     with progress.task("scoring", total=corpus.tokens) as advance:
         for windows in batches(corpus.windows, pace.positions):
-            ids, where, targets, units = _stacked(windows)
+            ids, where, targets, units = stacked(windows)
             hidden = [model.transformer(ids.to(model.device)).last_hidden_state for model in models]  # [B, T, C]
             hidden = [h[where.to(h.device)] for h in hidden]  # [N, C]
             for start in range(0, len(targets), pace.rows):
@@ -93,7 +93,7 @@ def batches(windows: Sequence[Window], tokens: int) -> Iterator[list[Window]]:
         yield batch
 
 
-def _stacked(windows: list[Window]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def stacked(windows: list[Window]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """ids[B, T], where[B, T] (bool: this position's prediction is scored), and for those targets[N], units[N].
 
     Shorter windows are filled up on the right, which no earlier position of a causal model sees.
@@ -140,7 +140,7 @@ def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (z.double().log() + peak.double())[:, 0], p.div_(z)
 
 
-def _check_vocabularies(models: Sequence[Model], corpus: Corpus) -> None:
+def check_vocabularies(models: Sequence[Model], corpus: Corpus) -> None:
     sizes = [int(model.config.vocab_size) for model in models]
     if len(set(sizes)) > 1:
         raise RequestError(f"models of different vocabularies cannot be compared: {', '.join(map(str, sizes))} tokens")

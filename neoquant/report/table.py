@@ -10,9 +10,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from neoquant.evaluation.result import Candidate, Change, Comparison, Evaluation, Score
-
-NONE = "-"
+from neoquant.evaluation.result import Candidate, Comparison, Evaluation, Score
+from neoquant.report.words import NONE, agreement, change_interval, divergence, number, perplexity, suite_words
 
 
 class Column(NamedTuple):
@@ -30,11 +29,11 @@ def evaluation_table(result: Evaluation) -> RenderableType:
         Column("tokens", [f"{s.tokens:,}" for s in scores]),
         Column("bytes", [f"{s.bytes:,}" for s in scores]),
         Column("nats/tok", [f"{s.nats_per_token:.4f}" for s in scores]),
-        Column("perplexity", [_perplexity(s) for s in scores]),
+        Column("perplexity", [perplexity(s) for s in scores]),
         Column("bits/byte", [f"{s.bits_per_byte:.4f}" for s in scores]),
     ]
     return Group(
-        Text(f"{result.model.name} on {_suite(result)}"),
+        Text(f"{result.model.name} on {suite_words(result.suite)}"),
         _by_subset(scores, columns),
         Text(_models_line(result), style="dim"),
     )
@@ -42,7 +41,7 @@ def evaluation_table(result: Evaluation) -> RenderableType:
 
 def comparison_table(result: Comparison) -> RenderableType:
     """What each candidate lost: a table by subset for each, then one line a model."""
-    parts: list[RenderableType] = [Text(_suite(result.reference)), Text(_amount(result.reference.total))]
+    parts: list[RenderableType] = [Text(suite_words(result.reference.suite)), Text(_amount(result.reference.total))]
     for candidate in result.candidates:
         parts += [Text(), CandidateTable(result.reference, candidate)]
     return Group(*parts, Text(), summary_table(result), _legend(result))
@@ -58,13 +57,13 @@ class CandidateTable:
         pairs = list(zip([*reference.subsets, reference.total], self.scores, strict=True))
         changes = [*candidate.subsets, candidate.total]
         self.levels = [
-            Column("perplexity", [f"{_perplexity(a)} → {_perplexity(b)}" for a, b in pairs]),
+            Column("perplexity", [f"{perplexity(a)} → {perplexity(b)}" for a, b in pairs]),
             Column("bits/byte", [f"{a.bits_per_byte:.4f} → {b.bits_per_byte:.4f}" for a, b in pairs]),
         ]
         self.differences = [
-            Column("Δ nats/token [95 %]", [_interval(change) for change in changes]),
-            Column("top-1 agreement", [_agreement(change) for change in changes]),
-            Column("KL", [_divergence(change.kl) for change in changes]),
+            Column("Δ nats/token [95 %]", [change_interval(change) for change in changes]),
+            Column("top-1 agreement", [agreement(change) for change in changes]),
+            Column("KL", [divergence(change.kl) for change in changes]),
         ]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
@@ -83,18 +82,18 @@ def summary_table(result: Comparison) -> Table:
     table = _table("model")
     for heading in ("MB", "bits/weight", "linears", "perplexity", "bits/byte", "KL"):
         table.add_column(heading, justify="right", no_wrap=True)
-    kl = [NONE, *(_divergence(candidate.total.kl) for candidate in result.candidates)]
+    kl = [NONE, *(divergence(candidate.total.kl) for candidate in result.candidates)]
     evaluations = [result.reference, *(candidate.evaluation for candidate in result.candidates)]
-    for evaluation, divergence in zip(evaluations, kl, strict=True):
+    for evaluation, lost in zip(evaluations, kl, strict=True):
         model, total = evaluation.model, evaluation.total
         table.add_row(
             Text(model.name),  # a name is no markup
             NONE if model.bytes_on_disk is None else f"{model.bytes_on_disk / 1e6:,.1f}",
-            _number(model.bits_per_weight_model),
-            _number(model.bits_per_weight_linears),
-            _perplexity(total),
+            number(model.bits_per_weight_model),
+            number(model.bits_per_weight_linears),
+            perplexity(total),
             f"{total.bits_per_byte:.4f}",
-            divergence,
+            lost,
         )
     return table
 
@@ -116,12 +115,6 @@ def _table(first: str) -> Table:
     return table
 
 
-def _suite(result: Evaluation) -> str:
-    suite = result.suite
-    stride = f", stride {suite.stride}" if suite.stride else ""
-    return f"suite {suite.name} ({suite.protocol}, context {suite.context}{stride})"
-
-
 def _amount(total: Score) -> str:
     return f"{total.documents:,} documents, {total.tokens:,} tokens, {total.bytes:,} bytes"
 
@@ -137,28 +130,3 @@ def _legend(result: Comparison) -> Text:
         f"Δ: change and its 95 % interval, {unit}s resampled · KL: mean nats a token\n{_models_line(result.reference)}",
         style="dim",
     )
-
-
-def _interval(change: Change) -> str:
-    if change.low is None or change.high is None:
-        return f"{change.nats_per_token:+.4f} [{NONE}]"
-    return f"{change.nats_per_token:+.4f} [{change.low:+.4f}, {change.high:+.4f}]"
-
-
-def _agreement(change: Change) -> str:
-    error = NONE if change.agreement_error is None else f"{100 * change.agreement_error:.2f}"
-    return f"{100 * change.agreement:.2f} ± {error} %"
-
-
-def _divergence(kl: float) -> str:
-    """Two digits at least, however small."""
-    return f"{kl:.5f}" if kl >= 1e-4 or kl <= 0 else f"{kl:.1e}"
-
-
-def _perplexity(score: Score) -> str:
-    value = score.perplexity
-    return f"{value:.4g}" if value >= 1e5 else f"{value:,.1f}" if value >= 1000 else f"{value:.3f}"
-
-
-def _number(value: float | None) -> str:
-    return NONE if value is None else f"{value:.3f}"

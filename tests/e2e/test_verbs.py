@@ -163,6 +163,19 @@ def test_compare_takes_several(cli: Cli, tiny_model: Path, quantized: Path, text
     assert nf4 > int8 > 0
 
 
+def test_inspect_maps_the_layers(
+    cli: Cli, tiny_model: Path, quantized: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = ("--context", "16", "--data", text_file)
+    result = cli("inspect", quantized, "--against", tiny_model, *text, "--sensitivity", "--json", "layers.json")
+    assert result.code == 0 and "q_proj" in result.out and "costliest layers" in result.out
+    written = json.loads(Path("layers.json").read_text(encoding="utf-8"))
+    assert len(written["layers"]) == 12 and written["base"]["name"] == tiny_model.name
+    assert cli("inspect", quantized, "--against", tiny_model, *text, "--rows", "0").code == 2
+    monkeypatch.setattr("neoquant.demo.MODEL", tiny_model)
+    assert "alone" not in cli("inspect", quantized, *text).out  # against the bundled model, without --sensitivity
+
+
 def test_a_result_file_is_checked_before_the_work(cli: Cli, text_file: Path) -> None:
     result = cli("eval", "no-such-model", "--suite", "demo", "--json", "no/such/folder/x.json")
     assert result.code == 1 and "no/such/folder" in result.error
