@@ -41,6 +41,9 @@ _HEADS = ("lm_head", "score", "classifier", "qa_outputs")
 _RESIDENT_BYTES = 400_000_000
 _WORK_BYTES_PER_WEIGHT = 3
 
+IN_FLIGHT_BYTES = 1 << 23
+"""Bytes of the source that may wait to be hashed and written while a tensor is quantized, beside the one before it."""
+
 _Targets = Mapping[str, tuple[Grid, tuple[int, int]]]  # layer to quantize -> its grid and shape
 
 Action = Literal["quantize", "keep", "copy", "drop"]
@@ -127,8 +130,9 @@ class Plan:
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Resident bytes of the process at its worst, whatever the checkpoint's size: one tensor is alive at a time."""
-        return _RESIDENT_BYTES + max((_work_bytes(row) for row in self.rows), default=0)
+        """Resident bytes of the process at its worst, whatever the checkpoint's size: few tensors live at once."""
+        pairs = zip((0, *(row.source.nbytes for row in self.rows)), self.rows, strict=False)
+        return _RESIDENT_BYTES + IN_FLIGHT_BYTES + max((size + _work_bytes(row) for size, row in pairs), default=0)
 
     @property
     def bits_per_weight_linears(self) -> float:

@@ -7,7 +7,10 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +29,11 @@ from neoquant.checkpoint import (
     free_bytes,
     open_checkpoint,
 )
-from neoquant.errors import CheckpointError, OutputError, RequestError, locate
+from neoquant.errors import CheckpointError, FormatError, OutputError, RequestError, locate
 from neoquant.formats import Format
 from neoquant.formats.base import dtype_name
-from neoquant.planning import EMBEDDING, Plan, PlanRow, make_plan
+from neoquant.grids import Grid
+from neoquant.planning import EMBEDDING, IN_FLIGHT_BYTES, Plan, PlanRow, make_plan
 from neoquant.progress import SILENT, Progress
 from neoquant.quantizers import QUANTIZERS
 from neoquant.quantizers.gptq import Report
@@ -196,14 +200,57 @@ def _require_space(out: Path, needed: int) -> None:
 def _write_tensors(
     checkpoint: Checkpoint, planned: Plan, sink: CheckpointWriter, progress: Progress
 ) -> tuple[Plan, str]:
-    """Carry out every row; return the plan with the tensors as they were stored, and the hash of the source's."""
+    """Carry out every row; return the plan with the tensors as they were stored, and the hash of the source's.
+
+    Hashing the source and writing the output have a thread each, and quantizing this one: all three leave Python's lock
+    alone while they work, so that the longest of them takes the time. Two tensors are alive, the one at hand and the
+    one before it, and of earlier ones at most `IN_FLIGHT_BYTES`.
+    """
     digest = hashlib.sha256()
-    rows = []
-    with progress.task("quantizing", total=planned.source_bytes) as advance, torch.inference_mode():
+    rows: list[PlanRow] = []
+    behind: deque[tuple[int, Future[None]]] = deque()
+    with (
+        progress.task("quantizing", total=planned.source_bytes) as advance,
+        torch.inference_mode(),
+        _thread("hashing") as hashing,
+        _thread("writing") as writing,
+    ):
         for row in planned.rows:
-            rows.append(replace(row, stored=_carry_out(row, checkpoint, planned.format, sink, digest.update)))
-            advance(row.source.nbytes)
+            while sum(size for size, _ in list(behind)[:-1]) > IN_FLIGHT_BYTES:
+                size, written = behind.popleft()
+                written.result()
+                advance(size)
+            with locate(checkpoint.source), locate(row.name):
+                weight = checkpoint.view(row.name)
+                hashed = hashing.submit(_add_to_digest, digest.update, row.source, weight)
+                tensors = _made_of(weight, row, checkpoint, planned.format)
+            rows.append(replace(row, stored=_headers(tensors)))
+            written = writing.submit(_write_behind, row.name, tensors, hashed, checkpoint, sink)
+            behind.append((row.source.nbytes, written))
+        for size, written in behind:
+            written.result()
+            advance(size)
     return replace(planned, rows=tuple(rows)), digest.hexdigest()
+
+
+@contextmanager
+def _thread(name: str) -> Iterator[ThreadPoolExecutor]:
+    """A thread that does what it is handed, in order; what an error or Ctrl-C leaves undone is dropped."""
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _write_behind(
+    name: str, tensors: dict[str, torch.Tensor], hashed: Future[None], checkpoint: Checkpoint, sink: CheckpointWriter
+) -> None:
+    """Write what was made of a tensor of the source, which is let go of once it is hashed as well."""
+    for stored, tensor in tensors.items():
+        sink.put(stored, tensor)
+    hashed.result()
+    checkpoint.forget(name)
 
 
 def _write_calibrated(
@@ -218,7 +265,7 @@ def _write_calibrated(
 
     def carry_out(rows: Iterable[PlanRow], given: Mapping[str, QuantizedTensor]) -> None:
         for row in rows:
-            stored[row.name] = _carry_out(row, checkpoint, planned.format, sink, None, given.get(row.name))
+            stored[row.name] = _carry_out(row, checkpoint, planned.format, sink, given.get(row.name))
 
     with torch.inference_mode():
         carry_out((row for row in planned.rows if block_of(row) is None), {})
@@ -234,25 +281,25 @@ def _carry_out(
     checkpoint: Checkpoint,
     format: Format,
     sink: CheckpointWriter,
-    digest: Callable[[memoryview], None] | None,
-    given: QuantizedTensor | None = None,
+    given: QuantizedTensor | None,
 ) -> tuple[TensorHeader, ...]:
     """Read one tensor and write what takes its place; return what was written. Nothing of it stays in memory.
 
     A weight may be `given` quantized.
     """
     with locate(checkpoint.source), locate(row.name):
-        weight = checkpoint.read(row.name)
-        if digest is not None:
-            _add_to_digest(digest, row.source, weight)
-        tensors = _made_of(weight, row, checkpoint, format, given)
+        tensors = _made_of(checkpoint.read(row.name), row, checkpoint, format, given)
     for name, tensor in tensors.items():
         sink.put(name, tensor)
+    return _headers(tensors)
+
+
+def _headers(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorHeader, ...]:
     return tuple(TensorHeader(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
 
 
 def _made_of(
-    weight: torch.Tensor, row: PlanRow, checkpoint: Checkpoint, format: Format, given: QuantizedTensor | None
+    weight: torch.Tensor, row: PlanRow, checkpoint: Checkpoint, format: Format, given: QuantizedTensor | None = None
 ) -> dict[str, torch.Tensor]:
     """The tensors of the output, by name, that take the place of one of the source.
 
@@ -265,10 +312,18 @@ def _made_of(
         return {}
     if row.grid is None or row.quantizer is None:
         return {row.stored[0].name: _converted(weight, row.stored[0].dtype)}
-    _require_finite(weight)
-    quantized = given if given is not None else QUANTIZERS[row.quantizer]().quantize(weight, row.grid)
+    quantized = _quantized(weight, row.grid, row.quantizer) if given is None else given
     prefix = row.name.removesuffix(".weight")
     return {prefix + suffix: tensor for suffix, tensor in format.encode(quantized).items()}
+
+
+def _quantized(weight: torch.Tensor, grid: Grid, quantizer: str) -> QuantizedTensor:
+    """Every grid looks at its scales: only a weight that was refused need be searched for what is not finite."""
+    try:
+        return QUANTIZERS[quantizer]().quantize(weight, grid)
+    except FormatError:
+        _require_finite(weight)
+        raise
 
 
 def _require_equal(head: torch.Tensor, embedding: torch.Tensor) -> None:

@@ -1,12 +1,14 @@
 """Open a model folder or hub id: its configuration, its tensors' names and shapes, and each tensor when asked for.
 
-Opening reads headers only. A tensor is read into memory of its own, so that what has been dealt with can be freed,
-whatever the size of the file: pages of a memory map would count against the process until the system wants them back.
+Opening reads headers only. `read` copies a tensor into memory of its own; `view` maps it where it lies in the file,
+which copies nothing, and `forget` gives such memory back as soon as the tensor has been dealt with: pages of a memory
+map count against the process until then, or until the system wants them back.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -93,6 +95,7 @@ class Checkpoint:
         self._stored = kept
         self._remote_sizes = remote_sizes or {}
         self._open_files: dict[Path, BinaryIO] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -103,6 +106,7 @@ class Checkpoint:
         self.close()
 
     def close(self) -> None:
+        self._maps.clear()  # each is unmapped with the last tensor that lies in it
         while self._open_files:
             self._open_files.popitem()[1].close()
 
@@ -112,16 +116,52 @@ class Checkpoint:
         Raises:
             CheckpointError: no such tensor, only the headers are here, or the file cannot be read.
         """
-        if name not in self._stored:
-            raise CheckpointError(f"{self.source} has no tensor {name!r}")
-        self._need_folder()
-        header, path, place = self._stored[name]
+        header, path, place = self._find(name)
         if isinstance(place, torch.Tensor):
             return place.contiguous()
         with _reading(path):
-            if path not in self._open_files:
-                self._open_files[path] = path.open("rb", buffering=0)
-            return _read_strided(self._open_files[path], header, place)
+            return _read_strided(self._open(path), header, place)
+
+    def view(self, name: str) -> torch.Tensor:
+        """One tensor as `read` gives it, but in the file's own memory where that can be: nothing is read before it is
+        used, and nothing is copied. It outlives the checkpoint. The file must not be cut short meanwhile.
+
+        Raises:
+            CheckpointError: no such tensor, only the headers are here, or the file cannot be read.
+        """
+        header, path, place = self._find(name)
+        if isinstance(place, torch.Tensor) or place.stride or place.begin % header.dtype.itemsize or not header.numel:
+            return self.read(name)
+        with _reading(path):
+            if path not in self._maps:
+                # Copy on write: torch wants memory that could be written, and the file is never changed by it.
+                self._maps[path] = mmap.mmap(self._open(path).fileno(), 0, access=mmap.ACCESS_COPY)
+            mapped = self._maps[path]
+            if place.begin + header.nbytes > len(mapped):
+                missing = place.begin + header.nbytes - len(mapped)
+                raise CheckpointError(f"ends {missing} bytes before the end of tensor {header.name!r}")
+            tensor = torch.frombuffer(mapped, dtype=header.dtype, count=header.numel, offset=place.begin)
+            if hasattr(mmap, "MADV_WILLNEED"):
+                mapped.madvise(mmap.MADV_WILLNEED, *_pages(place.begin, place.begin + header.nbytes))
+        return tensor.reshape(header.shape)
+
+    def forget(self, name: str) -> None:
+        """Give back the memory of a tensor that was viewed. It may still be used, and is then read once more."""
+        header, path, place = self._find(name)
+        if path in self._maps and isinstance(place, Span) and hasattr(mmap, "MADV_DONTNEED"):
+            begin, length = _pages(place.begin, place.begin + header.nbytes)
+            self._maps[path].madvise(mmap.MADV_DONTNEED, begin, length)
+
+    def _find(self, name: str) -> Stored:
+        if name not in self._stored:
+            raise CheckpointError(f"{self.source} has no tensor {name!r}")
+        self._need_folder()
+        return self._stored[name]
+
+    def _open(self, path: Path) -> BinaryIO:
+        if path not in self._open_files:
+            self._open_files[path] = path.open("rb", buffering=0)
+        return self._open_files[path]
 
     def companions(self) -> list[Path]:
         """The files that travel with the weights: tokenizer, generation defaults, license."""
@@ -288,6 +328,12 @@ def _read_strided(file: BinaryIO, header: TensorHeader, span: Span) -> torch.Ten
     if span.stride:
         return tensor.as_strided(header.shape, span.stride).contiguous()
     return tensor.reshape(header.shape)
+
+
+def _pages(begin: int, end: int) -> tuple[int, int]:
+    """Where the pages begin that hold bytes [begin, end) of a file, and how long they are together."""
+    first = begin - begin % mmap.PAGESIZE
+    return first, end - first
 
 
 def _drop_buffers_and_aliases(stored: Iterable[Stored]) -> tuple[dict[str, Stored], list[str]]:

@@ -24,6 +24,8 @@ _ALIGNMENT = 8
 # A line of the header takes about 75 bytes beside the tensor's name, and the names of quantized weights up to 80.
 _HEADER_BYTES_PER_TENSOR = 160
 _SIDE_FILE_MEMORY = 1 << 20
+# Bytes after which the disk is asked to take what it was given, so that it works while more is made, not at the end.
+_SYNC_BYTES = 1 << 26
 
 
 def header_reserve(tensors: int) -> int:
@@ -69,6 +71,7 @@ class Shard:
         self._file: IO[bytes] = path.open("wb")
         self._file.seek(8 + reserve)
         self._side_files: dict[int, IO[bytes]] = {}
+        self._unsynced = 0
 
     def takes(self, header: TensorHeader, limit: int) -> bool:
         return self.layout.takes(header, limit)
@@ -76,6 +79,11 @@ class Shard:
     def add(self, header: TensorHeader, tensor: torch.Tensor) -> None:
         lane = self.layout.add(header)
         self._lane_file(lane).write(_bytes_of(tensor))
+        self._unsynced += header.nbytes
+        if self._unsynced >= _SYNC_BYTES:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._unsynced = 0
 
     def close(self) -> None:
         """Append the side files, fill in the header, and wait until the disk has it all."""

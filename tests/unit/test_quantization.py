@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import filecmp
 import json
 import shutil
@@ -19,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from neoquant import quantization
 from neoquant.calibration import Calibration
 from neoquant.checkpoint import hub, open_checkpoint
+from neoquant.checkpoint.headers import TensorHeader
+from neoquant.checkpoint.shard import Shard
 from neoquant.errors import CheckpointError, OutputError, RequestError
 from neoquant.progress import Progress
 from neoquant.quantization import quantize
@@ -94,6 +97,36 @@ def test_two_runs_give_the_same_bytes(tiny_model: Path, tmp_path: Path) -> None:
     assert names == sorted(path.name for path in (tmp_path / "b" / "out").iterdir())
     same, different, failed = filecmp.cmpfiles(tmp_path / "a" / "out", tmp_path / "b" / "out", names, shallow=False)
     assert (sorted(same), different, failed) == (names, [], [])
+
+
+@pytest.mark.parametrize("in_flight", [0, 1000])
+def test_how_much_is_in_flight_changes_no_byte(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_flight: int
+) -> None:
+    quantize(tiny_model, tmp_path / "a" / "out", NF4, shard_size=20_000)
+    monkeypatch.setattr(quantization, "IN_FLIGHT_BYTES", in_flight)
+    quantize(tiny_model, tmp_path / "b" / "out", NF4, shard_size=20_000)
+    names = sorted(path.name for path in (tmp_path / "a" / "out").iterdir())
+    assert filecmp.cmpfiles(tmp_path / "a" / "out", tmp_path / "b" / "out", names, shallow=False)[1:] == ([], [])
+
+
+@pytest.mark.parametrize("in_flight", [0, 10**9])
+def test_a_disk_that_fills_up_meanwhile_is_told_and_leaves_nothing(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_flight: int
+) -> None:
+    """Writing runs behind, in a thread of its own: what fails there must not get lost."""
+
+    def full(self: Shard, header: TensorHeader, tensor: torch.Tensor) -> None:
+        if header.name.startswith("transformer.h.1.mlp.c_fc"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        add(self, header, tensor)
+
+    add = Shard.add
+    monkeypatch.setattr(Shard, "add", full)
+    monkeypatch.setattr(quantization, "IN_FLIGHT_BYTES", in_flight)
+    with pytest.raises(OutputError, match=r"the disk is full: cannot write tensor 'transformer\.h\.1\.mlp\.c_fc"):
+        quantize(tiny_model, tmp_path / "out" / "model", NF4)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_what_the_folder_holds(tiny_model: Path, tmp_path: Path) -> None:

@@ -58,6 +58,9 @@ def assert_reads_old_state(checkpoint: Checkpoint) -> None:
         assert (header.name, header.dtype, header.shape) == (name, expected.dtype, tuple(expected.shape))
         assert tensor.dtype == expected.dtype
         assert tensor.is_contiguous()
+        assert torch.equal(checkpoint.view(name), tensor)
+        checkpoint.forget(name)
+        assert torch.equal(checkpoint.view(name), tensor)
         assert torch.equal(tensor, expected)
     assert checkpoint.nbytes == sum(old_state()[name].nbytes for name in KEPT)
 
@@ -214,3 +217,38 @@ def test_a_real_model(real_data: Path) -> None:
     with open_checkpoint(folder) as checkpoint:
         assert set(checkpoint.headers) == set(expected)
         assert all(torch.equal(checkpoint.read(name), expected[name]) for name in checkpoint.headers)
+
+
+@pytest.mark.parametrize("shift", range(9))
+def test_a_view_is_what_lies_in_the_file_wherever_it_begins(tmp_path: Path, shift: int) -> None:
+    """Other writers align neither the header nor the tensors."""
+    folder = model_folder(tmp_path / "model")
+    tensors = {"a": torch.arange(7, dtype=torch.uint8), "b": WTE, "c": torch.randn(3001, 2).half()}
+    save_file(tensors, folder / "model.safetensors")
+    data = (folder / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].rstrip() + b" " * shift
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+    with open_checkpoint(folder) as checkpoint:
+        views = {name: checkpoint.view(name) for name in tensors}
+        for name in ("a", "c"):  # what is forgotten can still be used, and its neighbours lose nothing
+            checkpoint.forget(name)
+    assert all(torch.equal(views[name], tensor) for name, tensor in tensors.items())
+
+
+def test_writing_to_a_view_leaves_the_file_as_it_is(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    save_file({"wte": WTE}, folder / "model.safetensors")
+    before = (folder / "model.safetensors").read_bytes()
+    with open_checkpoint(folder) as checkpoint:
+        checkpoint.view("wte").zero_()
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_a_view_of_a_file_that_was_cut_short_is_refused(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    save_file({"wte": WTE}, folder / "model.safetensors")
+    with open_checkpoint(folder) as checkpoint:
+        os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size - 4)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: ends 4 bytes before the end of tensor 'wte'"):
+            checkpoint.view("wte")
