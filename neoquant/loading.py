@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from neoquant import formats
 from neoquant.checkpoint import Checkpoint, CheckpointWriter, companion_files, open_checkpoint
@@ -115,12 +116,24 @@ def read_model(
         config = GPTNeoConfig.from_dict(checkpoint.config)
     target = resolve_device(device)
     kind = resolve_dtype(dtype, config, target)
-    with torch.device("meta"):
+    with torch.device("meta"), _Undrawn():
         model = cls(config, attn_implementation)
     with locate(str(checkpoint.source)):
         format = formats.detect(checkpoint.config, checkpoint.headers)
         _Filling(checkpoint, model, format, kind, target).run(progress)
     return model.eval()
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves fresh weights as they are: on the meta device, drawing none of them takes torch seconds of imports."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 class _Filling:
@@ -187,25 +200,33 @@ class _Filling:
             raise CheckpointError(f"tensor {stored!r} is {list(header.shape)}, but config.json says {list(slot.shape)}")
         if not header.dtype.is_floating_point:
             raise CheckpointError(f"tensor {stored!r} is {header.dtype}, a weight is floating-point")
-        tensor = _cast(self.checkpoint.read(stored), self.dtype, stored)
-        _set_parameter(self.model, name, nn.Parameter(tensor.to(self.device)))
+        _set_parameter(self.model, name, nn.Parameter(self._plain(stored)))
+
+    def _plain(self, stored: str) -> Tensor:
+        """A tensor in the model's type, where it belongs: in the file's own memory, if that is both already."""
+        tensor = self.checkpoint.view(stored)
+        placed = _cast(tensor, self.dtype, stored).to(self.device)
+        if placed is not tensor:
+            self.checkpoint.forget(stored)
+        return placed
 
     def _put_quantized(self, layer: str, stored: str) -> None:
         linear = self.model.get_submodule(layer)
         if not isinstance(linear, nn.Linear) or self.format is None:
             raise CheckpointError(f"{stored} is quantized, but only linear layers can be")
         with locate(stored):
-            tensors = {suffix: self.checkpoint.read(stored + suffix) for suffix in self.layers[stored]}
+            tensors = {suffix: self.checkpoint.view(stored + suffix) for suffix in self.layers[stored]}
             q = self.format.decode(tensors, (linear.out_features, linear.in_features), self.dtype)
             bias = None
             if linear.bias is not None:
                 if f"{stored}.bias" not in self.checkpoint.headers:
                     raise CheckpointError("lacks its bias")
-                bias = _cast(self.checkpoint.read(f"{stored}.bias"), self.dtype, f"{stored}.bias")
+                bias = self._plain(f"{stored}.bias")
                 if bias.shape != linear.bias.shape:
                     raise CheckpointError(f"its bias is {list(bias.shape)}, config.json says {list(linear.bias.shape)}")
-                bias = bias.to(self.device)
             self.model.set_submodule(layer, QuantLinear(q.to(self.device), bias))
+            for suffix in self.layers[stored]:  # what the kernel uses where it lies comes back when it is used
+                self.checkpoint.forget(stored + suffix)
 
     def _draw(self, names: list[str]) -> None:
         for name in names:

@@ -57,7 +57,9 @@ class QuantizedTensor:
         return w if self.order is None else torch.empty_like(w).index_copy_(1, self.order.long(), w)
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
-        """The same bits on another device."""
+        """The same bits on another device; this value itself where they are there already."""
+        if self.codes.device == torch.device(device):
+            return self
         params = {name: tensor.to(device) for name, tensor in self.params.items()}
         order = None if self.order is None else self.order.to(device)
         return replace(self, codes=self.codes.to(device), params=params, order=order)

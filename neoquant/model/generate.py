@@ -79,32 +79,68 @@ def choose(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Ge
 
 @torch.inference_mode()
 def stream(
-    model: GPTNeoForCausalLM, input_ids: Tensor, *, max_new_tokens: int, sampling: Sampling | None = None
+    model: GPTNeoForCausalLM,
+    input_ids: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
 ) -> Iterator[Tensor]:
     """Yield the next ids `[B]` of `input_ids[B, T]`, one position at a time, until all rows have ended.
 
-    A row that has reached an end-of-text token repeats it. Raises ContextError before anything is generated where
-    prompt and new tokens do not fit into the model's context.
+    Rows of different lengths are padded, on either side, and `attention_mask[B, T]` is 0 there: each is continued as it
+    would be alone. A row that has reached an end-of-text token repeats it. Raises ContextError before anything is
+    generated where prompt and new tokens do not fit into the model's context.
     """
     sampling = sampling or Sampling()
-    check_room(model, input_ids.shape[1], max_new_tokens)
-    generator = torch.Generator(device=model.device)
+    B, T = input_ids.shape
+    check_room(model, T, max_new_tokens)
+    device = model.device
+    generator = torch.Generator(device=device)
     generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
-    seen = input_ids.to(model.device)
-    ended = torch.zeros(seen.shape[0], dtype=torch.bool, device=seen.device)
-    cache = KVCache(model.config.num_layers, capacity=max(1, seen.shape[1] + max_new_tokens))
-    new = seen
-    for _ in range(max_new_tokens):
-        logits = model(new, past_key_values=cache, logits_to_keep=1).logits[:, -1]
-        chosen = choose(logits, seen, sampling, generator)
-        if sampling.eos_token_ids:
-            chosen = torch.where(ended, sampling.eos_token_ids[0], chosen)
-            ended |= torch.isin(chosen, torch.tensor(sampling.eos_token_ids, device=seen.device))
+    new, keep = align(input_ids.to(device), None if attention_mask is None else attention_mask.to(device))
+    seen = torch.cat([new, new.new_empty(B, max_new_tokens)], dim=1)
+    positions = None
+    if keep is not None:
+        positions = (keep.cumsum(1) - 1).clamp_(min=0)
+        seen[:, :T] = torch.where(keep, new, new[:, -1:])  # padding is no token that was there
+        keep = torch.cat([keep, keep.new_ones(B, max_new_tokens)], dim=1)
+    ends = torch.tensor(sampling.eos_token_ids, dtype=new.dtype, device=device)
+    ended = torch.zeros(B, dtype=torch.bool, device=device)
+    cache = KVCache(model.config.num_layers, capacity=max(1, T + max_new_tokens))
+    for end in range(T, T + max_new_tokens):
+        mask = None if keep is None else keep[:, :end]
+        logits = model(new, mask, position_ids=positions, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        chosen = choose(logits, seen[:, :end], sampling, generator)
+        if len(ends):
+            chosen = torch.where(ended, ends[0], chosen)
+            ended |= torch.isin(chosen, ends)
         yield chosen
-        if bool(ended.all()):
+        if len(ends) and bool(ended.all()):
             return
         new = chosen[:, None]
-        seen = torch.cat([seen, new], dim=1)
+        seen[:, end] = chosen
+        if positions is not None:
+            positions = positions[:, -1:] + 1
+
+
+def align(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """`input_ids[B, T]` with all padding moved to the left, so that every row ends with its last token.
+
+    And which of the positions hold tokens, bool `[B, T]`, or None where all do. Raises RequestError for a mask of
+    another shape, or a row without a token.
+    """
+    if attention_mask is None:
+        return input_ids, None
+    if attention_mask.shape != input_ids.shape:
+        raise RequestError(f"attention_mask is {list(attention_mask.shape)}, but input_ids is {list(input_ids.shape)}")
+    keep = attention_mask.bool()
+    if not bool(keep.any(1).all()):
+        raise RequestError("attention_mask leaves a row no token: every prompt needs at least one")
+    if bool(keep.all()):
+        return input_ids, None
+    order = keep.int().argsort(dim=1, stable=True)
+    return input_ids.gather(1, order), keep.gather(1, order)
 
 
 def check_room(model: GPTNeoForCausalLM, prompt: int, max_new_tokens: int) -> None:
@@ -124,10 +160,17 @@ def check_room(model: GPTNeoForCausalLM, prompt: int, max_new_tokens: int) -> No
 
 
 def generate(
-    model: GPTNeoForCausalLM, input_ids: Tensor, *, max_new_tokens: int = 64, sampling: Sampling | None = None
+    model: GPTNeoForCausalLM,
+    input_ids: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    max_new_tokens: int = 64,
+    sampling: Sampling | None = None,
 ) -> Tensor:
-    """`input_ids[B, T]` with up to `max_new_tokens` more: `[B, T + new]`."""
-    chosen = list(stream(model, input_ids, max_new_tokens=max_new_tokens, sampling=sampling))
+    """`input_ids[B, T]` with up to `max_new_tokens` more: `[B, T + new]`; `attention_mask` is `stream`'s."""
+    chosen = list(
+        stream(model, input_ids, attention_mask=attention_mask, max_new_tokens=max_new_tokens, sampling=sampling)
+    )
     if not chosen:
         return input_ids
     return torch.cat([input_ids.to(chosen[0].device), torch.stack(chosen, dim=1)], dim=1)

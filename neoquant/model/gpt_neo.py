@@ -96,7 +96,7 @@ class SelfAttention(nn.Module):
             key, value = cache.update(self.layer, key, value)
         y = self.attend(query, key, value, masks)  # [B, H, T, D]
         y = self.out_proj(y.transpose(1, 2).flatten(2))  # [B, T, C]
-        return F.dropout(y, self.resid_dropout, self.training)
+        return F.dropout(y, self.resid_dropout) if self.training else y
 
     def _split(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)  # [B, T, C] -> [B, H, T, D]
@@ -143,8 +143,8 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.resid_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.dropout(self.c_proj(self.act(self.c_fc(x))))
-        return y
+        y: Tensor = self.c_proj(self.act(self.c_fc(x)))
+        return self.dropout(y) if self.training else y
 
 
 class Block(nn.Module):
@@ -308,12 +308,10 @@ class GPTNeoForCausalLM(PreTrainedModel):
     ) -> Tensor:
         """`input_ids[B, T]` continued to `[B, T + new]`: greedy, or sampled with `do_sample=True`.
 
-        Arguments and their defaults are transformers'. Rows end at `eos_token_id` (the configuration's unless given)
-        and repeat it. Raises ContextError where the result would not fit into the context, RequestError for rows
-        of different lengths.
+        Arguments and their defaults are transformers'. `attention_mask[B, T]` is 0 on padding, which may be on either
+        side. Rows end at `eos_token_id` (the configuration's unless given) and repeat it. Raises ContextError where
+        the result would not fit into the context.
         """
-        if attention_mask is not None and not bool(attention_mask.all()):
-            raise RequestError("attention_mask has zeros: rows of different lengths are continued one at a time")
         ends = eos_ids(self) if eos_token_id is None else tuple(torch.as_tensor(eos_token_id).reshape(-1).tolist())
         sampling = Sampling(
             temperature=temperature if do_sample else 0.0,
@@ -323,4 +321,10 @@ class GPTNeoForCausalLM(PreTrainedModel):
             seed=seed,
             eos_token_ids=ends,
         )
-        return generate(self, as_ids(input_ids), max_new_tokens=max_new_tokens, sampling=sampling)
+        return generate(
+            self,
+            as_ids(input_ids),
+            attention_mask=attention_mask,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+        )

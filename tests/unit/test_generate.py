@@ -62,6 +62,43 @@ def test_greedy_with_penalty_equals_transformers(model: GPTNeoForCausalLM) -> No
         assert model.generate(ids, max_new_tokens=12, repetition_penalty=penalty).tolist() == expected.tolist()
 
 
+PROMPTS = ([5, 9, 2, 30, 8, 11], [7], [4, 4, 1, 3], [0, 6])
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.7])
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_a_padded_row_is_continued_as_it_would_be_alone(model: GPTNeoForCausalLM, side: str, penalty: float) -> None:
+    ids, mask = torch.full((4, 8), 17), torch.zeros(4, 8, dtype=torch.int64)
+    for row, prompt in enumerate(PROMPTS):
+        at = {"left": 8 - len(prompt), "right": 0, "both": 1}[side]
+        ids[row, at : at + len(prompt)], mask[row, at : at + len(prompt)] = torch.tensor(prompt), 1
+    options = {"max_new_tokens": 12, "repetition_penalty": penalty, "eos_token_id": []}
+    together = model.generate(ids, mask, **options)
+    assert torch.equal(together[:, :8], ids)
+    for row, prompt in enumerate(PROMPTS):
+        assert together[row, 8:].tolist() == model.generate(prompt, **options)[0, len(prompt) :].tolist()
+
+
+def test_left_padding_equals_transformers(model: GPTNeoForCausalLM) -> None:
+    transformers = pytest.importorskip("transformers")
+    values = {k: v for k, v in CONFIG.to_dict().items() if k != "attention_layers"}
+    theirs = transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(**values)).eval()
+    theirs.load_state_dict(model.state_dict())
+    ids, mask = torch.tensor([[17, 17, 5, 9], [3, 8, 1, 2]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    expected = theirs.generate(
+        ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=32
+    )
+    assert model.generate(ids, mask, max_new_tokens=12, eos_token_id=32).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"), [([[1, 1]], r"is \[1, 2\], but input_ids is \[1, 3\]"), ([[0, 0, 0]], "leaves a row no token")]
+)
+def test_masks_that_say_nothing_are_refused(model: GPTNeoForCausalLM, mask: list[list[int]], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        model.generate([[1, 2, 3]], torch.tensor(mask))
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 999), st.integers(0, 12), st.floats(0.01, 1.0), st.floats(0.2, 3.0))
 def test_filters_equal_their_definitions(seed: int, top_k: int, top_p: float, temperature: float) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import neoquant
 from neoquant import (
@@ -271,3 +275,26 @@ def test_a_gpu_gives_the_cpus_logits(kind: str | None, tiny_model: Path, tmp_pat
     assert (a - b).abs().max() <= 1e-3 * a.abs().max()
     generated = found.generate(IDS[:, :5], max_new_tokens=8, eos_token_id=[])
     assert generated.tolist() == expected.generate(IDS[:, :5], max_new_tokens=8, eos_token_id=[]).tolist()
+
+
+def test_weights_in_the_stored_type_are_used_where_they_lie_and_outlive_a_replaced_file(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    model = neoquant.GPTNeoForCausalLM.from_pretrained(folder, dtype="auto")
+    expected = load_file(tiny_model / "model.safetensors")
+    (folder / "config.json").replace(folder / "model.safetensors")
+    for name, tensor in expected.items():
+        assert torch.equal(model.get_parameter(name), tensor), name
+
+
+def test_loading_draws_no_weights(tiny_model: Path) -> None:
+    """Torch's random generator stays where it was, and the compiler that drawing on the meta device needs unloaded."""
+    script = (
+        "import sys, torch, neoquant\n"
+        "before = torch.random.get_rng_state()\n"
+        f"neoquant.GPTNeoForCausalLM.from_pretrained({str(tiny_model)!r})\n"
+        "assert torch.equal(before, torch.random.get_rng_state())\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
