@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
 
 from neoquant.evaluation.corpus import Corpus, Tokenizer, read_corpus
 from neoquant.evaluation.perplexity import summarize
-from neoquant.evaluation.result import Candidate, Change, Comparison, ModelInfo, Resampling, UnitChange
-from neoquant.evaluation.scoring import Model, Sums, score
-from neoquant.evaluation.statistics import bootstrap_interval, ratio_error
+from neoquant.evaluation.result import (
+    LN2,
+    QUANTILES,
+    Candidate,
+    Change,
+    Comparison,
+    Distribution,
+    Evaluation,
+    Histogram,
+    MacroChange,
+    ModelInfo,
+    Resampling,
+    UnitChange,
+)
+from neoquant.evaluation.scoring import Model, score
+from neoquant.evaluation.sketch import quantiles, regroup
+from neoquant.evaluation.statistics import bootstrap_interval, macro_interval, ratio_error
 from neoquant.evaluation.suite import Suite
+from neoquant.evaluation.tally import SPREADS, SUMS, Tally
+from neoquant.evaluation.worst import worst_documents, worst_tokens
 from neoquant.progress import SILENT, Progress
 
 
@@ -40,44 +58,122 @@ def compare(
     contestants = [reference, *others]
     positions = min(contestant.model.config.max_position_embeddings for contestant in contestants)
     corpus = read_corpus(suite.fitted(positions), tokenizer, progress)
-    results = score([contestant.model for contestant in contestants], corpus, progress)
+    names = [contestant.describe.name for contestant in contestants]
+    tally = score([contestant.model for contestant in contestants], corpus, progress, names=names)
     seconds = time.perf_counter() - started
-    evaluations = [
-        summarize(contestant.model, contestant.describe, corpus, tokenizer, sums.nats, seconds)
-        for contestant, sums in zip(contestants, results, strict=True)
+    reference_scores, *scores = [
+        summarize(contestant.model, contestant.describe, corpus, tokenizer, tally.by_unit(number, "nats"), seconds)
+        for number, contestant in enumerate(contestants)
     ]
-    candidates = []
-    for evaluation, sums in zip(evaluations[1:], results[1:], strict=True):
-        total, *subsets = changes(corpus, results[0], sums)
-        units = tuple(
-            UnitChange(id=unit.id, subset=unit.subset, kl=kl, agreed=int(agreed))
-            for unit, kl, agreed in zip(corpus.units, sums.kl.tolist(), sums.agreed.tolist(), strict=True)
-        )
-        candidates.append(Candidate(evaluation=evaluation, total=total, subsets=tuple(subsets), units=units))
+    candidates = [_candidate(number, evaluation, corpus, tokenizer, tally) for number, evaluation in enumerate(scores)]
     resampling = Resampling(unit="document" if corpus.suite.protocol == "rolling" else "window")
-    return Comparison(reference=evaluations[0], candidates=tuple(candidates), resampling=resampling)
+    return Comparison(reference=reference_scores, candidates=tuple(candidates), resampling=resampling)
 
 
-def changes(corpus: Corpus, reference: Sums, other: Sums) -> list[Change]:
-    """From `reference` to `other`: in total, then in every subset."""
-    everything = torch.ones(len(corpus.units), dtype=torch.bool)
-    chosen = {"total": everything} | {
-        subset: torch.tensor([unit.subset == subset for unit in corpus.units]) for subset in corpus.documents
-    }
+def _candidate(number: int, evaluation: Evaluation, corpus: Corpus, tokenizer: Tokenizer, tally: Tally) -> Candidate:
+    sums = {name: tally.by_unit(number + 1, name) for name in SUMS}
+    sums["loss"] = sums["nats"] - tally.by_unit(0, "nats")
+    total, *subsets = _changes(number, corpus, tally, sums)
+    units = tuple(
+        UnitChange(
+            id=unit.id,
+            subset=unit.subset,
+            kl=float(sums["kl"][row]),
+            kl_maximum=float(sums["kl_maximum"][row]),
+            agreed=int(sums["agreed"][row]),
+            probability_squares=float(sums["probability_squares"][row]),
+        )
+        for row, unit in enumerate(corpus.units)
+    )
+    return Candidate(
+        evaluation=evaluation,
+        total=total,
+        macro=_macro(corpus, sums["loss"], subsets),
+        subsets=tuple(subsets),
+        units=units,
+        worst_documents=worst_documents(corpus, tokenizer, sums["loss"], sums["kl"]),
+        worst_tokens=worst_tokens(corpus, tokenizer, tally.worst(number)),
+    )
+
+
+def _changes(number: int, corpus: Corpus, tally: Tally, sums: dict[str, torch.Tensor]) -> list[Change]:
+    """A candidate's change from the reference: in total, then in every subset."""
     tokens = torch.tensor([unit.tokens for unit in corpus.units], dtype=torch.float64)
-    return [_change(subset, reference, other, tokens, units & (tokens > 0)) for subset, units in chosen.items()]
+    size = torch.tensor([unit.bytes for unit in corpus.units], dtype=torch.float64)
+    found = []
+    for subset, chosen in [(None, tokens > 0), *((s, tally.subsets == s) for s in range(len(corpus.documents)))]:
+        units = chosen & (tokens > 0)
+        t, b = tokens[units], size[units]
+        part = {name: values[units] for name, values in sums.items()}
+        interval, by_bytes = bootstrap_interval(part["loss"], t), bootstrap_interval(part["loss"] / LN2, b)
+        spread = {
+            name: _distribution(tally, number, spread, subset, part, float(t.sum()))
+            for spread, name in enumerate(SPREADS)
+        }
+        found.append(
+            Change(
+                subset="total" if subset is None else list(corpus.documents)[subset],
+                nats_per_token=float(part["loss"].sum() / t.sum()),
+                low=interval.low if interval else None,
+                high=interval.high if interval else None,
+                bits_per_byte=float(part["loss"].sum() / LN2 / b.sum()),
+                bits_per_byte_low=by_bytes.low if by_bytes else None,
+                bits_per_byte_high=by_bytes.high if by_bytes else None,
+                agreement=float(part["agreed"].sum() / t.sum()),
+                agreement_error=ratio_error(part["agreed"], t),
+                kl=float(part["kl"].sum() / t.sum()),
+                kl_error=ratio_error(part["kl"], t),
+                **spread,
+            )
+        )
+    return found
 
 
-def _change(subset: str, reference: Sums, other: Sums, tokens: torch.Tensor, units: torch.Tensor) -> Change:
-    tokens = tokens[units]
-    difference = (other.nats - reference.nats)[units]
-    interval = bootstrap_interval(difference, tokens)
-    return Change(
-        subset=subset,
-        nats_per_token=float(difference.sum() / tokens.sum()),
+def _macro(corpus: Corpus, loss: torch.Tensor, subsets: list[Change]) -> MacroChange:
+    tokens = torch.tensor([unit.tokens for unit in corpus.units], dtype=torch.float64)
+    size = torch.tensor([unit.bytes for unit in corpus.units], dtype=torch.float64)
+    units = [torch.tensor([u.subset == c.subset and u.tokens > 0 for u in corpus.units]) for c in subsets]
+    interval = macro_interval([(loss[chosen], tokens[chosen]) for chosen in units])
+    by_bytes = macro_interval([(loss[chosen] / LN2, size[chosen]) for chosen in units])
+    return MacroChange(
+        nats_per_token=fmean(change.nats_per_token for change in subsets),
         low=interval.low if interval else None,
         high=interval.high if interval else None,
-        agreement=float(other.agreed[units].sum() / tokens.sum()),
-        agreement_error=ratio_error(other.agreed[units], tokens),
-        kl=float(other.kl[units].sum() / tokens.sum()),
+        bits_per_byte=fmean(change.bits_per_byte for change in subsets),
+        bits_per_byte_low=by_bytes.low if by_bytes else None,
+        bits_per_byte_high=by_bytes.high if by_bytes else None,
+        kl=fmean(change.kl or 0.0 for change in subsets),
+        agreement=fmean(change.agreement or 0.0 for change in subsets),
     )
+
+
+def _distribution(
+    tally: Tally, number: int, spread: int, subset: int | None, sums: dict[str, torch.Tensor], tokens: float
+) -> Distribution:
+    """How KL, or the change of the loss or the probability, is spread over the tokens of one subset, or of all."""
+    every = slice(None) if subset is None else slice(subset, subset + 1)
+    counts = tally.counts[number, spread, every].sum(0)
+    minimum = float(tally.minima[number, spread, every].amin())
+    maximum = float(tally.maxima[number, spread, every].amax())
+    mean, squares = (("kl", "kl_squares"), ("loss", "loss_squares"), ("probability", "probability_squares"))[spread]
+    values = quantiles(counts, [float(share) / 100 for share in QUANTILES])
+    values = [min(max(value, minimum), maximum) for value in values]
+    return Distribution(
+        mean=float(sums[mean].sum()) / tokens,
+        rms=math.sqrt(float(sums[squares].sum()) / tokens),
+        minimum=minimum,
+        maximum=maximum,
+        quantiles=dict(zip(QUANTILES, values, strict=True)),
+        histogram=_histogram(counts, SPREADS[spread], values) if subset is None else None,
+    )
+
+
+def _histogram(counts: torch.Tensor, spread: str, values: list[float]) -> Histogram:
+    """KL in ten bins a decade, a change in equal bins that reach from the 0.1 % to the 99.9 % quantile."""
+    if spread == "divergence":
+        edges = [10 ** (tenth / 10) for tenth in range(-70, 21)]
+    else:
+        reach = max(abs(values[0]), abs(values[-1]), 1e-6)
+        edges = [reach * step / 40 for step in range(-40, 41)]
+    inside, below, above = regroup(counts, edges)
+    return Histogram(edges=tuple(edges), counts=tuple(inside), below=below, above=above)

@@ -174,7 +174,7 @@ class _Walk:
     @torch.inference_mode()
     def run(self, progress: Progress) -> tuple[list[Layer], Loss]:
         blocks = self.ours.transformer.h
-        groups = list(batches(self.windows, self.pace.positions))
+        groups = [[self.windows[n] for n in batch] for batch in batches(self.windows, self.pace.positions)]
         layers: list[Layer] = []
         together = _Losses(self.windows)
         with progress.task("inspecting", total=(1 + len(blocks)) * len(groups)) as advance:

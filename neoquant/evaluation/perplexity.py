@@ -6,11 +6,15 @@ import platform
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import fmean
 
 import torch
 
+from neoquant import native
 from neoquant.evaluation.corpus import Corpus, Tokenizer, read_corpus
-from neoquant.evaluation.result import DataInfo, Environment, Evaluation, ModelInfo, Score, UnitScore
+from neoquant.evaluation.result import DataInfo, Environment, Evaluation, Macro, ModelInfo, Score, UnitScore
 from neoquant.evaluation.scoring import Model, score
 from neoquant.evaluation.suite import Suite
 from neoquant.progress import SILENT, Progress
@@ -26,8 +30,8 @@ def evaluate(
     """
     started = time.perf_counter()
     corpus = read_corpus(suite.fitted(model.config.max_position_embeddings), tokenizer, progress)
-    (sums,) = score([model], corpus, progress)
-    return summarize(model, describe, corpus, tokenizer, sums.nats, time.perf_counter() - started)
+    tally = score([model], corpus, progress, names=[describe.name])
+    return summarize(model, describe, corpus, tokenizer, tally.by_unit(0, "nats"), time.perf_counter() - started)
 
 
 def summarize(
@@ -52,6 +56,10 @@ def summarize(
         ),
         environment=environment(model),
         total=_score("total", sum(corpus.documents.values()), units),
+        macro=Macro(
+            nats_per_token=fmean(score.nats_per_token for score in subsets),
+            bits_per_byte=fmean(score.bits_per_byte for score in subsets),
+        ),
         subsets=tuple(subsets),
         units=tuple(units),
         notes=corpus.notes,
@@ -74,20 +82,30 @@ def environment(model: Model) -> Environment:
     """Versions, device and type that `model` computes with."""
     device = model.device
     return Environment(
-        neoquant=_version(),
+        neoquant=_version("neoquant") or "not installed",
         torch=torch.__version__,
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         dtype=str(model.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
+        processor=_processor(),
+        native=native.active().reason,
+        tokenizers=_version("tokenizers"),
     )
 
 
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
+def _processor() -> str | None:
+    """The CPU's name, where the system tells it."""
     try:
-        return version("neoquant")
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return None

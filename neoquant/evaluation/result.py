@@ -1,4 +1,8 @@
-"""What an evaluation found, as frozen values that go to JSON and back with all that is needed to repeat it."""
+"""What an evaluation found, as frozen values that go to JSON and back with all that is needed to repeat it.
+
+docs/evaluation.md describes the JSON field by field. A field that is added keeps the schema's version; one whose
+meaning changes, or that goes, raises it.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from neoquant.evaluation.statistics import RESAMPLES, SEED
 from neoquant.evaluation.suite import Suite
 
 LN2 = math.log(2)
+QUANTILES = ("0.1", "1", "5", "10", "25", "50", "75", "90", "95", "99", "99.9")  # per cent
 
 
 class Record(BaseModel):
@@ -29,7 +34,10 @@ class ModelInfo(Record):
     bytes_on_disk: int | None = None
     bits_per_weight_linears: float | None = None
     bits_per_weight_model: float | None = None
+    parameters: int | None = None
+    format: str | None = None  # how quantized weights are spelled; None for a model that is not quantized
     recipe: dict[str, Any] | None = None
+    calibration: dict[str, Any] | None = None  # text that it was rounded with: source, sha256, rows, length, seed
     sha256: str | None = None  # of the weights
 
 
@@ -43,6 +51,9 @@ class Environment(Record):
     device: str
     dtype: str
     threads: int
+    processor: str | None = None  # the CPU's name
+    native: str | None = None  # which instruction set the native library uses, or why none
+    tokenizers: str | None = None  # the version of the library
 
 
 class DataInfo(Record):
@@ -80,6 +91,19 @@ class Score(Record):
         return self.nats / self.bytes / LN2
 
 
+class Macro(Record):
+    """The plain means over subsets, each of which counts alike however much text it holds."""
+
+    nats_per_token: float
+    bits_per_byte: float
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean: the subsets' geometric mean."""
+        return _exp(self.nats_per_token)
+
+
 class UnitScore(Record):
     """One document, or one window where documents were joined."""
 
@@ -93,12 +117,13 @@ class UnitScore(Record):
 class Evaluation(Record):
     """One model on one suite."""
 
-    schema_version: Literal["neoquant.evaluation/1"] = "neoquant.evaluation/1"
+    schema_version: Literal["neoquant.evaluation/2"] = "neoquant.evaluation/2"
     model: ModelInfo
     suite: Suite  # with context and stride settled
     data: DataInfo
     environment: Environment
-    total: Score
+    total: Score  # of all text together
+    macro: Macro
     subsets: tuple[Score, ...]
     units: tuple[UnitScore, ...]
     notes: tuple[str, ...] = ()
@@ -114,21 +139,71 @@ class Evaluation(Record):
         return from_json(cls, text)
 
 
+class Histogram(Record):
+    """Tokens by value: `counts[i]` lie in [edges[i], edges[i + 1]), the rest `below` the first edge or `above`."""
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+    below: int
+    above: int
+
+
+class Distribution(Record):
+    """How something is spread over tokens. Mean, RMS and extremes are exact, quantiles right to 0.25 % of their value
+    (`sketch.ACCURACY`)."""
+
+    mean: float
+    rms: float
+    minimum: float
+    maximum: float
+    quantiles: dict[str, float]  # "99.9" -> what 99.9 % of the tokens do not exceed; see QUANTILES
+    histogram: Histogram | None = None  # in the total only
+
+    @property
+    def median(self) -> float:
+        return self.quantiles["50"]
+
+
 class Change(Record):
-    """How a model differs from the reference on the same windows: over a subset, or over everything."""
+    """How a model differs from the reference on the same windows: over a subset, or over everything.
+
+    Intervals hold 95 %, errors are standard errors; both are None for fewer than two units. What needs both models'
+    predictions side by side (agreement and everything below it) is None where saved evaluations were compared.
+    """
 
     subset: str
     nats_per_token: float  # above the reference's
-    low: float | None  # 95 % interval of nats_per_token; None for fewer than two units
+    low: float | None  # interval of nats_per_token
     high: float | None
-    agreement: float  # share of tokens whose likeliest token is the reference's
-    agreement_error: float | None  # standard error
-    kl: float  # KL(reference || model), mean nats a token
+    bits_per_byte: float  # above the reference's
+    bits_per_byte_low: float | None
+    bits_per_byte_high: float | None
+    agreement: float | None = None  # share of tokens whose likeliest token is the reference's
+    agreement_error: float | None = None
+    kl: float | None = None  # KL(reference || model), mean nats a token
+    kl_error: float | None = None
+    divergence: Distribution | None = None  # of KL, nats
+    loss_change: Distribution | None = None  # of -log p(token) above the reference's, nats
+    probability_change: Distribution | None = None  # of p(token) above the reference's, -1 to 1
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def perplexity_ratio(self) -> float:
+        """The model's over the reference's; its interval is exp of `low` to exp of `high`."""
         return _exp(self.nats_per_token)
+
+
+class MacroChange(Record):
+    """The plain means of the subsets' changes; for the intervals, documents are resampled within each subset."""
+
+    nats_per_token: float
+    low: float | None
+    high: float | None
+    bits_per_byte: float
+    bits_per_byte_low: float | None
+    bits_per_byte_high: float | None
+    kl: float | None = None
+    agreement: float | None = None
 
 
 class UnitChange(Record):
@@ -137,7 +212,60 @@ class UnitChange(Record):
     id: str
     subset: str
     kl: float  # nats, summed
+    kl_maximum: float
     agreed: int  # tokens
+    probability_squares: float  # squared changes of p(token), summed
+
+
+class TokenChange(Record):
+    """A token in a passage. One that ends inside a character has no text, the one that completes it has it all."""
+
+    text: str
+    loss_change: float | None  # -log p(token) above the reference's, nats; None where the window does not score it
+    kl: float | None
+
+
+class Choice(Record):
+    """What a model found likeliest, and how likely."""
+
+    text: str
+    probability: float
+
+
+class WorstToken(Record):
+    """A token where a model differs from the reference the most, in its text."""
+
+    unit: str  # id of the document
+    subset: str
+    position: int  # number of the token in its document (or window), from 0
+    token: str
+    kl: float  # nats
+    probability_reference: float  # of the token
+    probability: float
+    top_reference: Choice
+    top: Choice
+    passage: tuple[TokenChange, ...]  # the text around it
+    index: int  # the token is passage[index]
+
+    @property
+    def before(self) -> str:
+        """The passage up to the token."""
+        return "".join(change.text for change in self.passage[: self.index])
+
+    @property
+    def after(self) -> str:
+        return "".join(change.text for change in self.passage[self.index + 1 :])
+
+
+class WorstDocument(Record):
+    """A document (or window) on which a model differs from the reference the most."""
+
+    unit: str
+    subset: str
+    tokens: int
+    nats_per_token: float  # above the reference's
+    kl: float  # mean nats a token
+    beginning: str  # of its text
 
 
 class Candidate(Record):
@@ -145,8 +273,11 @@ class Candidate(Record):
 
     evaluation: Evaluation
     total: Change
+    macro: MacroChange
     subsets: tuple[Change, ...]
-    units: tuple[UnitChange, ...]
+    units: tuple[UnitChange, ...] = ()
+    worst_documents: tuple[WorstDocument, ...] = ()  # by KL a token, of those with at least WORST_TOKENS tokens
+    worst_tokens: tuple[WorstToken, ...] = ()  # by KL, one in a stretch of text
 
 
 class Resampling(Record):
@@ -161,7 +292,7 @@ class Resampling(Record):
 class Comparison(Record):
     """Several models on one suite, each against the first."""
 
-    schema_version: Literal["neoquant.comparison/1"] = "neoquant.comparison/1"
+    schema_version: Literal["neoquant.comparison/2"] = "neoquant.comparison/2"
     reference: Evaluation
     candidates: tuple[Candidate, ...]
     resampling: Resampling

@@ -1,15 +1,15 @@
-"""The one loop that runs models: every model reads the same windows, and each scored token is added to its unit."""
+"""The one loop that runs models: every model reads the same windows, and each scored token is counted once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from neoquant.errors import CheckpointError, RequestError
 from neoquant.evaluation.corpus import Corpus, Window
+from neoquant.evaluation.tally import Measures, Tally
 from neoquant.progress import Progress
 
 
@@ -45,55 +45,57 @@ class Model(Protocol):
     def dtype(self) -> torch.dtype: ...
 
 
-@dataclass(frozen=True)
-class Sums:
-    """What was added up over the scored tokens of each unit: float64[units] on the CPU."""
-
-    nats: torch.Tensor  # -log p(token)
-    kl: torch.Tensor  # KL(reference || this model), nats
-    agreed: torch.Tensor  # tokens where the likeliest token is the reference's
-
-
 @torch.inference_mode()
-def score(models: Sequence[Model], corpus: Corpus, progress: Progress) -> list[Sums]:
+def score(models: Sequence[Model], corpus: Corpus, progress: Progress, *, names: Sequence[str] = ()) -> Tally:
     """Score every window of `corpus` with each of `models`, side by side; the first is the reference.
 
-    One batch of hidden states a model and a few pieces of logits are held, whatever the numbers of models and tokens.
-    Raises RequestError for tokens outside a model's vocabulary, CheckpointError for logits that are not finite.
+    Beside the models and the text, one batch of hidden states a model and a few pieces of logits are held, and what
+    `Tally` counts in, whatever the number of tokens. Raises RequestError for tokens outside a model's vocabulary,
+    CheckpointError, with the model's name, for losses that are not finite.
     """
     check_vocabularies(models, corpus)
     pace = CPU_PACE if models[0].device.type == "cpu" else GPU_PACE
-    totals = [[torch.zeros(len(corpus.units), dtype=torch.float64) for _ in range(3)] for _ in models]
+    tally = Tally(corpus, len(models))
     with progress.task("scoring", total=corpus.tokens) as advance:
         for windows in batches(corpus.windows, pace.positions):
-            ids, where, targets, units = stacked(windows)
-            hidden = [model.transformer(ids.to(model.device)).last_hidden_state for model in models]  # [B, T, C]
-            hidden = [h[where.to(h.device)] for h in hidden]  # [N, C]
-            for start in range(0, len(targets), pace.rows):
-                piece = slice(start, start + pace.rows)
-                logits = (model.lm_head(h[piece]) for model, h in zip(models, hidden, strict=True))
-                for sums, added in zip(totals, measures(logits, targets[piece]), strict=True):
-                    for total, amount in zip(sums, added, strict=True):
-                        total.index_add_(0, units[piece], amount.cpu())
-                advance(len(targets[piece]))
-    results = [Sums(*sums) for sums in totals]
-    _check_finite(results, corpus)
-    return results
+            measured = _measure_batch(models, [corpus.windows[w] for w in windows], pace.rows, advance)
+            _check_finite(measured, windows, corpus, names)
+            tally.add(windows, measured)
+    return tally
 
 
-def batches(windows: Sequence[Window], tokens: int) -> Iterator[list[Window]]:
-    """The windows, longest first, in batches of at most `tokens` positions (or of one window)."""
-    batch: list[Window] = []
-    for window in sorted(windows, key=lambda window: -len(window.ids)):
-        if batch and (len(batch) + 1) * len(batch[0].ids) > tokens:
+def _measure_batch(
+    models: Sequence[Model], windows: Sequence[Window], rows: int, advance: Callable[[float], None]
+) -> list[Measures]:
+    """What each model gives for the scored tokens of `windows`, one after the other."""
+    ids, where, targets, _ = stacked(windows)
+    hidden = [model.transformer(ids.to(model.device)).last_hidden_state for model in models]  # [B, T, C]
+    hidden = [h[where.to(h.device)] for h in hidden]  # [N, C]
+    pieces: list[list[torch.Tensor]] = [[] for _ in models]
+    for start in range(0, len(targets), rows):
+        piece = slice(start, start + rows)
+        logits = (model.lm_head(h[piece]) for model, h in zip(models, hidden, strict=True))
+        for collected, measured in zip(pieces, measures(logits, targets[piece]), strict=True):
+            collected.append(torch.stack(measured))
+        advance(len(targets[piece]))
+    return [Measures(*torch.cat(collected, dim=1).cpu()) for collected in pieces]
+
+
+def batches(windows: Sequence[Window], tokens: int) -> Iterator[list[int]]:
+    """Numbers of windows, longest first, in batches of at most `tokens` positions (or of one window)."""
+    batch: list[int] = []
+    width = 0
+    for number in sorted(range(len(windows)), key=lambda number: -len(windows[number].ids)):
+        if batch and (len(batch) + 1) * width > tokens:
             yield batch
             batch = []
-        batch.append(window)
+        width = width if batch else len(windows[number].ids)
+        batch.append(number)
     if batch:
         yield batch
 
 
-def stacked(windows: list[Window]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def stacked(windows: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """ids[B, T], where[B, T] (bool: this position's prediction is scored), and for those targets[N], units[N].
 
     Shorter windows are filled up on the right, which no earlier position of a causal model sees.
@@ -110,26 +112,27 @@ def stacked(windows: list[Window]) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     return ids, where, targets, units.repeat_interleave(torch.tensor([window.scored for window in windows]))
 
 
-def measures(
-    logits: Iterator[torch.Tensor], targets: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """For each model's logits[N, V]: nats, KL from the first model's, agreement with its likeliest token; float64[N].
+def measures(logits: Iterator[torch.Tensor], targets: torch.Tensor) -> Iterator[Measures]:
+    """What each model's logits[N, V] say of the tokens `targets`[N]; the first model is the reference.
 
     KL = sum p (x - y) - (log Z_x - log Z_y): the logits' differences are formed before anything is rounded. A token's
     divergence is then right to about 1e-7 nats, without bias; from float32 log-probabilities it would be to 4e-7.
     """
     reference = next(logits).float()
     targets = targets.to(reference.device)
-    top = reference.argmax(-1)
     log_z, p = _softmax(reference)
-    picked = reference.gather(-1, targets[:, None])[:, 0].double()
-    yield log_z - picked, torch.zeros_like(log_z), torch.ones_like(log_z)
+    yield _measures(reference, log_z, targets, torch.zeros_like(log_z))
     for other in logits:
         y = other.to(reference.device, torch.float32)
         other_log_z, _ = _softmax(y)
-        picked = y.gather(-1, targets[:, None])[:, 0].double()
         kl = (p * (reference - y)).sum(-1).double() - (log_z - other_log_z)
-        yield other_log_z - picked, kl, (y.argmax(-1) == top).double()
+        yield _measures(y, other_log_z, targets, kl)
+
+
+def _measures(logits: torch.Tensor, log_z: torch.Tensor, targets: torch.Tensor, kl: torch.Tensor) -> Measures:
+    top = logits.max(-1)
+    nats = log_z - logits.gather(-1, targets[:, None])[:, 0].double()
+    return Measures(nats, kl, top.indices.double(), (top.values.double() - log_z).exp())
 
 
 def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,12 +155,15 @@ def check_vocabularies(models: Sequence[Model], corpus: Corpus) -> None:
         )
 
 
-def _check_finite(results: list[Sums], corpus: Corpus) -> None:
-    for sums in results:
-        bad = (~torch.isfinite(sums.nats)).nonzero()
+def _check_finite(measured: list[Measures], windows: list[int], corpus: Corpus, names: Sequence[str]) -> None:
+    for number, model in enumerate(measured):
+        bad = (~torch.isfinite(model.nats + model.kl)).nonzero()
         if len(bad):
-            unit = corpus.units[int(bad[0])]
+            scored = torch.tensor([corpus.windows[w].scored for w in windows]).cumsum(0)
+            window = windows[int(torch.searchsorted(scored, bad[0], right=True))]
+            unit = corpus.units[corpus.windows[window].unit]
+            whose = f"{names[number]}'s" if names else "the"
             raise CheckpointError(
-                f"the loss on {unit.subset}, {unit.id}, is not a finite number: "
+                f"{whose} loss on {unit.subset}, {unit.id}, is not a finite number: "
                 "the weights are damaged, or overflow in half precision (try float32)"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -64,6 +65,24 @@ def ratio_error(sums: torch.Tensor, counts: torch.Tensor) -> float | None:
     ratio = sums.sum() / counts.sum()
     spread = ((sums - ratio * counts) ** 2).sum() * n / (n - 1)
     return float(spread.sqrt() / counts.sum())
+
+
+def macro_interval(strata: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Interval | None:
+    """The 95 % interval of the mean over strata (subsets) of sum(sums) / sum(counts), units drawn within each.
+
+    Student's t with Welch and Satterthwaite's degrees of freedom. None where a stratum has fewer than two units.
+    """
+    errors = [ratio_error(sums, counts) for sums, counts in strata]
+    known = [error for error in errors if error is not None]
+    if not strata or len(known) < len(errors):
+        return None
+    mean = sum(float(sums.sum() / counts.sum()) for sums, counts in strata) / len(strata)
+    variance = sum(error**2 for error in known)
+    if not variance:
+        return Interval(mean, mean)
+    degrees = variance**2 / sum(error**4 / (len(sums) - 1) for error, (sums, _) in zip(known, strata, strict=True))
+    reach = student_975(max(1, int(degrees))) * math.sqrt(variance) / len(strata)
+    return Interval(mean - reach, mean + reach)
 
 
 def student_975(degrees: int) -> float:

@@ -12,8 +12,10 @@ if TYPE_CHECKING:
 NONE = "-"
 
 
-def divergence(kl: float) -> str:
+def divergence(kl: float | None) -> str:
     """Two digits at least, however small."""
+    if kl is None:
+        return NONE
     return f"{kl:.5f}" if kl >= 1e-4 or kl <= 0 else f"{kl:.1e}"
 
 
@@ -39,6 +41,8 @@ def change_interval(change: Change) -> str:
 
 def agreement(change: Change) -> str:
     """`96.80 ± 0.12 %`"""
+    if change.agreement is None:
+        return NONE
     error = NONE if change.agreement_error is None else f"{100 * change.agreement_error:.2f}"
     return f"{100 * change.agreement:.2f} ± {error} %"
 

@@ -14,6 +14,8 @@ from neoquant.evaluation.result import (
     DataInfo,
     Environment,
     Evaluation,
+    Macro,
+    MacroChange,
     ModelInfo,
     Resampling,
     Score,
@@ -34,6 +36,7 @@ def evaluation(name: str, nats: float) -> Evaluation:
             neoquant="0.1", torch="2", python="3", platform="Linux", device="cpu", dtype="float32", threads=2
         ),
         total=scores[-1],
+        macro=Macro(nats_per_token=nats / 1_234_567, bits_per_byte=0.8),
         subsets=tuple(scores[:-1]),
         units=(),
         seconds=12.3,
@@ -48,6 +51,9 @@ def comparison() -> Comparison:
             nats_per_token=0.0123,
             low=low,
             high=high,
+            bits_per_byte=0.004,
+            bits_per_byte_low=None,
+            bits_per_byte_high=None,
             agreement=0.968,
             agreement_error=0.0012,
             kl=0.00065,
@@ -55,7 +61,9 @@ def comparison() -> Comparison:
         for subset, low, high in ((SUBSETS[0], 0.01, 0.0145), (SUBSETS[1], None, None), ("total", -0.01, 0.03))
     ]
     other = evaluation("gpt-neo-1.3B-nf4", 3_015_000)
-    candidate = Candidate(evaluation=other, total=changes[-1], subsets=tuple(changes[:-1]), units=())
+    fields = changes[-1].model_dump(include=MacroChange.model_fields.keys())
+    macro = MacroChange(**fields)
+    candidate = Candidate(evaluation=other, total=changes[-1], macro=macro, subsets=tuple(changes[:-1]))
     reference = evaluation("gpt-neo-1.3B", 3_000_000)
     return Comparison(reference=reference, candidates=(candidate,), resampling=Resampling(unit="document"))
 
