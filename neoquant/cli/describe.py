@@ -59,6 +59,7 @@ def describe(checkpoint: Checkpoint) -> Description:
     from neoquant.formats import detect
     from neoquant.model.config import GPTNeoConfig
     from neoquant.planning import BLOCK_LINEARS
+    from neoquant.quantization import RECORD
 
     # Whatever a block linear's weight is stored as: everything under the layer's name but the bias.
     weight = re.compile(rf"(?:.*\.)?h\.\d+\.(?:{'|'.join(map(re.escape, BLOCK_LINEARS))})\.(?!bias$).+")
@@ -75,7 +76,7 @@ def describe(checkpoint: Checkpoint) -> Description:
         bits_per_weight_linears=8 * linear_bytes / max(1, weights),
         bits_per_weight_model=8 * checkpoint.nbytes / max(1, weights + others),
         quantization=checkpoint.config.get("quantization_config") or {},
-        record=_read_record(checkpoint.folder),
+        record=_read_record(checkpoint.folder, RECORD),
     )
 
 
@@ -83,6 +84,7 @@ def model_info(source: str | Path, revision: str | None, name: str, progress: Pr
     """What a result says of the model it was measured on."""
     from neoquant.checkpoint import open_checkpoint
     from neoquant.evaluation import ModelInfo
+    from neoquant.quantization import CALIBRATION
 
     with open_checkpoint(source, revision=revision, progress=progress) as checkpoint:
         found = describe(checkpoint)
@@ -93,17 +95,18 @@ def model_info(source: str | Path, revision: str | None, name: str, progress: Pr
             bytes_on_disk=found.bytes,
             bits_per_weight_linears=found.bits_per_weight_linears,
             bits_per_weight_model=found.bits_per_weight_model,
+            parameters=found.parameters,
+            format=found.format.name if found.format else None,
             recipe=found.record.get("recipe"),
+            calibration=_read_record(checkpoint.folder, CALIBRATION).get("calibration"),
             sha256=_hash_weights(checkpoint, progress),
         )
 
 
-def _read_record(folder: Path | None) -> dict[str, Any]:
-    """neoquant's record in a folder; empty where there is none, or none that can be read: it is not needed to run."""
-    from neoquant.quantization import RECORD
-
+def _read_record(folder: Path | None, name: str) -> dict[str, Any]:
+    """A record that neoquant left in a folder; empty where there is none that can be read: it is not needed to run."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8")) if folder is not None else {}
+        record = json.loads((folder / name).read_text(encoding="utf-8")) if folder is not None else {}
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}

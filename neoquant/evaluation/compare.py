@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from neoquant.evaluation.corpus import Corpus, Tokenizer, read_corpus
-from neoquant.evaluation.perplexity import summarize
+from neoquant.evaluation.perplexity import environment, summarize
 from neoquant.evaluation.result import (
     LN2,
     QUANTILES,
@@ -62,7 +62,14 @@ def compare(
     tally = score([contestant.model for contestant in contestants], corpus, progress, names=names)
     seconds = time.perf_counter() - started
     reference_scores, *scores = [
-        summarize(contestant.model, contestant.describe, corpus, tokenizer, tally.by_unit(number, "nats"), seconds)
+        summarize(
+            contestant.describe,
+            environment(contestant.model),
+            corpus,
+            tokenizer,
+            tally.by_unit(number, "nats"),
+            seconds,
+        )
         for number, contestant in enumerate(contestants)
     ]
     candidates = [_candidate(number, evaluation, corpus, tokenizer, tally) for number, evaluation in enumerate(scores)]

@@ -12,11 +12,11 @@ from statistics import fmean
 
 import torch
 
-from neoquant import native
 from neoquant.evaluation.corpus import Corpus, Tokenizer, read_corpus
 from neoquant.evaluation.result import DataInfo, Environment, Evaluation, Macro, ModelInfo, Score, UnitScore
 from neoquant.evaluation.scoring import Model, score
 from neoquant.evaluation.suite import Suite
+from neoquant.native import active
 from neoquant.progress import SILENT, Progress
 
 
@@ -31,11 +31,17 @@ def evaluate(
     started = time.perf_counter()
     corpus = read_corpus(suite.fitted(model.config.max_position_embeddings), tokenizer, progress)
     tally = score([model], corpus, progress, names=[describe.name])
-    return summarize(model, describe, corpus, tokenizer, tally.by_unit(0, "nats"), time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return summarize(describe, environment(model), corpus, tokenizer, tally.by_unit(0, "nats"), seconds)
 
 
 def summarize(
-    model: Model, describe: ModelInfo, corpus: Corpus, tokenizer: Tokenizer, nats: torch.Tensor, seconds: float
+    describe: ModelInfo,
+    environment: Environment,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    nats: torch.Tensor,
+    seconds: float,
 ) -> Evaluation:
     """An Evaluation from nats[units]."""
     units = [
@@ -54,7 +60,7 @@ def summarize(
             sha256=corpus.sha256,
             tokenizer_sha256=tokenizer.sha256,
         ),
-        environment=environment(model),
+        environment=environment,
         total=_score("total", sum(corpus.documents.values()), units),
         macro=Macro(
             nats_per_token=fmean(score.nats_per_token for score in subsets),
@@ -90,7 +96,7 @@ def environment(model: Model) -> Environment:
         dtype=str(model.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         processor=_processor(),
-        native=native.active().reason,
+        native=active().reason,
         tokenizers=_version("tokenizers"),
     )
 

@@ -106,6 +106,18 @@ class Tally:
                 self.maxima[model, spread].scatter_reduce_(0, subsets, values, "amax")
             self._keep_worst(model, windows, reference, other, loss)
 
+    def merge(self, other: Tally) -> None:
+        """Take over what `other` counted, of other batches of the same corpus."""
+        self.sums += other.sums  # where one has a window's sums, the other has zeros
+        self.counts += other.counts
+        self.minima = torch.minimum(self.minima, other.minima)
+        self.maxima = torch.maximum(self.maxima, other.maxima)
+        for peaks, others in zip(self.peaks, other.peaks, strict=True):
+            for key, peak in others.items():
+                if key not in peaks or peak.rank < peaks[key].rank:
+                    peaks[key] = peak
+        self.peaks = [_best(peaks) for peaks in self.peaks]
+
     def by_unit(self, model: int, name: str) -> torch.Tensor:
         """A sum (or the maximum) for each unit: float64[units]."""
         values = self.sums[model, SUMS.index(name)]
@@ -156,4 +168,8 @@ class Tally:
             found.add(key)
             if key not in peaks or peak.rank < peaks[key].rank:
                 peaks[key] = peak
-        self.peaks[model] = dict(sorted(peaks.items(), key=lambda item: item[1].rank)[:WORST])
+        self.peaks[model] = _best(peaks)
+
+
+def _best(peaks: dict[tuple[int, int], Peak]) -> dict[tuple[int, int], Peak]:
+    return dict(sorted(peaks.items(), key=lambda item: item[1].rank)[:WORST])

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from byte_tokenizer import Bytes
 
 from neoquant.errors import CheckpointError, DataError, RequestError
 from neoquant.evaluation import Comparison, Contestant, Evaluation, ModelInfo, Suite, compare, evaluate
@@ -26,19 +27,6 @@ TEXTS = [
     ("code", "while True: pass"),
     ("prose", "A sentence, then another. " * 5),
 ]
-
-
-class Bytes:
-    """A tokenizer: token n + 1 is byte n, 0 ends a text."""
-
-    sha256 = "bytes"
-    eos_token_id: int | None = 0
-
-    def encode(self, text: str) -> list[int]:
-        return [byte + 1 for byte in text.encode()]
-
-    def decode(self, ids: list[int]) -> str:
-        return bytes(i - 1 for i in ids).decode("utf-8", "replace")
 
 
 class Models(NamedTuple):
