@@ -28,7 +28,7 @@ from neoquant.evaluation.result import (
 )
 from neoquant.evaluation.scoring import Model, score
 from neoquant.evaluation.sketch import quantiles, regroup
-from neoquant.evaluation.statistics import bootstrap_interval, macro_interval, ratio_error
+from neoquant.evaluation.statistics import mean_interval, ratio_error, ratio_interval
 from neoquant.evaluation.suite import Suite
 from neoquant.evaluation.tally import SPREADS, SUMS, Tally
 from neoquant.evaluation.worst import worst_documents, worst_tokens
@@ -112,7 +112,7 @@ def _changes(number: int, corpus: Corpus, tally: Tally, sums: dict[str, torch.Te
         units = chosen & (tokens > 0)
         t, b = tokens[units], size[units]
         part = {name: values[units] for name, values in sums.items()}
-        interval, by_bytes = bootstrap_interval(part["loss"], t), bootstrap_interval(part["loss"] / LN2, b)
+        interval, by_bytes = ratio_interval(part["loss"], t), ratio_interval(part["loss"] / LN2, b)
         spread = {
             name: _distribution(tally, number, spread, subset, part, float(t.sum()))
             for spread, name in enumerate(SPREADS)
@@ -140,8 +140,8 @@ def _macro(corpus: Corpus, loss: torch.Tensor, subsets: list[Change]) -> MacroCh
     tokens = torch.tensor([unit.tokens for unit in corpus.units], dtype=torch.float64)
     size = torch.tensor([unit.bytes for unit in corpus.units], dtype=torch.float64)
     units = [torch.tensor([u.subset == c.subset and u.tokens > 0 for u in corpus.units]) for c in subsets]
-    interval = macro_interval([(loss[chosen], tokens[chosen]) for chosen in units])
-    by_bytes = macro_interval([(loss[chosen] / LN2, size[chosen]) for chosen in units])
+    interval = mean_interval([(loss[chosen], tokens[chosen]) for chosen in units])
+    by_bytes = mean_interval([(loss[chosen] / LN2, size[chosen]) for chosen in units])
     return MacroChange(
         nats_per_token=fmean(change.nats_per_token for change in subsets),
         low=interval.low if interval else None,

@@ -12,7 +12,6 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
 
 from neoquant.errors import DataError
-from neoquant.evaluation.statistics import RESAMPLES, SEED
 from neoquant.evaluation.suite import Suite
 
 LN2 = math.log(2)
@@ -194,7 +193,7 @@ class Change(Record):
 
 
 class MacroChange(Record):
-    """The plain means of the subsets' changes; for the intervals, documents are resampled within each subset."""
+    """The plain means of the subsets' changes; for the intervals, documents are drawn within each subset."""
 
     nats_per_token: float
     low: float | None
@@ -281,11 +280,10 @@ class Candidate(Record):
 
 
 class Resampling(Record):
-    """How the intervals were made."""
+    """How the intervals were made: `unit`s were left out one at a time (docs/evaluation.md)."""
 
+    method: Literal["jackknife"] = "jackknife"
     unit: Literal["document", "window"]
-    resamples: int = RESAMPLES
-    seed: int = SEED
     confidence: float = 0.95
 
 

@@ -127,6 +127,6 @@ def _models_line(result: Evaluation) -> str:
 def _legend(result: Comparison) -> Text:
     unit = result.resampling.unit
     return Text(
-        f"Δ: change and its 95 % interval, {unit}s resampled · KL: mean nats a token\n{_models_line(result.reference)}",
+        f"Δ: change and its 95 % interval over {unit}s · KL: mean nats a token\n{_models_line(result.reference)}",
         style="dim",
     )

@@ -91,7 +91,7 @@ def test_comparison(width: int) -> None:
     text = render(comparison_table(comparison()), width)
     for whole in ("11.359 → 11.498", "+0.0123 [+0.0100, +0.0145]", "+0.0123 [-]", "96.80 ± 0.12 %", "0.00065"):
         assert whole in text
-    for whole in ("838.1", "4.127", "0.8310", "documents resampled"):
+    for whole in ("838.1", "4.127", "0.8310", "interval over documents"):
         assert whole in text
     assert "…" not in text
     assert text.count("Gutenberg (PG-19)") == (2 if width == 80 else 1)
