@@ -34,7 +34,7 @@ def compare(
 ) -> None:
     """Measure what quantizing cost: every model reads the same windows as BASE, token by token.
 
-    Both perplexities and bits per byte, the change with its 95 % interval (documents resampled), how often
+    Both perplexities and bits per byte, the change with its 95 % interval (over documents), how often
     both find the same token likeliest, the KL divergence, size and bits per weight. --revision is BASE's.
 
     \b

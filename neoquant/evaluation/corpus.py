@@ -29,7 +29,7 @@ class Tokenizer(Protocol):
 
 
 class Unit(NamedTuple):
-    """What is resampled for an interval: a document, or a window where documents were joined."""
+    """What an interval counts as one draw: a document, or a window where documents were joined."""
 
     id: str
     subset: str

@@ -19,7 +19,7 @@ from neoquant.evaluation.layers import Inspection, Layer, Loss
 from neoquant.evaluation.perplexity import environment
 from neoquant.evaluation.result import DataInfo
 from neoquant.evaluation.scoring import CPU_PACE, GPU_PACE, batches, check_vocabularies, measures, stacked
-from neoquant.evaluation.statistics import bootstrap_interval
+from neoquant.evaluation.statistics import ratio_interval
 from neoquant.evaluation.suite import Suite
 from neoquant.layer import QuantLinear
 from neoquant.model.gpt_neo import AttentionMasks, Block, GPTNeoForCausalLM
@@ -149,7 +149,7 @@ class _Losses:
         self.kl.index_add_(0, units, kl.cpu())
 
     def loss(self) -> Loss:
-        interval = bootstrap_interval(self.nats, self.tokens)
+        interval = ratio_interval(self.nats, self.tokens)
         total = self.tokens.sum()
         return Loss(
             nats_per_token=float(self.nats.sum() / total),

@@ -14,7 +14,7 @@ class Loss(Record):
     """What the base model loses with one layer quantized, or with all: nats a token, on the same windows."""
 
     nats_per_token: float  # above the base model's
-    low: float | None  # 95 % interval of nats_per_token, windows resampled; None for fewer than two windows
+    low: float | None  # 95 % interval of nats_per_token, over windows; None for fewer than two windows
     high: float | None
     kl: float  # KL(base || model), mean
 
