@@ -1,10 +1,11 @@
-"""A linear layer on a quantized weight: buffers and a kernel."""
+"""Layers on a quantized weight: buffers and a kernel."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from neoquant.kernels import Kernel, choose
@@ -46,6 +47,10 @@ class QuantLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return self.kernel.linear(x, self._state(), self.grid, self.shape, bias)
 
+    def embedding(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of the weight, ids[...] -> dtype[..., I]."""
+        return self.kernel.embedding(ids, self._state(), self.grid, self.shape, dtype)
+
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.grid}, kernel={self.kernel.name}"
 
@@ -73,3 +78,20 @@ class QuantLinear(nn.Module):
             del self._buffers[name]
         for name, tensor in self.kernel.pack(q).items():
             self.register_buffer(name, tensor)
+
+
+class QuantEmbedding(nn.Module):
+    """ids[...] -> rows [..., C] of a quantized table, like the `nn.Embedding` it stands for.
+
+    `table` is the same weight as a linear layer, C -> V: a tied head is that very layer, so that it is held once. Rows
+    come in the type that the model is cast to.
+    """
+
+    def __init__(self, q: QuantizedTensor, dtype: torch.dtype, kernel: Kernel | None = None) -> None:
+        """`q`[V, C] on the device the layer is to live on; `dtype` of the rows; `kernel` None is the fastest there."""
+        super().__init__()
+        self.table = QuantLinear(q, kernel=kernel)
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device=q.codes.device), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.table.embedding(ids, self.get_buffer("like").dtype)

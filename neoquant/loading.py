@@ -17,7 +17,7 @@ from neoquant.demo import MODEL
 from neoquant.errors import CheckpointError, RequestError, locate
 from neoquant.formats import Format
 from neoquant.formats.base import dtype_name
-from neoquant.layer import QuantLinear
+from neoquant.layer import QuantEmbedding, QuantLinear
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.gpt_neo import GPTNeoForCausalLM
 from neoquant.model.pretrained import LoadReport, PreTrainedModel
@@ -174,7 +174,7 @@ class _Filling:
                     self._put_plain(name, plain[name], parameter)
                 advance(1)
         for name, source in tied.items():
-            _set_parameter(self.model, name, self.model.get_parameter(source))
+            self._tie(name.removesuffix(".weight"), source.removesuffix(".weight"))
         self._draw(missing)
         self._report(missing, [name for name in unexpected if name not in tied])
 
@@ -210,13 +210,24 @@ class _Filling:
             self.checkpoint.forget(stored)
         return placed
 
+    def _tie(self, layer: str, source: str) -> None:
+        """Let one layer have another's weight, quantized or not."""
+        module = self.model.get_submodule(source)
+        if isinstance(module, QuantEmbedding):
+            self.model.set_submodule(layer, module.table)
+        else:
+            _set_parameter(self.model, f"{layer}.weight", self.model.get_parameter(f"{source}.weight"))
+
     def _put_quantized(self, layer: str, stored: str) -> None:
         linear = self.model.get_submodule(layer)
-        if not isinstance(linear, nn.Linear) or self.format is None:
-            raise CheckpointError(f"{stored} is quantized, but only linear layers can be")
+        if not isinstance(linear, nn.Linear | nn.Embedding) or self.format is None:
+            raise CheckpointError(f"{stored} is quantized, but only linear layers and embeddings can be")
         with locate(stored):
             tensors = {suffix: self.checkpoint.view(stored + suffix) for suffix in self.layers[stored]}
-            q = self.format.decode(tensors, (linear.out_features, linear.in_features), self.dtype)
+            q = self.format.decode(tensors, tuple(linear.weight.shape), self.dtype).to(self.device)
+            if isinstance(linear, nn.Embedding):
+                self.model.set_submodule(layer, QuantEmbedding(q, self.dtype))
+                return
             bias = None
             if linear.bias is not None:
                 if f"{stored}.bias" not in self.checkpoint.headers:
@@ -224,7 +235,7 @@ class _Filling:
                 bias = self._plain(f"{stored}.bias")
                 if bias.shape != linear.bias.shape:
                     raise CheckpointError(f"its bias is {list(bias.shape)}, config.json says {list(linear.bias.shape)}")
-            self.model.set_submodule(layer, QuantLinear(q.to(self.device), bias))
+            self.model.set_submodule(layer, QuantLinear(q, bias))
             for suffix in self.layers[stored]:  # what the kernel uses where it lies comes back when it is used
                 self.checkpoint.forget(stored + suffix)
 
@@ -261,8 +272,13 @@ def save_model(model: PreTrainedModel, folder: str | Path, *, force: bool = Fals
     not replaced by `force`), and leaves nothing half-written.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-    format = formats.choose({name: (layer.grid, layer.shape) for name, layer in layers.items()}) if layers else None
-    inside = {f"{name}.{buffer}" for name, layer in layers.items() for buffer in dict(layer.named_buffers())}
+    layers = {name.removesuffix(".table"): layer for name, layer in layers.items()}  # of an embedding
+    everywhere = model.named_modules(remove_duplicate=False)  # a tied head is the embedding's table, met once more
+    held = [(name, module) for name, module in everywhere if isinstance(module, QuantLinear)]
+    inside = {f"{name}.{buffer}" for name, layer in held for buffer in dict(layer.named_buffers())}
+    tables = [module for module in model.modules() if isinstance(module, QuantEmbedding)]
+    targets = {name: (layer.grid, layer.shape) for name, layer in layers.items()}
+    format = formats.choose(targets, embeddings=bool(tables)) if layers else None
     tied = model.tied_weights()
     plain = {name: tensor for name, tensor in model.state_dict().items() if name not in tied and name not in inside}
     config = model.config.to_dict() | {

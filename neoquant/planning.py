@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from neoquant.checkpoint import SHARD_SIZE, Checkpoint, TensorHeader, expected_s
 from neoquant.errors import CheckpointError, FormatError, RecipeError, RequestError
 from neoquant.formats import FORMATS, Format, detect
 from neoquant.formats.base import dtype_name
-from neoquant.grids import Grid
+from neoquant.grids import Grid, make_grid
 from neoquant.model.config import GPTNeoConfig
 from neoquant.quantizers import QUANTIZERS
 from neoquant.recipe import Recipe, Rule
@@ -31,6 +31,13 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 """What a weight that is to be quantized may be stored as."""
 
 EMBEDDING, TIED_HEAD = "transformer.wte.weight", "lm_head.weight"
+
+EMBEDDING_GRIDS: Mapping[str, Grid] = {"int8": make_grid(8, "int8"), "nf4": make_grid(4, "nf4")}
+"""What `embeddings` in a recipe may ask for."""
+
+DEFAULT_EMBEDDINGS = "int8"
+"""What `embeddings = "auto"` is in a format that holds it: on the bundled model int8 adds a six-hundredth of what NF4
+linears lose, and nf4 a quarter (recipes/README.md)."""
 
 _BLOCK_LINEAR = re.compile(rf"transformer\.h\.\d+\.({'|'.join(map(re.escape, BLOCK_LINEARS))})")
 _UNKNOWN = "not a block linear"
@@ -64,6 +71,8 @@ class PlanRow:
     reason: str
     grid: Grid | None = None
     quantizer: str | None = None
+    stored_name: str | None = None
+    """The tensor's name in the output, where that is another."""
 
     @property
     def name(self) -> str:
@@ -174,22 +183,28 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, shard_size: int = SHARD
     _check_blocks(headers, GPTNeoConfig.from_dict(checkpoint.config))
     linears = {canonical_layer(header.name): header for header in headers if _is_block_linear(header)}
     others = [canonical_layer(header.name) for header in headers if not _is_block_linear(header)]
+    tied = checkpoint.config.get("tie_word_embeddings", True)
+    tables = _tables(headers, recipe, tied)
     faults = recipe.complaints(linears, others)
     rules = {layer: recipe.rule_for(layer) for layer in linears}
     grids = {layer: rule.grid() for layer, rule in rules.items() if rule is not None and not rule.keep}
     if not grids:
         faults.append("nothing is left to quantize: every layer is kept in half precision")
     targets = {layer: (grid, _matrix(linears[layer])) for layer, grid in grids.items()}
-    format, passed_over = _choose_format(recipe.format, targets)
+    if recipe.embeddings in EMBEDDING_GRIDS and not tables:
+        faults.append(f'embeddings = "{recipe.embeddings}" finds none: a rule keeps it, or there is no {EMBEDDING}')
+    format, passed_over = _choose_format(recipe, targets)
     if format is None:
-        faults.append(f'format = "{recipe.format}" cannot hold this: {"; ".join(passed_over)}')
+        faults.append(f'format = "{recipe.format}" cannot hold this: {"; ".join(dict.fromkeys(passed_over))}')
     if faults or format is None:
         raise RecipeError("; ".join(faults))
 
     dtype = _half_dtype(headers, recipe.dtype)
-    tied = checkpoint.config.get("tie_word_embeddings", True)
+    choice = _embeddings(recipe.embeddings, format)
+    if choice != "keep":
+        grids |= dict.fromkeys(tables, EMBEDDING_GRIDS[choice])
     rows = tuple(
-        _tied_head_row(header, EMBEDDING in checkpoint.headers, dtype)
+        _tied_head_row(header, EMBEDDING in checkpoint.headers, grids, format, dtype)
         if tied and header.name == TIED_HEAD
         else _row(header, rules, grids, format, dtype)
         for header in headers
@@ -270,12 +285,32 @@ def _check_blocks(headers: Sequence[TensorHeader], config: GPTNeoConfig) -> None
             raise CheckpointError(f"{layer}.weight is {dtype_name(found[layer].dtype)}, expected one of {legal}")
 
 
-def _choose_format(choice: str, targets: _Targets) -> tuple[Format | None, list[str]]:
+def _tables(headers: Iterable[TensorHeader], recipe: Recipe, tied: bool) -> dict[str, TensorHeader]:
+    """What the recipe's `embeddings` decides about: the token embedding, and the head where it is another tensor."""
+    found = {canonical_layer(header.name): header for header in headers if header.name.endswith(".weight")}
+    found = {layer: found[layer] for layer in ("transformer.wte", "lm_head") if layer in found}
+    if tied and "lm_head" in found:  # the same tensor, whichever of the two names it has
+        found.setdefault("transformer.wte", found.pop("lm_head"))
+    rules = {layer: recipe.rule_for(layer) for layer in found}
+    kept = {layer for layer, rule in rules.items() if rule is not None and rule.keep}
+    return {layer: header for layer, header in found.items() if layer not in kept and header.dtype in FLOATS}
+
+
+def _embeddings(choice: str, format: Format) -> str:
+    """What becomes of the token embedding: a key of `EMBEDDING_GRIDS`, or "keep"."""
+    if choice != "auto":
+        return choice
+    return DEFAULT_EMBEDDINGS if format.holds_embeddings else "keep"
+
+
+def _choose_format(recipe: Recipe, targets: _Targets) -> tuple[Format | None, list[str]]:
     """The first format of the choice that holds all targets in one checkpoint, and why those before it do not."""
     reasons: list[str] = []
     for format in FORMATS.values():
-        if choice in ("auto", format.family):
+        if recipe.format in ("auto", format.family):
             reason = _why_not(format, targets)
+            if reason is None and recipe.embeddings in EMBEDDING_GRIDS and not format.holds_embeddings:
+                reason = f'format {format.name} keeps embeddings in half precision, format = "neoquant" can hold them'
             if reason is None:
                 return format, reasons
             reasons.append(reason)
@@ -302,10 +337,16 @@ def _half_dtype(headers: Iterable[TensorHeader], choice: str) -> torch.dtype:
     return torch.bfloat16 if commonest == torch.bfloat16 else torch.float16
 
 
-def _tied_head_row(header: TensorHeader, has_embedding: bool, dtype: torch.dtype) -> PlanRow:
+def _tied_head_row(
+    header: TensorHeader, has_embedding: bool, grids: Mapping[str, Grid], format: Format, dtype: torch.dtype
+) -> PlanRow:
     """A tied head is stored once, under the embedding's name, whichever of the two names the source has."""
     if has_embedding:
         return PlanRow(header, "lm_head", "drop", (), f"tied to {EMBEDDING}")
+    grid = grids.get("transformer.wte")
+    if grid is not None:
+        row = _quantized_row(header._replace(name=EMBEDDING), "lm_head", grid, None, format)
+        return replace(row, source=header, stored_name=EMBEDDING)
     return PlanRow(header, "lm_head", "keep", (TensorHeader(EMBEDDING, dtype, header.shape),), "tied embedding")
 
 
@@ -317,17 +358,22 @@ def _row(
     dtype: torch.dtype,
 ) -> PlanRow:
     layer = canonical_layer(header.name)
-    grid = grids.get(layer) if _is_block_linear(header) else None
+    grid = grids.get(layer) if header.name.endswith(".weight") else None
     if grid is not None:
-        rule = rules[layer]
-        assert rule is not None  # a layer has a grid because a rule gave it one
-        prefix = header.name.removesuffix(".weight")
-        layout = format.layout(grid, _matrix(header), header.dtype)
-        stored = tuple(TensorHeader(prefix + suffix, *spec) for suffix, spec in layout.items())
-        return PlanRow(header, layer, "quantize", stored, f"match = {rule.match!r}", grid, rule.quantizer)
+        return _quantized_row(header, layer, grid, rules.get(layer), format)
     kept = TensorHeader(header.name, dtype if header.dtype.is_floating_point else header.dtype, header.shape)
     action: Action = "keep" if len(header.shape) > 1 else "copy"
     return PlanRow(header, layer, action, (kept,), _why_kept(header, layer, rules))
+
+
+def _quantized_row(header: TensorHeader, layer: str, grid: Grid, rule: Rule | None, format: Format) -> PlanRow:
+    """A block linear by its `rule`, or an embedding without one."""
+    prefix = header.name.removesuffix(".weight")
+    layout = format.layout(grid, _matrix(header), header.dtype)
+    stored = tuple(TensorHeader(prefix + suffix, *spec) for suffix, spec in layout.items())
+    if rule is None:
+        return PlanRow(header, layer, "quantize", stored, "embedding", grid, "nearest")
+    return PlanRow(header, layer, "quantize", stored, f"match = {rule.match!r}", grid, rule.quantizer)
 
 
 def _why_kept(header: TensorHeader, layer: str, rules: Mapping[str, Rule | None]) -> str:

@@ -313,7 +313,7 @@ def _made_of(
     if row.grid is None or row.quantizer is None:
         return {row.stored[0].name: _converted(weight, row.stored[0].dtype)}
     quantized = _quantized(weight, row.grid, row.quantizer) if given is None else given
-    prefix = row.name.removesuffix(".weight")
+    prefix = (row.stored_name or row.name).removesuffix(".weight")
     return {prefix + suffix: tensor for suffix, tensor in format.encode(quantized).items()}
 
 

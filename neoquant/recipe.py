@@ -5,6 +5,7 @@ A recipe is a frozen value, written in TOML::
     name = "nf4-mixed"
     format = "auto"                     # auto | bitsandbytes | gptq | neoquant
     dtype = "auto"                      # of what is not quantized: auto | float16 | bfloat16
+    embeddings = "auto"                 # of the token embedding and the head: auto | keep | int8 | nf4
 
     [[rules]]
     match = "transformer.h.0.*"         # a glob over layer names; the first rule that matches a layer decides
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 FormatChoice = Literal["auto", "bitsandbytes", "gptq", "neoquant"]
 DtypeChoice = Literal["auto", "float16", "bfloat16"]
+EmbeddingsChoice = Literal["auto", "keep", "int8", "nf4"]
 
 
 class Rule(BaseModel):
@@ -118,6 +120,7 @@ class Recipe(BaseModel):
     description: str = ""
     format: FormatChoice = "auto"
     dtype: DtypeChoice = "auto"
+    embeddings: EmbeddingsChoice = "auto"
     rules: tuple[Rule, ...] = Field(min_length=1, strict=False)
 
     @classmethod
@@ -134,8 +137,9 @@ class Recipe(BaseModel):
         keep: Iterable[str] = (),
         format: FormatChoice = "auto",
         dtype: DtypeChoice = "auto",
+        embeddings: EmbeddingsChoice = "auto",
     ) -> Recipe:
-        """One grid for every layer except those that match a glob of `keep`.
+        """One grid for every block linear except those that match a glob of `keep`.
 
         Raises:
             RequestError: no such grid, or a parameter that it does not have.
@@ -155,7 +159,9 @@ class Recipe(BaseModel):
         named = f"{type}{bits}" if sum(name == type for _, name in legal_pairs()) > 1 else type
         if quantizer not in (None, "nearest"):
             named = f"gptq{bits}" if type == "affine" else f"{named}-{quantizer}"
-        return cls.parse({"name": named, "format": format, "dtype": dtype, "rules": rules})
+        if embeddings not in ("auto", "keep"):
+            named = f"{named}-{embeddings}-embeddings"
+        return cls.parse({"name": named, "format": format, "dtype": dtype, "embeddings": embeddings, "rules": rules})
 
     @classmethod
     def load(cls, recipe: str | Path) -> Recipe:
@@ -255,7 +261,10 @@ def _why_idle(rule: Rule, layers: list[str], others: list[str]) -> str | None:
         return "every layer it matches is decided by an earlier rule; put it before that one"
     among_others = [name for name in others if rule.matches(name)]
     if among_others:
-        return None if rule.keep else f"{among_others[0]} cannot be quantized, it stays in half precision"
+        instead = "it stays in half precision"
+        if among_others[0].endswith((".wte", "lm_head")):
+            instead = "a rule decides about block linears, embeddings = ... about this"
+        return None if rule.keep else f"{among_others[0]} cannot be quantized, {instead}"
     closest = difflib.get_close_matches(rule.match, layers, n=3, cutoff=0.0)
     return f"matches no layer; the closest are {', '.join(closest)}"
 

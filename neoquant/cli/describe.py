@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from neoquant.model.config import GPTNeoConfig
 
 
+TABLES = ("wte", "lm_head")
+"""What of a model may be quantized beside the linears of its blocks."""
+
+
 @dataclass(frozen=True)
 class Description:
     """Sizes in bytes; `quantization` is config.json's, `record` neoquant's own: both may be empty."""
@@ -67,10 +71,15 @@ def describe(checkpoint: Checkpoint) -> Description:
     linears = [header for name, header in checkpoint.headers.items() if weight.fullmatch(name)]
     linear_bytes = sum(header.nbytes for header in linears)
     weights = config.num_layers * (4 * config.hidden_size**2 + 2 * config.hidden_size * config.inner_size)
-    others = sum(header.numel for header in checkpoint.headers.values()) - sum(header.numel for header in linears)
+    format = detect(checkpoint.config, checkpoint.headers)
+    tables = [layer for layer in (format.quantized(checkpoint.headers) if format else ()) if layer.endswith(TABLES)]
+    inside = {header.name for header in linears}
+    inside |= {name for name in checkpoint.headers if name.startswith(tuple(f"{table}.weight" for table in tables))}
+    others = sum(header.numel for name, header in checkpoint.headers.items() if name not in inside)
+    others += len(tables) * config.vocab_size * config.hidden_size
     return Description(
         config=config,
-        format=detect(checkpoint.config, checkpoint.headers),
+        format=format,
         parameters=weights + others,
         bytes=checkpoint.nbytes,
         bits_per_weight_linears=8 * linear_bytes / max(1, weights),

@@ -54,6 +54,7 @@ def choose_recipe(
     keep: list[str] | None,
     format: str | None,
     dtype: str | None,
+    embeddings: str | None,
     recipe: str | None,
 ) -> Recipe:
     """The recipe that the options describe.
@@ -63,7 +64,8 @@ def choose_recipe(
     """
     from neoquant.recipe import Recipe
 
-    stated: dict[str, Any] = {key: value for key, value in (("format", format), ("dtype", dtype)) if value is not None}
+    whatever = {"format": format, "dtype": dtype, "embeddings": embeddings}
+    stated: dict[str, Any] = {key: value for key, value in whatever.items() if value is not None}
     if recipe is not None:
         grid = {
             "--bits": bits,

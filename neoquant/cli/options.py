@@ -137,6 +137,15 @@ KeptDtype = Annotated[
         help="Of what is not quantized: float16 or bfloat16. [default: the source's, if half]",
     ),
 ]
+Embeddings = Annotated[
+    str | None,
+    typer.Option(
+        "--embeddings",
+        metavar="E",
+        help="The token embedding, and the head: int8 or nf4 (format neoquant), or keep. "
+        "[default: int8 in the format neoquant, else keep]",
+    ),
+]
 ShardSize = Annotated[
     str, typer.Option("--shard-size", metavar="SIZE", help="Largest file of weights: 500MB, 5GB, ...")
 ]

@@ -33,6 +33,7 @@ def plan(
     recipe: options.RecipeName = None,
     format: options.Format = None,
     dtype: options.KeptDtype = None,
+    embeddings: options.Embeddings = None,
     shard_size: options.ShardSize = "5GB",
     revision: options.Revision = None,
     json: options.Json = None,
@@ -62,6 +63,7 @@ def plan(
         keep=keep,
         format=format,
         dtype=dtype,
+        embeddings=embeddings,
         recipe=recipe,
     )
     check_writable(json)

@@ -35,6 +35,7 @@ def quantize(
     recipe: options.RecipeName = None,
     format: options.Format = None,
     dtype: options.KeptDtype = None,
+    embeddings: options.Embeddings = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder to make. [default: MODEL-RECIPE, here]")
     ] = None,
@@ -74,6 +75,7 @@ def quantize(
         keep=keep,
         format=format,
         dtype=dtype,
+        embeddings=embeddings,
         recipe=recipe,
     )
     largest = options.parse_size(shard_size)

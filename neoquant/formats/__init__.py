@@ -21,9 +21,12 @@ FORMATS: dict[str, Format] = {format.name: format for format in (Bnb4(), Bnb8(),
 __all__ = ["FORMATS", "Bnb4", "Bnb8", "Format", "Gptq", "Packed", "choose", "detect"]
 
 
-def choose(layers: Mapping[str, tuple[Grid, tuple[int, ...]]], wanted: str = "auto") -> Format:
+def choose(
+    layers: Mapping[str, tuple[Grid, tuple[int, ...]]], wanted: str = "auto", embeddings: bool = False
+) -> Format:
     """The first format that holds all `layers` (name -> grid and shape) in one checkpoint.
 
+    `embeddings` says that an embedding is among them.
     `wanted` is "auto", a family ("bitsandbytes", "gptq", "neoquant") or a format's own name.
     Raises RequestError with every format's reason if there is none.
     """
@@ -34,6 +37,8 @@ def choose(layers: Mapping[str, tuple[Grid, tuple[int, ...]]], wanted: str = "au
     reasons = []
     for format in candidates:
         reason = _first_reason(format, layers)
+        if reason is None and embeddings and not format.holds_embeddings:
+            reason = f"format {format.name} keeps embeddings in half precision"
         if reason is None:
             return format
         reasons.append(reason)

@@ -40,6 +40,7 @@ class Packed(Format):
     family: ClassVar[str] = "neoquant"
     markers: ClassVar[tuple[str, ...]] = (HEADER,)
     holds_order: ClassVar[bool] = True
+    holds_embeddings: ClassVar[bool] = True
 
     def refuse(self, grid: Grid, shape: tuple[int, ...]) -> str | None:
         return None
@@ -80,7 +81,8 @@ class Packed(Format):
         }
 
     def config(self, grids: Mapping[str, Grid], kept: Iterable[str], ordered: bool = False) -> dict[str, Any]:
-        return {"quant_method": "neoquant", "version": VERSION, "modules_to_not_convert": sorted({"lm_head", *kept})}
+        not_converted = {"lm_head", *kept} - {layer.removeprefix("transformer.") for layer in grids}
+        return {"quant_method": "neoquant", "version": VERSION, "modules_to_not_convert": sorted(not_converted)}
 
 
 def _header(grid: Grid, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
