@@ -9,7 +9,10 @@ import os
 
 from setuptools import Extension, setup
 
-SOURCES = [f"neoquant/native/{name}.c" for name in ("multiply", "parallel", "quantize")]
+ISAS = ("portable", "avx2", "avx512", "avx512vnni", "neon")
+NAMES = ("multiply", "parallel", "quantize", *(f"products_{isa}" for isa in ISAS))
+SOURCES = [f"neoquant/native/{name}.c" for name in NAMES]
+HEADERS = ["cpu.h", "weight.h", "products.inc.h", *(f"simd_{isa}.h" for isa in ("portable", "avx2", "avx512", "neon"))]
 
 # No contraction to fused multiply-add: where a rounding decides a byte, it is bitsandbytes' rounding.
 FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"]
@@ -17,7 +20,7 @@ FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=off", "-fvisibility=hidden", "-pthr
 native = Extension(
     "neoquant.native._cpu",
     SOURCES,
-    depends=["neoquant/native/cpu.h"],
+    depends=[f"neoquant/native/{name}" for name in HEADERS],
     extra_compile_args=FLAGS,
     extra_link_args=["-pthread"],
     libraries=["m"],

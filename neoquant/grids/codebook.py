@@ -74,6 +74,10 @@ class Codebook(Grid):
         """The sixteen values by code, float32[16]."""
         return codebook_table(self.kind, torch.device(device))
 
+    def levels(self) -> tuple[Tensor, float]:
+        """The table in whole steps, for products in integers: int8[16], and the step; nearest in squared error."""
+        return _levels(self.kind)
+
     def param_shapes(self, shape: tuple[int, ...]) -> ParamShapes:
         blocks = count_pieces(shape[0] * shape[1], self.block_size)
         if not self.double_quant:
@@ -227,6 +231,15 @@ def load_bitsandbytes() -> ModuleType:
 def codebook_table(kind: str, device: torch.device) -> Tensor:
     """The sixteen values of a codebook by code, float32[16]."""
     return torch.tensor({"nf4": NF4, "fp4": FP4}[kind], dtype=torch.float32, device=device)
+
+
+@cache
+def _levels(kind: str) -> tuple[Tensor, float]:
+    table = codebook_table(kind, torch.device("cpu")).double()
+    steps = 1 / torch.linspace(64, 127, 64 * 63 + 1, dtype=torch.float64)  # 64 to 127 levels on either side, by 64ths
+    levels = (table / steps[:, None]).round()
+    best = (levels * steps[:, None] - table).square().sum(1).argmin()
+    return levels[best].to(torch.int8), float(steps[best])
 
 
 @cache

@@ -17,15 +17,26 @@
 #define NQ_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
 #endif
 
+#if defined(__aarch64__)
+#define NQ_ARM 1
+#include <arm_neon.h>
+#endif
+
 #define NQ_INLINE static inline __attribute__((always_inline))
 #define NQ_EXPORT __attribute__((visibility("default")))
 
-enum nq_isa { NQ_ISA_PORTABLE = 0, NQ_ISA_AVX2 = 1, NQ_ISA_AVX512 = 2 };
+/* In rising order, so that code for one runs on all behind it; NEON machines run the first and the last. */
+enum nq_isa { NQ_ISA_PORTABLE = 0, NQ_ISA_AVX2 = 1, NQ_ISA_AVX512 = 2, NQ_ISA_AVX512VNNI = 3, NQ_ISA_NEON = 4 };
 enum nq_dtype { NQ_FLOAT32 = 0, NQ_FLOAT16 = 1, NQ_BFLOAT16 = 2 };
 
 /* Calls run(job, begin, end) on pieces of [0, n), each a multiple of `grain` long but the last, on `threads` threads. */
 typedef void (*nq_range)(void *job, int64_t begin, int64_t end);
 void nq_parallel(int threads, int64_t n, int64_t grain, nq_range run, void *job);
+
+/* Memory of this thread for as long as it lives, aligned to 64 bytes; the next call with the same name may reuse it.
+ * Never 0: without memory the program ends. */
+enum nq_scratch_name { NQ_SHARED = 0, NQ_OWN = 1 };
+void *nq_scratch(enum nq_scratch_name name, size_t bytes);
 
 NQ_INLINE uint32_t nq_bits(float value) {
     uint32_t bits;

@@ -2,7 +2,8 @@
 
 The library is optional: where it was not compiled, or is switched off, `active()` says why, and everything runs
 through torch and bitsandbytes. Nothing is loaded on import. The environment variable NEOQUANT_ISA, read when the
-library is first wanted, forces an instruction set: `portable`, `avx2`, `avx512`, or `off` for none of it.
+library is first wanted, forces an instruction set: `portable`, `avx2`, `avx512`, `avx512vnni`, `neon`, or `off` for
+none of it.
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ import torch
 
 from neoquant.errors import RequestError
 
-ISAS = ("portable", "avx2", "avx512")  # by their number in cpu.h
+ISAS = ("portable", "avx2", "avx512", "avx512vnni", "neon")  # by their number in cpu.h, each better than those before
 SWITCH = "NEOQUANT_ISA"
 FOLDER = Path(__file__).parent  # where the library was put when neoquant was installed
-VERSION = 2  # of the C functions' signatures, as in parallel.c
+VERSION = 3  # of the C functions' signatures, as in parallel.c
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_CODEBOOK = (*(_POINTER,) * 7, _INT)  # the packed weight itself
 _SIGNATURES: dict[str, tuple[type, ...]] = {
     "nq_use_team": (_POINTER,),
     "nq_round_blocks": (_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT),
@@ -32,10 +32,9 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "nq_round_nested": (_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _INT),
     "nq_pack_nibbles": (_POINTER, _POINTER, _LONG, _INT),
     "nq_unpack_nibbles": (_POINTER, _POINTER, _LONG, _INT),
-    "nq_multiply_codebook": (*_CODEBOOK, _LONG, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT),
-    "nq_multiply_int8": (_POINTER, _POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT),
-    "nq_decode_codebook": (*_CODEBOOK, _LONG, _LONG, _LONG, _POINTER, _INT, _INT),
-    "nq_decode_int8": (_POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _INT),
+    "nq_multiply": (_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT),
+    "nq_multiply_int8": (_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT),
+    "nq_decode": (_POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT),
 }
 
 
@@ -68,17 +67,22 @@ def active() -> Native:
         if wanted:
             raise RequestError(f"{SWITCH} is {wanted!r}, but there is no native library: {reason}")
         return Native(None, 0, reason)
-    best = library.nq_best_isa()
-    if wanted and ISAS.index(wanted) > best:
-        raise RequestError(f"{SWITCH} is {wanted!r}, but this machine's best is {ISAS[best]}")
-    isa = ISAS.index(wanted) if wanted else best
-    return Native(library, isa, f"{ISAS[isa]} {f'forced by {SWITCH}' if wanted else 'is the best here'}, {reason}")
+    here = _runnable(library)
+    if wanted and wanted not in here:
+        raise RequestError(f"{SWITCH} is {wanted!r}, but this machine runs {', '.join(here)}")
+    isa = wanted or here[-1]
+    why = f"forced by {SWITCH}" if wanted else "is the best here"
+    return Native(library, ISAS.index(isa), f"{isa} {why}, {reason}")
 
 
 def runnable() -> list[str]:
     """The instruction sets that this machine runs; empty without a library."""
     library, _ = _load()
-    return [] if library is None else list(ISAS[: library.nq_best_isa() + 1])
+    return [] if library is None else _runnable(library)
+
+
+def _runnable(library: ctypes.CDLL) -> list[str]:
+    return [name for number, name in enumerate(ISAS) if library.nq_runs(number)]
 
 
 def threads() -> int:

@@ -9,6 +9,7 @@
 
 #include <pthread.h>
 #include <stdatomic.h>
+#include <stdlib.h>
 
 enum { MOST_THREADS = 256, PIECES_A_THREAD = 4 };
 
@@ -60,22 +61,61 @@ void nq_parallel(int threads, int64_t n, int64_t grain, nq_range run, void *job)
         run_on_own_threads(threads, &loop);
 }
 
+struct scratch {
+    void *memory;
+    size_t bytes;
+};
+static pthread_once_t scratch_once = PTHREAD_ONCE_INIT;
+static pthread_key_t scratch_key;
+
+static void free_scratch(void *argument) {
+    struct scratch *both = argument;
+    free(both[NQ_SHARED].memory);
+    free(both[NQ_OWN].memory);
+    free(both);
+}
+
+static void make_scratch_key(void) {
+    if (pthread_key_create(&scratch_key, free_scratch)) abort();
+}
+
+void *nq_scratch(enum nq_scratch_name name, size_t bytes) {
+    pthread_once(&scratch_once, make_scratch_key);
+    struct scratch *both = pthread_getspecific(scratch_key);
+    if (!both) {
+        both = calloc(2, sizeof *both);
+        if (!both || pthread_setspecific(scratch_key, both)) abort();
+    }
+    struct scratch *one = &both[name];
+    if (one->bytes < bytes) {
+        free(one->memory);
+        one->bytes = (bytes + 4095) & ~(size_t)4095;
+        one->memory = aligned_alloc(64, one->bytes);
+        if (!one->memory) abort();
+    }
+    return one->memory;
+}
+
 /* Of the signatures of every exported function: the loader refuses a library whose number is not its own. */
-NQ_EXPORT int nq_version(void) { return 2; }
+NQ_EXPORT int nq_version(void) { return 3; }
 
 /* The address of torch's GOMP_parallel, or 0 for threads of our own. */
 NQ_EXPORT void nq_use_team(void *gomp_parallel) { team = (team_function)gomp_parallel; }
 
-/* The best instruction set that this machine runs. */
-NQ_EXPORT int nq_best_isa(void) {
+/* Whether this machine runs an instruction set. */
+NQ_EXPORT int nq_runs(int isa) {
+    if (isa == NQ_ISA_PORTABLE) return 1;
 #ifdef NQ_X86
-    __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return NQ_ISA_PORTABLE;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        return NQ_ISA_AVX512;
-    return NQ_ISA_AVX2; /* every CPU with AVX2 and FMA has F16C, which compilers have no portable name for */
-#else
-    return NQ_ISA_PORTABLE;
+    __builtin_cpu_init(); /* every CPU with AVX2 and FMA has F16C, which compilers have no portable name for */
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (isa == NQ_ISA_AVX2) return avx2;
+    if (isa == NQ_ISA_AVX512) return avx512;
+    if (isa == NQ_ISA_AVX512VNNI) return avx512 && __builtin_cpu_supports("avx512vnni");
 #endif
+#ifdef NQ_ARM
+    if (isa == NQ_ISA_NEON) return 1; /* every aarch64 has it */
+#endif
+    return 0;
 }

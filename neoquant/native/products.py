@@ -1,57 +1,95 @@
-"""Products with packed weights, and decoding them, in C. Everything is on the CPU; the caller sees to shapes.
-
-A weight is given as the arguments that its C functions share: `codebook` and `int8_rows` make them, from tensors that
-must live as long as they are used.
-"""
+"""Products with packed weights, and decoding them, in C. Everything is on the CPU; the caller sees to shapes."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import ctypes
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from neoquant.native.loader import active, threads
 
+_WHOLE_ROW = 62  # weight.h: so long that every row is one group
+_POINTERS = (
+    "codes", "table", "levels", "absmax", "stored", "nested", "nested_table", "offset", "scb", "scales", "zeros",
+)  # fmt: skip
 
-class Weight(NamedTuple):
-    """A packed weight [O, I]: the kind of its C functions, their leading arguments, and its shape."""
 
-    kind: str
-    arguments: tuple[int | None, ...]
-    rows: int
-    columns: int
+class _Struct(ctypes.Structure):
+    """`struct nq_weight`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "groups")),
+        *((name, ctypes.c_int32) for name in ("kind", "bits", "group_bits")),
+        ("level_step", ctypes.c_float),
+    )
+
+
+class Weight:
+    """A packed weight [O, I] as the library sees it; it holds the tensors whose addresses it knows."""
+
+    def __init__(
+        self, shape: tuple[int, ...], kind: int, bits: int, group: int | None, **tensors: Tensor | None
+    ) -> None:
+        """`tensors` by the names of the struct's pointers; `group` columns share a scale, None for a whole row."""
+        self.rows, self.columns = shape
+        self._tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        fields: dict[str, Any] = {name: tensor.data_ptr() for name, tensor in self._tensors.items()}
+        fields |= {"rows": shape[0], "columns": shape[1], "kind": kind, "bits": bits}
+        fields["group_bits"] = _WHOLE_ROW if group is None else group.bit_length() - 1
+        fields["level_step"] = 1.0
+        self.struct = _Struct(**fields)
+        self.address = ctypes.addressof(self.struct)
 
 
 def codebook(
     packed: Tensor, table: Tensor, absmax: Tensor, nested: tuple[Tensor, Tensor, Tensor] | None, block_size: int,
-    shape: tuple[int, ...],
+    shape: tuple[int, ...], levels: Tensor, level_step: float,
 ) -> Weight:  # fmt: skip
     """Codes two a byte, high half first, over the flattened weight; `table` float32[16].
 
     `absmax` float32[blocks]; or, with `nested` = (absmax float32[ceil(blocks / 256)], table float32[256], offset
-    float32[]), uint8[blocks]. `block_size` is a power of two.
+    float32[]), uint8[blocks]. `block_size` is a power of two. `levels` int8[16] times `level_step` is about `table`.
     """
-    plain, stored, rest = (
-        (absmax.data_ptr(), None, (None, None, None))
-        if nested is None
-        else (None, absmax.data_ptr(), tuple(tensor.data_ptr() for tensor in nested))
-    )
-    arguments = (packed.data_ptr(), table.data_ptr(), plain, stored, *rest, block_size.bit_length() - 1)
-    return Weight("codebook", arguments, shape[0], shape[1])
+    scales: dict[str, Tensor] = {"absmax": absmax}
+    if nested is not None:
+        scales = {"stored": absmax, "nested": nested[0], "nested_table": nested[1], "offset": nested[2]}
+    w = Weight(shape, 0, 4, block_size, codes=packed, table=table, levels=levels, **scales)
+    w.struct.level_step = level_step
+    return w
 
 
 def int8_rows(codes: Tensor, scb: Tensor, shape: tuple[int, ...]) -> Weight:
     """Codes int8[O, I] times scb float32[O] / 127."""
-    return Weight("int8", (codes.data_ptr(), scb.data_ptr()), shape[0], shape[1])
+    return Weight(shape, 1, 8, None, codes=codes, scb=scb, table=_numbers(8), levels=_levels(8))
 
 
-def multiply(x: Tensor, w: Weight, bias: Tensor | None) -> Tensor:
-    """x float32[M, I] times the weight's transpose, plus bias float32[O]: float32[M, O]. Made for few rows."""
+def affine(
+    packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int | None, shape: tuple[int, ...]
+) -> Weight:
+    """Codes of `bits` bits as `neoquant.bits.pack` packs them, uint8[O, ceil(I * bits / 8)].
+
+    `scale` float16[O, G] and `zero` uint8[O, G], or None where every zero is 2**(bits - 1); groups of `group` columns,
+    a power of two from 16 on, or None for whole rows.
+    """
+    tables = {"table": _numbers(bits), "levels": _levels(bits)}
+    w = Weight(shape, 2, bits, group, codes=packed, scales=scale, zeros=zero, **tables)
+    w.struct.groups = scale.shape[1]
+    return w
+
+
+def multiply(x: Tensor, w: Weight, bias: Tensor | None, int8: bool = False) -> Tensor:
+    """x float32[M, I] times the weight's transpose, plus bias float32[O]: float32[M, O].
+
+    With `int8`, x is rounded to int8 in runs of inputs first, each with its own scale.
+    """
     x = x.contiguous()
     y = torch.empty(x.shape[0], w.rows, dtype=torch.float32)
     active().call(
-        f"nq_multiply_{w.kind}", *w.arguments, w.rows, w.columns, x.data_ptr(), x.shape[0],
+        "nq_multiply_int8" if int8 else "nq_multiply", w.address, x.data_ptr(), x.shape[0],
         None if bias is None else bias.data_ptr(), y.data_ptr(), active().isa, threads(),
     )  # fmt: skip
     return y
@@ -59,5 +97,24 @@ def multiply(x: Tensor, w: Weight, bias: Tensor | None) -> Tensor:
 
 def decode(w: Weight, first: int, out: Tensor) -> None:
     """Rows [first, first + n) of the weight into out, float32[n, I], contiguous."""
-    isa = (active().isa,) if w.kind == "codebook" else ()
-    active().call(f"nq_decode_{w.kind}", *w.arguments, w.columns, first, out.shape[0], out.data_ptr(), *isa, threads())
+    active().call("nq_decode", w.address, None, first, out.shape[0], out.data_ptr(), threads())
+
+
+def decode_rows(w: Weight, rows: Tensor) -> Tensor:
+    """Rows of the weight, by their numbers int64[N]: float32[N, I]."""
+    rows = rows.contiguous()
+    out = torch.empty(len(rows), w.columns, dtype=torch.float32)
+    active().call("nq_decode", w.address, rows.data_ptr(), 0, len(rows), out.data_ptr(), threads())
+    return out
+
+
+@cache
+def _numbers(bits: int) -> Tensor:
+    """Codes less their middle, over and over, float32[16]; codes of 8 bits are not looked up."""
+    return (torch.arange(16) % (1 << bits) - (1 << bits >> 1)).float()
+
+
+@cache
+def _levels(bits: int) -> Tensor:
+    """The same as int8[16]."""
+    return _numbers(bits).to(torch.int8)

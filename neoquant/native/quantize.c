@@ -182,7 +182,7 @@ NQ_AVX512 static void nearest_avx512(
 static const float *widen(int isa, const void *from, int dtype, int64_t start, int64_t n, float *to) {
     if (dtype == NQ_FLOAT32) return (const float *)from + start;
 #ifdef NQ_X86
-    if (isa == NQ_ISA_AVX512) return widen_avx512(from, dtype, start, n, to), to;
+    if (isa >= NQ_ISA_AVX512) return widen_avx512(from, dtype, start, n, to), to;
     if (isa == NQ_ISA_AVX2) return widen_avx2(from, dtype, start, n, to), to;
 #endif
     widen_portable(from, dtype, start, n, to);
@@ -191,7 +191,7 @@ static const float *widen(int isa, const void *from, int dtype, int64_t start, i
 
 static float largest(int isa, const float *values, int64_t n) {
 #ifdef NQ_X86
-    if (isa == NQ_ISA_AVX512) return largest_avx512(values, n);
+    if (isa >= NQ_ISA_AVX512) return largest_avx512(values, n);
     if (isa == NQ_ISA_AVX2) return largest_avx2(values, n);
 #endif
     return largest_portable(values, n);
@@ -226,7 +226,7 @@ static void round_blocks(void *argument, int64_t begin, int64_t end) {
         job->absmax[index] = absmax;
         scale = 1.0f / scale;
 #ifdef NQ_X86
-        if (job->isa == NQ_ISA_AVX512) {
+        if (job->isa >= NQ_ISA_AVX512) {
             nearest_avx512(values, n, scale, job->bounds, job->order, job->codes + start);
             continue;
         }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,17 +14,27 @@ from torch import Tensor
 from weights import make_weight
 
 from neoquant import native
-from neoquant.grids import BLOCK_SIZES, Codebook, Grid, Int8Rows
+from neoquant.grids import BLOCK_SIZES, GROUP_SIZES, Affine, Codebook, Grid, Int8Rows
 from neoquant.kernels import Cpu, cpu
-from neoquant.kernels.cpu import FEW
 from neoquant.layer import QuantLinear
 from neoquant.quantizers import Nearest
 from neoquant.tensor import QuantizedTensor
 
 CPU = torch.device("cpu")
+FEW, MANY = 1, 9  # rows of activations on either side of where the library takes another way
 every_isa = pytest.mark.parametrize("isa", native.ISAS)
 codebooks = st.builds(Codebook, st.sampled_from(["nf4", "fp4"]), st.sampled_from(BLOCK_SIZES), st.booleans())
-grids = st.one_of(codebooks, st.just(Int8Rows()))
+affine = st.builds(Affine, st.sampled_from([2, 3, 4, 8]), st.sampled_from(GROUP_SIZES), st.booleans())
+grids = st.one_of(codebooks, affine, st.just(Int8Rows()))
+SOME = [
+    Codebook(),
+    Codebook("nf4", 512, False),
+    Int8Rows(),
+    Affine(2, 16),
+    Affine(3, -1, True),
+    Affine(4, 64),
+    Affine(8),
+]
 # whole chunks, what is left of them, blocks across rows, odd rows, more scales than fit at once
 columns = st.one_of(st.integers(1, 200), st.sampled_from([32, 64, 96, 128, 160, 192, 224, 256, 768, 1056, 17024]))
 
@@ -48,8 +61,8 @@ def require_right(grid: Grid, shape: tuple[int, int], rows: int, dtype: torch.dt
 @every_isa
 @settings(deadline=None, max_examples=60)
 @given(
-    grid=grids, rows=st.integers(1, 9), columns=columns, count=st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 30]),
-    threads=st.sampled_from([1, 2]), biased=st.booleans(),
+    grid=grids, rows=st.integers(1, 70), columns=columns, count=st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 11, 30]),
+    threads=st.sampled_from([1, 2, 4]), biased=st.booleans(),
 )  # fmt: skip
 def test_products_are_right(
     isa: str, grid: Grid, rows: int, columns: int, count: int, threads: int, biased: bool
@@ -60,10 +73,10 @@ def test_products_are_right(
 
 @every_isa
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("grid", [Codebook(), Codebook("fp4", 32, False), Int8Rows()], ids=str)
+@pytest.mark.parametrize("grid", SOME, ids=str)
 def test_other_types_are_computed_in_themselves(isa: str, grid: Grid, dtype: torch.dtype) -> None:
     with forced(isa):
-        for count in (1, FEW + 1):
+        for count in (FEW, MANY):
             require_right(grid, (24, 96), count, dtype, True)
 
 
@@ -83,12 +96,12 @@ def test_decoding_gives_the_grid_s_values(isa: str, grid: Grid, rows: int, colum
 def test_pieces_do_not_show(monkeypatch: pytest.MonkeyPatch, grid: Grid) -> None:
     with forced("portable"):
         monkeypatch.setattr(cpu, "PIECE", 5 * 96)
-        require_right(grid, (33, 96), FEW + 3, torch.float32, True)
+        require_right(grid, (33, 96), MANY + 2, torch.float32, True)
 
 
 @every_isa
-@pytest.mark.parametrize("grid", [Codebook(), Codebook("nf4", 512), Int8Rows()], ids=str)
-@pytest.mark.parametrize("count", [1, FEW + 1])
+@pytest.mark.parametrize("grid", SOME, ids=str)
+@pytest.mark.parametrize("count", [FEW, MANY])
 def test_an_order_and_gradients(isa: str, grid: Grid, count: int) -> None:
     with forced(isa):
         q = Nearest().quantize(make_weight((40, 96), torch.float16, "normal"), grid)
@@ -102,6 +115,38 @@ def test_an_order_and_gradients(isa: str, grid: Grid, count: int) -> None:
         require_close(y.detach(), x.detach(), w, None)
         y.sum().backward()
         assert x.grad is not None and torch.allclose(x.grad.double(), w.sum(0).expand(count, -1), atol=1e-4)
+
+
+@every_isa
+@pytest.mark.parametrize("grid", SOME, ids=str)
+def test_more_than_fits_at_once(isa: str, grid: Grid) -> None:
+    """More rows of activations than are laid out together, more columns than a block is deep, a ragged end of each."""
+    with forced(isa, 2):
+        require_right(grid, (35, 1160), 487, torch.float32, True)
+        require_right(grid, (131, 96), 25, torch.float32, True)
+
+
+@every_isa
+@pytest.mark.parametrize("grid", SOME, ids=str)
+def test_nothing_behind_a_tensor_is_read(isa: str, grid: Grid) -> None:
+    """Weights that end where readable memory does."""
+    q = Nearest().quantize(make_weight((3, 88), torch.float16, "normal"), grid)
+    x = torch.randn(MANY, 88, generator=torch.Generator().manual_seed(1))
+    with forced(isa):
+        state = {name: at_the_end_of_a_page(tensor) for name, tensor in Cpu().pack(q).items()}
+        for count in (FEW, MANY):
+            inputs = at_the_end_of_a_page(x[:count])
+            require_close(Cpu().linear(inputs, state, grid, q.shape, None), inputs, q.dequantize(torch.float64), None)
+
+
+def at_the_end_of_a_page(tensor: Tensor) -> Tensor:
+    """A copy of the tensor, behind which there is memory that may not be read."""
+    size = -(tensor.nbytes // -mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + size), mmap.PAGESIZE, 0) == 0  # PROT_NONE
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=size - tensor.nbytes)
+    return copy.copy_(tensor.reshape(-1)).view(tensor.shape)
 
 
 def test_no_rows_give_no_rows() -> None:

@@ -119,7 +119,9 @@ def test_the_switch_says_what_is_legal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(native.SWITCH, "sse9")
     native.active.cache_clear()
     try:
-        with pytest.raises(RequestError, match="NEOQUANT_ISA is 'sse9'; legal are portable, avx2, avx512 and off"):
+        with pytest.raises(
+            RequestError, match="NEOQUANT_ISA is 'sse9'; legal are portable, avx2, avx512, avx512vnni, neon and off"
+        ):
             native.active()
     finally:
         monkeypatch.undo()

@@ -1,0 +1,623 @@
+/* Products with packed weights, written once in the few operations that each simd_*.h names.
+ *
+ * Few rows of x (generating) are bound by reading the weight: its words are used as they lie. A word of 32 bits holds
+ * eight codes (four of 8 bits, and two or three bytes are widened to one): shifted by so many bits, its lowest bits
+ * are the next code, and a vector of words is an index into the table of values. x is laid out once so that it meets
+ * the codes in that order, and the sum of a run is multiplied by the run's scale once.
+ *
+ * Many rows are bound by arithmetic: a block of the weight is decoded, transposed, into cache, and meets tiles of x in
+ * registers. Rounded activations meet it in whole numbers, with a scale for every run of inputs.
+ */
+#include "weight.h"
+
+enum {
+    PANEL = 2 * LANES,   /* rows of the weight that are decoded side by side */
+    BLOCK = 128,         /* rows of the weight in cache together */
+    DEPTH_BITS = 9,
+    DEPTH = 1 << DEPTH_BITS, /* columns of them, decoded to float */
+    DEPTH8 = 2048,       /* and to bytes */
+    SEGMENT_BITS = 10,
+    SEGMENT = 1 << SEGMENT_BITS, /* columns whose scales are looked up together */
+    AHEAD = 8192,        /* bytes of the weight that are asked for before they are used */
+    RUN_BITS = 7,        /* log2 of the longest run of activations that share a scale */
+    LONGEST_RUN = 1 << RUN_BITS,
+};
+static const float ROUNDING = 0x1.8p23f;        /* added, leaves the nearest whole number in the lowest bits */
+static const float SMALLEST_ACTIVATION = 1e-30f; /* what a run must reach not to be all zero */
+
+NQ_INLINE int codes_a_word(int bits) { return bits == 8 ? 4 : 8; }
+
+/* LANES words of a row from its chunk `c` on; zeros where the row has ended. */
+NQ_INLINE vi load_words(const struct nq_weight *w, const uint8_t *row, int64_t row_bytes, int64_t c, const int bits) {
+    const int64_t bytes = LANES * codes_a_word(bits) * bits / 8;
+    const uint8_t *from = row + c * bytes;
+    uint8_t rest[LANES * 4];
+    if ((c + 1) * bytes > row_bytes) {
+        memset(rest, 0, sizeof rest);
+        memcpy(rest, from, (size_t)(row_bytes - c * bytes));
+        from = rest;
+    }
+    if (bits == 2) return vi_load2(from);
+    if (bits == 3) return vi_load3(from);
+    vi words = vi_load(from);
+    return bits == 8 && w->kind == NQ_AFFINE ? vi_xor(words, vi_set1((int32_t)0x80808080)) : words;
+}
+
+/* Values of the codes at place `k` of every word. */
+NQ_INLINE vf value_at(vtab table, vi words, int k, const int bits) {
+    return bits == 8 ? vf_of_byte(words, k) : vf_lookup(table, vi_srl(words, bits * k), bits);
+}
+
+/* absmax[n] of the blocks from `block` on, double quantization undone: one rounding at a time, as the grid does. */
+NQ_INLINE void load_absmax(const struct nq_weight *w, int64_t block, int64_t n, float *to) {
+    const float offset = *w->offset;
+    while (n > 0) {
+        const float coarse = w->nested[block >> NESTED_BLOCK_BITS];
+        const int64_t count = nq_min(n, (((block >> NESTED_BLOCK_BITS) + 1) << NESTED_BLOCK_BITS) - block);
+        for (int64_t i = 0; i < count; i++) to[i] = w->nested_table[w->stored[block + i]];
+        for (int64_t i = 0; i < count; i++) to[i] = to[i] * coarse + offset;
+        block += count, to += count, n -= count;
+    }
+}
+
+/* Scales and zeros (counted from the middle) of `n` runs of a row, `step_bits` long each, from run `first` on. */
+NQ_INLINE void load_scales(
+    const struct nq_weight *w, int64_t row, int64_t first, int64_t n, int step_bits, float *scale, float *zero) {
+    const int apart = w->group_bits - step_bits; /* 0: every run is a group */
+    const int64_t origin = w->kind == NQ_CODEBOOK ? row * w->columns : 0;
+    if (w->kind == NQ_INT8) {
+        for (int64_t i = 0; i < n; i++) scale[i] = w->scb[row] * (float)(1.0 / 127.0);
+    } else if (w->kind == NQ_CODEBOOK) {
+        const int64_t run = (origin >> step_bits) + first;
+        if (apart == 0 && !w->absmax) load_absmax(w, run, n, scale);
+        else if (apart == 0) memcpy(scale, w->absmax + run, (size_t)n * sizeof(float));
+        else for (int64_t i = 0; i < n; i++) scale[i] = nq_absmax(w, (run + i) >> apart);
+    } else {
+        const uint16_t *scales = w->scales + row * w->groups;
+        const uint8_t *zeros = w->zeros ? w->zeros + row * w->groups : 0;
+        const int middle = nq_middle(w);
+        int64_t i = 0;
+        for (; apart == 0 && i + LANES <= n; i += LANES) {
+            vf_store(scale + i, vf_of_halves(scales + first + i));
+            if (zeros) vf_store(zero + i, vf_sub(vf_of_bytes(zeros + first + i), vf_set1((float)middle)));
+        }
+        for (; i < n; i++) {
+            scale[i] = half_to_float(scales[(first + i) >> apart]);
+            if (zeros) zero[i] = (float)((int)zeros[(first + i) >> apart] - middle);
+        }
+    }
+}
+
+/* Few rows of x ----------------------------------------------------------------------------------------------------- */
+
+NQ_INLINE int64_t chunk_columns(const struct nq_weight *w) { return LANES * codes_a_word(w->bits); }
+NQ_INLINE int64_t count_chunks(const struct nq_weight *w) { return nq_ceil(w->columns, chunk_columns(w)); }
+
+static size_t few_size(const struct nq_product *p) {
+    return (size_t)(p->count * count_chunks(p->w) * (chunk_columns(p->w) + LANES)) * sizeof(float);
+}
+
+/* Behind all rows of x: the sum of the columns that meet each lane, for zeros. */
+NQ_INLINE float *few_sums(const struct nq_product *p) {
+    return (float *)p->laid + p->count * count_chunks(p->w) * chunk_columns(p->w);
+}
+
+/* x by chunks, and in a chunk by places: the columns that meet the first code of every word, then the second, ... */
+static void few_lay(void *argument, int64_t begin, int64_t end) {
+    const struct nq_product *p = argument;
+    const struct nq_weight *w = p->w;
+    const int per = codes_a_word(w->bits), turn = w->kind == NQ_CODEBOOK; /* codebooks: the high half is the first */
+    const int64_t chunk = chunk_columns(w), chunks = count_chunks(w);
+    for (int64_t m = begin; m < end; m++) {
+        for (int64_t c = 0; c < chunks; c++) {
+            float *to = (float *)p->laid + (m * chunks + c) * chunk, *sums = few_sums(p) + (m * chunks + c) * LANES;
+            const float *from = p->x + m * w->columns + c * chunk;
+            float rest[LANES * 8] = {0};
+            if ((c + 1) * chunk > w->columns) {
+                memcpy(rest, from, (size_t)(w->columns - c * chunk) * sizeof(float));
+                from = rest;
+            }
+            for (int lane = 0; lane < LANES; lane++) sums[lane] = 0;
+            for (int k = 0; k < per; k++)
+                for (int lane = 0; lane < LANES; lane++) {
+                    to[k * LANES + lane] = from[lane * per + (k ^ turn)];
+                    sums[lane] += to[k * LANES + lane];
+                }
+        }
+    }
+}
+
+/* Rows [begin, end) of the weight times `count` rows of x from m0 on, `together` rows of the weight at once. */
+NQ_INLINE void few(
+    const struct nq_product *p, int64_t begin, int64_t end, int64_t m0, const int bits, const int count,
+    const int together) {
+    const struct nq_weight *w = p->w;
+    const int per = codes_a_word(bits), chunk = LANES * per;
+    const int step_bits = nq_step_bits(w, SEGMENT_BITS), spread = step_bits - (bits == 8 ? 2 : 3); /* lanes to runs */
+    const int64_t chunks = count_chunks(w), row_bytes = nq_row_bytes(w), stride = chunks * chunk;
+    const int64_t runs = nq_ceil(w->columns, (int64_t)1 << step_bits);
+    const float *laid = (const float *)p->laid + m0 * stride, *sums = few_sums(p) + m0 * chunks * LANES;
+    const vtab table = vf_table(w->table);
+    float scales[4][SEGMENT / 8 + LANES] = {{0}}, zeros[4][SEGMENT / 8 + LANES] = {{0}};
+    for (int64_t row = begin; row < end; row += together) {
+        int64_t rows[4];
+        vf sum[4 * 4];
+        _Pragma("GCC unroll 4") for (int r = 0; r < together; r++) rows[r] = nq_min(row + r, end - 1);
+        /* Read from one end to the other: what the rows beside each other ask for is no order that memory likes. */
+        const uint8_t *ahead = w->codes + row * row_bytes + AHEAD;
+        _Pragma("GCC unroll 16") for (int i = 0; i < count * together; i++) sum[i] = vf_zero();
+        for (int64_t c = 0; c < chunks;) {
+            const int64_t stop = nq_min(chunks, c + SEGMENT / chunk);
+            const int64_t first = (c * chunk) >> step_bits;
+            const int64_t last = nq_min(runs, nq_ceil(stop * chunk, (int64_t)1 << step_bits));
+            _Pragma("GCC unroll 4") for (int r = 0; r < together; r++)
+                load_scales(w, rows[r], first, last - first, step_bits, scales[r], zeros[r]);
+            for (; c < stop; c++) {
+                const int64_t run = ((c * chunk) >> step_bits) - first;
+                vi words[4];
+                vf part[4 * 4];
+                _Pragma("GCC unroll 4") for (int r = 0; r < together; r++) {
+                    const uint8_t *codes = w->codes + rows[r] * row_bytes;
+                    __builtin_prefetch(ahead + (c * together + r) * (chunk * bits / 8));
+                    words[r] = load_words(w, codes, row_bytes, c, bits);
+                }
+                _Pragma("GCC unroll 16") for (int i = 0; i < count * together; i++) part[i] = vf_zero();
+                _Pragma("GCC unroll 8") for (int k = 0; k < per; k++) {
+                    vf x[4];
+                    _Pragma("GCC unroll 4") for (int m = 0; m < count; m++)
+                        x[m] = vf_load(laid + m * stride + c * chunk + k * LANES);
+                    _Pragma("GCC unroll 4") for (int r = 0; r < together; r++) {
+                        vf value = value_at(table, words[r], k, bits);
+                        _Pragma("GCC unroll 4") for (int m = 0; m < count; m++)
+                            part[m * together + r] = vf_fma(value, x[m], part[m * together + r]);
+                    }
+                }
+                _Pragma("GCC unroll 4") for (int r = 0; r < together; r++) {
+                    vf scale = vf_spread(scales[r] + run, spread);
+                    if (w->zeros) {
+                        vf zero = vf_spread(zeros[r] + run, spread);
+                        _Pragma("GCC unroll 4") for (int m = 0; m < count; m++)
+                            part[m * together + r] = vf_fnma(
+                                zero, vf_load(sums + (m * chunks + c) * LANES), part[m * together + r]);
+                    }
+                    _Pragma("GCC unroll 4") for (int m = 0; m < count; m++)
+                        sum[m * together + r] = vf_fma(part[m * together + r], scale, sum[m * together + r]);
+                }
+            }
+        }
+        _Pragma("GCC unroll 4") for (int r = 0; r < together; r++) {
+            const float bias = p->bias ? p->bias[rows[r]] : 0;
+            _Pragma("GCC unroll 4") for (int m = 0; m < count; m++)
+                p->y[(m0 + m) * w->rows + rows[r]] = vf_sum(sum[m * together + r]) + bias;
+        }
+    }
+}
+
+#define FEW(BITS, M)                                                                                                  \
+    static void few_##BITS##_##M(const struct nq_product *p, int64_t begin, int64_t end, int64_t m0) {              \
+        few(p, begin, end, m0, BITS, M, FEW_TOGETHER(M));                                                             \
+    }
+#define FEW_OF(BITS) FEW(BITS, 1) FEW(BITS, 2) FEW(BITS, 3) FEW(BITS, 4)
+FEW_OF(2)
+FEW_OF(3)
+FEW_OF(4)
+FEW_OF(8)
+#define FEW_NAMES(BITS) {few_##BITS##_1, few_##BITS##_2, few_##BITS##_3, few_##BITS##_4}
+
+static void few_run(void *argument, int64_t begin, int64_t end) {
+    static void (*const functions[4][4])(const struct nq_product *, int64_t, int64_t, int64_t) = {
+        FEW_NAMES(2), FEW_NAMES(3), FEW_NAMES(4), FEW_NAMES(8)};
+    const struct nq_product *p = argument;
+    const int which = p->w->bits == 8 ? 3 : p->w->bits - 2;
+    for (int64_t m = 0; m < p->count; m += 4) functions[which][nq_min(4, p->count - m) - 1](p, begin, end, m);
+}
+
+/* Many rows of x ---------------------------------------------------------------------------------------------------- */
+
+/* Rows of a panel: those beyond `end` are its last row again, and are not kept. */
+NQ_INLINE int64_t panel_row(int64_t row, int i, int64_t end) { return nq_min(row + i, end - 1); }
+
+/* Scales and zeros of a panel's rows from column `column` on, [runs, PANEL]; at most DEPTH8 / 8 runs. */
+static void panel_scales(
+    const struct nq_weight *w, int64_t row, int64_t end, int64_t column, int64_t runs, int step_bits, float *scales,
+    float *zeros) {
+    float scale[DEPTH8 / 8], zero[DEPTH8 / 8] = {0};
+    for (int i = 0; i < PANEL; i++) {
+        load_scales(w, panel_row(row, i, end), column >> step_bits, runs, step_bits, scale, zero);
+        for (int64_t s = 0; s < runs; s++) scales[s * PANEL + i] = scale[s];
+        for (int64_t s = 0; w->zeros && s < runs; s++) zeros[s * PANEL + i] = zero[s];
+    }
+}
+
+/* One chunk of LANES rows, transposed: words[j] holds word j of each row. */
+NQ_INLINE void load_transposed(const struct nq_weight *w, int64_t row, int64_t end, int64_t c, const int bits, vi *words) {
+    const int64_t row_bytes = nq_row_bytes(w), bytes = LANES * codes_a_word(bits) * bits / 8;
+    const uint8_t *ahead = w->codes + (row + LANES) * row_bytes + c * LANES * bytes; /* the rows behind, in their order */
+    for (int i = 0; i < LANES; i++) {
+        __builtin_prefetch(ahead + i * bytes);
+        words[i] = load_words(w, w->codes + panel_row(row, i, end) * row_bytes, row_bytes, c, bits);
+    }
+    vi_transpose(words);
+}
+
+/* Rows [row, row + PANEL) and columns [column, column + depth), decoded to panel[depth, PANEL]. */
+NQ_INLINE void decode_panel(
+    const struct nq_weight *w, int64_t row, int64_t end, int64_t column, int64_t depth, const int bits, float *panel) {
+    const int per = codes_a_word(bits), chunk = LANES * per, turn = w->kind == NQ_CODEBOOK;
+    const int step_bits = nq_step_bits(w, DEPTH_BITS);
+    const int64_t runs = nq_ceil(depth, (int64_t)1 << step_bits);
+    const vtab table = vf_table(w->table);
+    float scales[DEPTH / 8 * PANEL], zeros[DEPTH / 8 * PANEL];
+    panel_scales(w, row, end, column, runs, step_bits, scales, zeros);
+    for (int half = 0; half < PANEL; half += LANES)
+        for (int64_t c = column / chunk; c * chunk < column + depth; c++) {
+            vi words[LANES];
+            load_transposed(w, row + half, end, c, bits, words);
+            for (int j = 0; j < LANES; j++) {
+                const int64_t at = c * chunk + j * per - column;
+                if (at >= depth) break;
+                const int64_t run = (at >> step_bits) * PANEL + half;
+                const vf scale = vf_load(scales + run), zero = w->zeros ? vf_load(zeros + run) : vf_zero();
+                _Pragma("GCC unroll 8") for (int k = 0; k < per; k++) {
+                    vf value = vf_sub(value_at(table, words[j], k, bits), zero);
+                    vf_store(panel + (at + (k ^ turn)) * PANEL + half, vf_mul(value, scale));
+                }
+            }
+        }
+}
+
+/* The same for weights whose rows do not start on bytes, or whose scales change anywhere. */
+static void decode_panel_slowly(
+    const struct nq_weight *w, int64_t row, int64_t end, int64_t column, int64_t depth, float *panel) {
+    float values[DEPTH];
+    for (int i = 0; i < PANEL; i++) {
+        nq_decode_run(w, panel_row(row, i, end), column, depth, values);
+        for (int64_t k = 0; k < depth; k++) panel[k * PANEL + i] = values[k];
+    }
+}
+
+static void decode_any_panel(
+    const struct nq_weight *w, int64_t row, int64_t end, int64_t column, int64_t depth, float *panel) {
+    if (!nq_is_regular(w)) decode_panel_slowly(w, row, end, column, depth, panel);
+    else if (w->bits == 2) decode_panel(w, row, end, column, depth, 2, panel);
+    else if (w->bits == 3) decode_panel(w, row, end, column, depth, 3, panel);
+    else if (w->bits == 4) decode_panel(w, row, end, column, depth, 4, panel);
+    else decode_panel(w, row, end, column, depth, 8, panel);
+}
+
+static size_t many_size(const struct nq_product *p) {
+    return (size_t)(nq_ceil(p->count, TILE) * TILE * p->w->columns) * sizeof(float);
+}
+
+/* x in tiles: [tiles, I, TILE]. */
+static void many_lay(void *argument, int64_t begin, int64_t end) {
+    const struct nq_product *p = argument;
+    const int64_t columns = p->w->columns;
+    for (int64_t tile = begin; tile < end; tile++) {
+        const int64_t rows = nq_min(TILE, p->count - tile * TILE);
+        float *to = (float *)p->laid + tile * TILE * columns;
+        for (int64_t k = 0; k < columns; k++)
+            for (int64_t m = 0; m < rows; m++) to[k * TILE + m] = p->x[(tile * TILE + m) * columns + k];
+    }
+}
+
+/* Where a tile of y begins and ends: `start` is the bias (or zeros), or y itself behind the first columns. */
+struct corner {
+    const float *start;
+    int64_t start_stride;
+    float *y;
+    int64_t stride;
+};
+
+/* y[m, PANEL] += the tile times the panel. */
+NQ_INLINE void multiply_tile(const float *x, const float *panel, int64_t depth, struct corner at, const int m) {
+    vf sum[TILE * 2];
+    _Pragma("GCC unroll 12") for (int i = 0; i < m; i++) {
+        sum[2 * i] = vf_load(at.start + i * at.start_stride);
+        sum[2 * i + 1] = vf_load(at.start + i * at.start_stride + LANES);
+    }
+    for (int64_t k = 0; k < depth; k++) {
+        const vf first = vf_load(panel + k * PANEL), second = vf_load(panel + k * PANEL + LANES);
+        _Pragma("GCC unroll 12") for (int i = 0; i < m; i++) {
+            const vf value = vf_set1(x[k * TILE + i]);
+            sum[2 * i] = vf_fma(value, first, sum[2 * i]);
+            sum[2 * i + 1] = vf_fma(value, second, sum[2 * i + 1]);
+        }
+    }
+    _Pragma("GCC unroll 12") for (int i = 0; i < m; i++) {
+        vf_store(at.y + i * at.stride, sum[2 * i]);
+        vf_store(at.y + i * at.stride + LANES, sum[2 * i + 1]);
+    }
+}
+
+/* The number of rows in registers is known when this is compiled. */
+#define OF_ROWS(CALL, m)                                                                                              \
+    switch (m) {                                                                                                      \
+        case 1: CALL(1); break;                                                                                       \
+        case 2: CALL(2); break;                                                                                       \
+        case 3: CALL(3); break;                                                                                       \
+        case 4: CALL(4); break;                                                                                       \
+        case 5: CALL(5); break;                                                                                       \
+        case 6: CALL(6); break;                                                                                       \
+        case 7: CALL(7); break;                                                                                       \
+        case 8: CALL(8); break;                                                                                       \
+        case 9: CALL(9); break;                                                                                       \
+        case 10: CALL(10); break;                                                                                     \
+        case 11: CALL(11); break;                                                                                     \
+        default: CALL(12);                                                                                            \
+    }
+
+static void multiply_rows(const float *x, const float *panel, int64_t depth, struct corner at, int64_t m) {
+#define CALL(M) multiply_tile(x, panel, depth, at, (M) < TILE ? (M) : TILE)
+    OF_ROWS(CALL, m)
+#undef CALL
+}
+
+/* y as a tile sees it: `edge`, from which finish_corner copies, where the weight's rows end within the panel. */
+static struct corner open_corner(
+    const struct nq_product *p, int64_t m0, int64_t m, int64_t row, int64_t width, int first, float *edge) {
+    static const float zeros[PANEL];
+    float *y = p->y + m0 * p->w->rows + row;
+    if (width == PANEL) {
+        if (!first) return (struct corner){y, p->w->rows, y, p->w->rows};
+        return (struct corner){p->bias ? p->bias + row : zeros, 0, y, p->w->rows};
+    }
+    memset(edge, 0, TILE * PANEL * sizeof(float));
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t n = 0; n < width; n++)
+            edge[i * PANEL + n] = !first ? y[i * p->w->rows + n] : p->bias ? p->bias[row + n] : 0;
+    return (struct corner){edge, PANEL, edge, PANEL};
+}
+
+static void finish_corner(const struct nq_product *p, struct corner at, int64_t m0, int64_t m, int64_t row, int64_t width) {
+    if (width == PANEL) return;
+    for (int64_t i = 0; i < m; i++)
+        memcpy(p->y + (m0 + i) * p->w->rows + row, at.y + i * PANEL, (size_t)width * sizeof(float));
+}
+
+static void many_run(void *argument, int64_t begin, int64_t end) {
+    const struct nq_product *p = argument;
+    const int64_t columns = p->w->columns;
+    float *panels = nq_scratch(NQ_OWN, (DEPTH + 8) * BLOCK * sizeof(float)), edge[TILE * PANEL];
+    for (int64_t row = begin; row < end; row += BLOCK) {
+        const int64_t rows = nq_min(BLOCK, end - row);
+        for (int64_t column = 0; column < columns; column += DEPTH) {
+            const int64_t depth = nq_min(DEPTH, columns - column);
+            for (int64_t n = 0; n < rows; n += PANEL)
+                decode_any_panel(p->w, row + n, end, column, depth, panels + n * (DEPTH + 8));
+            for (int64_t m0 = 0; m0 < p->count; m0 += TILE) {
+                const int64_t m = nq_min(TILE, p->count - m0);
+                const float *x = (const float *)p->laid + m0 * columns + column * TILE;
+                for (int64_t n = 0; n < rows; n += PANEL) {
+                    const int64_t width = nq_min(PANEL, rows - n);
+                    struct corner at = open_corner(p, m0, m, row + n, width, column == 0, edge);
+                    multiply_rows(x, panels + n * (DEPTH + 8), depth, at, m);
+                    finish_corner(p, at, m0, m, row + n, width);
+                }
+            }
+        }
+    }
+}
+
+/* Rounded activations ------------------------------------------------------------------------------------------------ */
+
+/* x in tiles of TILE8 rows, four bytes of a row beside the next row's: int8[tiles, ceil(I / 8) * 2, TILE8, 4], and for
+ * each run of each row its scale and the scale times the sum of its bytes: [tiles, runs, TILE8, 2]. */
+NQ_INLINE int64_t int8_words(const struct nq_weight *w) { return nq_ceil(w->columns, 8) * 2; }
+NQ_INLINE int64_t int8_runs(const struct nq_weight *w) {
+    return nq_ceil(w->columns, (int64_t)1 << nq_step_bits(w, RUN_BITS));
+}
+NQ_INLINE int64_t int8_tiles(const struct nq_product *p) { return nq_ceil(p->count, TILE8); }
+NQ_INLINE float *int8_steps(const struct nq_product *p) {
+    return (float *)p->laid + int8_tiles(p) * int8_words(p->w) * TILE8;
+}
+
+static size_t int8_size(const struct nq_product *p) {
+    return (size_t)(int8_tiles(p) * TILE8 * (int8_words(p->w) + 2 * int8_runs(p->w))) * 4;
+}
+
+/* Every second byte of eight, from the first or the second on. */
+NQ_INLINE uint32_t every_second(uint64_t bytes) {
+    bytes &= 0x00ff00ff00ff00ffu;
+    bytes = (bytes | bytes >> 8) & 0x0000ffff0000ffffu;
+    return (uint32_t)(bytes | bytes >> 16);
+}
+
+/* A run x[n] to bytes in [-127, 127] and their scale; n is at most LONGEST_RUN, and zeros follow up to a multiple of 8. */
+static float round_run(const float *x, int64_t n, uint8_t *bytes, float *total) {
+    uint32_t top = 0;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t magnitude = nq_bits(x[i]) & 0x7fffffffu;
+        top = magnitude > top ? magnitude : top;
+    }
+    const float largest = nq_from_bits(top), inverse = largest < SMALLEST_ACTIVATION ? 0 : 127.0f / largest;
+    int32_t sum = 0;
+    for (int64_t i = 0; i < n; i++) {
+        int8_t byte = (int8_t)nq_bits(x[i] * inverse + ROUNDING);
+        bytes[i] = (uint8_t)byte ^ X_FLIP;
+        sum += byte;
+    }
+    for (int64_t i = n; i & 7; i++) bytes[i] = X_FLIP;
+    const float step = largest < SMALLEST_ACTIVATION ? 0 : largest / 127.0f;
+    *total = step * (float)sum;
+    return step;
+}
+
+static void int8_lay(void *argument, int64_t begin, int64_t end) {
+    const struct nq_product *p = argument;
+    const struct nq_weight *w = p->w;
+    const int64_t words = int8_words(w), runs = int8_runs(w), run = (int64_t)1 << nq_step_bits(w, RUN_BITS);
+    const int halves = w->bits == 4, turn = w->kind == NQ_CODEBOOK; /* one half of each byte, then the other */
+    uint8_t bytes[LONGEST_RUN];
+    for (int64_t m = begin * TILE8; m < nq_min(end * TILE8, p->count); m++) {
+        uint32_t *to = (uint32_t *)p->laid + m / TILE8 * words * TILE8 + m % TILE8;
+        float *steps = int8_steps(p) + (m / TILE8 * runs * TILE8 + m % TILE8) * 2;
+        for (int64_t s = 0; s < runs; s++, steps += 2 * TILE8) {
+            const int64_t n = nq_min(run, w->columns - s * run);
+            steps[0] = round_run(p->x + m * w->columns + s * run, n, bytes, steps + 1);
+            for (int64_t i = 0; i < n; i += 8, to += 2 * TILE8) {
+                uint64_t eight;
+                memcpy(&eight, bytes + i, 8);
+                to[0] = halves ? every_second(turn ? eight >> 8 : eight) : (uint32_t)eight;
+                to[TILE8] = halves ? every_second(turn ? eight : eight >> 8) : (uint32_t)(eight >> 32);
+            }
+        }
+    }
+}
+
+/* A block of PANEL rows in bytes: codes[depth / 4, PANEL], and by run what sums start from, scales, and zeros. */
+struct panel8 {
+    int32_t *codes, *starts;
+    float *scales, *zeros;
+};
+
+static struct panel8 panel8_at(void *scratch, int64_t panel, int64_t runs) {
+    int32_t *at = (int32_t *)scratch + panel * PANEL * (DEPTH8 / 4 + 3 * runs);
+    int32_t *starts = at + PANEL * (DEPTH8 / 4);
+    return (struct panel8){at, starts, (float *)starts + PANEL * runs, (float *)starts + 2 * PANEL * runs};
+}
+
+/* Four levels a lane of `words`: codes 0 to 3 or 4 to 7 of each word, or one half of each byte. */
+NQ_INLINE vi levels_of(vbtab levels, vi words, int second, const int bits) {
+    if (bits == 8) return words;
+    if (bits == 4) return vb_lookup(levels, vi_and(vi_srl(words, second ? 4 : 0), vi_set1(0x0f0f0f0f)));
+    vi found = vi_set1(0);
+    _Pragma("GCC unroll 4") for (int k = 0; k < 4; k++) {
+        vi code = vi_and(vi_srl(words, bits * (4 * second + k)), vi_set1((1 << bits) - 1));
+        found = vi_or(found, vi_sll(code, 8 * k));
+    }
+    return vb_lookup(levels, found);
+}
+
+NQ_INLINE void levels_panel(
+    const struct nq_weight *w, int64_t row, int64_t end, int64_t column, int64_t depth, const int bits,
+    struct panel8 to) {
+    const int per = codes_a_word(bits), chunk = LANES * per, step_bits = nq_step_bits(w, RUN_BITS);
+    const int64_t runs = nq_ceil(depth, (int64_t)1 << step_bits);
+    const vbtab levels = vb_table(w->levels);
+    panel_scales(w, row, end, column, runs, step_bits, to.scales, to.zeros);
+    if (bits == 8 && w->zeros)
+        for (int64_t i = 0; i < runs * PANEL; i++) to.zeros[i] *= to.scales[i];
+    for (int64_t i = 0; i < runs * PANEL; i++) {
+        to.scales[i] *= w->level_step;
+        to.starts[i] = bits < 8 && w->zeros ? (int32_t)((uint8_t)(int)to.zeros[i] * 0x01010101u) : 0;
+    }
+    for (int half = 0; half < PANEL; half += LANES)
+        for (int64_t c = column / chunk; c * chunk < column + depth; c++) {
+            vi words[LANES];
+            load_transposed(w, row + half, end, c, bits, words);
+            for (int j = 0; j < LANES; j++) {
+                const int64_t at = c * chunk + j * per - column;
+                if (at >= depth) break;
+                const vi zero = vi_load(to.starts + (at >> step_bits) * PANEL + half);
+                for (int second = 0; second < per / 4; second++) {
+                    vi found = levels_of(levels, words[j], second, bits);
+                    if (bits < 8 && w->zeros) found = vb_sub(found, zero);
+                    vi_store(to.codes + (at / 4 + second) * PANEL + half, found);
+                }
+            }
+        }
+    if (bits == 8) /* columns 4 to 7 of the last eight may not have been reached */
+        for (int64_t at = nq_ceil(depth, 4); at & 1; at++) memset(to.codes + at * PANEL, 0, PANEL * 4);
+    for (int64_t s = 0; s < runs; s++) { /* activations that are X_FLIP too high: what that adds is taken off */
+        const int64_t first = (s << step_bits) / 4;
+        const int64_t last = nq_min(((s + 1) << step_bits) / 4, nq_ceil(depth, 8) * 2);
+        for (int half = 0; half < PANEL; half += LANES) {
+            vi sum = vi_set1(0);
+            for (int64_t k = first; X_FLIP && k < last; k++)
+                sum = vi_dot4(sum, vi_set1(0x01010101), vi_load(to.codes + k * PANEL + half));
+            vi_store(to.starts + s * PANEL + half, sum);
+        }
+    }
+    for (int64_t i = 0; i < runs * PANEL; i++) to.starts[i] *= -X_FLIP;
+}
+
+static void levels_any_panel(
+    const struct nq_weight *w, int64_t row, int64_t end, int64_t column, int64_t depth, struct panel8 to) {
+    if (w->bits == 2) levels_panel(w, row, end, column, depth, 2, to);
+    else if (w->bits == 3) levels_panel(w, row, end, column, depth, 3, to);
+    else if (w->bits == 4) levels_panel(w, row, end, column, depth, 4, to);
+    else levels_panel(w, row, end, column, depth, 8, to);
+}
+
+/* y[m, PANEL] += the tile of bytes times the panel; `words` of four columns. */
+NQ_INLINE void multiply_bytes(
+    const int32_t *x, const float *steps, struct panel8 panel, int64_t words, int run_words, int zeros,
+    struct corner at, const int m) {
+    vf sum[TILE8 * 2];
+    _Pragma("GCC unroll 6") for (int i = 0; i < m; i++) {
+        sum[2 * i] = vf_load(at.start + i * at.start_stride);
+        sum[2 * i + 1] = vf_load(at.start + i * at.start_stride + LANES);
+    }
+    for (int64_t k = 0, s = 0; k < words; s++, steps += 2 * TILE8) {
+        const int64_t stop = nq_min(words, k + run_words);
+        vi whole[TILE8 * 2];
+        _Pragma("GCC unroll 6") for (int i = 0; i < m; i++) {
+            whole[2 * i] = vi_load(panel.starts + s * PANEL);
+            whole[2 * i + 1] = vi_load(panel.starts + s * PANEL + LANES);
+        }
+        for (; k < stop; k++) {
+            const vi first = vi_load(panel.codes + k * PANEL), second = vi_load(panel.codes + k * PANEL + LANES);
+            _Pragma("GCC unroll 6") for (int i = 0; i < m; i++) {
+                const vi four = vi_set1(x[k * TILE8 + i]);
+                whole[2 * i] = vi_dot4(whole[2 * i], four, first);
+                whole[2 * i + 1] = vi_dot4(whole[2 * i + 1], four, second);
+            }
+        }
+        const vf first = vf_load(panel.scales + s * PANEL), second = vf_load(panel.scales + s * PANEL + LANES);
+        _Pragma("GCC unroll 6") for (int i = 0; i < m; i++) {
+            const vf step = vf_set1(steps[2 * i]);
+            sum[2 * i] = vf_fma(vf_mul(vf_of(whole[2 * i]), step), first, sum[2 * i]);
+            sum[2 * i + 1] = vf_fma(vf_mul(vf_of(whole[2 * i + 1]), step), second, sum[2 * i + 1]);
+        }
+        if (!zeros) continue;
+        const vf low = vf_load(panel.zeros + s * PANEL), high = vf_load(panel.zeros + s * PANEL + LANES);
+        _Pragma("GCC unroll 6") for (int i = 0; i < m; i++) {
+            const vf total = vf_set1(steps[2 * i + 1]);
+            sum[2 * i] = vf_fnma(total, low, sum[2 * i]);
+            sum[2 * i + 1] = vf_fnma(total, high, sum[2 * i + 1]);
+        }
+    }
+    _Pragma("GCC unroll 6") for (int i = 0; i < m; i++) {
+        vf_store(at.y + i * at.stride, sum[2 * i]);
+        vf_store(at.y + i * at.stride + LANES, sum[2 * i + 1]);
+    }
+}
+
+static void int8_run(void *argument, int64_t begin, int64_t end) {
+    const struct nq_product *p = argument;
+    const struct nq_weight *w = p->w;
+    const int step_bits = nq_step_bits(w, RUN_BITS), run_words = 1 << step_bits >> 2, zeros = w->bits == 8 && w->zeros;
+    const int64_t columns = w->columns, most = DEPTH8 >> step_bits, runs = int8_runs(w);
+    void *scratch = nq_scratch(NQ_OWN, (size_t)(BLOCK * (DEPTH8 / 4 + 3 * most)) * 4);
+    float edge[TILE * PANEL];
+    for (int64_t row = begin; row < end; row += BLOCK) {
+        const int64_t rows = nq_min(BLOCK, end - row);
+        for (int64_t column = 0; column < columns; column += DEPTH8) {
+            const int64_t depth = nq_min(DEPTH8, columns - column), words = nq_ceil(depth, 8) * 2;
+            for (int64_t n = 0; n < rows; n += PANEL)
+                levels_any_panel(w, row + n, end, column, depth, panel8_at(scratch, n / PANEL, most));
+            for (int64_t m0 = 0; m0 < p->count; m0 += TILE8) {
+                const int64_t m = nq_min(TILE8, p->count - m0);
+                const int32_t *x = (const int32_t *)p->laid + m0 * int8_words(w) + column / 4 * TILE8;
+                const float *steps = int8_steps(p) + (m0 * runs + (column >> step_bits) * TILE8) * 2;
+                for (int64_t n = 0; n < rows; n += PANEL) {
+                    const int64_t width = nq_min(PANEL, rows - n);
+                    const struct panel8 panel = panel8_at(scratch, n / PANEL, most);
+                    struct corner at = open_corner(p, m0, m, row + n, width, column == 0, edge);
+#define CALL(M) multiply_bytes(x, steps, panel, words, run_words, zeros, at, (M) < TILE8 ? (M) : TILE8)
+                    OF_ROWS(CALL, m)
+#undef CALL
+                    finish_corner(p, at, m0, m, row + n, width);
+                }
+            }
+        }
+    }
+}
+
+const struct nq_kernels NAME(nq_kernels) = {
+    .few_most = FEW_MOST,
+    .few = {few_size, few_lay, few_run, 1, 4},
+    .many = {many_size, many_lay, many_run, TILE, PANEL},
+    .int8 = {int8_size, int8_lay, int8_run, TILE8, PANEL},
+};

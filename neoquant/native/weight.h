@@ -1,0 +1,125 @@
+/* A packed weight [rows, columns], whatever its grid.
+ *
+ * value = (table[code] - zero) * scale
+ *
+ * A run of columns shares scale and zero: 2**group_bits columns of a row, or of the flattened weight for codebooks.
+ * Codes are packed low bits first, every row on a byte; those of codebooks high half first, rows without a gap.
+ */
+#ifndef NEOQUANT_WEIGHT_H
+#define NEOQUANT_WEIGHT_H
+
+#include "cpu.h"
+
+enum nq_kind { NQ_CODEBOOK = 0, NQ_INT8 = 1, NQ_AFFINE = 2 };
+enum { NQ_WHOLE_ROW = 62, NESTED_BLOCK_BITS = 8 };
+
+struct nq_weight { /* as `Weight` in products.py */
+    const uint8_t *codes;
+    const float *table;        /* [16] values of codes below 8 bits; for affine grids code - middle */
+    const int8_t *levels;      /* [16] the same in whole steps of level_step, for products with int8 activations */
+    const float *absmax;       /* codebook [blocks], or 0 with double quantization: */
+    const uint8_t *stored;     /* [blocks] */
+    const float *nested;       /* [ceil(blocks / 256)] */
+    const float *nested_table; /* [256] */
+    const float *offset;       /* [1] */
+    const float *scb;          /* int8 [rows]: scale = scb / 127 */
+    const uint16_t *scales;    /* affine [rows, groups], half precision */
+    const uint8_t *zeros;      /* affine [rows, groups], or 0 where the zero is the middle */
+    int64_t rows, columns, groups;
+    int32_t kind, bits, group_bits;
+    float level_step;
+};
+
+/* What a product is asked for. */
+struct nq_product {
+    const struct nq_weight *w;
+    const float *x, *bias; /* [count, columns]; [rows] or 0 */
+    float *y;              /* [count, rows] */
+    int64_t count;
+    void *laid;            /* x in the order in which the kernel wants it */
+};
+
+/* One way to multiply: x is laid out first, then rows of the weight are multiplied, both on all threads. */
+struct nq_way {
+    size_t (*size)(const struct nq_product *); /* bytes of x laid out */
+    nq_range lay, run;                         /* tiles of x; rows of the weight */
+    int tile, panel;                           /* rows of x in a tile, rows of the weight handled together */
+};
+
+/* What there is for one instruction set. */
+struct nq_kernels {
+    int few_most; /* rows of x up to which `few` is the faster */
+    struct nq_way few, many, int8;
+};
+
+extern const struct nq_kernels nq_kernels_portable, nq_kernels_avx2, nq_kernels_avx512, nq_kernels_avx512vnni,
+    nq_kernels_neon;
+
+NQ_INLINE int64_t nq_ceil(int64_t n, int64_t step) { return (n + step - 1) / step; }
+
+/* The value that 8-bit codes and zeros are counted from: the middle for affine grids. */
+NQ_INLINE int nq_middle(const struct nq_weight *w) { return w->kind == NQ_AFFINE ? 1 << (w->bits - 1) : 0; }
+
+/* Bytes of a row, where rows start on bytes. */
+NQ_INLINE int64_t nq_row_bytes(const struct nq_weight *w) { return nq_ceil(w->columns * w->bits, 8); }
+
+/* Whether rows start on bytes and no eight columns have two scales. */
+NQ_INLINE int nq_is_regular(const struct nq_weight *w) { return w->kind != NQ_CODEBOOK || w->columns % 8 == 0; }
+
+/* log2 of the longest run of columns, at most `most`, that starts at a multiple of its length in every row and has one
+ * scale. */
+NQ_INLINE int nq_step_bits(const struct nq_weight *w, int most) {
+    int bits = w->group_bits < most ? w->group_bits : most;
+    if (w->kind == NQ_CODEBOOK)
+        while (w->columns & (((int64_t)1 << bits) - 1)) bits--;
+    return bits;
+}
+
+/* The value of column `column` in row `row`, less its zero and scale. */
+NQ_INLINE float nq_raw(const struct nq_weight *w, int64_t row, int64_t column) {
+    if (w->kind == NQ_CODEBOOK) {
+        int64_t at = row * w->columns + column;
+        return w->table[w->codes[at >> 1] >> (at & 1 ? 0 : 4) & 15];
+    }
+    const uint8_t *codes = w->codes + row * nq_row_bytes(w);
+    if (w->bits == 8) return (float)(int8_t)(codes[column] ^ nq_middle(w));
+    int64_t bit = column * w->bits;
+    int shift = (int)(bit & 7), code = codes[bit >> 3] >> shift;
+    if (shift + w->bits > 8) code |= codes[(bit >> 3) + 1] << (8 - shift);
+    return w->table[code & ((1 << w->bits) - 1)];
+}
+
+NQ_INLINE float nq_half(uint16_t half) {
+    uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7fff;
+    if (rest >= 0x7c00) return nq_from_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);
+    if (rest >= 0x0400) return nq_from_bits(sign | ((rest << 13) + (112u << 23)));
+    return nq_from_bits(nq_bits((float)rest * 0x1p-24f) | sign); /* subnormal: exact in float */
+}
+
+NQ_INLINE float nq_absmax(const struct nq_weight *w, int64_t block) {
+    if (w->absmax) return w->absmax[block];
+    return w->nested_table[w->stored[block]] * w->nested[block >> NESTED_BLOCK_BITS] + *w->offset;
+}
+
+/* Scale and zero (counted from the middle) of one column. */
+NQ_INLINE float nq_scale(const struct nq_weight *w, int64_t row, int64_t column, float *zero) {
+    *zero = 0;
+    if (w->kind == NQ_CODEBOOK) return nq_absmax(w, (row * w->columns + column) >> w->group_bits);
+    if (w->kind == NQ_INT8) return w->scb[row] * (float)(1.0 / 127.0);
+    int64_t at = row * w->groups + (column >> w->group_bits);
+    if (w->zeros) *zero = (float)(w->zeros[at] - nq_middle(w));
+    return nq_half(w->scales[at]);
+}
+
+/* Columns [column, column + n) of a row, one by one. */
+NQ_INLINE void nq_decode_run(const struct nq_weight *w, int64_t row, int64_t column, int64_t n, float *to) {
+    int64_t origin = w->kind == NQ_CODEBOOK ? row * w->columns : 0; /* where groups are counted from */
+    for (int64_t i = 0; i < n;) {
+        int64_t at = origin + column + i;
+        int64_t stop = nq_min(n, i + (((at >> w->group_bits) + 1) << w->group_bits) - at);
+        float zero, scale = nq_scale(w, row, column + i, &zero);
+        for (; i < stop; i++) to[i] = (nq_raw(w, row, column + i) - zero) * scale;
+    }
+}
+
+#endif
