@@ -10,7 +10,7 @@ import os
 from setuptools import Extension, setup
 
 ISAS = ("portable", "avx2", "avx512", "avx512vnni", "neon")
-NAMES = ("multiply", "parallel", "quantize", *(f"products_{isa}" for isa in ISAS))
+NAMES = ("feedback", "multiply", "parallel", "quantize", *(f"products_{isa}" for isa in ISAS))
 SOURCES = [f"neoquant/native/{name}.c" for name in NAMES]
 HEADERS = ["cpu.h", "weight.h", "products.inc.h", *(f"simd_{isa}.h" for isa in ("portable", "avx2", "avx512", "neon"))]
 

@@ -17,8 +17,7 @@ from neoquant.model.config import GPTNeoConfig
 from neoquant.model.gpt_neo import Block
 from neoquant.planning import Plan, PlanRow
 from neoquant.progress import Progress
-from neoquant.quantizers import QUANTIZERS, Gptq
-from neoquant.quantizers.gptq import Report
+from neoquant.quantizers import QUANTIZERS
 from neoquant.tensor import QuantizedTensor
 
 _IN_BLOCK = re.compile(r"(?:transformer\.)?h\.(\d+)\.(.+)")
@@ -30,7 +29,7 @@ class Quantized:
 
     rows: list[PlanRow]
     weights: dict[str, QuantizedTensor]
-    reports: dict[str, Report]
+    reports: dict[str, Any]
 
 
 def needs_calibration(planned: Plan) -> bool:
@@ -85,29 +84,31 @@ def _quantize_block(
     checkpoint: Checkpoint, rows: list[PlanRow], config: GPTNeoConfig, number: int, walk: Walk
 ) -> Quantized:
     by_name = {_local(row): row for row in rows}
+    chosen = {name: QUANTIZERS[row.quantizer]() for name, row in by_name.items() if row.quantizer is not None}
     weights: dict[str, QuantizedTensor] = {}
-    reports: dict[str, Report] = {}
+    reports: dict[str, Any] = {}
 
-    def observe(inputs: Callable[[], Iterator[Tensor]], columns: int) -> Any:
-        hessian = Gptq().observer(columns)
-        for piece in inputs():
-            hessian.add(piece)
-        return hessian
+    def observe(names: tuple[str, ...], inputs: Callable[[], Iterator[Tensor]], columns: int) -> Any:
+        seeing = [chosen[key] for name in names if (key := f"{name}.weight") in chosen]
+        seen = next((seen for quantizer in seeing if (seen := quantizer.observer(columns)) is not None), None)
+        if seen is not None:
+            for piece in inputs():
+                seen.add(piece)
+        return seen
 
-    def rounded(name: str, w: Tensor, seen: Any) -> Tensor:
+    def rounded(name: str, w: Tensor, seen: Any, outputs: Tensor | None) -> Tensor:
         row = by_name[f"{name}.weight"]
-        if row.grid is None or row.quantizer is None:
+        if row.grid is None:
             return w
-        quantizer = QUANTIZERS[row.quantizer]()
         with locate(row.name):
-            if isinstance(quantizer, Gptq):
-                q, reports[row.layer] = quantizer.run(w.to(row.dtype), row.grid, seen)
-            else:
-                q = quantizer.quantize(w.to(row.dtype), row.grid)
+            q, report = chosen[f"{name}.weight"].run(w.to(row.dtype), row.grid, seen, outputs)
+        if report is not None:
+            reports[row.layer] = report
         weights[row.name] = q
         return q.dequantize(torch.float32)
 
-    walk.through(_read_block(checkpoint, by_name, config, number), observe, rounded)
+    weigh = any(quantizer.weighs_outputs for quantizer in chosen.values())
+    walk.through(_read_block(checkpoint, by_name, config, number), observe, rounded, weigh)
     return Quantized(rows, weights, reports)
 
 

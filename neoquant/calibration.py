@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from neoquant.errors import RequestError
 from neoquant.model.gpt_neo import AttentionMasks, Block
+from neoquant.moments import output_moments
 
 SHARING = (  # layers of a block that see the same inputs, in the order in which they are quantized
     ("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"),
@@ -20,8 +21,8 @@ SHARING = (  # layers of a block that see the same inputs, in the order in which
     ("mlp.c_proj",),
 )
 
-Observe = Callable[[Callable[[], Iterator[Tensor]], int], Any]
-Round = Callable[[str, Tensor, Any], Tensor]
+Observe = Callable[[tuple[str, ...], Callable[[], Iterator[Tensor]], int], Any]
+Round = Callable[[str, Tensor, Any, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -78,29 +79,36 @@ class Walk:
         self.masks = AttentionMasks(x.shape[1], x.shape[1], window, None, x.device)
         self.batch = max(1, tokens // x.shape[1])
 
-    def through(self, block: Block, observe: Observe, rounded: Round) -> None:
+    def through(self, block: Block, observe: Observe, rounded: Round, weigh: bool = False) -> None:
         """Quantize the layers of `block` on the way, and leave in `x` what the quantized block gives.
 
         Args:
             block: changed: each linear's weight becomes what `rounded` gives for it.
-            observe: is given an iterator of a layer's inputs and their width, and makes what `rounded` is given.
-            rounded: name in the block, weight[O, I] and what was observed -> the weight as it is after quantization.
+            observe: is given the layers that share them, an iterator of their inputs and its width, and makes what
+                `rounded` is given.
+            rounded: name in the block, weight[O, I], what was observed and, for q, k and v where `weigh` asks for it,
+                the moments of their outputs -> the weight as it is after quantization.
+            weigh: see `rounded` and `moments.output_moments`.
         """
         attention, mlp = block.attn.attention, block.mlp
         kept: list[Tensor] = []  # what out_proj sees, piece by piece
+        outputs: dict[str, Tensor] = {}
 
         def settle(stage: int, inputs: Callable[[], Iterator[Tensor]]) -> None:
             linears = {name: block.get_submodule(name) for name in SHARING[stage]}
             first = next(iter(linears.values()))
             assert isinstance(first, nn.Linear)
-            seen = observe(inputs, first.in_features)
+            seen = observe(SHARING[stage], inputs, first.in_features)
             for name, linear in linears.items():
                 assert isinstance(linear, nn.Linear)
-                linear.weight = nn.Parameter(rounded(name, linear.weight.detach(), seen), requires_grad=False)
+                moments = outputs.get(name.rpartition(".")[2])
+                linear.weight = nn.Parameter(rounded(name, linear.weight.detach(), seen, moments), requires_grad=False)
 
         def inner() -> Iterator[Tensor]:
             return (mlp.act(mlp.c_fc(block.ln_2(x))) for x in self._pieces())
 
+        if weigh:
+            outputs |= output_moments(attention, (block.ln_1(x) for x in self._pieces()), len(self.x))
         settle(0, lambda: (block.ln_1(x) for x in self._pieces()))
         hook = attention.out_proj.register_forward_pre_hook(lambda _, given: kept.append(given[0]))
         for x in self._pieces():

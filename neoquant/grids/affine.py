@@ -17,6 +17,7 @@ from torch import Tensor
 
 from neoquant.errors import FormatError, RequestError
 from neoquant.grids.base import TO_INTEGER, Columns, Grid, Params, ParamShapes, count_pieces, row_spans
+from neoquant.native.feedback import Levels
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256)
@@ -204,11 +205,14 @@ class _AffineColumns(Columns):
         self.scale, self.zero = scale.T.contiguous(), zero.T.contiguous()  # [G, O]: a column's lie together
         self.inverse = reciprocal(self.scale)
 
-    def round(self, j: int, w: Tensor) -> tuple[Tensor, Tensor]:
-        group = j // self.step
-        zero = self.zero[group]
-        codes = (w * self.inverse[group]).round_().add_(zero).clamp_(0, self.top)
-        return codes.to(torch.uint8), (codes - zero).mul_(self.scale[group])
+    def round(self, j: int, w: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        of_group = [of_all[j // self.step] for of_all in (self.scale, self.inverse, self.zero)]
+        scale, inverse, zero = of_group if rows is None else [of_rows[rows] for of_rows in of_group]
+        codes = (w * inverse).round_().add_(zero).clamp_(0, self.top)
+        return codes.to(torch.uint8), (codes - zero).mul_(scale)
+
+    def levels(self) -> Levels:
+        return Levels(self.scale, self.inverse, self.step, zero=self.zero, top=self.top)
 
     def _reload(self, group: int) -> None:
         assert isinstance(self.grid, Affine)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from neoquant.errors import FormatError, RequestError
+from neoquant.native.feedback import Levels
 
 Params = dict[str, Tensor]
 ParamShapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -126,8 +127,15 @@ class Columns(ABC):
         self.params = {name: tensor.clone() for name, tensor in params.items()}
 
     @abstractmethod
-    def round(self, j: int, w: Tensor) -> tuple[Tensor, Tensor]:
-        """w[O] in column j to the nearest values: (codes uint8[O], values[O] in w's type)."""
+    def round(self, j: int, w: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """w[O] in column j to the nearest values: (codes uint8[O], values[O] in w's type).
+
+        With `rows` int64[R], w[R] are those rows of the column only.
+        """
+
+    def levels(self) -> Levels | None:
+        """The same for the native library, as views of what `round` uses; None if it cannot be said so."""
+        return None
 
     def refit(self, start: int, w: Tensor, search: bool, importance: Tensor | None) -> None:
         """Fit the parameters of the group that starts at column `start` to w[O, width or what is left]."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from neoquant.errors import RequestError
 from neoquant.grids.base import Columns, Grid, Params, ParamShapes, count_pieces, require_finite, spans
 from neoquant.native import rounding
+from neoquant.native.feedback import Levels
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE = 256  # how many absmax share a scale under double quantization
@@ -269,15 +270,25 @@ class _CodebookColumns(Columns):
         self.first = torch.arange(shape[0], device=scales.device) * shape[1]  # of each row, in the flattened weight
         self.body = shape[0] * shape[1] // self.block * self.block
 
-    def round(self, j: int, w: Tensor) -> tuple[Tensor, Tensor]:
-        at = self.first + j
-        scale = self.scales[j // self.block] if self.aligned else self.scales[at // self.block]
+    def round(self, j: int, w: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        at = (self.first if rows is None else self.first[rows]) + j
+        if self.aligned:
+            scale = self.scales[j // self.block]
+            scale = scale if rows is None else scale[rows]
+        else:
+            scale = self.scales[at // self.block]
         single = w.float()
         scaled = single * (1 / scale)
         if int(at[-1]) >= self.body:  # the last, short block: bitsandbytes divides there
             scaled = torch.where(at < self.body, scaled, single / scale)
         codes = nearest_codes(self.kind, scaled)
         return codes, (self.table.index_select(0, codes.int()) * scale).to(w.dtype)
+
+    def levels(self) -> Levels | None:
+        if not self.aligned:
+            return None
+        bounds, order = _midpoints(self.kind)
+        return Levels(self.scales, 1 / self.scales, self.block, bounds=bounds, order=order, table=self.table)
 
     def _reload(self, group: int) -> None:
         absmax = self.params["absmax"].view(self.shape[0], -1)[:, group]

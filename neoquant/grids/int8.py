@@ -75,10 +75,11 @@ class _Int8Columns(Columns):
         self.step = params["scb"] * (1.0 / 127.0)
         self.inverse = 127.0 / params["scb"]
 
-    def round(self, j: int, w: Tensor) -> tuple[Tensor, Tensor]:
-        codes = w.to(torch.float16) * self.inverse
+    def round(self, j: int, w: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        step, inverse = (self.step, self.inverse) if rows is None else (self.step[rows], self.inverse[rows])
+        codes = w.to(torch.float16) * inverse
         codes = codes.nan_to_num_(0).clamp_(-127, 127).round_()
-        return codes.to(torch.int8).view(torch.uint8), (codes * self.step).to(w.dtype)
+        return codes.to(torch.int8).view(torch.uint8), (codes * step).to(w.dtype)
 
 
 def _require_half(w: Tensor, scb: Tensor) -> None:

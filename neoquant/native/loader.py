@@ -22,9 +22,10 @@ from neoquant.errors import RequestError
 ISAS = ("portable", "avx2", "avx512", "avx512vnni", "neon")  # by their number in cpu.h, each better than those before
 SWITCH = "NEOQUANT_ISA"
 FOLDER = Path(__file__).parent  # where the library was put when neoquant was installed
-VERSION = 3  # of the C functions' signatures, as in parallel.c
+VERSION = 4  # of the C functions' signatures, as in parallel.c
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_LEVELS = (*(_POINTER,) * 4, _LONG, _INT, *(_POINTER,) * 3)  # where the values of columns may lie
 _SIGNATURES: dict[str, tuple[type, ...]] = {
     "nq_use_team": (_POINTER,),
     "nq_round_blocks": (_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT),
@@ -32,6 +33,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "nq_round_nested": (_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _INT),
     "nq_pack_nibbles": (_POINTER, _POINTER, _LONG, _INT),
     "nq_unpack_nibbles": (_POINTER, _POINTER, _LONG, _INT),
+    "nq_feed_back": (*(_POINTER,) * 3, *(_LONG,) * 3, *_LEVELS, *(_POINTER,) * 2, _LONG, *(_POINTER,) * 2, _INT, _INT),
     "nq_multiply": (_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT),
     "nq_multiply_int8": (_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT),
     "nq_decode": (_POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT),

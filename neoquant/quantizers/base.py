@@ -22,9 +22,24 @@ class Quantizer(ABC):
         """What is shown a layer's inputs by `add(x[..., I])` and then given as `seen`; None if nothing is needed."""
         return None
 
+    @property
+    def weighs_outputs(self) -> bool:
+        """Whether it makes use of `outputs`."""
+        return False
+
     @abstractmethod
-    def quantize(self, w: Tensor, grid: Grid, seen: Any = None) -> QuantizedTensor:
-        """Put w[O, I] on `grid`. `seen` is what calibration gathered about the layer's inputs, if anything.
+    def quantize(self, w: Tensor, grid: Grid, seen: Any = None, outputs: Tensor | None = None) -> QuantizedTensor:
+        """Put w[O, I] on `grid`.
+
+        Args:
+            seen: what calibration gathered about the layer's inputs, if anything.
+            outputs: by how much errors in the rows of each head matter together, float32[heads, O / heads, O / heads].
 
         Raises FormatError for a weight that no grid can hold.
         """
+
+    def run(
+        self, w: Tensor, grid: Grid, seen: Any = None, outputs: Tensor | None = None
+    ) -> tuple[QuantizedTensor, Any]:
+        """The same, and a report of what happened, with `to_dict()`; None if there is nothing to report."""
+        return self.quantize(w, grid, seen, outputs), None

@@ -3,6 +3,7 @@ are not rounded yet, so that the layer's output changes least."""
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -12,19 +13,22 @@ from torch import Tensor
 
 from neoquant.errors import FormatError, RequestError
 from neoquant.grids import Columns, Grid
+from neoquant.native import feedback
 from neoquant.quantizers.base import Quantizer
-from neoquant.quantizers.hessian import Hessian
+from neoquant.quantizers.hessian import Across, Hessian
 from neoquant.tensor import QuantizedTensor
 
 BLOCK = 128  # columns whose errors are gathered before the columns behind them are corrected at once
 ORDERS = ("static", "off", "dynamic")
 SCALES = ("range", "mse", "weighted")
+OBJECTIVES = ("attention", "layer")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What happened to one layer. Errors are of its output, mean squares relative to the output's own."""
+    """What happened to one layer. Errors are mean squares, relative to what there would be without the layer."""
 
+    objective: str  # where they are measured: at the layer's own output, or where attention adds to the hidden states
     damping: float
     double: bool  # single precision was not enough for the inverse
     dead: int  # inputs that were always zero
@@ -39,7 +43,7 @@ class Report:
         found += ["the inverse needed double precision"] if self.double else []
         return found
 
-    def to_dict(self) -> dict[str, float | int | bool]:
+    def to_dict(self) -> dict[str, float | int | bool | str]:
         """For records: everything but the time, so that two runs leave the same bytes."""
         return {key: value for key, value in asdict(self).items() if key != "seconds"}
 
@@ -48,17 +52,21 @@ class Report:
 class Gptq(Quantizer):
     """Rounding with error feedback.
 
-    order    static: inputs with large activations first, groups stay where they are, and the stored format does not
-             change. off: in their natural order; a group's parameters are fitted when its turn comes. dynamic: large
-             ones first, and groups of them in that order, which the result carries (not every format holds it).
-    scales   range: they cover the weights. mse: of least squared error. weighted: each input's error by its diagonal
-             entry of the Hessian.
-    damping  part of the Hessian's mean diagonal that is added to all of it; raised tenfold where that is too little.
+    order      static: inputs with large activations first, groups stay where they are, and the stored format does not
+               change. off: in their natural order; a group's parameters are fitted when its turn comes. dynamic:
+               large ones first, and groups of them in that order, which the result carries (not every format holds it).
+    scales     range: they cover the weights. mse: of least squared error. weighted: each input's error by its diagonal
+               entry of the Hessian. Both clip large weights, which feedback cannot mend: on GPT-Neo they lose more.
+    damping    part of the Hessian's mean diagonal that is added to all of it; raised tenfold where that is too little.
+    objective  attention: queries, keys and values are rounded for what attention gives, not for what the layer gives:
+               a row's error is pushed into the later rows of its head as well (see `hessian.Across`). layer: every
+               layer for its own output, as in the paper.
     """
 
     order: str = "static"
     scales: str = "range"
     damping: float = 0.01
+    objective: str = "attention"
 
     name: ClassVar[str] = "gptq"
     needs_calibration: ClassVar[bool] = True
@@ -68,21 +76,31 @@ class Gptq(Quantizer):
             raise RequestError(f"activation order {self.order!r}: legal are {', '.join(ORDERS)}")
         if self.scales not in SCALES:
             raise RequestError(f"scales {self.scales!r}: legal are {', '.join(SCALES)}")
+        if self.objective not in OBJECTIVES:
+            raise RequestError(f"objective {self.objective!r}: legal are {', '.join(OBJECTIVES)}")
 
     def observer(self, columns: int, device: torch.device | str = "cpu") -> Hessian:
         return Hessian(columns, device)
 
-    def quantize(self, w: Tensor, grid: Grid, seen: Any = None) -> QuantizedTensor:
-        return self.run(w, grid, seen)[0]
+    @property
+    def weighs_outputs(self) -> bool:
+        return self.objective == "attention"
 
-    def run(self, w: Tensor, grid: Grid, seen: Hessian) -> tuple[QuantizedTensor, Report]:
-        """Put w[O, I] on `grid`: the result and what happened."""
+    def quantize(self, w: Tensor, grid: Grid, seen: Any = None, outputs: Tensor | None = None) -> QuantizedTensor:
+        return self.run(w, grid, seen, outputs)[0]
+
+    def run(
+        self, w: Tensor, grid: Grid, seen: Any = None, outputs: Tensor | None = None
+    ) -> tuple[QuantizedTensor, Report]:
         started = time.perf_counter()
         if w.dim() != 2 or not w.is_floating_point() or 0 in w.shape:
             raise FormatError(f"only floating-point matrices can be quantized, got {w.dtype} {list(w.shape)}")
         if not isinstance(seen, Hessian) or seen.columns != w.shape[1] or not seen.rows:
             raise RequestError("gptq needs the layer's inputs: observe some first")
+        if outputs is not None and (outputs.dim() != 3 or len(outputs) * outputs.shape[1] != len(w)):
+            raise RequestError(f"output moments {list(outputs.shape)} are not those of {len(w)} rows")
         factor = seen.factor(self.order != "off", self.damping)
+        across = None if outputs is None or not self.weighs_outputs else Across.of(outputs, self.damping)
         search, importance = self.scales != "range", seen.diagonal if self.scales == "weighted" else None
         single, order = w.detach().float(), None
         if self.order == "dynamic":
@@ -94,31 +112,22 @@ class Gptq(Quantizer):
         nearest = grid.decode(grid.round(single, columns.params), columns.params)
         sequence = seen.order() if self.order == "static" else torch.arange(shape[1])
         fitting = None if self.order == "static" else Fitting(search, importance)
-        codes = feed_back(single.T[sequence], factor.upper, columns, sequence, fitting)
+        codes = feed_back(single.T[sequence], factor.upper, columns, sequence, fitting, across)
         q = QuantizedTensor(codes, grid, columns.params, None if order is None else order.int(), w.dtype)
-        return q, self._report(single, nearest, q, seen, order, factor.damping, factor.double, started)
 
-    def _report(
-        self,
-        w: Tensor,
-        nearest: Tensor,
-        q: QuantizedTensor,
-        seen: Hessian,
-        order: Tensor | None,
-        damping: float,
-        double: bool,
-        started: float,
-    ) -> Report:
         H = seen.matrix if order is None else seen.matrix[order][:, order]
-        size = _square(w, H) or 1.0
-        return Report(
-            damping=damping,
-            double=double,
+        weighing = outputs if across is not None else None
+        size = _square(single, H, weighing) or 1.0
+        report = Report(
+            objective="layer" if across is None else "attention",
+            damping=factor.damping,
+            double=factor.double,
             dead=int((seen.diagonal == 0).sum()),
-            error_nearest=_square(nearest.sub_(w), H) / size,
-            error=_square(q.grid.decode(q.codes, q.params).sub_(w), H) / size,
+            error_nearest=_square(nearest.sub_(single), H, weighing) / size,
+            error=_square(q.grid.decode(q.codes, q.params).sub_(single), H, weighing) / size,
             seconds=time.perf_counter() - started,
         )
+        return q, report
 
 
 @dataclass(frozen=True)
@@ -130,42 +139,109 @@ class Fitting:
 
 
 def feed_back(
-    work: Tensor, upper: Tensor, columns: Columns, sequence: Tensor, fitting: Fitting | None = None, block: int = BLOCK
+    work: Tensor,
+    upper: Tensor,
+    columns: Columns,
+    sequence: Tensor,
+    fitting: Fitting | None = None,
+    across: Across | None = None,
+    block: int = BLOCK,
 ) -> Tensor:
     """Round column after column, correcting those that follow: codes uint8[O, I], columns in their natural order.
 
     Args:
-        work: the weight's columns as rows, [I, O], in the order of `sequence`; used up.
+        work: the weight's columns as rows, [I, O], in the order of `sequence`.
         upper: the factor of the inverse Hessian in that order, [I, I].
         columns: the grid; its parameters are fitted on the way if `fitting` is given, where columns are grouped.
         sequence: which column of the weight stands in each row of `work`; natural if `fitting` is given.
-        block: how many rows are dealt with before those behind them are corrected. Changes nothing but the speed.
+        across: how the rows of a head hang together, if they do.
+        block: how many columns are dealt with before those behind them are corrected, as one matrix product. Changes
+            nothing but the speed.
     """
-    work = work.contiguous()
-    upper = upper.to(work.dtype)
+    plain, work = work, work.clone(memory_format=torch.contiguous_format)
+    upper = upper.to(work.dtype).contiguous()
     codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
-    errors = torch.empty_like(work[:block])
-    diagonal, places = upper.diagonal().tolist(), sequence.tolist()
+    width = len(work) if fitting is None or columns.width is None else min(columns.width, len(work))
+    if width < len(work):  # a group is fitted when every error before it has reached it
+        block = math.gcd(block, width)
+    round_block = _round_native if _is_native(work, columns, across) else _round_block
     for start in range(0, len(work), block):
         stop = min(start + block, len(work))
-        for i in range(start, stop):
-            if fitting is not None and columns.width is not None and i % columns.width == 0:
-                end = min(i + columns.width, len(work))
-                group = work[i:end].clone()
-                if end > stop:  # what the block's errors so far will do to the columns behind it
-                    behind = max(i, stop)
-                    group[behind - i :].addmm_(upper[start:i, behind:end].T, errors[: i - start], alpha=-1)
-                weight = None if fitting.importance is None else fitting.importance[i:end]
-                columns.refit(i, group.T, fitting.search, weight)
-            codes[places[i]], values = columns.round(places[i], work[i])
-            error = torch.sub(work[i], values, out=errors[i - start]).div_(diagonal[i])
-            if i + 1 < stop:
-                work[i + 1 : stop].addr_(upper[i, i + 1 : stop], error, alpha=-1)
+        if fitting is not None and columns.width is not None and start % width == 0:
+            end = min(start + width, len(work))
+            weight = None if fitting.importance is None else fitting.importance[start:end]
+            columns.refit(start, work[start:end].T, fitting.search, weight)
+        inside = upper[start:stop, start:stop]
+        given = None if across is None else (across, plain[start:stop])
+        errors = round_block(work[start:stop], inside, columns, sequence[start:stop], given, codes)
         if stop < len(work):
-            work[stop:].addmm_(upper[start:stop, stop:].T, errors[: stop - start], alpha=-1)
+            work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
     return codes.T.contiguous()
 
 
-def _square(w: Tensor, H: Tensor) -> float:
-    """The mean square of w[O, I] times the inputs, but for a factor that all have."""
-    return float((w @ H).mul_(w).sum())
+def _round_block(
+    work: Tensor,
+    upper: Tensor,
+    columns: Columns,
+    sequence: Tensor,
+    across: tuple[Across, Tensor] | None,
+    codes: Tensor,
+) -> Tensor:
+    """A block of `feed_back` in torch: fills in codes[I, O] and returns the errors, [columns of the block, O]."""
+    errors = torch.empty_like(work)
+    diagonal = upper.diagonal().tolist()
+    for i, place in enumerate(sequence.tolist()):
+        if across is None:
+            codes[place], values = columns.round(place, work[i])
+        else:
+            values, pushed = _round_heads(work[i], across[0], across[1][i], columns, place, codes[place])
+            work[i] += pushed
+        torch.sub(work[i], values, out=errors[i]).div_(diagonal[i])
+        work[i + 1 :].addr_(upper[i, i + 1 :], errors[i], alpha=-1)
+    return errors
+
+
+def _round_heads(
+    w: Tensor, across: Across, plain: Tensor, columns: Columns, place: int, codes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One column w[O], row after row of every head at once: the values, and what earlier rows pushed into each, [O]."""
+    heads, size = across.turn.shape
+    rows = across.turn + torch.arange(heads, device=w.device)[:, None] * size
+    values, pushed = torch.empty_like(w), w.new_zeros(heads, size)
+    for i in range(size):
+        now = rows[:, i]
+        codes[now], values[now] = columns.round(place, w[now] + pushed[:, i], now)
+        error = plain[now] + pushed[:, i] - values[now]
+        pushed[:, i + 1 :] -= error[:, None] * across.unit[:, i, i + 1 :]
+    at_rows = torch.empty_like(w)
+    at_rows[rows] = pushed
+    return values, at_rows
+
+
+def _is_native(work: Tensor, columns: Columns, across: Across | None) -> bool:
+    if work.dtype != torch.float32 or work.device.type != "cpu" or columns.levels() is None:
+        return False
+    return feedback.refuse(0 if across is None else across.turn.shape[1]) is None
+
+
+def _round_native(
+    work: Tensor,
+    upper: Tensor,
+    columns: Columns,
+    sequence: Tensor,
+    across: tuple[Across, Tensor] | None,
+    codes: Tensor,
+) -> Tensor:
+    """The same in C."""
+    levels = columns.levels()
+    assert levels is not None
+    heads = None
+    if across is not None:
+        heads = feedback.Heads(across[0].unit.float(), across[0].turn.int(), across[1].contiguous())
+    return feedback.round_columns(work, upper, levels, sequence, heads, codes)
+
+
+def _square(w: Tensor, H: Tensor, outputs: Tensor | None) -> float:
+    """The mean square of w[O, I] times the inputs, seen through `outputs`[heads, size, size], but for a factor."""
+    seen = w if outputs is None else (outputs @ w.view(len(outputs), -1, w.shape[1])).view_as(w)
+    return float((w @ H).mul_(seen).sum())

@@ -80,6 +80,38 @@ class Hessian:
         return self._factors[ordered, damping]
 
 
+@dataclass(frozen=True)
+class Across:
+    """How the rows of a head hang together: what an error in one is to add to those that are not rounded yet.
+
+    Given are, for each head, the second moments K[size, size] by which errors in its rows meet in the output: with
+    error D[O, I], what counts is the sum over heads of tr(K D H Dᵀ), so errors are fed back along rows through the
+    factor of K as they are along columns through that of H (a Kronecker product's factor is that of its factors;
+    two-sided feedback: Tseng et al., arXiv:2505.22988).
+
+    unit  [heads, size, size]: with an error e in its i-th row, a head's row k > i is to lose unit[i, k] * e.
+    turn  int64[heads, size]: which of its rows is the i-th; rows with much weight come first.
+    """
+
+    unit: Tensor
+    turn: Tensor
+
+    @staticmethod
+    def of(moments: Tensor, damping: float) -> Across:
+        """Of K, float32[heads, size, size], damped as H is."""
+        units, turns = [], []
+        for K in moments:
+            diagonal = K.diagonal()
+            mean = float(diagonal.mean()) or 1.0
+            turn = diagonal.argsort(descending=True, stable=True)
+            damped = K.clone()
+            damped.diagonal()[diagonal == 0] = mean
+            upper = _factor(damped[turn][:, turn], mean, damping).upper
+            units.append(upper / upper.diagonal()[:, None])
+            turns.append(turn)
+        return Across(torch.stack(units), torch.stack(turns))
+
+
 def _factor(H: Tensor, mean: float, damping: float) -> Factor:
     for _ in range(STEPS):
         for dtype in (torch.float32, torch.float64):

@@ -18,7 +18,7 @@ class Nearest(Quantizer):
     name: ClassVar[str] = "nearest"
     needs_calibration: ClassVar[bool] = False
 
-    def quantize(self, w: Tensor, grid: Grid, seen: Any = None) -> QuantizedTensor:
+    def quantize(self, w: Tensor, grid: Grid, seen: Any = None, outputs: Tensor | None = None) -> QuantizedTensor:
         if w.dim() != 2 or not w.is_floating_point() or 0 in w.shape:
             raise FormatError(f"only floating-point matrices can be quantized, got {w.dtype} {list(w.shape)}")
         codes, params = grid.nearest(w)

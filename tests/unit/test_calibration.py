@@ -43,7 +43,7 @@ def collect(inputs: Callable[[], Iterator[Tensor]], columns: int) -> Tensor:
     return torch.cat([piece.reshape(-1, columns) for piece in inputs()])
 
 
-def damaged(name: str, w: Tensor, seen: Any) -> Tensor:
+def damaged(name: str, w: Tensor, seen: Any, outputs: Tensor | None) -> Tensor:
     """Stands for a quantizer: anything that changes the weight."""
     return (w * 16).round() / 16
 
@@ -58,7 +58,7 @@ def test_layers_are_shown_what_the_quantized_model_gives_them(model: Path) -> No
     for block in plain.transformer.h:
         before = walk.x.clone()
         shown.clear()
-        walk.through(block, lambda inputs, columns: shown.append(collect(inputs, columns)), damaged)
+        walk.through(block, lambda names, inputs, columns: shown.append(collect(inputs, columns)), damaged)
         twin = changed.transformer.h[list(plain.transformer.h).index(block)]
         for stage, names in enumerate(SHARING):  # earlier layers of the block changed already, later ones not yet
             linear = twin.get_submodule(names[0])
@@ -69,7 +69,7 @@ def test_layers_are_shown_what_the_quantized_model_gives_them(model: Path) -> No
             for name in names:
                 layer = twin.get_submodule(name)
                 assert isinstance(layer, nn.Linear)
-                layer.weight.data = damaged(name, layer.weight.data, None)
+                layer.weight.data = damaged(name, layer.weight.data, None, None)
                 assert torch.equal(layer.weight, block.get_submodule(name).weight)
         assert torch.allclose(walk.x, twin(before, walk.masks), atol=1e-5)
 
@@ -86,18 +86,21 @@ def test_a_folder_is_the_quantizer_applied_block_by_block(model: Path, tmp_path:
         for number, block in enumerate(plain.transformer.h):
             found: dict[str, Tensor] = {}
 
-            def observe(inputs: Callable[[], Iterator[Tensor]], columns: int) -> Hessian:
+            def observe(names: tuple[str, ...], inputs: Callable[[], Iterator[Tensor]], columns: int) -> Hessian:
                 hessian = Hessian(columns)
                 for piece in inputs():
                     hessian.add(piece)
                 return hessian
 
-            def rounded(name: str, w: Tensor, seen: Hessian, found: dict[str, Tensor] = found) -> Tensor:
-                q = Gptq().quantize(w, GPTQ3.rules[0].grid(), seen)
+            def rounded(
+                name: str, w: Tensor, seen: Hessian, outputs: Tensor | None, found: dict[str, Tensor] = found
+            ) -> Tensor:
+                assert (outputs is not None) == name.endswith(("q_proj", "k_proj", "v_proj"))
+                q = Gptq().quantize(w, GPTQ3.rules[0].grid(), seen, outputs)
                 found[name] = q.dequantize(torch.float32)
                 return found[name]
 
-            walk.through(block, observe, rounded)
+            walk.through(block, observe, rounded, weigh=True)
             for name, expected in found.items():
                 layer = loaded.transformer.h[number].get_submodule(name)
                 assert isinstance(layer, QuantLinear)

@@ -10,11 +10,11 @@ from torch import Tensor
 from weights import make_weight
 
 from neoquant.errors import FormatError, RequestError
-from neoquant.grids import Affine, Codebook, Grid, Int8Rows
-from neoquant.quantizers import Gptq, Hessian
+from neoquant.grids import Affine, Codebook, Columns, Grid, Int8Rows
+from neoquant.quantizers import Gptq, Hessian, gptq
 from neoquant.quantizers import hessian as hessians
 from neoquant.quantizers.gptq import ORDERS, SCALES, Fitting, feed_back
-from neoquant.quantizers.hessian import inverse_factor
+from neoquant.quantizers.hessian import Across, inverse_factor
 from neoquant.tensor import QuantizedTensor
 
 GRIDS = [
@@ -81,7 +81,7 @@ def test_blocks_change_nothing(grid: Grid, fitting: Fitting | None) -> None:
     expected = one_by_one(w, H, grid, fitting)
     for block in (1, 7, 32, 128, 1000):
         columns = grid.columns(grid.fit(w), (24, 150))
-        found = feed_back(w.T.double(), upper, columns, torch.arange(150), fitting, block)
+        found = feed_back(w.T.double(), upper, columns, torch.arange(150), fitting, block=block)
         # a value within 1e-12 of the middle between two codes may go either way
         assert (found != expected).float().mean() < 2e-3, block
 
@@ -203,3 +203,77 @@ def test_what_cannot_be_is_refused() -> None:
         Gptq(scales="best")
     with pytest.raises(RequestError, match="damping 0: legal"):
         seen(torch.ones(2, 8)).factor(True, 0)
+
+
+def head_moments(heads: int, size: int, seed: int = 0) -> Tensor:
+    """Output moments of heads in which a few directions count, and rows count differently."""
+    return torch.stack([seen(correlated(3 * size, size, seed + head)).matrix for head in range(heads)])
+
+
+def kronecker(w: Tensor, hessian: Hessian, moments: Tensor, columns: Columns) -> Tensor:
+    """Two-sided feedback from its definition: GPTQ of each head's flattened weight, one number after the other, for
+    the Kronecker product of both second moments, in double precision."""
+    upper, sequence = hessian.factor(True, 0.01).upper.double(), hessian.order()
+    across = Across.of(moments, 0.01)
+    codes = torch.empty(w.shape, dtype=torch.uint8)
+    for head, turn in enumerate(across.turn):
+        rows = turn + head * len(turn)
+        flat = w[rows][:, sequence].double().T.reshape(-1)  # rows of a column, then the next column
+        factor = torch.kron(upper.contiguous(), across.unit[head].double().contiguous())
+        for at in range(len(flat)):
+            column, row = int(sequence[at // len(rows)]), rows[at % len(rows), None]
+            codes[row, column], value = columns.round(column, flat[at : at + 1], row)
+            flat[at + 1 :] -= factor[at, at + 1 :] * (flat[at] - value) / factor[at, at]
+    return codes
+
+
+@pytest.mark.parametrize("grid", [*GRIDS, Codebook("nf4", 64)], ids=str)
+def test_heads_as_a_kronecker_product(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
+    w, hessian, moments = make_weight((12, 96), torch.float32, "normal"), seen(correlated(300, 96)), head_moments(3, 4)
+    expected = kronecker(w, hessian, moments, grid.columns(grid.fit(w), (12, 96)))
+    found = Gptq().quantize(w, grid, hessian, moments)
+    assert (found.codes != expected).float().mean() < 2e-3  # a value within 1e-6 of the middle may go either way
+    monkeypatch.setattr(gptq, "_is_native", lambda *given: False)
+    plain = Gptq().quantize(w, grid, hessian, moments)
+    assert (plain.codes != found.codes).float().mean() < 2e-3
+
+
+@every_grid
+@pytest.mark.parametrize("shape", [(24, 96), (5, 150), (1, 1), (65, 130)], ids=str)
+def test_native_is_torch(grid: Grid, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    w, hessian = make_weight(shape, torch.float32, "normal"), seen(correlated(200, shape[1]))
+    for order in ORDERS:
+        found = Gptq(order=order).quantize(w, grid, hessian)
+        with monkeypatch.context() as patch:
+            patch.setattr(gptq, "_is_native", lambda *given: False)
+            plain = Gptq(order=order).quantize(w, grid, hessian)
+        assert (plain.codes != found.codes).float().mean() < 5e-3
+
+
+@every_grid
+def test_better_for_heads_than_without_them(grid: Grid) -> None:
+    w, hessian, moments = make_weight((64, 96), torch.float32, "normal"), seen(correlated(400, 96)), head_moments(4, 16)
+
+    def error(q: QuantizedTensor) -> float:
+        D = (q.dequantize(torch.float32) - w).view(4, 16, 96).double()
+        return float((moments.double() @ D @ hessian.matrix.double()).mul_(D).sum())
+
+    q, report = Gptq().run(w, grid, hessian, moments)
+    alone, plain = Gptq(objective="layer").run(w, grid, hessian, moments)
+    assert error(q) < 0.9 * error(alone)
+    assert (report.objective, plain.objective) == ("attention", "layer")
+    assert report.error / report.error_nearest == pytest.approx(
+        error(q) / error(rounded(w, grid, Gptq(), hessian)), rel=1e-3
+    )
+    assert torch.equal(alone.codes, Gptq().quantize(w, grid, hessian).codes)
+
+
+def test_heads_that_do_not_count_are_rounded_as_if_alone() -> None:
+    w, hessian, moments = make_weight((8, 32), torch.float32, "normal"), seen(correlated(99, 32)), torch.zeros(2, 4, 4)
+    assert torch.equal(
+        Gptq().quantize(w, Affine(4, 32), hessian, moments).codes, Gptq().quantize(w, Affine(4, 32), hessian).codes
+    )
+    with pytest.raises(RequestError, match=r"output moments \[2, 3, 3\] are not those of 8 rows"):
+        Gptq().quantize(w, Affine(4, 32), hessian, torch.ones(2, 3, 3))
+    with pytest.raises(RequestError, match="objective 'best': legal are attention, layer"):
+        Gptq(objective="best")
