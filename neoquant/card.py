@@ -12,6 +12,7 @@ from neoquant.formats.base import dtype_name
 from neoquant.planning import Plan, PlanRow
 
 NOT_MEASURED = "Not measured yet"
+_BEGIN, _END = "<!-- neoquant: measured -->", "<!-- neoquant: end -->"
 
 # The class named in config.json ends with -> the hub's word for its task, transformers' class that loads it.
 _TASKS = {
@@ -40,10 +41,27 @@ def render_card(plan: Plan, name: str) -> str:
         "## Layers",
         _layers(plan),
         *(["\n".join(f"- {note}" for note in plan.notes)] if plan.notes else []),
-        "## Measured",
-        f"{NOT_MEASURED}: run `neoquant compare {plan.source_name} {name}`",
+        _measured(f"{NOT_MEASURED}: run `neoquant compare {plan.source_name} {name}`"),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def with_measured(card: str, block: str) -> str:
+    """The card with `block` as what was measured: between the markers, or in place of a section `## Measured`, or new."""
+    section = _measured(block)
+    for found in (
+        re.search(rf"## Measured\s+{re.escape(_BEGIN)}.*?{re.escape(_END)}", card, re.DOTALL),
+        re.search(rf"{re.escape(_BEGIN)}.*?{re.escape(_END)}", card, re.DOTALL),
+        re.search(r"^## Measured[ \t]*\n.*?(?=\n## |\Z)", card, re.DOTALL | re.MULTILINE),
+    ):
+        if found:
+            rest = card[found.end() :]
+            return card[: found.start()] + section + (rest if rest.strip() else "\n")
+    return f"{card.rstrip()}\n\n{section}\n" if card.strip() else f"{section}\n"
+
+
+def _measured(block: str) -> str:
+    return f"## Measured\n\n{_BEGIN}\n{block}\n{_END}"
 
 
 def _head(plan: Plan) -> str:

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 import neoquant
-from neoquant.cli import compare, eval, generate, info, inspect, plan, quantize
+from neoquant.cli import compare, eval, generate, info, inspect, plan, quantize, report
 from neoquant.cli.options import Debug, Quiet
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import NeoquantError
@@ -39,6 +39,7 @@ for name, verb, purpose in (
     ("eval", eval.eval_, "Measure perplexity and bits per byte."),
     ("compare", compare.compare, "Measure what quantizing cost, on identical windows."),
     ("inspect", inspect.inspect, "Say where quantization cost what, layer by layer."),
+    ("report", report.report, "Make a page, a table or a model card of saved results."),
     ("generate", generate.generate, "Continue a text."),
     ("info", info.info, "Say what a model is, or what this machine has."),
 ):

@@ -108,7 +108,7 @@ def model_info(source: str | Path, revision: str | None, name: str, progress: Pr
             format=found.format.name if found.format else None,
             recipe=found.record.get("recipe"),
             calibration=_read_record(checkpoint.folder, CALIBRATION).get("calibration"),
-            sha256=_hash_weights(checkpoint, progress),
+            sha256=hash_weights(checkpoint, progress),
         )
 
 
@@ -121,7 +121,7 @@ def _read_record(folder: Path | None, name: str) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _hash_weights(checkpoint: Checkpoint, progress: Progress) -> str:
+def hash_weights(checkpoint: Checkpoint, progress: Progress) -> str:
     """SHA-256 over the weight files, in the order of their names."""
     digest = hashlib.sha256()
     assert checkpoint.folder is not None  # only headers_only leaves it out

@@ -80,14 +80,18 @@ def heat_table(layers: Sequence[Layer], measure: Measure) -> Table:
 
 
 def shades(values: Sequence[float]) -> Callable[[float], float]:
-    """Where a value lies between the least (0) and the largest (1), on a logarithmic scale; 0 and less are 0."""
+    """Where a value lies between the least (0) and the largest (1), on a logarithmic scale; 0 and less are 0.
+
+    The scale spans a factor of ten at least: what hardly differs shall not look as if it did.
+    """
     positive = [value for value in values if value > 0]
-    low, high = (min(positive), max(positive)) if positive else (1.0, 1.0)
+    high = max(positive, default=1.0)
+    low = min(*positive, high / 10) if positive else high / 10
 
     def shade(value: float) -> float:
         if value <= 0:
             return 0.0
-        return math.log(value / low) / math.log(high / low) if high > low else 1.0
+        return math.log(value / low) / math.log(high / low)
 
     return shade
 

@@ -13,7 +13,7 @@ NONE = "-"
 
 
 def divergence(kl: float | None) -> str:
-    """Two digits at least, however small."""
+    """Two digits at least, however small; a dash for what was not measured."""
     if kl is None:
         return NONE
     return f"{kl:.5f}" if kl >= 1e-4 or kl <= 0 else f"{kl:.1e}"
@@ -25,6 +25,12 @@ def share(ratio: float) -> str:
     if percent >= 10 or percent <= 0:
         return f"{percent:.1f}"
     return f"{percent:.2f}" if percent >= 0.1 else f"{percent:.2g}" if percent >= 1e-3 else f"{percent:.0e}"
+
+
+def signed(value: float, digits: int) -> str:
+    """`+0.12`, `−1,234.50`; what rounds to nothing has no sign."""
+    text = f"{value:+,.{digits}f}"
+    return text[1:] if not float(text.replace(",", "")) else text.replace("-", "−")
 
 
 def nats_interval(value: float, low: float | None, high: float | None) -> str:
@@ -40,7 +46,7 @@ def change_interval(change: Change) -> str:
 
 
 def agreement(change: Change) -> str:
-    """`96.80 ± 0.12 %`"""
+    """`96.80 ± 0.12 %`, or a dash where it was not measured."""
     if change.agreement is None:
         return NONE
     error = NONE if change.agreement_error is None else f"{100 * change.agreement_error:.2f}"

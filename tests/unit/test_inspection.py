@@ -200,6 +200,7 @@ def test_costliest_and_shades(run: Inspect) -> None:
     shade = shades([1e-4, 1e-2, 0.0])
     assert [round(shade(v), 6) for v in (0.0, 1e-4, 1e-3, 1e-2)] == [0, 0, 0.5, 1]
     assert shades([])(1.0) == 1 and shades([2.0])(2.0) == 1
+    assert 0.5 < shades([1.0, 2.0])(1.0) < 1  # a factor of two is not the whole scale
 
 
 def test_a_layer_knows_its_name() -> None:

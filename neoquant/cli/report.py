@@ -1,0 +1,117 @@
+"""`neoquant report`: saved results for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from neoquant.cli import options
+from neoquant.cli.output import check_writable, write_text
+from neoquant.cli.terminal import Terminal
+from neoquant.errors import CheckpointError, RequestError
+
+if TYPE_CHECKING:
+    from neoquant.evaluation.result import Candidate, Comparison
+
+
+def report(
+    ctx: typer.Context,
+    results: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE...", help="What compare and inspect wrote with --json; one comparison at least."),
+    ],
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="One page with charts, which needs no network.")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option("--markdown", metavar="FILE", help="Tables for a README; - for the terminal.")
+    ] = None,
+    card: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--card",
+            metavar="FOLDER",
+            help="Write what was measured into this checkpoint's model card (README.md). Repeat for more.",
+            show_default=False,
+        ),
+    ] = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Make a page, Markdown or a model card of saved results; the table in the terminal comes with each.
+
+    Several comparisons become one if base, data and protocol agree. The page shows the documents' worst passages:
+    share it only where the text may be shared.
+
+    \b
+    Examples:
+      neoquant report cost.json --html cost.html
+      neoquant report cost.json layers.json --html cost.html --markdown cost.md
+      neoquant report cost.json --card gpt-neo-1.3B-nf4
+    """
+    terminal: Terminal = ctx.obj
+    piped = str(markdown) == "-"
+    for path in (html, None if piped else markdown):
+        check_writable(path)
+
+    from neoquant.report.gather import gather
+    from neoquant.report.layers import inspection_table
+    from neoquant.report.markdown import markdown_report
+    from neoquant.report.table import comparison_table
+    from neoquant.report.verdict import verdict
+
+    gathered = gather(results)
+    cards = [(folder / "README.md", _card(folder, gathered.comparison, terminal)) for folder in card or ()]
+    if piped:
+        terminal.show(markdown_report(gathered.comparison).rstrip())
+    else:
+        terminal.show(comparison_table(gathered.comparison))
+        for inspection in gathered.inspections:
+            terminal.show("", inspection_table(inspection))
+        terminal.show("", verdict(gathered.comparison))
+    if html is not None:
+        from neoquant.report.page import render_page
+
+        write_text(html, render_page(gathered), terminal)
+    if markdown is not None and not piped:
+        write_text(markdown, markdown_report(gathered.comparison), terminal)
+    for path, text in cards:
+        write_text(path, text, terminal)
+
+
+def _card(folder: Path, result: Comparison, terminal: Terminal) -> str:
+    """The folder's model card with what was measured of it.
+
+    Raises:
+        CheckpointError: it is not a checkpoint's folder.
+        RequestError: no candidate has its weights.
+    """
+    from neoquant.card import with_measured
+    from neoquant.report.markdown import measured_block
+
+    candidate = _measured(folder, result, terminal)
+    path = folder / "README.md"
+    check_writable(path)
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return with_measured(text, measured_block(result, candidate))
+
+
+def _measured(folder: Path, result: Comparison, terminal: Terminal) -> Candidate:
+    """The candidate whose weights lie in `folder`, by their hash."""
+    from neoquant.checkpoint import open_checkpoint
+    from neoquant.cli.describe import hash_weights
+
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder: --card takes a checkpoint's")
+    with open_checkpoint(folder, progress=terminal.progress) as checkpoint:
+        sha256 = hash_weights(checkpoint, terminal.progress)
+    for candidate in result.candidates:
+        if candidate.evaluation.model.sha256 == sha256:
+            return candidate
+    names = ", ".join(candidate.evaluation.model.name for candidate in result.candidates)
+    raise RequestError(f"{folder} holds none of the weights that were measured ({names}): its hash is {sha256[:12]}")

@@ -1,0 +1,303 @@
+"""Pages, Markdown and cards say what the results say, whatever names and texts hold."""
+
+from __future__ import annotations
+
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from results import (
+    HOSTILE,
+    SUBSETS,
+    make_candidate,
+    make_change,
+    make_comparison,
+    make_evaluation,
+    make_inspection,
+)
+
+from neoquant.card import with_measured
+from neoquant.errors import DataError, RequestError
+from neoquant.evaluation import Comparison
+from neoquant.evaluation.layers import Inspection
+from neoquant.report.gather import Gathered, gather
+from neoquant.report.markdown import markdown_report, measured_block
+from neoquant.report.page import render_page, visible
+from neoquant.report.verdict import percent_change, recommended, short_names, verdict
+
+VOID = {"meta", "link", "br", "hr", "img", "input", "path", "use", "rect"}
+
+
+class Parsed(HTMLParser):
+    """A page as a browser reads it: that every element is closed in order, and what it says."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.ids: list[str] = []
+        self.targets: list[str] = []
+        self.tags: set[str] = set()
+        self.feed(page)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        names = [name for name, _ in attrs]
+        assert len(names) == len(set(names)), (tag, names)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("href", "src", "action", "data", "poster", "srcset"):
+                self.targets.append(value or "")
+            assert not name.startswith("on")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.open.append(tag)
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "title"):
+            self.text.append(data)
+
+    @property
+    def said(self) -> str:
+        return " ".join("".join(self.text).split())
+
+
+def page(*results: Comparison | Inspection) -> tuple[str, Parsed]:
+    comparison, *inspections = results
+    assert isinstance(comparison, Comparison)
+    html = render_page(Gathered(comparison, tuple(i for i in inspections if isinstance(i, Inspection))))
+    parsed = Parsed(html)
+    assert "script" not in parsed.tags and "link" not in parsed.tags and "img" not in parsed.tags
+    assert not re.search(r"url\((?!#)|@import|https?://", html)  # nothing to fetch
+    assert len(parsed.ids) == len(set(parsed.ids))
+    references = {target.removeprefix("#") for target in parsed.targets if target.startswith("#")}
+    assert references | set(re.findall(r"url\(#([^)]+)\)", html)) <= set(parsed.ids)
+    assert all(target.startswith("#") for target in parsed.targets)
+    return html, parsed
+
+
+def test_the_page_holds_the_figures() -> None:
+    two = make_comparison(
+        make_candidate("gpt-neo-1.3B-nf4", 0.004, sha256="f" * 64, recipe={"name": "nf4"}),
+        make_candidate("gpt-neo-1.3B-int8", 0.0001, bytes_on_disk=1_400_000_000),
+    )
+    html, parsed = page(two, make_inspection("gpt-neo-1.3B-nf4"))
+    said = parsed.said
+    assert html.startswith("<!DOCTYPE html>") and '<html lang="en">' in html
+    assert verdict(two) in said
+    for candidate in two.candidates:
+        model, change = candidate.evaluation.model, candidate.total
+        assert said.count(model.name) >= 3
+        assert f"{(model.bytes_on_disk or 0) / 1e6:,.1f}" in said
+        assert percent_change(change) in said and f"{change.kl:.5f}" in said
+        assert f"[{change.low:+.4f}, {change.high:+.4f}]" in said
+        assert f"{100 * (change.agreement or 0):.2f} ± " in said
+    for figure in ("0.85", "1.23", "0.61", "0.00321", "3.21", "31.0 % in gpt-neo-1.3B", "2.0 % in nf4", "1,234,567"):
+        assert figure in said, figure
+    for subset in SUBSETS:
+        assert said.count(subset) >= 4
+    for fact in ("ab" * 32, "f" * 64, "recipe nf4", "torch 2", "something to know", "2026-01-01"):
+        assert fact in said
+    assert len(re.findall("<svg", html)) == 3 + 2 * 3
+    assert re.search(r"<details open>\s*<summary>gpt-neo-1.3B-nf4", html)  # the recommended one
+
+
+def test_the_page_works_without_script_style_or_colour() -> None:
+    """Tokens that changed differ in more than their ground, figures stand in every shaded cell."""
+    html, _ = page(make_comparison(make_candidate("m-nf4")), make_inspection("m-nf4"))
+    assert ".down" in html and "text-decoration-style:dotted" in html
+    assert '<span class="up here"' in html and '<span class="down"' in html
+    assert not re.search(r'<td style="--h:[^"]*"[^>]*></td>', html)
+    assert all(f"prefers-color-scheme:{word}" in html for word in ("dark",)) and "@media print" in html
+
+
+def test_the_same_results_give_the_same_bytes() -> None:
+    result = make_comparison(make_candidate("m-a", 0.2), make_candidate("m-b"))
+    assert page(result, make_inspection("m-a"))[0] == page(result, make_inspection("m-a"))[0]
+    assert markdown_report(result) == markdown_report(result)
+
+
+def test_hostile_names_and_texts_are_text() -> None:
+    named = make_candidate(f"m-{HOSTILE}", text=HOSTILE)
+    html, parsed = page(make_comparison(named, base=f"m{HOSTILE}"), make_inspection(HOSTILE))
+    assert "<script" not in html and "&lt;script&gt;" in html
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", html)
+    html.encode("utf-8")
+    assert "␀␛[31m$\\alpha$" in parsed.said  # as it is, controls as their pictures
+    text = markdown_report(make_comparison(named))
+    assert "<script" not in text
+
+
+def test_visible() -> None:
+    assert visible("a\nb\tc\x07\x85\ud800") == "a␊b␉c␇\ufffd?"
+    assert visible("a\nb", lines=True) == "a\nb"
+
+
+def test_no_candidate_one_candidate_and_one_document() -> None:
+    _, parsed = page(make_comparison())
+    assert "was compared with nothing" in parsed.said
+    alone = make_candidate("m")
+    unsure = alone.model_copy(
+        update={
+            "total": make_change("total", 0.01, low=None, high=None, agreement_error=None, kl_error=None),
+            "subsets": (make_change(SUBSETS[0], 0.01, low=None, high=None), make_change(SUBSETS[1], 0.0)),
+        }
+    )
+    _, parsed = page(make_comparison(unsure))
+    assert "one document cannot say" in parsed.said
+
+
+def test_saved_evaluations_have_no_divergence() -> None:
+    """Where only losses were compared, everything else says what it can."""
+    html, parsed = page(make_comparison(make_candidate("m-a", full=False), make_candidate("m-b", 0.0, full=False)))
+    assert len(re.findall("<svg", html)) == 1 + 2 and "KL divergence, mean" not in parsed.said
+    assert "- " in parsed.said and percent_change(make_change("total")) in parsed.said
+    text = markdown_report(make_comparison(make_candidate("m-a", full=False)))
+    assert "Δ perplexity | m-a" in text
+
+
+@pytest.mark.parametrize("nats", [0.0, 1e-9, -0.3, 5.0, 900.0])
+def test_extreme_changes(nats: float) -> None:
+    result = make_comparison(make_candidate("m-a", nats), make_candidate("m-b", 0.001, bytes_on_disk=None))
+    _, parsed = page(result)
+    assert percent_change(result.candidates[0].total) in parsed.said
+
+
+def test_many_candidates_and_long_names() -> None:
+    names = [f"gpt-neo-1.3B-{'x' * 40}-{number}" for number in range(8)]
+    sizes = [500_000_000 + 1000 * number for number in range(8)]
+    html, parsed = page(
+        make_comparison(*(make_candidate(n, 0.01, bytes_on_disk=s) for n, s in zip(names, sizes, strict=True)))
+    )
+    assert all(name in parsed.said for name in names) and "…" in html
+
+
+def test_the_verdict_names_the_smallest_that_is_surely_good() -> None:
+    small_bad = make_candidate("b-2bit", 0.3, bytes_on_disk=1)
+    unsure = make_candidate("b-3bit", 0.008, bytes_on_disk=2)  # up to 0.011
+    good = make_candidate("b-4bit", 0.004, bytes_on_disk=300_000_000)
+    better = make_candidate("b-8bit", 0.0001, bytes_on_disk=900_000_000)
+    assert recommended(make_comparison(small_bad, unsure, good, better)) is good
+    text = verdict(make_comparison(small_bad, unsure, good, better))
+    assert text == (
+        "b-4bit is the smallest of 4 that keeps perplexity within 1 % of gpt-neo-1.3B’s: 300.0 MB instead of 2,631.0 (11 %), "
+        "perplexity +0.40 % (95 % interval +0.20 to +0.70 %)."
+    )
+    assert verdict(make_comparison(small_bad, unsure)).startswith(
+        "None of 2 candidates surely keeps perplexity within 1 %; b-3bit comes closest: "
+    )
+    assert verdict(make_comparison(small_bad)).startswith("b-2bit may lose more than 1 % of perplexity: ")
+    assert verdict(make_comparison(good)).startswith("b-4bit keeps perplexity within 1 % of gpt-neo-1.3B’s: ")
+
+
+def test_percentages() -> None:
+    assert percent_change(make_change("x", math.log(1.0068))) == "+0.68 %"
+    assert percent_change(make_change("x", math.log(0.8))) == "−20.0 %"
+    assert percent_change(make_change("x", 1e-9)) == "0.00 %"
+    assert percent_change(make_change("x", math.log(13.5))) == "+1,250 %"
+
+
+def test_short_names() -> None:
+    def short(*names: str) -> list[str]:
+        return list(short_names(make_comparison(*map(make_candidate, names), base="neo")).values())
+
+    assert short("neo-nf4", "neo-int8", "other") == ["nf4", "int8", "other"]
+    assert short("neo", "neo-nf4") == ["neo", "neo-nf4"]  # nothing would be left of the first
+    assert short("neo-a", "neo_a") == ["neo-a", "neo_a"]
+
+
+def test_gathering(tmp_path: Path) -> None:
+    def saved(name: str, result: Comparison | Inspection) -> Path:
+        path = tmp_path / name
+        path.write_text(result.to_json(), "utf-8")
+        return path
+
+    one, two = make_comparison(make_candidate("a")), make_comparison(make_candidate("b"), make_candidate("c"))
+    first, second, layers = saved("1.json", one), saved("2.json", two), saved("l.json", make_inspection("a"))
+    found = gather([first, layers, second])
+    assert [c.evaluation.model.name for c in found.comparison.candidates] == ["a", "b", "c"]
+    assert found.comparison.reference == one.reference and found.inspections[0].model.name == "a"
+
+    with pytest.raises(RequestError, match=r"a is in both .*1.json and .*again.json"):
+        gather([first, saved("again.json", one)])
+    with pytest.raises(RequestError, match=r"l.json holds no comparison"):
+        gather([layers])
+    reference = one.reference
+    for change, what in (
+        ({"data": reference.data.model_copy(update={"sha256": "e" * 64})}, "the documents: eeeeeeeeeeee and abababababab"),
+        ({"suite": reference.suite.model_copy(update={"context": 512})}, "the context: 512 and 2048"),
+        ({"suite": reference.suite.model_copy(update={"protocol": "joined"})}, "the protocol: joined and rolling"),
+        ({"model": reference.model.model_copy(update={"sha256": "0" * 64})}, "the base's weights: 000000000000 and "),
+        ({"environment": reference.environment.model_copy(update={"dtype": "float16"})}, "the computing type: float16"),
+    ):
+        other = two.model_copy(update={"reference": reference.model_copy(update=change)})
+        with pytest.raises(RequestError, match=rf"other.json cannot stand beside .*1.json: {re.escape(what)}"):
+            gather([first, saved("other.json", other)])
+    with pytest.raises(RequestError, match="the base's weights"):
+        gather([first, saved("foreign.json", make_inspection("a", base="another"))])
+    alone = tmp_path / "alone.json"
+    alone.write_text(make_evaluation("a").to_json(), "utf-8")
+    with pytest.raises(DataError, match="evaluation of one model"):
+        gather([alone])
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "is not a result of neoquant: no JSON object"),
+        ("[1]", "is not a result of neoquant"),
+        ('{"schema_version": "theirs/1"}', "its schema_version is 'theirs/1'"),
+        ('{"schema_version": "neoquant.comparison/0"}', "not a saved comparison of this version"),
+    ],
+)
+def test_what_is_no_result(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=re.escape(says)) as caught:
+        gather([path])
+    assert "x.json" in str(caught.value)
+    with pytest.raises(DataError, match=r"nowhere.json: No such file"):
+        gather([tmp_path / "nowhere.json"])
+
+
+def test_markdown() -> None:
+    result = make_comparison(make_candidate("neo|x", 0.004), make_candidate("neo-int8", 0.5))
+    text = markdown_report(result)
+    assert "| **neo\\|x** | 838.1 | 4.127, 5.100 |" in text and "+0.40 % [+0.20 to +0.70 %]" in text
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.replace("\\|", "").count("|") for line in tables[:5]} == {9}
+    assert {line.replace("\\|", "").count("|") for line in tables[5:]} == {4}
+    assert "| total | 0.00065 | 0.00065 |" in text and "sha256 abababababab" in text
+
+
+def test_the_cards_block_is_replaced_and_nothing_else() -> None:
+    candidate = make_candidate("a")
+    block = measured_block(make_comparison(candidate), candidate)
+    assert "| total | 11.359 → 11.498 |" in block
+    for card in (
+        "# a\n\n## Measured\n\nNot measured yet: run it\n",
+        "# a\n\n## Measured\nold\n\n## Licence\n\nfree\n",
+        "# a\n",
+        "",
+    ):
+        once = with_measured(card, block)
+        assert block in once and once.count("## Measured") == 1 and "old" not in once and "Not measured" not in once
+        assert with_measured(once, block) == once and once.startswith(card[:3])
+        assert "other" in with_measured(once, "other") and block not in with_measured(once, "other")
+        assert ("## Licence\n\nfree\n" in once) == ("Licence" in card)
+    assert with_measured("x", r"\1 \g<0>").count(r"\1 \g<0>") == 1
