@@ -19,6 +19,8 @@ import matplotlib as mpl
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from neoquant.evaluation.result import Change
+
 WIDTH = 380
 ROW = 22  # height of a row in a chart of rows
 LETTER = 6.6  # width of a letter, as most are in most fonts
@@ -61,6 +63,11 @@ _SVG = "http://www.w3.org/2000/svg"
 _LINK = "{http://www.w3.org/1999/xlink}href"
 
 
+def percent(nats: float) -> float:
+    """A change of nats a token as one of perplexity, in per cent."""
+    return 100 * math.expm1(min(nats, 20))
+
+
 class Point(NamedTuple):
     """A model in the chart of size against quality."""
 
@@ -79,6 +86,12 @@ class Interval(NamedTuple):
     low: float | None
     high: float | None
     chosen: bool = False  # drawn filled, in the accent
+
+    @classmethod
+    def of_change(cls, name: str, change: Change, chosen: bool) -> Interval:
+        """The change of perplexity in per cent."""
+        low, high = (None if end is None else percent(end) for end in (change.low, change.high))
+        return cls(name, percent(change.nats_per_token), low, high, chosen)
 
 
 class Spread(NamedTuple):

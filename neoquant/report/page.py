@@ -333,8 +333,7 @@ class _Page:
         return Chart(title, note, Markup(svg))  # noqa: S704 - made here, its texts escaped by matplotlib
 
     def _percent_row(self, name: str, change: Change, chosen: bool) -> charts.Interval:
-        ends = [None if end is None else _percent(end) for end in (change.low, change.high)]
-        return charts.Interval(visible(name), _percent(change.nats_per_token), ends[0], ends[1], chosen)
+        return charts.Interval.of_change(visible(name), change, chosen)
 
 
 def _layer_heat(result: Inspection, measure: Measure) -> Heat:
@@ -445,9 +444,5 @@ def _count(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
-def _percent(nats: float) -> float:
-    return 100 * math.expm1(min(nats, 20))
-
-
 def _signed_percent(nats: float) -> str:
-    return signed(_percent(nats), 2)
+    return signed(charts.percent(nats), 2)
