@@ -47,7 +47,11 @@ def drawn() -> dict[Path, Drawn]:
         changes.append(f"{name} {percent_change(change)} ({percent_interval(change)})")
     base = f"{result.reference.model.name} on suite {result.reference.suite.name}"
     made = {
-        "demo-size": ("Size against KL divergence", sizes, charts.size_chart(points, "size", "Size against KL divergence")),
+        "demo-size": (
+            "Size against KL divergence",
+            sizes,
+            charts.size_chart(points, "size", "Size against KL divergence"),
+        ),
         "demo-change": (
             "Change of perplexity, 95 % intervals",
             changes,

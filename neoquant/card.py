@@ -47,7 +47,7 @@ def render_card(plan: Plan, name: str) -> str:
 
 
 def with_measured(card: str, block: str) -> str:
-    """The card with `block` as what was measured: between the markers, or in place of a section `## Measured`, or new."""
+    """The card with `block` as what was measured: between the markers, in place of a section `## Measured`, or new."""
     section = _measured(block)
     for found in (
         re.search(rf"## Measured\s+{re.escape(_BEGIN)}.*?{re.escape(_END)}", card, re.DOTALL),

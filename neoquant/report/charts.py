@@ -139,7 +139,7 @@ def size_chart(points: Sequence[Point], key: str, title: str) -> str:
 
 
 def interval_chart(rows: Sequence[Interval], key: str, title: str, label: str) -> str:
-    """A row each: the estimate and its interval around a line at zero, symmetric-logarithmic where rows differ widely."""
+    """A row each: the estimate and its interval beside a line at zero; symmetric-logarithmic if rows differ widely."""
     with _rows([row.name for row in rows], key, title) as (axes, done):
         reach = sorted(max(abs(end) for end in (row.value, row.low, row.high) if end is not None) for row in rows)
         middle = reach[len(reach) // 2] if reach else 0.0
@@ -186,7 +186,13 @@ def spread_chart(rows: Sequence[Spread], key: str, title: str, label: str) -> st
             axes.plot(at(q["50"]), place, "|", color=PAPER, markersize=9, markeredgewidth=2)
             axes.plot(at(q["99"]), place, "|", color=ink, markersize=9, markeredgewidth=1.4)
             axes.plot(
-                at(row.mean), place, "D", markerfacecolor=PAPER, markeredgecolor=ink, markersize=5.5, markeredgewidth=1.3
+                at(row.mean),
+                place,
+                "D",
+                markerfacecolor=PAPER,
+                markeredgecolor=ink,
+                markersize=5.5,
+                markeredgewidth=1.3,
             )
             axes.plot(at(row.maximum), place, "x", color=ink, markersize=5, markeredgewidth=1.2)
         _name_rows(axes, [row.name for row in rows], [row.chosen for row in rows])
@@ -225,7 +231,9 @@ def standalone(svg: str, description: str) -> str:
     style = f"svg{{{LIGHT}background:var(--paper)}}@media(prefers-color-scheme:dark){{svg{{{DARK}}}}}"
     head, _, rest = svg.partition(">")
     opening = f'{head} xmlns="{_SVG}" width="{1.4 * WIDTH:.0f}">'
-    return f"{opening}\n<desc>{escape(description)}</desc>\n<style>{style}text{{font-family:sans-serif}}</style>{rest}\n"
+    return (
+        f"{opening}\n<desc>{escape(description)}</desc>\n<style>{style}text{{font-family:sans-serif}}</style>{rest}\n"
+    )
 
 
 class _Done:
@@ -238,10 +246,10 @@ def _chart(height: float, key: str, title: str, left: float = 62) -> Iterator[tu
     from matplotlib.figure import Figure
 
     done = _Done()
-    with mpl.rc_context(_STYLE), warnings.catch_warnings():  # type: ignore[arg-type]
+    with mpl.rc_context(_STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of glyphs that the measuring font lacks; the browser's has them
         figure = Figure(figsize=(WIDTH / 72, height / 72))
-        FigureCanvasSVG(figure)  # type: ignore[no-untyped-call]
+        FigureCanvasSVG(figure)
         figure.patch.set_alpha(0)
         # Margins are known beforehand: measuring every text would take twice the time of drawing.
         figure.subplots_adjust(left / WIDTH, 46 / height, 1 - 14 / WIDTH, 1 - 8 / height)
@@ -273,7 +281,7 @@ def _name_points(axes: Axes, points: Sequence[Point]) -> None:
     """Names beside the points, each where the fewest others are in its way."""
     figure = axes.get_figure()
     assert figure is not None
-    figure.draw_without_rendering()  # type: ignore[union-attr]
+    figure.draw_without_rendering()
     placed: list[tuple[float, float, float, float]] = []
     spots = {point.name: axes.transData.transform((point.megabytes, point.value)) for point in points}
     frame = axes.get_window_extent()
@@ -288,7 +296,9 @@ def _name_points(axes: Axes, points: Sequence[Point]) -> None:
             box = (left, y + dy - height / 2, left + width, y + dy + height / 2)
             others = [(sx - 5, sy - 5, sx + 5, sy + 5) for other, (sx, sy) in spots.items() if other != point.name]
             cost = sum(_overlap(box, other) for other in (*placed, *others))
-            cost += 5 * max(0, frame.x0 - box[0]) + 5 * max(0, box[2] - frame.x1 - 12) + 0.01 * (abs(dy) + (side != "left"))
+            cost += (
+                5 * max(0, frame.x0 - box[0]) + 5 * max(0, box[2] - frame.x1 - 12) + 0.01 * (abs(dy) + (side != "left"))
+            )
             if cost < least:
                 best, least = (dx, dy, side, box), cost
         assert best is not None
@@ -374,8 +384,10 @@ def _inline(svg: str, key: str, title: str) -> str:
     text = ET.tostring(root, encoding="unicode")
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, f"var({variable})")
-    return text.replace(f' xmlns="{_SVG}"', "").replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "").replace(
-        "xlink:href", "href"
+    return (
+        text.replace(f' xmlns="{_SVG}"', "")
+        .replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "")
+        .replace("xlink:href", "href")
     )
 
 

@@ -96,9 +96,7 @@ def _protocol(result: Evaluation) -> dict[str, object]:
     }
 
 
-def _check_same(
-    path: Path, found: Mapping[str, object], first: Path, wanted: Mapping[str, object]
-) -> None:
+def _check_same(path: Path, found: Mapping[str, object], first: Path, wanted: Mapping[str, object]) -> None:
     for what, value in found.items():
         if value != wanted[what]:
             raise RequestError(f"{path} cannot stand beside {first}: {what}: {value} and {wanted[what]}")

@@ -9,7 +9,9 @@ from neoquant.report.words import NONE, agreement, change_interval, divergence, 
 
 def markdown_report(result: Comparison) -> str:
     """The verdict, a line for each model, and a line for each subset."""
-    return "\n\n".join([_escape(verdict(result)), summary_table(result), subset_table(result), provenance(result)]) + "\n"
+    return (
+        "\n\n".join([_escape(verdict(result)), summary_table(result), subset_table(result), provenance(result)]) + "\n"
+    )
 
 
 def summary_table(result: Comparison) -> str:
@@ -42,8 +44,10 @@ def provenance(result: Comparison) -> str:
     reference = result.reference
     total, machine = reference.total, reference.environment
     return (
-        f"{total.documents:,} documents, {total.tokens:,} tokens, {total.bytes:,} bytes of {_escape(reference.data.source)} "
-        f"({_escape(suite_words(reference.suite))}, sha256 {reference.data.sha256[:12]}); intervals over {result.resampling.unit}s; "
+        f"{total.documents:,} documents, {total.tokens:,} tokens, {total.bytes:,} bytes of "
+        f"{_escape(reference.data.source)} "
+        f"({_escape(suite_words(reference.suite))}, sha256 {reference.data.sha256[:12]}); intervals over "
+        f"{result.resampling.unit}s; "
         f"{machine.dtype} on {_escape(machine.device)}, neoquant {machine.neoquant}, torch {machine.torch}."
     )
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from neoquant.evaluation.layers import Inspection
-from neoquant.evaluation.result import Candidate, Change, Comparison, Distribution, Evaluation, ModelInfo, WorstToken
+from neoquant.evaluation.result import Candidate, Change, Evaluation, ModelInfo
 from neoquant.planning import BLOCK_LINEARS
 from neoquant.report import charts
+from neoquant.report.candidate import candidate_part
 from neoquant.report.gather import Gathered
 from neoquant.report.layers import Measure, grid_text, measures_of, shades
+from neoquant.report.parts import Cell, Chart, Heat, HeatRow, chart, visible
 from neoquant.report.verdict import percent_change, percent_interval, recommended, short_names, size_ratio, verdict
 from neoquant.report.words import (
     NONE,
@@ -27,43 +28,6 @@ from neoquant.report.words import (
     suite_words,
 )
 
-PASSAGES = 8  # shown of each candidate
-SHADED = 0.15  # nats: a token that changed by less has no ground
-DEEPEST = 3.0  # nats: a change of this or more has the deepest
-_QUANTILES = ("1", "5", "25", "50", "75", "95", "99", "99.9")
-
-
-class Chart(NamedTuple):
-    title: str
-    note: str
-    svg: Any  # markup
-
-
-class Cell(NamedTuple):
-    text: str
-    shade: str | None = None  # 0 to 1, None for no ground
-    title: str = ""
-
-
-class HeatRow(NamedTuple):
-    name: str
-    cells: list[Cell]
-    total: bool = False
-
-
-class Heat(NamedTuple):
-    caption: str
-    corner: str
-    columns: list[str]
-    rows: list[HeatRow]
-
-
-class Token(NamedTuple):
-    text: str
-    kind: str = ""  # classes: up, down, here
-    shade: str = ""
-    title: str = ""
-
 
 def render_page(gathered: Gathered) -> str:
     """The page of everything in `gathered`, HTML."""
@@ -72,15 +36,6 @@ def render_page(gathered: Gathered) -> str:
     template = (Path(__file__).parent / "page.html.j2").read_text("utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
     return visible(environment.from_string(template).render(page=_Page(gathered)), lines=True)
-
-
-def visible(text: str, lines: bool = False) -> str:
-    """Text that a page may hold: control characters as their pictures (lines and tabs too, unless `lines`)."""
-    text = text.encode("utf-8", "replace").decode("utf-8")
-    return "".join(
-        chr(0x2400 + ord(c)) if c < " " and not (lines and c in "\n\t") else "\ufffd" if "\x7f" <= c <= "\x9f" else c
-        for c in text
-    )
 
 
 class _Page:
@@ -103,7 +58,8 @@ class _Page:
         reference = self.comparison.reference
         total = reference.total
         return (
-            f"{suite_words(reference.suite)[:1].upper()}{suite_words(reference.suite)[1:]}: {_count(total.documents, 'document')} of "
+            f"{suite_words(reference.suite)[:1].upper()}{suite_words(reference.suite)[1:]}: "
+            f"{_count(total.documents, 'document')} of "
             f"{_count(len(reference.subsets), 'subset')}, {total.tokens:,} tokens, {total.bytes:,} bytes. "
             f"{self.reference} itself: perplexity {perplexity(total)}, {total.bits_per_byte:.4f} bits a byte."
         )
@@ -140,19 +96,31 @@ class _Page:
             return []
         made = []
         points = [
-            charts.Point(self._short(c), (c.evaluation.model.bytes_on_disk or 0) / 1e6, c.total.kl, c.total.kl_error, c is self.chosen)
+            charts.Point(
+                self._short(c),
+                (c.evaluation.model.bytes_on_disk or 0) / 1e6,
+                c.total.kl,
+                c.total.kl_error,
+                c is self.chosen,
+            )
             for c in candidates
             if c.total.kl is not None and c.evaluation.model.bytes_on_disk is not None
         ]
         mark = f" The filled diamond is {self._short(self.chosen)}." if self.chosen and len(candidates) > 1 else ""
         if points:
             title = "Size against quality"
-            note = f"Lower left is better: fewer megabytes, and predictions closer to {self.reference}’s. Bars are 95 % intervals.{mark}"
-            made.append(self._chart(title, note, charts.size_chart(points, "size", title)))
+            note = (
+                f"Lower left is better: fewer megabytes, and predictions closer to {self.reference}’s. Bars are 95 % "
+                f"intervals.{mark}"
+            )
+            made.append(chart(title, note, charts.size_chart(points, "size", title)))
         title = "Change of perplexity"
-        rows = [self._percent_row(self._short(c), c.total, c is self.chosen) for c in candidates]
-        note = f"In per cent of {self.reference}’s, with 95 % intervals. An interval across zero means that no change could be told."
-        made.append(self._chart(title, note, charts.interval_chart(rows, "change", title, "change of perplexity, %")))
+        rows = [charts.Interval.of_change(self._short(c), c.total, c is self.chosen) for c in candidates]
+        note = (
+            f"In per cent of {self.reference}’s, with 95 % intervals. An interval across zero means that no change "
+            "could be told."
+        )
+        made.append(chart(title, note, charts.interval_chart(rows, "change", title, "change of perplexity, %")))
         spreads = [
             charts.Spread(self._short(c), d.quantiles, d.mean, d.maximum, c is self.chosen)
             for c in candidates
@@ -160,8 +128,13 @@ class _Page:
         ]
         if spreads:
             title = "How far single tokens diverge"
-            note = "Thick: the middle half of all tokens, the gap in it their median. Thin: 1 to 99.9 %. Tick: 99 %. Diamond: mean. Cross: the worst token."
-            made.append(self._chart(title, note, charts.spread_chart(spreads, "spread", title, "KL divergence of a token, nats")))
+            note = (
+                "Thick: the middle half of all tokens, the gap in it their median. Thin: 1 to 99.9 %. Tick: 99 %. "
+                "Diamond: mean. Cross: the worst token."
+            )
+            made.append(
+                chart(title, note, charts.spread_chart(spreads, "spread", title, "KL divergence of a token, nats"))
+            )
         return made
 
     @property
@@ -179,9 +152,19 @@ class _Page:
         names = [change.subset for change in candidates[0].subsets] + ["total"]
         heats = []
         if self._has_kl:
-            heats.append(self._subset_heat("KL divergence, mean nats a token", names, lambda c: c.kl, divergence, logarithmic=True))
+            heats.append(
+                self._subset_heat(
+                    "KL divergence, mean nats a token", names, lambda c: c.kl, divergence, logarithmic=True
+                )
+            )
         heats.append(
-            self._subset_heat("Change of perplexity, %", names, lambda c: c.nats_per_token, lambda v: _signed_percent(v), logarithmic=False)
+            self._subset_heat(
+                "Change of perplexity, %",
+                names,
+                lambda c: c.nats_per_token,
+                lambda v: _signed_percent(v),
+                logarithmic=False,
+            )
         )
         return heats
 
@@ -214,8 +197,10 @@ class _Page:
         for result in self._inspections:
             together = result.together
             note = (
-                f"On {_count(result.windows, 'window')} of {suite_words(result.suite)}, {result.tokens:,} tokens. The whole model there: "
-                f"KL {divergence(together.kl)}, change {nats_interval(together.nats_per_token, together.low, together.high)} nats a token."
+                f"On {_count(result.windows, 'window')} of {suite_words(result.suite)}, {result.tokens:,} tokens. "
+                "The whole model there: "
+                f"KL {divergence(together.kl)}, change "
+                f"{nats_interval(together.nats_per_token, together.low, together.high)} nats a token."
             )
             losses = [layer.loss for layer in result.layers if layer.loss]
             if losses:
@@ -230,75 +215,23 @@ class _Page:
 
     @property
     def candidates(self) -> list[dict[str, Any]]:
-        return [self._candidate(number, c) for number, c in enumerate(self.comparison.candidates)]
-
-    def _candidate(self, place: int, candidate: Candidate) -> dict[str, Any]:
-        changes = [*candidate.subsets, candidate.total]
-        scores = [*candidate.evaluation.subsets, candidate.evaluation.total]
-        befores = [*self.comparison.reference.subsets, self.comparison.reference.total]
-        opened = self.chosen or (self.comparison.candidates[0] if self.comparison.candidates else None)
-        return {
-            "name": candidate.evaluation.model.name,
-            "headline": _headline(candidate),
-            "open": candidate is opened,
-            "charts": self._candidate_charts(place, candidate),
-            "quantiles": ["mean", "RMS", "least", *(f"{q} %" for q in _QUANTILES), "most"],
-            "distributions": _distribution_rows(candidate.total),
-            "subsets": [
-                {
-                    "name": score.subset,
-                    "total": score is scores[-1],
-                    "tokens": f"{score.tokens:,}",
-                    "perplexity": f"{perplexity(before)} → {perplexity(score)}",
-                    "bits_per_byte": f"{before.bits_per_byte:.4f} → {score.bits_per_byte:.4f}",
-                    "change": change_interval(change),
-                    "kl": divergence(change.kl),
-                    "agreement": agreement(change),
-                }
-                for before, score, change in zip(befores, scores, changes, strict=True)
-            ],
-            "documents": [
-                {
-                    "name": f"{document.subset}, {document.unit}: {_start(document.beginning)}",
-                    "tokens": f"{document.tokens:,}",
-                    "change": f"{document.nats_per_token:+.4f}",
-                    "kl": divergence(document.kl),
-                }
-                for document in candidate.worst_documents[:5]
-            ],
-            "passages": [_passage(token, self.reference, self._short(candidate)) for token in candidate.worst_tokens[:PASSAGES]],
-        }
-
-    def _candidate_charts(self, place: int, candidate: Candidate) -> list[Chart]:
-        made = []
-        rows = [self._percent_row(change.subset, change, False) for change in candidate.subsets]
-        rows.append(self._percent_row("total", candidate.total, True))
-        title = "Change of perplexity by subset"
-        svg = charts.interval_chart(rows, f"c{place}-subsets", f"{title}: {candidate.evaluation.model.name}", "change of perplexity, %")
-        made.append(self._chart(title, "In per cent, with 95 % intervals.", svg))
-        for key, title, label, spread in (
-            ("loss", "Change of single tokens’ loss", "−log p(token) above the reference’s, nats", candidate.total.loss_change),
-            ("kl", "Divergence of single tokens", "KL divergence, nats", candidate.total.divergence),
-        ):
-            if spread is None or spread.histogram is None or not sum(spread.histogram.counts):
-                continue
-            histogram = spread.histogram
-            outside = [f"{count:,} lie further {side}" for count, side in ((histogram.below, "left"), (histogram.above, "right")) if count]
-            note = f"Right of zero: less likely than before.{' ' + ', '.join(outside) + '.' if outside else ''}" if key == "loss" else "Both axes are logarithmic."
-            svg = charts.histogram_chart(
-                histogram.edges, histogram.counts, f"c{place}-{key}", f"{title}: {candidate.evaluation.model.name}", label
-            )
-            made.append(self._chart(title, note, svg))
-        return made
+        opened = self.chosen or next(iter(self.comparison.candidates), None)
+        return [
+            candidate_part(self.comparison, c, self._short(c), opened=c is opened) for c in self.comparison.candidates
+        ]
 
     @property
     def method(self) -> str:
         unit = self.comparison.resampling.unit
         return (
-            "Every model read the same windows, and every scored token was compared one by one. Perplexity is exp of the mean "
-            "of −log p of the token that comes next. KL is the divergence of a candidate’s prediction from the reference’s over the whole "
-            f"vocabulary, averaged over tokens. Intervals hold 95 % and come from how the {unit}s differ among themselves: another sample of "
-            f"such {unit}s would give other figures. “Same top token” is the share of places where both find the same token likeliest, "
+            "Every model read the same windows, and every scored token was compared one by one. Perplexity is exp "
+            "of the mean "
+            "of −log p of the token that comes next. KL is the divergence of a candidate’s prediction from the "
+            "reference’s over the whole "
+            f"vocabulary, averaged over tokens. Intervals hold 95 % and come from how the {unit}s differ among "
+            "themselves: another sample of "
+            f"such {unit}s would give other figures. “Same top token” is the share of places where both find the "
+            "same token likeliest, "
             "with its standard error."
         )
 
@@ -307,33 +240,45 @@ class _Page:
         reference = self.comparison.reference
         data, machine = reference.data, reference.environment
         facts = [
-            ("data", f"{data.source}{f' at {data.revision}' if data.revision else ''}; sha256 of the documents {data.sha256}"),
+            (
+                "data",
+                f"{data.source}{f' at {data.revision}' if data.revision else ''}; sha256 of the documents "
+                f"{data.sha256}",
+            ),
             ("suite", suite_words(reference.suite)),
             ("tokenizer", f"sha256 {data.tokenizer_sha256}"),
             ("reference", _model_facts(reference.model)),
         ]
-        facts += [(visible(c.evaluation.model.name), _model_facts(c.evaluation.model)) for c in self.comparison.candidates]
-        facts.append(("computed with", f"neoquant {machine.neoquant}, torch {machine.torch}, Python {machine.python} on {machine.platform}"))
+        facts += [
+            (visible(c.evaluation.model.name), _model_facts(c.evaluation.model)) for c in self.comparison.candidates
+        ]
+        facts.append(
+            (
+                "computed with",
+                f"neoquant {machine.neoquant}, torch {machine.torch}, Python {machine.python} on {machine.platform}",
+            )
+        )
         facts.append(("in", f"{machine.dtype} on {machine.device}, {_count(machine.threads, 'thread')}"))
-        made = sorted({f"{e.created}, {e.seconds:,.0f} s" for e in (reference, *(c.evaluation for c in self.comparison.candidates))})
+        made = sorted(
+            {
+                f"{e.created}, {e.seconds:,.0f} s"
+                for e in (reference, *(c.evaluation for c in self.comparison.candidates))
+            }
+        )
         return [*facts, ("at", "; ".join(made))]
 
     @property
     def notes(self) -> list[str]:
-        notes = [note for e in (self.comparison.reference, *(c.evaluation for c in self.comparison.candidates)) for note in e.notes]
+        notes = [
+            note
+            for e in (self.comparison.reference, *(c.evaluation for c in self.comparison.candidates))
+            for note in e.notes
+        ]
         notes += [f"{i.model.name}, layer by layer: {note}" for i in self._inspections for note in i.notes]
         return list(dict.fromkeys(notes))
 
     def _short(self, candidate: Candidate) -> str:
         return self.short[candidate.evaluation.model.name]
-
-    def _chart(self, title: str, note: str, svg: str) -> Chart:
-        from markupsafe import Markup
-
-        return Chart(title, note, Markup(svg))  # noqa: S704 - made here, its texts escaped by matplotlib
-
-    def _percent_row(self, name: str, change: Change, chosen: bool) -> charts.Interval:
-        return charts.Interval.of_change(visible(name), change, chosen)
 
 
 def _layer_heat(result: Inspection, measure: Measure) -> Heat:
@@ -360,67 +305,6 @@ def _linear(values: Sequence[float]) -> Callable[[float], float]:
     return lambda value: max(0.0, value) / most if most > 0 else 0.0
 
 
-def _passage(token: WorstToken, reference: str, candidate: str) -> dict[str, Any]:
-    says = (
-        f"{_quoted(token.token)}: {_probability(token.probability_reference)} in {reference}, {_probability(token.probability)} in "
-        f"{candidate}. Likeliest was {_quoted(token.top_reference.text)} ({_probability(token.top_reference.probability)}), "
-        f"is {_quoted(token.top.text)} ({_probability(token.top.probability)})."
-    )
-    where = f"{token.subset}, {token.unit}, token {token.position + 1:,}; KL {divergence(token.kl)}"
-    tokens = []
-    for place, change in enumerate(token.passage):
-        kinds, shade, title = [], "", ""
-        if change.loss_change is not None:
-            title = f"{change.loss_change:+.3f} nats"
-            if abs(change.loss_change) >= SHADED:
-                kinds.append("up" if change.loss_change > 0 else "down")
-                shade = f"{min(1.0, 0.2 + 0.8 * abs(change.loss_change) / DEEPEST):.2f}"
-        if place == token.index:
-            kinds.append("here")
-        text = re.sub(r"\n", "⏎\n", visible(change.text, lines=True)) if kinds else visible(change.text, lines=True)
-        tokens.append(Token(text, " ".join(kinds), shade, title))
-    return {"says": says, "where": where, "tokens": tokens}
-
-
-def _quoted(text: str) -> str:
-    return f"“{visible(text)}”"
-
-
-def _probability(p: float) -> str:
-    return f"{100 * p:.1f} %" if p >= 0.001 else f"{100 * p:.1g} %" if p > 1e-6 else "under 0.0001 %"
-
-
-def _start(text: str, length: int = 60) -> str:
-    words = " ".join(visible(text, lines=True).split())
-    return words if len(words) <= length else f"{words[:length].rstrip()}…"
-
-
-def _headline(candidate: Candidate) -> str:
-    interval = percent_interval(candidate.total)
-    return f"perplexity {percent_change(candidate.total)}{f' ({interval})' if interval else ''}"
-
-
-def _distribution_rows(change: Change) -> list[dict[str, Any]]:
-    rows: list[tuple[str, Distribution | None]] = [
-        ("KL divergence", change.divergence),
-        ("change of −log p(token)", change.loss_change),
-        ("change of p(token)", change.probability_change),
-    ]
-    return [
-        {
-            "name": name,
-            "cells": [_compact(value) for value in (d.mean, d.rms, d.minimum, *(d.quantiles[q] for q in _QUANTILES), d.maximum)],
-        }
-        for name, d in rows
-        if d is not None
-    ]
-
-
-def _compact(value: float) -> str:
-    text = f"{value:.2g}" if abs(value) >= 1e-4 or not value else f"{value:.0e}".replace("e-0", "e-")
-    return f"−{text[1:]}" if text.startswith("-") else text
-
-
 def _model_facts(model: ModelInfo) -> str:
     recipe = f"recipe {model.recipe.get('name', 'of its own')}" if model.recipe else None
     calibration = model.calibration
@@ -429,11 +313,16 @@ def _model_facts(model: ModelInfo) -> str:
         f"revision {model.revision}" if model.revision else None,
         recipe,
         model.format and f"format {model.format}",
-        calibration and f"calibrated on {calibration.get('source')}, {calibration.get('rows')} rows of {calibration.get('length')} tokens, seed {calibration.get('seed')}",
+        calibration and _calibrated(calibration),
         f"{_megabytes(model)} MB" if model.bytes_on_disk is not None else None,
         model.sha256 and f"sha256 of the weights {model.sha256}",
     ]
     return ", ".join(str(part) for part in parts if part)
+
+
+def _calibrated(calibration: dict[str, Any]) -> str:
+    rows, length = calibration.get("rows"), calibration.get("length")
+    return f"calibrated on {calibration.get('source')}, {rows} rows of {length} tokens, seed {calibration.get('seed')}"
 
 
 def _megabytes(model: ModelInfo) -> str:

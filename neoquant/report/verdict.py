@@ -16,7 +16,11 @@ def short_names(result: Comparison) -> dict[str, str]:
     base = result.reference.model.name
     names = [candidate.evaluation.model.name for candidate in result.candidates]
     short = {name: name.removeprefix(base).lstrip("-_ .") if name.startswith(base) else name for name in names}
-    return short if all(short.values()) and len(set(short.values())) == len(names) else dict(zip(names, names, strict=True))
+    return (
+        short
+        if all(short.values()) and len(set(short.values())) == len(names)
+        else dict(zip(names, names, strict=True))
+    )
 
 
 def recommended(result: Comparison) -> Candidate | None:
@@ -41,7 +45,10 @@ def verdict(result: Comparison) -> str:
     cost = f"{_saving(reference.model, closest.evaluation.model)}{_cost(closest.total)}"
     if len(candidates) == 1:
         return f"{_name(closest)} may lose more than {limit} of perplexity: {cost}."
-    return f"None of {len(candidates)} candidates surely keeps perplexity within {limit}; {_name(closest)} comes closest: {cost}."
+    return (
+        f"None of {len(candidates)} candidates surely keeps perplexity within {limit}; {_name(closest)} comes "
+        f"closest: {cost}."
+    )
 
 
 def percent_change(change: Change) -> str:
@@ -74,8 +81,7 @@ def _saving(reference: ModelInfo, model: ModelInfo) -> str:
     if ratio is None or reference.bytes_on_disk is None or model.bytes_on_disk is None:
         return ""
     return (
-        f"{model.bytes_on_disk / 1e6:,.1f} MB instead of {reference.bytes_on_disk / 1e6:,.1f} "
-        f"({100 * ratio:.0f} %), "
+        f"{model.bytes_on_disk / 1e6:,.1f} MB instead of {reference.bytes_on_disk / 1e6:,.1f} ({100 * ratio:.0f} %), "
     )
 
 

@@ -38,7 +38,9 @@ def make_evaluation(name: str, nats: float = 3_000_000, subsets: tuple[str, ...]
     scores = [Score(subset=s, documents=10, tokens=1_234_567, bytes=5_234_567, nats=nats) for s in (*subsets, "total")]
     described = {"bytes_on_disk": 838_100_000, "bits_per_weight_linears": 4.127, "bits_per_weight_model": 5.1}
     return Evaluation(
-        model=ModelInfo(name=name, **{**described, "sha256": hashlib.sha256(name.encode("utf-8", "replace")).hexdigest(), **model}),
+        model=ModelInfo(
+            name=name, **{**described, "sha256": hashlib.sha256(name.encode("utf-8", "replace")).hexdigest(), **model}
+        ),
         suite=Suite(name="pile-core", context=2048, data={"kind": "file", "path": "x"}),
         data=DataInfo(source="x.jsonl", revision=None, sha256="ab" * 32, tokenizer_sha256="cd"),
         environment=Environment(
@@ -73,7 +75,9 @@ def make_change(subset: str, nats: float = 0.0123, *, full: bool = True, **field
     return Change(subset=subset, nats_per_token=nats, **{**interval, **sizes, **spread, **fields})
 
 
-def make_candidate(name: str, nats: float = 0.0123, *, text: str = " the", full: bool = True, **model: Any) -> Candidate:
+def make_candidate(
+    name: str, nats: float = 0.0123, *, text: str = " the", full: bool = True, **model: Any
+) -> Candidate:
     passage = tuple(
         TokenChange(text=t, loss_change=change, kl=0.1)
         for t, change in (("Once", None), (" upon\n", -2.0), (text, 1.5), (" end", 0.01))
@@ -91,12 +95,19 @@ def make_candidate(name: str, nats: float = 0.0123, *, text: str = " the", full:
         passage=passage,
         index=2,
     )
-    document = WorstDocument(unit="line 9", subset=SUBSETS[0], tokens=99, nats_per_token=0.5, kl=0.4, beginning=text * 40)
+    document = WorstDocument(
+        unit="line 9", subset=SUBSETS[0], tokens=99, nats_per_token=0.5, kl=0.4, beginning=text * 40
+    )
     return Candidate(
         evaluation=make_evaluation(name, 3_015_000, **model),
         total=make_change("total", nats, full=full),
         macro=MacroChange(
-            nats_per_token=nats, low=None, high=None, bits_per_byte=0.01, bits_per_byte_low=None, bits_per_byte_high=None
+            nats_per_token=nats,
+            low=None,
+            high=None,
+            bits_per_byte=0.01,
+            bits_per_byte_low=None,
+            bits_per_byte_high=None,
         ),
         subsets=tuple(make_change(subset, nats, full=full) for subset in SUBSETS),
         worst_documents=(document,) if full else (),

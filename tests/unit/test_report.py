@@ -24,7 +24,8 @@ from neoquant.evaluation import Comparison
 from neoquant.evaluation.layers import Inspection
 from neoquant.report.gather import Gathered, gather
 from neoquant.report.markdown import markdown_report, measured_block
-from neoquant.report.page import render_page, visible
+from neoquant.report.page import render_page
+from neoquant.report.parts import visible
 from neoquant.report.verdict import percent_change, recommended, short_names, verdict
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "path", "use", "rect"}
@@ -195,7 +196,8 @@ def test_the_verdict_names_the_smallest_that_is_surely_good() -> None:
     assert recommended(make_comparison(small_bad, unsure, good, better)) is good
     text = verdict(make_comparison(small_bad, unsure, good, better))
     assert text == (
-        "b-4bit is the smallest of 4 that keeps perplexity within 1 % of gpt-neo-1.3B’s: 300.0 MB instead of 2,631.0 (11 %), "
+        "b-4bit is the smallest of 4 that keeps perplexity within 1 % of gpt-neo-1.3B’s: 300.0 MB instead of "
+        "2,631.0 (11 %), "
         "perplexity +0.40 % (95 % interval +0.20 to +0.70 %)."
     )
     assert verdict(make_comparison(small_bad, unsure)).startswith(
@@ -239,7 +241,10 @@ def test_gathering(tmp_path: Path) -> None:
         gather([layers])
     reference = one.reference
     for change, what in (
-        ({"data": reference.data.model_copy(update={"sha256": "e" * 64})}, "the documents: eeeeeeeeeeee and abababababab"),
+        (
+            {"data": reference.data.model_copy(update={"sha256": "e" * 64})},
+            "the documents: eeeeeeeeeeee and abababababab",
+        ),
         ({"suite": reference.suite.model_copy(update={"context": 512})}, "the context: 512 and 2048"),
         ({"suite": reference.suite.model_copy(update={"protocol": "joined"})}, "the protocol: joined and rolling"),
         ({"model": reference.model.model_copy(update={"sha256": "0" * 64})}, "the base's weights: 000000000000 and "),

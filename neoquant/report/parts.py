@@ -1,0 +1,46 @@
+"""What pages are made of: charts, tables of shaded cells, and text that is safe to show."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Chart(NamedTuple):
+    title: str
+    note: str
+    svg: Any  # markup
+
+
+class Cell(NamedTuple):
+    text: str
+    shade: str | None = None  # 0 to 1, None for no ground
+    title: str = ""
+
+
+class HeatRow(NamedTuple):
+    name: str
+    cells: list[Cell]
+    total: bool = False
+
+
+class Heat(NamedTuple):
+    caption: str
+    corner: str
+    columns: list[str]
+    rows: list[HeatRow]
+
+
+def chart(title: str, note: str, svg: str) -> Chart:
+    """A chart of `neoquant.report.charts`, which made its markup and escaped its texts."""
+    from markupsafe import Markup
+
+    return Chart(title, note, Markup(svg))
+
+
+def visible(text: str, lines: bool = False) -> str:
+    """Text that a page may hold: control characters as their pictures (lines and tabs too, unless `lines`)."""
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    return "".join(
+        chr(0x2400 + ord(c)) if c < " " and not (lines and c in "\n\t") else "\ufffd" if "\x7f" <= c <= "\x9f" else c
+        for c in text
+    )
