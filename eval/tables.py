@@ -1,4 +1,4 @@
-"""Write the measured tables into README.md and the bundled model's card, from the committed results.
+"""Write the measured tables into README.md, docs/report.md and the bundled model's card, from the committed results.
 
     python eval/tables.py            # rewrite what stands between the markers
     python eval/tables.py --check    # exit 1 where a text is not what the results say
@@ -15,10 +15,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from neoquant.evaluation import Comparison
+from neoquant.evaluation import Comparison, Inspection
+from neoquant.planning import BLOCK_LINEARS
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "eval" / "results" / "demo.json"
+LAYERS = ROOT / "eval" / "results" / "demo-layers.json"
 BENCH = ROOT / "eval" / "results" / "quantize-1.3b.json"
 CARD = ROOT / "neoquant" / "demo" / "neoquant-demo" / "README.md"
 
@@ -63,6 +65,26 @@ def demo_subsets() -> str:
     return "\n".join(lines)
 
 
+def demo_layers() -> str:
+    """What each layer of the bundled model costs alone, blocks down and projections across."""
+    result = Inspection.from_json(LAYERS.read_text("utf-8"))
+    lines = [
+        f"| block | {' | '.join(name.rpartition('.')[2] for name in BLOCK_LINEARS)} |",
+        f"| --- |{' --: |' * len(BLOCK_LINEARS)}",
+    ]
+    losses = {(layer.block, layer.projection): layer.loss for layer in result.layers}
+    for number, attention in dict.fromkeys((layer.block, layer.attention) for layer in result.layers):
+        cells = [f"{1000 * loss.kl:.2f}" if (loss := losses[number, name]) else "" for name in BLOCK_LINEARS]
+        lines.append(f"| {number} {attention} | {' | '.join(cells)} |")
+    added = sum(loss.kl for loss in losses.values() if loss)
+    lines += [
+        "",
+        f"On {result.windows} windows of suite {result.suite.name}, {result.tokens:,} tokens. They add up to "
+        f"{1000 * added:.1f}; with all layers quantized together the KL is {1000 * result.together.kl:.1f}.",
+    ]
+    return "\n".join(lines)
+
+
 def bench_1p3b() -> str:
     """Time and memory of quantizing 1.3B, beside transformers + bitsandbytes and a plain copy of the file."""
     result = json.loads(BENCH.read_text("utf-8"))
@@ -88,6 +110,7 @@ def bench_1p3b() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "demo-totals": demo_totals,
     "demo-subsets": demo_subsets,
+    "demo-layers": demo_layers,
     "bench-1p3b": bench_1p3b,
 }
 
@@ -119,7 +142,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where something would change")
     check = parser.parse_args().check
-    stale = [path for path in (ROOT / "README.md", CARD) if rendered(path) != path.read_text("utf-8")]
+    stale = [
+        path
+        for path in (ROOT / "README.md", ROOT / "docs" / "report.md", CARD)
+        if rendered(path) != path.read_text("utf-8")
+    ]
     for path in stale:
         if not check:
             path.write_text(rendered(path), "utf-8")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Quantize the bundled model by every recipe that is measured, compare all with it, and write the tables.
+# Quantize the bundled model by every recipe that is measured, compare all with it, write the tables and draw the charts.
 # The environment's `neoquant` and `python` are used: run it as `PATH=.venv/bin:$PATH eval/demo_model/measure.sh`.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -27,4 +27,6 @@ calibrated gptq3-g64 --bits 3 --type gptq --group-size 64
 calibrated gptq2-g32 --bits 2 --type gptq --group-size 32
 
 neoquant compare neoquant-demo "${candidates[@]}" --suite demo --json eval/results/demo.json
+neoquant inspect "$made/neoquant-demo-nf4" --against neoquant-demo --suite demo --sensitivity --json eval/results/demo-layers.json
 python eval/tables.py
+python eval/charts.py

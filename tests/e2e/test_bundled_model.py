@@ -81,9 +81,10 @@ def test_loading_it_twice_gives_the_same() -> None:
         assert torch.equal(first(ids).logits, second(ids).logits)
 
 
-def test_the_published_tables_are_what_the_results_say() -> None:
+@pytest.mark.parametrize("script", ["tables.py", "charts.py"])
+def test_what_is_published_is_what_the_results_say(script: str) -> None:
     done = subprocess.run(
-        [sys.executable, REPOSITORY / "eval" / "tables.py", "--check"], capture_output=True, text=True, check=False
+        [sys.executable, REPOSITORY / "eval" / script, "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

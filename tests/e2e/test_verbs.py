@@ -176,6 +176,30 @@ def test_inspect_maps_the_layers(
     assert "alone" not in cli("inspect", quantized, *text).out  # against the bundled model, without --sensitivity
 
 
+def test_report_makes_a_page_markdown_and_a_card(cli: Cli, tiny_model: Path, quantized: Path, text_file: Path) -> None:
+    text = ("--context", "16", "--data", text_file)
+    assert cli("compare", tiny_model, quantized, *text, "--json", "cost.json").code == 0
+    assert cli("inspect", quantized, "--against", tiny_model, *text, "--json", "layers.json").code == 0
+    before = (quantized / "README.md").read_text("utf-8")
+    done = cli("report", "cost.json", "layers.json", "--html", "x.html", "--markdown", "x.md", "--card", quantized)
+    assert done.code == 0 and "q_proj" in done.out and "tiny-nf4" in done.out.splitlines()[-1]
+    page, card = Path("x.html").read_text("utf-8"), (quantized / "README.md").read_text("utf-8")
+    total = json.loads(Path("cost.json").read_text())["candidates"][0]["total"]
+    for written in (page, Path("x.md").read_text("utf-8"), card):
+        assert f"{100 * total['agreement']:.2f} ± " in written
+    assert "Not measured yet" in before and "Not measured yet" not in card
+    assert card.startswith(before.partition("## Measured")[0])
+    assert cli("report", "cost.json", "--card", quantized).code == 0
+    assert (quantized / "README.md").read_text("utf-8") == card
+    assert cli("report", "cost.json", "--markdown", "-").out == Path("x.md").read_text("utf-8")
+    refused = cli("report", "cost.json", "--card", tiny_model, "--html", "y.html")
+    assert refused.code == 2 and "holds none of the weights that were measured (tiny-nf4)" in refused.error
+    assert not Path("y.html").exists()
+    assert "cost.json is not a folder" in cli("report", "cost.json", "--card", "cost.json").error
+    assert "layers.json holds no comparison" in cli("report", "layers.json").error
+    assert "no/such" in cli("report", "cost.json", "--html", "no/such/x.html").error
+
+
 def test_a_result_file_is_checked_before_the_work(cli: Cli, text_file: Path) -> None:
     result = cli("eval", "no-such-model", "--suite", "demo", "--json", "no/such/folder/x.json")
     assert result.code == 1 and "no/such/folder" in result.error
