@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class _Page:
         self.version = result.reference.environment.neoquant
         self.reference = result.reference.model.name
         self.title = f"What quantizing {self.reference} cost"
-        self.verdict = verdict(result)
+        self.verdict = re.sub(r" (%|MB)", "\u00a0\\1", verdict(result))
         self._inspections = gathered.inspections
         self._has_kl = all(candidate.total.kl is not None for candidate in result.candidates)
 
