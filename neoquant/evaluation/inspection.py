@@ -107,9 +107,7 @@ def _others(ours: GPTNeoForCausalLM, theirs: GPTNeoForCausalLM) -> list[str]:
         if name not in linears and not (name in stored and torch.equal(tensor, stored[name].to(tensor)))
     ]
     shown = ", ".join(differing[:3]) + (", ..." if len(differing) > 3 else "")
-    return [f"{len(differing)} tensors outside the block linears differ too and are not shown: {shown}"] * bool(
-        differing
-    )
+    return [f"not shown, but outside the block linears differ too: {shown}"] if differing else []
 
 
 def _paths(model: GPTNeoForCausalLM) -> list[str]:
