@@ -47,6 +47,11 @@ class QuantLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return self.kernel.linear(x, self._state(), self.grid, self.shape, bias)
 
+    def set_activations(self, activations: str) -> None:
+        """What may be done to x: "exact" is nothing, "int8" rounds it in runs of inputs, which is faster."""
+        device = next(iter(self._state().values())).device
+        self._take(choose(self.grid, self.shape, device, self.ordered, activations))
+
     def embedding(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of the weight, ids[...] -> dtype[..., I]."""
         return self.kernel.embedding(ids, self._state(), self.grid, self.shape, dtype)
@@ -72,11 +77,17 @@ class QuantLinear(nn.Module):
         device = next(iter(state.values())).device
         if device.type == "meta" or self.kernel.refuse(self.grid, self.shape, device, self.ordered) is None:
             return
-        q = self.quantized
-        self.kernel = choose(self.grid, self.shape, device, q.order is not None)
-        for name in state:
+        self._take(choose(self.grid, self.shape, device, self.ordered, self.kernel.activations))
+
+    def _take(self, kernel: Kernel) -> None:
+        """Hand the weight to another kernel; one that holds it alike takes it as it lies."""
+        held, self.kernel, former = self._state(), kernel, self.kernel
+        if isinstance(kernel, type(former)) or isinstance(former, type(kernel)):
+            return
+        q = former.unpack(held, self.grid, self.shape, self.dtype)
+        for name in held:
             del self._buffers[name]
-        for name, tensor in self.kernel.pack(q).items():
+        for name, tensor in kernel.pack(q).items():
             self.register_buffer(name, tensor)
 
 

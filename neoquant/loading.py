@@ -17,6 +17,7 @@ from neoquant.demo import MODEL
 from neoquant.errors import CheckpointError, RequestError, locate
 from neoquant.formats import Format
 from neoquant.formats.base import dtype_name
+from neoquant.kernels import ACTIVATIONS
 from neoquant.layer import QuantEmbedding, QuantLinear
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.gpt_neo import GPTNeoForCausalLM
@@ -41,6 +42,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | int | None = None,
     attn_implementation: str = "sdpa",
+    activations: str = "exact",
     progress: Progress = SILENT,
 ) -> tuple[GPTNeoForCausalLM, Tokenizer]:
     """A language model and its tokenizer, from a folder or by id on the hub; None is the bundled model.
@@ -56,6 +58,7 @@ def load(
             dtype=dtype,
             device=device,
             attn_implementation=attn_implementation,
+            activations=activations,
             progress=progress,
         )
     return model, tokenizer
@@ -75,6 +78,7 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device: object = None,
     attn_implementation: str = "sdpa",
+    activations: str = "exact",
     progress: Progress = SILENT,
 ) -> ModelT:
     """A model of class `cls`, in evaluation mode.
@@ -85,20 +89,28 @@ def load_model(
             checkpoint's own), or None: float32 on a CPU, float16 on a GPU. Quantized weights stay as they are stored.
         device: "cpu", "cuda", "cuda:1", 1, a torch device, "auto" (a GPU if there is one) or None (the same).
         attn_implementation: "sdpa" or "eager".
+        activations: "exact", or "int8": what quantized weights are multiplied with is rounded as well, which is faster
+            for many tokens, and loses a little.
         progress: told of every tensor.
 
     Raises:
         CheckpointError: files are missing or damaged, tensors are missing or have other shapes.
         FormatError: the weights are quantized in a way that neoquant does not read.
         HubError: the hub cannot be reached or does not have it.
-        RequestError: an illegal dtype, device or attention.
+        RequestError: an illegal dtype, device, attention or activations, or nothing is quantized for int8 activations.
 
     Warns:
         LoadWarning: tensors that the model has no place for, and heads that the checkpoint has no weights for.
     """
     with open_checkpoint(source, revision=revision, progress=progress) as checkpoint:
         return read_model(
-            checkpoint, cls, dtype=dtype, device=device, attn_implementation=attn_implementation, progress=progress
+            checkpoint,
+            cls,
+            dtype=dtype,
+            device=device,
+            attn_implementation=attn_implementation,
+            activations=activations,
+            progress=progress,
         )
 
 
@@ -109,6 +121,7 @@ def read_model(
     dtype: torch.dtype | str | None = None,
     device: object = None,
     attn_implementation: str = "sdpa",
+    activations: str = "exact",
     progress: Progress = SILENT,
 ) -> ModelT:
     """`load_model` on a checkpoint that is open."""
@@ -116,11 +129,19 @@ def read_model(
         config = GPTNeoConfig.from_dict(checkpoint.config)
     target = resolve_device(device)
     kind = resolve_dtype(dtype, config, target)
+    if activations not in ACTIVATIONS:
+        raise RequestError(f"activations are {activations!r}; legal are {' and '.join(ACTIVATIONS)}")
     with torch.device("meta"), _Undrawn():
         model = cls(config, attn_implementation)
     with locate(str(checkpoint.source)):
         format = formats.detect(checkpoint.config, checkpoint.headers)
+        if format is None and activations != "exact":
+            raise RequestError(f"no weight is quantized, so that {activations} activations would meet none")
         _Filling(checkpoint, model, format, kind, target).run(progress)
+    if activations != "exact":
+        for module in model.modules():
+            if isinstance(module, QuantLinear):
+                module.set_activations(activations)
     return model.eval()
 
 

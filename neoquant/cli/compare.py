@@ -28,6 +28,7 @@ def compare(
     json: options.Json = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    activations: options.Activations = "exact",
     revision: options.Revision = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -35,12 +36,14 @@ def compare(
     """Measure what quantizing cost: every model reads the same windows as BASE, token by token.
 
     Both perplexities and bits per byte, the change with its 95 % interval (over documents), how often
-    both find the same token likeliest, the KL divergence, size and bits per weight. --revision is BASE's.
+    both find the same token likeliest, the KL divergence, size and bits per weight. --revision is
+    BASE's, --activations the others'.
 
     \b
     Examples:
       neoquant compare neoquant-demo neoquant-demo-nf4 --suite demo
       neoquant compare EleutherAI/gpt-neo-1.3B gpt-neo-1.3B-nf4 gpt-neo-1.3B-int8 --suite pile-core --json cost.json
+      neoquant compare gpt-neo-1.3B-nf4 gpt-neo-1.3B-nf4 --activations int8 --suite pile-smoke
     """
     terminal: Terminal = ctx.obj
     check_writable(json)
@@ -57,7 +60,9 @@ def compare(
     reference, tokenizer = load_contestant(base, terminal, "compare", revision=revision, device=device, dtype=dtype)
     others = []
     for model in models:
-        other, own_tokenizer = load_contestant(model, terminal, "compare", revision=None, device=device, dtype=dtype)
+        other, own_tokenizer = load_contestant(
+            model, terminal, "compare", revision=None, device=device, dtype=dtype, activations=activations
+        )
         if own_tokenizer.sha256 != tokenizer.sha256:
             terminal.note(f"note: {model} comes with another tokenizer than {base}; both are read with that of {base}")
         others.append(other)

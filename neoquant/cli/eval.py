@@ -23,6 +23,7 @@ def eval_(
     json: options.Json = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    activations: options.Activations = "exact",
     revision: options.Revision = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -49,7 +50,9 @@ def eval_(
         context=context,
         stride=stride,
     )
-    contestant, tokenizer = load_contestant(model, terminal, "eval", revision=revision, device=device, dtype=dtype)
+    contestant, tokenizer = load_contestant(
+        model, terminal, "eval", revision=revision, device=device, dtype=dtype, activations=activations
+    )
 
     from neoquant.evaluation import evaluate
     from neoquant.report.table import evaluation_table

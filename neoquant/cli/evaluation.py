@@ -48,7 +48,14 @@ def choose_suite(
 
 
 def load_contestant(
-    model: str | None, terminal: Terminal, verb: str, *, revision: str | None, device: str | None, dtype: str | None
+    model: str | None,
+    terminal: Terminal,
+    verb: str,
+    *,
+    revision: str | None,
+    device: str | None,
+    dtype: str | None,
+    activations: str = "exact",
 ) -> tuple[Contestant, Tokenizer]:
     """A model ready to run, what results say of it, and its tokenizer."""
     from neoquant import loading
@@ -57,6 +64,13 @@ def load_contestant(
     source = find_model(model, terminal, verb)
     info = model_info(source, revision, short_name(model), terminal.progress)
     network, tokenizer = loading.load(
-        source, revision=info.revision, device=device, dtype=dtype, progress=terminal.progress
+        source,
+        revision=info.revision,
+        device=device,
+        dtype=dtype,
+        activations=activations,
+        progress=terminal.progress,
     )
+    if activations != "exact":
+        info = info.model_copy(update={"name": f"{info.name} ({activations} activations)", "activations": activations})
     return Contestant(network, info), tokenizer

@@ -55,6 +55,7 @@ def generate(
     ] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    activations: options.Activations = "exact",
     revision: options.Revision = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -81,7 +82,9 @@ def generate(
 
     seed = random.SystemRandom().randrange(2**31) if seed is None else seed
     source = find_model(model, terminal, "generate")
-    network, tokenizer = loading.load(source, revision=revision, device=device, dtype=dtype, progress=terminal.progress)
+    network, tokenizer = loading.load(
+        source, revision=revision, device=device, dtype=dtype, activations=activations, progress=terminal.progress
+    )
     sampling = Sampling(
         temperature=0.0 if greedy else 0.8 if temperature is None else temperature,
         top_k=top_k or 0,

@@ -51,6 +51,15 @@ Dtype = Annotated[
         help="Compute in float32, float16, bfloat16, or auto (as stored). [default: float32 on a CPU, else float16]",
     ),
 ]
+Activations = Annotated[
+    str,
+    typer.Option(
+        "--activations",
+        metavar="A",
+        help="exact, or int8: also round what quantized weights are multiplied with. Faster for many tokens; what it "
+        "loses, `neoquant compare` measures.",
+    ),
+]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write everything measured to FILE.")]
 
 # What the quantized model shall be: the same for `plan` and `quantize`.

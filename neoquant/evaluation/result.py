@@ -35,6 +35,7 @@ class ModelInfo(Record):
     bits_per_weight_model: float | None = None
     parameters: int | None = None
     format: str | None = None  # how quantized weights are spelled; None for a model that is not quantized
+    activations: str = "exact"  # or what they were rounded to before they met quantized weights
     recipe: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None  # text that it was rounded with: source, sha256, rows, length, seed
     sha256: str | None = None  # of the weights

@@ -18,6 +18,7 @@ class Kernel(ABC):
     """Multiplies with a quantized weight that it holds in an arrangement of its own."""
 
     name: ClassVar[str]
+    activations: ClassVar[str] = "exact"  # or what it rounds them to
 
     @abstractmethod
     def refuse(self, grid: Grid, shape: tuple[int, ...], device: torch.device, ordered: bool = False) -> str | None:

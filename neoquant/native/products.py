@@ -36,8 +36,8 @@ class Weight:
     ) -> None:
         """`tensors` by the names of the struct's pointers; `group` columns share a scale, None for a whole row."""
         self.rows, self.columns = shape
-        self._tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        fields: dict[str, Any] = {name: tensor.data_ptr() for name, tensor in self._tensors.items()}
+        self.tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        fields: dict[str, Any] = {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
         fields |= {"rows": shape[0], "columns": shape[1], "kind": kind, "bits": bits}
         fields["group_bits"] = _WHOLE_ROW if group is None else group.bit_length() - 1
         fields["level_step"] = 1.0

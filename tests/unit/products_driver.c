@@ -1,0 +1,44 @@
+/* Runs the products of the native library on cases from standard input: for machines that are only emulated.
+ *
+ * A case is eleven int64 (isa, threads, int8, count, rows, columns, groups, kind, bits, group_bits, level_step's bits)
+ * and the arrays of struct nq_weight in its order, then x and the bias, each an int64 of bytes and the bytes; none is
+ * 0 bytes. The answer is y and the decoded weight. */
+#include "weight.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+void nq_multiply(const struct nq_weight *, const float *, int64_t, const float *, float *, int, int);
+void nq_multiply_int8(const struct nq_weight *, const float *, int64_t, const float *, float *, int, int);
+void nq_decode(const struct nq_weight *, const int64_t *, int64_t, int64_t, float *, int);
+int nq_runs(int);
+
+static const void *read_array(void) {
+    int64_t bytes;
+    if (fread(&bytes, 8, 1, stdin) != 1) exit(2);
+    void *data = bytes ? malloc((size_t)bytes) : 0;
+    if (bytes && fread(data, 1, (size_t)bytes, stdin) != (size_t)bytes) exit(2);
+    return data;
+}
+
+int main(void) {
+    int64_t said[11];
+    while (fread(said, 8, 11, stdin) == 11) {
+        struct nq_weight w = {.rows = said[4], .columns = said[5], .groups = said[6], .kind = (int32_t)said[7],
+                              .bits = (int32_t)said[8], .group_bits = (int32_t)said[9]};
+        w.level_step = nq_from_bits((uint32_t)said[10]);
+        const void **arrays[] = {
+            (const void **)&w.codes, (const void **)&w.table, (const void **)&w.levels, (const void **)&w.absmax,
+            (const void **)&w.stored, (const void **)&w.nested, (const void **)&w.nested_table,
+            (const void **)&w.offset, (const void **)&w.scb, (const void **)&w.scales, (const void **)&w.zeros};
+        for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) *arrays[i] = read_array();
+        const float *x = read_array(), *bias = read_array();
+        float *y = malloc((size_t)(said[3] * w.rows) * 4), *values = malloc((size_t)(w.rows * w.columns) * 4);
+        if (!nq_runs((int)said[0])) return 3;
+        (said[2] ? nq_multiply_int8 : nq_multiply)(&w, x, said[3], bias, y, (int)said[0], (int)said[1]);
+        nq_decode(&w, 0, 0, w.rows, values, (int)said[1]);
+        fwrite(y, 4, (size_t)(said[3] * w.rows), stdout);
+        fwrite(values, 4, (size_t)(w.rows * w.columns), stdout);
+    }
+    return 0;
+}

@@ -1,0 +1,81 @@
+"""The products on aarch64, which a cross compiler and an emulator stand for."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from weights import make_weight
+
+from neoquant import native
+from neoquant.grids import Affine, Codebook, Int8Rows
+from neoquant.kernels import Cpu, CpuInt8, ReferenceInt8, cpu
+from neoquant.native import products
+from neoquant.quantizers import Nearest
+
+HERE = Path(__file__).parent
+NATIVE = HERE.parents[1] / "neoquant" / "native"
+COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
+GRIDS = [
+    Codebook(), Codebook("fp4", 32, False), Int8Rows(), Affine(2, 16), Affine(3, 64, True), Affine(3, -1),
+    Affine(4, 32), Affine(4, 128, True), Affine(8, 64), Affine(8, -1, True),
+]  # fmt: skip
+SHAPES = [(5, 200), (37, 96), (8, 1160), (3, 45)]
+COUNTS = (1, 2, 3, 4, 5, 13)
+TABLES = ("codes", "table", "levels", "absmax", "stored", "nested", "nested_table", "offset", "scb", "scales", "zeros")
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    for program in (COMPILER, EMULATOR):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+    path = tmp_path_factory.mktemp("aarch64") / "driver"
+    sources = [*sorted(NATIVE.glob("*.c")), HERE / "products_driver.c"]
+    flags = ["-O1", "-std=gnu11", "-ffp-contract=off", "-Wall", "-Werror", "-static", "-pthread", f"-I{NATIVE}"]
+    subprocess.run([COMPILER, *flags, "-o", str(path), *map(str, sources), "-lm"], check=True)
+    return [EMULATOR, str(path)]
+
+
+def message(isa: str, int8: bool, x: Tensor, w: products.Weight, bias: Tensor | None) -> bytes:
+    s = w.struct
+    step = struct.unpack("<I", struct.pack("<f", s.level_step))[0]
+    said = (native.ISAS.index(isa), 2, int8, len(x), w.rows, w.columns, s.groups, s.kind, s.bits, s.group_bits, step)
+    arrays = [w.tensors.get(name) for name in TABLES] + [x, bias]
+    raw = [
+        b"" if array is None else array.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for array in arrays
+    ]
+    return struct.pack("<11q", *said) + b"".join(struct.pack("<q", len(data)) + data for data in raw)
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["exact", "int8"])
+@pytest.mark.parametrize("isa", ["portable", "neon"])
+def test_products_on_aarch64(driver: list[str], isa: str, int8: bool) -> None:
+    cases, sent = [], b""
+    for grid, shape, count in itertools.product(GRIDS, SHAPES, COUNTS):
+        if int8 and CpuInt8().refuse(grid, shape, torch.device("cpu")):
+            continue
+        q = Nearest().quantize(make_weight(shape, torch.float16, "normal"), grid)
+        x = make_weight((count, shape[1]), torch.float32, "normal", 2)
+        bias = torch.linspace(-1, 1, shape[0])
+        sent += message(isa, int8, x, cpu._weight(Cpu().pack(q), grid, shape), bias)
+        cases.append((q, x, bias))
+    done = subprocess.run(driver, input=sent, stdout=subprocess.PIPE, check=True)
+    answer = torch.frombuffer(bytearray(done.stdout), dtype=torch.float32)
+    for q, x, bias in cases:
+        y, values, answer = torch.tensor_split(answer, [len(x) * q.shape[0], len(x) * q.shape[0] + q.codes.numel()])
+        assert torch.equal(values.view(q.shape), q.dequantize(torch.float32)), q.grid
+        w = q.dequantize(torch.float64)
+        exact = x.double() @ w.T + bias
+        if int8:
+            exact = ReferenceInt8().linear(x, ReferenceInt8().pack(q), q.grid, q.shape, bias).double()
+        length = x.double().norm(dim=1, keepdim=True) * w.norm(dim=1) + bias.abs()
+        bound = 8 * torch.finfo(torch.float32).eps * q.shape[1] ** 0.5 * length
+        assert ((y.view(exact.shape) - exact).abs() <= bound).all(), (q.grid, q.shape, len(x))
+    assert len(answer) == 0
