@@ -17,6 +17,7 @@ from torch import Tensor
 
 from neoquant.errors import FormatError, RequestError
 from neoquant.grids.base import TO_INTEGER, Columns, Grid, Params, ParamShapes, count_pieces, row_spans
+from neoquant.native import rounding
 from neoquant.native.feedback import Levels
 
 BITS = (2, 3, 4, 8)
@@ -81,12 +82,18 @@ class Affine(Grid):
         return f"rows of {shape[1]} end in a group of {rest} instead of {self.group_size}" if rest else None
 
     def nearest(self, w: Tensor) -> tuple[Tensor, Params]:
+        if rounding.refuse(w) is None:
+            params, codes = self._empty(w), torch.empty(w.shape, dtype=torch.uint8)
+            if self._fit_natively(w, params, codes):
+                return codes, params
         params = self.fit(w)
         return self.round(w, params), params
 
     def fit(self, w: Tensor, search: bool = False, importance: Tensor | None = None) -> Params:
         width = self.width(w.shape[1])
         params = self._empty(w)
+        if not search and rounding.refuse(w) is None and self._fit_natively(w, params, None):
+            return params
         for rows in row_spans(w):
             for columns, groups in self._split(w[rows].detach(), width):  # [R, G, width]
                 weights = None if importance is None else importance[columns].view(1, -1, groups.shape[-1]).float()
@@ -97,6 +104,9 @@ class Affine(Grid):
 
     def round(self, w: Tensor, params: Params) -> Tensor:
         width = self.width(w.shape[1])
+        if rounding.refuse(w) is None:
+            held = {name: param.contiguous() for name, param in params.items()}
+            return rounding.round_affine(w.detach(), width, self.bits, held["scale"], held.get("zero"))
         codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
         scale, zero = self.scale_and_zero(params)
         inverse = reciprocal(scale)
@@ -139,6 +149,12 @@ class Affine(Grid):
                 f"zeros of a weight of {self.bits} bits end at {self.top}, got {int(params['zero'].max())}"
             )
 
+    def _fit_natively(self, w: Tensor, params: Params, codes: Tensor | None) -> bool:
+        """Fill `params`, and `codes` if given; False where that cannot be, so that whoever goes on says why."""
+        return rounding.fit_affine(
+            w.detach(), self.width(w.shape[1]), self.bits, params["scale"], params.get("zero"), codes
+        )
+
     def _empty(self, w: Tensor) -> Params:
         shapes = self.param_shapes(tuple(w.shape))
         return {name: torch.empty(size, dtype=dtype, device=w.device) for name, (dtype, size) in shapes.items()}
@@ -179,7 +195,7 @@ class Affine(Grid):
 
     def _params(self, low: Tensor, high: Tensor) -> Params:
         """The stored parameters whose values run from `low` to `high`."""
-        scale = ((high - low) / self.top).to(torch.float16)
+        scale = ((high - low) / self.top).abs_().to(torch.float16)  # a group of zeros has not minus zero
         if self.symmetric:
             return {"scale": scale}
         zero = (-low * reciprocal(scale.float())).add_(TO_INTEGER).sub_(TO_INTEGER).clamp_(0, self.top)

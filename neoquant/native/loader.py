@@ -22,7 +22,7 @@ from neoquant.errors import RequestError
 ISAS = ("portable", "avx2", "avx512", "avx512vnni", "neon")  # by their number in cpu.h, each better than those before
 SWITCH = "NEOQUANT_ISA"
 FOLDER = Path(__file__).parent  # where the library was put when neoquant was installed
-VERSION = 4  # of the C functions' signatures, as in parallel.c
+VERSION = 5  # of the C functions' signatures, as in parallel.c
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _LEVELS = (*(_POINTER,) * 4, _LONG, _INT, *(_POINTER,) * 3)  # where the values of columns may lie
@@ -31,6 +31,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "nq_round_blocks": (_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT),
     "nq_round_rows": (_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _INT, _INT),
     "nq_round_nested": (_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _INT),
+    "nq_affine": (_POINTER, _INT, *(_LONG,) * 3, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT),
     "nq_pack_nibbles": (_POINTER, _POINTER, _LONG, _INT),
     "nq_unpack_nibbles": (_POINTER, _POINTER, _LONG, _INT),
     "nq_feed_back": (*(_POINTER,) * 3, *(_LONG,) * 3, *_LEVELS, *(_POINTER,) * 2, _LONG, *(_POINTER,) * 2, _INT, _INT),
@@ -38,6 +39,8 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "nq_multiply_int8": (_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT),
     "nq_decode": (_POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT),
 }
+
+_RESULTS = {"nq_affine": _INT}  # the others give nothing
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,10 @@ class Native:
     isa: int
     reason: str
 
-    def call(self, function: str, *arguments: object) -> None:
+    def call(self, function: str, *arguments: object) -> int | None:
         """Call a C function; tensors are given by their `data_ptr()`."""
-        getattr(self.library, function)(*arguments)
+        result: int | None = getattr(self.library, function)(*arguments)
+        return result
 
 
 @cache
@@ -105,7 +109,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             return None, f"{found[0].name} is of version {version}, not {VERSION}: install neoquant again"
         for name, types in _SIGNATURES.items():
             function = getattr(library, name)
-            function.argtypes, function.restype = types, None
+            function.argtypes, function.restype = types, _RESULTS.get(name)
     except (OSError, AttributeError) as error:
         return None, f"{found[0].name} cannot be used: {error}"
     team = _torch_team()

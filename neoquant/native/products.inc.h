@@ -330,7 +330,7 @@ NQ_INLINE void multiply_tile(const float *x, const float *panel, int64_t depth, 
     }
 }
 
-/* The number of rows in registers is known when this is compiled. */
+/* The number of rows in registers, at most a tile's, is known when this is compiled. */
 #define OF_ROWS(CALL, m)                                                                                              \
     switch (m) {                                                                                                      \
         case 1: CALL(1); break;                                                                                       \
@@ -348,7 +348,7 @@ NQ_INLINE void multiply_tile(const float *x, const float *panel, int64_t depth, 
     }
 
 static void multiply_rows(const float *x, const float *panel, int64_t depth, struct corner at, int64_t m) {
-#define CALL(M) multiply_tile(x, panel, depth, at, (M) < TILE ? (M) : TILE)
+#define CALL(M) if ((M) <= TILE) multiply_tile(x, panel, depth, at, M)
     OF_ROWS(CALL, m)
 #undef CALL
 }
@@ -605,7 +605,7 @@ static void int8_run(void *argument, int64_t begin, int64_t end) {
                     const int64_t width = nq_min(PANEL, rows - n);
                     const struct panel8 panel = panel8_at(scratch, n / PANEL, most);
                     struct corner at = open_corner(p, m0, m, row + n, width, column == 0, edge);
-#define CALL(M) multiply_bytes(x, steps, panel, words, run_words, zeros, at, (M) < TILE8 ? (M) : TILE8)
+#define CALL(M) if ((M) <= TILE8) multiply_bytes(x, steps, panel, words, run_words, zeros, at, M)
                     OF_ROWS(CALL, m)
 #undef CALL
                     finish_corner(p, at, m0, m, row + n, width);

@@ -1,7 +1,8 @@
-/* Rounding weights to codes, with bitsandbytes' bytes. */
+/* Rounding weights to codes, with the bytes of bitsandbytes and of the grids. */
 #include "cpu.h"
 
 #include <math.h>
+#include <stdatomic.h>
 
 enum { LONGEST_BLOCK = 4096, PIECE = 4096, NESTED_BLOCK = 256, NESTED_STEPS = 65536 };
 static const float SMALLEST_SCALE = 1e-38f;
@@ -309,6 +310,125 @@ NQ_EXPORT void nq_round_rows(
     struct rows job = {w, codes, absmax, columns, dtype, isa};
     int64_t grain = (1 << 14) / columns;
     nq_parallel(threads, n, grain ? grain : 1, round_rows, &job);
+}
+
+/* Affine groups ---------------------------------------------------------------------------------------------------- */
+
+struct affine {
+    const void *w;
+    uint16_t *scales; /* [rows, groups], half precision */
+    uint8_t *zeros;   /* the same, or 0: all zeros are the middle */
+    uint8_t *codes;   /* or 0: only scales and zeros are wanted */
+    int64_t columns, width, groups;
+    int dtype, bits, fit, isa;
+    atomic_int *overflows; /* set where a scale is not finite */
+};
+
+static const float WHOLE = 0x1.8p23f; /* added and taken away, leaves the nearest whole number, ties to even */
+
+/* The nearest half-precision number to one that is not negative. */
+static uint16_t to_half(float value) {
+    uint32_t bits = nq_bits(value);
+    if (bits >= 0x477ff000u) return 0x7c00; /* 65520 and more are infinity */
+    if (bits < 0x38800000u) return (uint16_t)(nq_bits(value + 0.5f) - nq_bits(0.5f)); /* steps of 2**-24 */
+    return (uint16_t)(((bits + 0xfff + ((bits >> 13) & 1)) >> 13) - (112u << 10));
+}
+
+/* Floats as integers that are ordered as they are; what is not a number lies beyond infinity. */
+NQ_INLINE int32_t rank_of(float value) {
+    int32_t bits = (int32_t)nq_bits(value);
+    return bits ^ (bits >> 31 & 0x7fffffff);
+}
+
+NQ_INLINE float of_rank(int32_t rank) { return nq_from_bits((uint32_t)(rank ^ (rank >> 31 & 0x7fffffff))); }
+
+/* Scale and zero that cover the range of values[n], and zero. */
+NQ_INLINE void fit_group(const float *values, int64_t n, int bits, int symmetric, uint16_t *scale, uint8_t *zero) {
+    int32_t lowest = 0, highest = 0;
+    for (int64_t i = 0; i < n; i++) {
+        int32_t rank = rank_of(values[i]);
+        lowest = rank < lowest ? rank : lowest;
+        highest = rank > highest ? rank : highest;
+    }
+    const float top = (float)((1 << bits) - 1);
+    float low = of_rank(lowest), high = of_rank(highest);
+    if (symmetric) {
+        high = -low > high ? -low : high;
+        low = -high;
+    }
+    *scale = low > -INFINITY && high < INFINITY ? to_half((high - low) / top) : 0x7c00;
+    if (symmetric) return;
+    const float step = from_half(*scale);
+    const float steps = -low * (step > 0 ? 1.0f / step : 0.0f) + WHOLE - WHOLE;
+    *zero = (uint8_t)(int)(steps > 0 ? steps > top ? top : steps : 0);
+}
+
+NQ_INLINE void round_group(const float *values, int64_t n, int bits, float scale, float zero, uint8_t *codes) {
+    const float inverse = scale > 0 ? 1.0f / scale : 0.0f, top = (float)((1 << bits) - 1);
+    for (int64_t i = 0; i < n; i++) {
+        float steps = values[i] * inverse + WHOLE - WHOLE + zero;
+        steps = steps > 0 ? steps : 0;
+        codes[i] = (uint8_t)(int)(steps < top ? steps : top);
+    }
+}
+
+NQ_INLINE void affine_row(const struct affine *job, int64_t row, const float *values) {
+    for (int64_t group = 0; group < job->groups; group++) {
+        const int64_t start = group * job->width, n = nq_min(job->width, job->columns - start);
+        uint16_t *scale = &job->scales[row * job->groups + group];
+        uint8_t *zero = job->zeros ? &job->zeros[row * job->groups + group] : 0;
+        if (job->fit) fit_group(values + start, n, job->bits, !zero, scale, zero);
+        if (*scale >= 0x7c00) *job->overflows = 1;
+        if (!job->codes) continue;
+        const float from = (float)(zero ? *zero : 1 << (job->bits - 1));
+        round_group(values + start, n, job->bits, from_half(*scale), from, job->codes + row * job->columns + start);
+    }
+}
+
+/* The same loops, which compilers turn into the vectors that they are allowed. */
+static void affine_row_portable(const struct affine *job, int64_t row, const float *values) {
+    affine_row(job, row, values);
+}
+#ifdef NQ_X86
+NQ_AVX2 static void affine_row_avx2(const struct affine *job, int64_t row, const float *values) {
+    affine_row(job, row, values);
+}
+NQ_AVX512 static void affine_row_avx512(const struct affine *job, int64_t row, const float *values) {
+    affine_row(job, row, values);
+}
+#endif
+
+static void affine_range(void *argument, int64_t begin, int64_t end) {
+    const struct affine *job = argument;
+    float *buffer = nq_scratch(NQ_OWN, (size_t)job->columns * sizeof(float));
+    for (int64_t row = begin; row < end; row++) {
+        const float *values = widen(job->isa, job->w, job->dtype, row * job->columns, job->columns, buffer);
+#ifdef NQ_X86
+        if (job->isa >= NQ_ISA_AVX512) {
+            affine_row_avx512(job, row, values);
+            continue;
+        }
+        if (job->isa == NQ_ISA_AVX2) {
+            affine_row_avx2(job, row, values);
+            continue;
+        }
+#endif
+        affine_row_portable(job, row, values);
+    }
+}
+
+/* w[rows, columns] -> codes[rows, columns] (unless 0) under scales and zeros [rows, groups] (0: symmetric), which are
+ * fitted first if `fit`. Groups are `width` columns, the last of a row what is left. Returns whether a scale is not
+ * finite in half precision, because the weight is not or its range is too wide; then nothing here means anything. */
+NQ_EXPORT int nq_affine(
+    const void *w, int dtype, int64_t rows, int64_t columns, int64_t width, int bits, int fit, uint16_t *scales,
+    uint8_t *zeros, uint8_t *codes, int isa, int threads) {
+    atomic_int overflows = 0;
+    struct affine job = {w, scales, zeros, codes, columns, width, (columns + width - 1) / width,
+                         dtype, bits, fit, isa, &overflows};
+    int64_t grain = (1 << 14) / columns;
+    nq_parallel(threads, rows, grain ? grain : 1, affine_range, &job);
+    return overflows;
 }
 
 /* Double quantization ------------------------------------------------------------------------------------------- */

@@ -1,4 +1,4 @@
-"""Rounding weights in C, with bitsandbytes' bytes.
+"""Rounding weights in C, with the bytes of bitsandbytes and of the grids.
 
 `refuse` says why something else must do it; what it does not refuse, the functions here do.
 """
@@ -67,6 +67,33 @@ def round_rows(w: Tensor) -> tuple[Tensor, Tensor]:
         codes.data_ptr(), absmax.data_ptr(), active().isa, threads(),
     )  # fmt: skip
     return codes, absmax
+
+
+def fit_affine(w: Tensor, width: int, bits: int, scale: Tensor, zero: Tensor | None, codes: Tensor | None) -> bool:
+    """Affine: w[O, I] to scale float16[O, G] and zero uint8[O, G] (None: symmetric), and codes uint8[O, I] if wanted.
+
+    Groups are `width` columns. Returns whether all scales are finite; where they are not, nothing that was written
+    has a meaning.
+    """
+    return _affine(w, width, bits, 1, scale, zero, codes)
+
+
+def round_affine(w: Tensor, width: int, bits: int, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """w[O, I] to codes uint8[O, I] under parameters as `fit_affine` gives them, contiguous."""
+    codes = torch.empty(w.shape, dtype=torch.uint8)
+    _affine(w, width, bits, 0, scale, zero, codes)
+    return codes
+
+
+def _affine(
+    w: Tensor, width: int, bits: int, fit: int, scale: Tensor, zero: Tensor | None, codes: Tensor | None
+) -> bool:
+    w = w.contiguous()
+    overflows = active().call(
+        "nq_affine", w.data_ptr(), DTYPES[w.dtype], w.shape[0], w.shape[1], width, bits, fit, scale.data_ptr(),
+        None if zero is None else zero.data_ptr(), None if codes is None else codes.data_ptr(), active().isa, threads(),
+    )  # fmt: skip
+    return not overflows
 
 
 def round_nested(values: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from weights import make_weight, weights
 
 from neoquant import bits, native
 from neoquant.errors import FormatError, RequestError
-from neoquant.grids import BLOCK_SIZES, Codebook, Grid, Int8Rows, Params
+from neoquant.grids import BLOCK_SIZES, GROUP_SIZES, Affine, Codebook, Grid, Int8Rows, Params
 from neoquant.native import loader
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -58,7 +58,48 @@ def test_int8_rounds_as_bitsandbytes_does(isa: str, w: Tensor, threads: int) -> 
 
 
 @every_isa
-@pytest.mark.parametrize("grid", [Codebook(), Codebook("fp4", 128), Int8Rows()], ids=str)
+@settings(deadline=None, max_examples=80)
+@given(
+    w=weights(), bits=st.sampled_from([2, 3, 4, 8]), group=st.sampled_from(GROUP_SIZES), symmetric=st.booleans(),
+    threads=any_threads,
+)  # fmt: skip
+def test_affine_groups_round_as_in_torch(
+    isa: str, w: Tensor, bits: int, group: int, symmetric: bool, threads: int
+) -> None:
+    grid = Affine(bits, group, symmetric)
+    expected = nearest(grid, w, "off")
+    require_same(nearest(grid, w, isa, threads), expected)
+    with forced(isa, threads):
+        params = grid.fit(w)
+        require_same((grid.round(w, params), params), expected)
+        other = w.flip(0)  # under the parameters of other rows: beyond their range, and ties
+        codes = grid.round(other, params)
+    with forced("off"):
+        assert torch.equal(codes, grid.round(other, params))
+
+
+@every_isa
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_scales_are_every_half(isa: str, symmetric: bool) -> None:
+    """Ranges at, between and beside the halves that scales are rounded to, subnormal ones included."""
+    halves = torch.arange(0, 0x7C00, 3, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+    edges = torch.cat([halves * 15 * factor for factor in (1 - 2**-11, 1 - 2**-12, 1.0, 1 + 2**-12, 1 + 2**-11)])
+    w = edges[edges < 4e5, None] * torch.tensor([0.3, -0.7, 0.05] if not symmetric else [0.5, -0.5, 0.2])
+    require_same(nearest(Affine(4, -1, symmetric), w, isa), nearest(Affine(4, -1, symmetric), w, "off"))
+
+
+@every_isa
+def test_affine_weights_that_scales_cannot_hold_are_refused(isa: str) -> None:
+    w = make_weight((8, 84), torch.float32, "normal")
+    with forced(isa):
+        for bad, said in ((torch.nan, "holds infinity or NaN"), (torch.inf, "holds infinity or NaN"), (1e9, "65504")):
+            w[7, 79] = bad
+            with pytest.raises(FormatError, match=said):
+                Affine(4, 32).nearest(w)
+
+
+@every_isa
+@pytest.mark.parametrize("grid", [Codebook(), Codebook("fp4", 128), Int8Rows(), Affine(3, 64)], ids=str)
 def test_pieces_on_threads_do_not_show(isa: str, grid: Grid) -> None:
     w = make_weight((173, 1031), torch.bfloat16, "normal")
     expected = nearest(grid, w, "off")
