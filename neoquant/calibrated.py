@@ -18,6 +18,7 @@ from neoquant.model.gpt_neo import Block
 from neoquant.planning import Plan, PlanRow
 from neoquant.progress import Progress
 from neoquant.quantizers import QUANTIZERS
+from neoquant.states import States
 from neoquant.tensor import QuantizedTensor
 
 _IN_BLOCK = re.compile(r"(?:transformer\.)?h\.(\d+)\.(.+)")
@@ -64,17 +65,19 @@ def block_of(row: PlanRow) -> int | None:
 
 
 def quantize_blocks(
-    checkpoint: Checkpoint, planned: Plan, calibration: Calibration, progress: Progress
+    checkpoint: Checkpoint, planned: Plan, states: States, first: int, progress: Progress
 ) -> Iterator[Quantized]:
-    """Each block in turn, the later ones seeing what the earlier ones give once they are quantized.
+    """Each block from the `first` on, the later ones seeing what the earlier ones give once they are quantized.
 
-    One block is in memory at a time, in float32, beside the hidden states of the calibration rows.
+    One block is in memory at a time, in float32, beside the hidden states of the calibration rows: `states`, as the
+    first block sees them, and after each block as the next one does.
     """
     config = GPTNeoConfig.from_dict(checkpoint.config)
-    walk = Walk(_embedded(checkpoint, calibration.ids), config.window_size)
+    walk = Walk(states, config.window_size)
     numbers = {row.name: block_of(row) for row in planned.rows}
     with progress.task("calibrating", total=config.num_layers) as advance:
-        for number in range(config.num_layers):
+        advance(first)
+        for number in range(first, config.num_layers):
             rows = [row for row in planned.rows if numbers[row.name] == number]
             yield _quantize_block(checkpoint, rows, config, number, walk)
             advance(1)
@@ -134,11 +137,13 @@ def _read_block(checkpoint: Checkpoint, by_name: dict[str, PlanRow], config: GPT
     return block.eval()
 
 
-def _embedded(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
-    """The rows as the first block sees them, float32[R, T, C]."""
+def embed(checkpoint: Checkpoint, ids: Tensor, states: States) -> None:
+    """Let `states` be the rows as the first block sees them."""
     names = {name.removeprefix("transformer."): name for name in checkpoint.headers}
     head = names.get("wte.weight", names.get("lm_head.weight"))
     if head is None or "wpe.weight" not in names:
         raise CheckpointError("lacks its embeddings")
     positions = checkpoint.read(names["wpe.weight"])[: ids.shape[1]].float()
-    return checkpoint.read(head)[ids].float().add_(positions)
+    table = checkpoint.view(head)
+    states.replace(table[piece].float().add_(positions) for piece in torch.split(ids, states.batch))
+    checkpoint.forget(head)

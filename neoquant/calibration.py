@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from neoquant.errors import RequestError
 from neoquant.model.gpt_neo import AttentionMasks, Block
 from neoquant.moments import output_moments
+from neoquant.states import States
 
 SHARING = (  # layers of a block that see the same inputs, in the order in which they are quantized
     ("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"),
@@ -73,11 +74,10 @@ class Walk:
     inner activations of the MLP, which are four times as wide and so computed again.
     """
 
-    def __init__(self, x: Tensor, window: int, tokens: int = 4096) -> None:
-        """`x` the embedded rows, which are used up; `window` of local layers; about so many `tokens` at a time."""
+    def __init__(self, x: States, window: int) -> None:
+        """`x` the embedded rows, which are used up; `window` of local layers."""
         self.x = x
-        self.masks = AttentionMasks(x.shape[1], x.shape[1], window, None, x.device)
-        self.batch = max(1, tokens // x.shape[1])
+        self.masks = AttentionMasks(x.shape[1], x.shape[1], window, None, torch.device("cpu"))
 
     def through(self, block: Block, observe: Observe, rounded: Round, weigh: bool = False) -> None:
         """Quantize the layers of `block` on the way, and leave in `x` what the quantized block gives.
@@ -91,7 +91,7 @@ class Walk:
             weigh: see `rounded` and `moments.output_moments`.
         """
         attention, mlp = block.attn.attention, block.mlp
-        kept: list[Tensor] = []  # what out_proj sees, piece by piece
+        kept = self.x.twin()  # what out_proj sees
         outputs: dict[str, Tensor] = {}
 
         def settle(stage: int, inputs: Callable[[], Iterator[Tensor]]) -> None:
@@ -105,23 +105,25 @@ class Walk:
                 linear.weight = nn.Parameter(rounded(name, linear.weight.detach(), seen, moments), requires_grad=False)
 
         def inner() -> Iterator[Tensor]:
-            return (mlp.act(mlp.c_fc(block.ln_2(x))) for x in self._pieces())
+            return (mlp.act(mlp.c_fc(block.ln_2(x))) for x in self.x.pieces())
 
         if weigh:
-            outputs |= output_moments(attention, (block.ln_1(x) for x in self._pieces()), len(self.x))
-        settle(0, lambda: (block.ln_1(x) for x in self._pieces()))
-        hook = attention.out_proj.register_forward_pre_hook(lambda _, given: kept.append(given[0]))
-        for x in self._pieces():
-            attention(block.ln_1(x), self.masks, None)
-        hook.remove()
-        settle(1, lambda: iter(kept))
-        for x, attended in zip(self._pieces(), kept, strict=True):
-            x += attention.out_proj(attended)
-        kept.clear()
-        settle(2, lambda: (block.ln_2(x) for x in self._pieces()))
+            outputs |= output_moments(attention, (block.ln_1(x) for x in self.x.pieces()), len(self.x))
+        settle(0, lambda: (block.ln_1(x) for x in self.x.pieces()))
+        kept.replace(self._attended(block))
+        settle(1, kept.pieces)
+        self.x.replace(x.add_(attention.out_proj(y)) for x, y in zip(self.x.pieces(), kept.pieces(), strict=True))
+        kept.close()
+        settle(2, lambda: (block.ln_2(x) for x in self.x.pieces()))
         settle(3, inner)
-        for x, y in zip(self._pieces(), inner(), strict=True):
-            x += mlp.c_proj(y)
+        self.x.replace(x.add_(mlp.c_proj(y)) for x, y in zip(self.x.pieces(), inner(), strict=True))
 
-    def _pieces(self) -> Iterator[Tensor]:
-        return (self.x[start : start + self.batch] for start in range(0, len(self.x), self.batch))
+    def _attended(self, block: Block) -> Iterator[Tensor]:
+        """What out_proj sees."""
+        attention = block.attn.attention
+        seen: list[Tensor] = []
+        hook = attention.out_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        for x in self.x.pieces():
+            attention(block.ln_1(x), self.masks, None)
+            yield seen.pop()
+        hook.remove()

@@ -22,5 +22,8 @@ class Progress:
         """Announce a task called `label` of size `total`, None if unknown; what is yielded advances it by an amount."""
         yield lambda amount: None
 
+    def note(self, text: str) -> None:
+        """Say one line that is worth knowing now."""
+
 
 SILENT = Progress()

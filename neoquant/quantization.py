@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from neoquant.calibrated import block_of, needs_calibration, quantize_blocks, require_calibration
+from neoquant.calibrated import block_of, embed, needs_calibration, quantize_blocks, require_calibration
 from neoquant.calibration import Calibration
 from neoquant.card import render_card
 from neoquant.checkpoint import (
@@ -33,12 +33,14 @@ from neoquant.errors import CheckpointError, FormatError, OutputError, RequestEr
 from neoquant.formats import Format
 from neoquant.formats.base import dtype_name
 from neoquant.grids import Grid
+from neoquant.model.config import GPTNeoConfig
 from neoquant.planning import EMBEDDING, IN_FLIGHT_BYTES, Plan, PlanRow, make_plan
 from neoquant.progress import SILENT, Progress
 from neoquant.quantizers import QUANTIZERS
 from neoquant.quantizers.gptq import Report
 from neoquant.recipe import Recipe
 from neoquant.tensor import QuantizedTensor
+from neoquant.unfinished import FinishedBlock, Unfinished, has_unfinished
 
 RECORD = "neoquant.json"
 """File in the output folder that says, for machines, what was done."""
@@ -100,9 +102,13 @@ def quantize(
     force: bool = False,
     shard_size: int = SHARD_SIZE,
     calibration: Calibration | None = None,
+    restart: bool = False,
     progress: Progress = SILENT,
 ) -> QuantizeResult:
     """Quantize a checkpoint into the folder `out`, one tensor in memory at a time; the same request, the same bytes.
+
+    A calibrated run keeps each finished block in a hidden folder beside `out` until all are: however it ends, the same
+    request goes on from there, and makes the same bytes.
 
     Args:
         source: a folder, a hub id, or None for the bundled model.
@@ -112,11 +118,14 @@ def quantize(
         force: see `out`.
         shard_size: bytes of tensors in one output file.
         calibration: text for quantizers that must see the layers' inputs.
+        restart: drop what an unfinished run left, instead of going on with it.
         progress: told of the bytes of the source dealt with, and of downloads.
 
     Raises:
-        RequestError: the recipe cannot be carried out on this model; every reason is named. Or `out` is the source.
-        OutputError: `out` exists or cannot be written, or the disk has too little space: found before any work.
+        RequestError: the recipe cannot be carried out on this model; every reason is named. Or `out` is the source, or
+            what is unfinished was another request.
+        OutputError: `out` exists or cannot be written, or the disk has too little space: found before any work. Or
+            another process makes it, or what is unfinished is damaged.
         CheckpointError, HubError: the source cannot be read, is not a GPT-Neo, or holds weights that are not finite or
             do not fit the type they are to be stored in.
     """
@@ -129,16 +138,21 @@ def quantize(
     require_calibration(planned, calibration)
     _require_space(out, planned.output_bytes)
     with (
+        _unfinished(out, calibration, restart) as unfinished,
         CheckpointWriter(out, force=force, shard_size=shard_size, tensors=len(planned.stored)) as sink,
         open_checkpoint(location, revision=planned.revision, progress=progress) as checkpoint,
     ):
         records: dict[str, str] = {}
-        if calibration is None:
+        if calibration is None or unfinished is None:
             done, digest = _write_tensors(checkpoint, planned, sink, progress)
         else:
-            done, digest, records[CALIBRATION] = _write_calibrated(checkpoint, planned, calibration, sink, progress)
+            done, digest, records[CALIBRATION] = _write_calibrated(
+                checkpoint, planned, calibration, sink, unfinished, progress
+            )
         travelling = {path.name: path for path in checkpoint.companions()}
         sink.finish(done.config, files={**travelling, **_own_files(done, digest, out.name), **records})
+        if unfinished is not None:
+            unfinished.remove()
     return QuantizeResult(
         folder=out,
         plan=done,
@@ -189,6 +203,22 @@ def _require_another_folder(source: str | Path, out: Path) -> None:
     """Replacing the source would leave nobody with the weights before they were rounded."""
     if Path(source).is_dir() and Path(source).resolve() == out:
         raise RequestError(f"{source} is the model to quantize, and would be lost: name another folder to make")
+
+
+@contextmanager
+def _unfinished(out: Path, calibration: Calibration | None, restart: bool) -> Iterator[Unfinished | None]:
+    """What is kept of a calibrated run; another kind keeps nothing, and does not leave a calibrated one behind."""
+    if calibration is None and not has_unfinished(out):
+        yield None
+        return
+    with Unfinished(out, restart=restart) as unfinished:
+        if calibration is not None:
+            yield unfinished
+            return
+        if not restart:
+            raise unfinished.another("a calibrated one")
+        unfinished.remove()
+        yield None
 
 
 def _require_space(out: Path, needed: int) -> None:
@@ -254,44 +284,76 @@ def _write_behind(
 
 
 def _write_calibrated(
-    checkpoint: Checkpoint, planned: Plan, calibration: Calibration, sink: CheckpointWriter, progress: Progress
+    checkpoint: Checkpoint,
+    planned: Plan,
+    calibration: Calibration,
+    sink: CheckpointWriter,
+    unfinished: Unfinished,
+    progress: Progress,
 ) -> tuple[Plan, str, str]:
     """The same block after block, with a record of what calibration saw and of every layer."""
     digest = hashlib.sha256()
     for row in planned.rows:  # in the file's order, which need not be the blocks'
         _add_to_digest(digest.update, row.source, checkpoint.read(row.name))
+    config = GPTNeoConfig.from_dict(checkpoint.config)
+    spilled = False
+    unfinished.begin(_identity(checkpoint, planned, calibration, digest.hexdigest()), config.num_layers)
     stored: dict[str, tuple[TensorHeader, ...]] = {}
     layers: dict[str, Any] = {}
 
-    def carry_out(rows: Iterable[PlanRow], given: Mapping[str, QuantizedTensor]) -> None:
-        for row in rows:
-            stored[row.name] = _carry_out(row, checkpoint, planned.format, sink, given.get(row.name))
+    def make(row: PlanRow, given: QuantizedTensor | None = None) -> dict[str, torch.Tensor]:
+        with locate(checkpoint.source), locate(row.name):
+            return _made_of(checkpoint.read(row.name), row, checkpoint, planned.format, given)
+
+    def put(made: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        for row, tensors in made.items():
+            for name, tensor in tensors.items():
+                sink.put(name, tensor)
+            stored[row] = _headers(tensors)
 
     with torch.inference_mode():
-        carry_out((row for row in planned.rows if block_of(row) is None), {})
-        for block in quantize_blocks(checkpoint, planned, calibration, progress):
-            carry_out(block.rows, block.weights)
-            layers |= {layer: report.to_dict() for layer, report in block.reports.items()}
+        for row in planned.rows:
+            if block_of(row) is None:
+                put({row.name: make(row)})
+        for number in range(unfinished.finished):
+            block = unfinished.block(number)
+            put(block.made)
+            layers |= block.reports
+        if unfinished.finished:
+            progress.note(f"going on behind block {unfinished.finished} of {unfinished.blocks}")
+        shape = (*calibration.ids.shape, config.hidden_size)
+        states = unfinished.states(shape, spilled)
+        if states is None:
+            states = unfinished.no_states(shape, spilled)
+            embed(checkpoint, calibration.ids, states)
+        first = unfinished.finished
+        for number, quantized in enumerate(quantize_blocks(checkpoint, planned, states, first, progress), first):
+            made = {row.name: make(row, quantized.weights.get(row.name)) for row in quantized.rows}
+            block = FinishedBlock(made, {layer: report.to_dict() for layer, report in quantized.reports.items()})
+            put(block.made)
+            layers |= block.reports
+            unfinished.keep(number, block, states)
+        states.close()
     done = replace(planned, rows=tuple(replace(row, stored=stored[row.name]) for row in planned.rows))
     return done, digest.hexdigest(), _json({"calibration": calibration.describe(), "layers": layers})
 
 
-def _carry_out(
-    row: PlanRow,
-    checkpoint: Checkpoint,
-    format: Format,
-    sink: CheckpointWriter,
-    given: QuantizedTensor | None,
-) -> tuple[TensorHeader, ...]:
-    """Read one tensor and write what takes its place; return what was written. Nothing of it stays in memory.
+def _identity(checkpoint: Checkpoint, planned: Plan, calibration: Calibration, digest: str) -> dict[str, Any]:
+    """Everything that the bytes of a calibrated run follow from, as plain values."""
+    from neoquant import __version__
 
-    A weight may be `given` quantized.
-    """
-    with locate(checkpoint.source), locate(row.name):
-        tensors = _made_of(checkpoint.read(row.name), row, checkpoint, format, given)
-    for name, tensor in tensors.items():
-        sink.put(name, tensor)
-    return _headers(tensors)
+    ids = hashlib.sha256(calibration.ids.contiguous().numpy().data).hexdigest()
+    config = hashlib.sha256(_json(checkpoint.config).encode()).hexdigest()
+    return {
+        "neoquant": __version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),  # sums are split among them
+        "model": {"tensors": digest, "config": config},
+        "recipe": planned.recipe.model_dump(mode="json", exclude_unset=True),
+        "format": planned.format.name,
+        "dtype": dtype_name(planned.dtype),
+        "calibration": {**calibration.describe(), "tokens": ids},
+    }
 
 
 def _headers(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorHeader, ...]:

@@ -85,8 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except typer.Exit as exit:
         return exit.exit_code
-    except (typer.Abort, KeyboardInterrupt):
-        terminal.say_last("interrupted")
+    except (typer.Abort, KeyboardInterrupt) as error:
+        terminal.say_last(" ".join(["interrupted", *map(str, error.args)]))
         return INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has gone (`| head`): there is nobody to tell. Python would complain at exit.

@@ -40,6 +40,9 @@ def quantize(
         Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder to make. [default: MODEL-RECIPE, here]")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it is there.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Drop what a calibrated run left that was ended, and begin anew.")
+    ] = False,
     shard_size: options.ShardSize = "5GB",
     revision: options.Revision = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan, as `neoquant plan` does.")] = False,
@@ -50,6 +53,8 @@ def quantize(
 
     The folder is an ordinary bitsandbytes checkpoint wherever that format can hold the recipe:
     transformers loads it, and so does neoquant. Tokenizer, licence and a model card travel with it.
+    A run with --calibration that was ended, however, goes on from its last finished block when the same
+    command is given again, and makes the same bytes.
 
     \b
     Examples:
@@ -99,6 +104,7 @@ def quantize(
         force=force,
         shard_size=largest,
         calibration=shown,
+        restart=restart,
         progress=terminal.progress,
     )
     for note in made.plan.notes:

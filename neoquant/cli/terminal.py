@@ -46,8 +46,8 @@ class Terminal:
 
     @cached_property
     def progress(self) -> Progress:
-        """Bars with the time left; silent when nobody watches."""
-        return Bars(self._err) if self._err.is_terminal and not self.quiet else Progress()
+        """Bars with the time left where somebody watches; notes in any case."""
+        return Bars(self, self._err) if self._err.is_terminal and not self.quiet else Notes(self)
 
     @cached_property
     def _out(self) -> Console:
@@ -67,10 +67,21 @@ def _console(*, stderr: bool) -> Console:
     return console
 
 
-class Bars(Progress):
+class Notes(Progress):
+    """What is worth knowing now, without bars."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self._terminal = terminal
+
+    def note(self, text: str) -> None:
+        self._terminal.note(text)
+
+
+class Bars(Notes):
     """Rich's bars: they appear with the first task and disappear with the last."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, terminal: Terminal, console: Console) -> None:
+        super().__init__(terminal)
         self._console = console
         self._bars: RichBars | None = None
 

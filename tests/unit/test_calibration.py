@@ -21,6 +21,7 @@ from neoquant.model.gpt_neo import GPTNeoForCausalLM
 from neoquant.quantization import quantize
 from neoquant.quantizers import Gptq, Hessian
 from neoquant.recipe import Recipe
+from neoquant.states import StatesInMemory
 
 GPTQ3 = Recipe.simple(3, "affine", group_size=32, quantizer="gptq")
 
@@ -52,11 +53,11 @@ def damaged(name: str, w: Tensor, seen: Any, outputs: Tensor | None) -> Tensor:
 def test_layers_are_shown_what_the_quantized_model_gives_them(model: Path) -> None:
     plain, changed = load_model(model, GPTNeoForCausalLM), load_model(model, GPTNeoForCausalLM)
     ids = calibration().ids
-    walk = Walk(embedded(plain, ids), plain.config.window_size, tokens=5 * ids.shape[1])
+    walk = Walk(StatesInMemory.of(embedded(plain, ids), 5 * ids.shape[1]), plain.config.window_size)
     shown: list[Tensor] = []
     expected: dict[str, Tensor] = {}
     for block in plain.transformer.h:
-        before = walk.x.clone()
+        before = walk.x.whole()
         shown.clear()
         walk.through(block, lambda names, inputs, columns: shown.append(collect(inputs, columns)), damaged)
         twin = changed.transformer.h[list(plain.transformer.h).index(block)]
@@ -71,7 +72,7 @@ def test_layers_are_shown_what_the_quantized_model_gives_them(model: Path) -> No
                 assert isinstance(layer, nn.Linear)
                 layer.weight.data = damaged(name, layer.weight.data, None, None)
                 assert torch.equal(layer.weight, block.get_submodule(name).weight)
-        assert torch.allclose(walk.x, twin(before, walk.masks), atol=1e-5)
+        assert torch.allclose(walk.x.whole(), twin(before, walk.masks), atol=1e-5)
 
 
 def test_a_folder_is_the_quantizer_applied_block_by_block(model: Path, tmp_path: Path) -> None:
@@ -82,7 +83,7 @@ def test_a_folder_is_the_quantizer_applied_block_by_block(model: Path, tmp_path:
     assert made.source_sha256 == quantize(model, tmp_path / "nf4", Recipe.simple()).source_sha256
     loaded, plain = load_model(made.folder, GPTNeoForCausalLM), load_model(model, GPTNeoForCausalLM)
     with torch.inference_mode():
-        walk = Walk(embedded(plain, calibration().ids), plain.config.window_size)
+        walk = Walk(StatesInMemory.of(embedded(plain, calibration().ids)), plain.config.window_size)
         for number, block in enumerate(plain.transformer.h):
             found: dict[str, Tensor] = {}
 
