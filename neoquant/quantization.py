@@ -29,6 +29,7 @@ from neoquant.checkpoint import (
     free_bytes,
     open_checkpoint,
 )
+from neoquant.costs import foresee
 from neoquant.errors import CheckpointError, FormatError, OutputError, RequestError, locate
 from neoquant.formats import Format
 from neoquant.formats.base import dtype_name
@@ -102,6 +103,7 @@ def quantize(
     force: bool = False,
     shard_size: int = SHARD_SIZE,
     calibration: Calibration | None = None,
+    max_memory: int | None = None,
     restart: bool = False,
     progress: Progress = SILENT,
 ) -> QuantizeResult:
@@ -118,12 +120,14 @@ def quantize(
         force: see `out`.
         shard_size: bytes of tensors in one output file.
         calibration: text for quantizers that must see the layers' inputs.
+        max_memory: bytes that a calibrated run may take; where they are too few for the rows' hidden states, those are
+            kept in files. Changes nothing in the result.
         restart: drop what an unfinished run left, instead of going on with it.
         progress: told of the bytes of the source dealt with, and of downloads.
 
     Raises:
         RequestError: the recipe cannot be carried out on this model; every reason is named. Or `out` is the source, or
-            what is unfinished was another request.
+            what is unfinished was another request, or `max_memory` is too little for one block.
         OutputError: `out` exists or cannot be written, or the disk has too little space: found before any work. Or
             another process makes it, or what is unfinished is damaged.
         CheckpointError, HubError: the source cannot be read, is not a GPT-Neo, or holds weights that are not finite or
@@ -136,18 +140,24 @@ def quantize(
     check_output(out, force)
     planned = plan(location, recipe, revision=revision, shard_size=shard_size, name=out.name, progress=progress)
     require_calibration(planned, calibration)
-    _require_space(out, planned.output_bytes)
+    need = None
+    if calibration is not None:
+        rows, length = calibration.ids.shape
+        need = foresee(GPTNeoConfig.from_dict(dict(planned.config)), rows, length, max_memory)
+    elif max_memory is not None:
+        raise RequestError("max_memory limits calibrated runs; without calibration few tensors are in memory at once")
+    _require_space(out, planned.output_bytes + (0 if need is None else need.disk))
     with (
         _unfinished(out, calibration, restart) as unfinished,
         CheckpointWriter(out, force=force, shard_size=shard_size, tensors=len(planned.stored)) as sink,
         open_checkpoint(location, revision=planned.revision, progress=progress) as checkpoint,
     ):
         records: dict[str, str] = {}
-        if calibration is None or unfinished is None:
+        if calibration is None or unfinished is None or need is None:
             done, digest = _write_tensors(checkpoint, planned, sink, progress)
         else:
             done, digest, records[CALIBRATION] = _write_calibrated(
-                checkpoint, planned, calibration, sink, unfinished, progress
+                checkpoint, planned, calibration, need.spilled, sink, unfinished, progress
             )
         travelling = {path.name: path for path in checkpoint.companions()}
         sink.finish(done.config, files={**travelling, **_own_files(done, digest, out.name), **records})
@@ -287,6 +297,7 @@ def _write_calibrated(
     checkpoint: Checkpoint,
     planned: Plan,
     calibration: Calibration,
+    spilled: bool,
     sink: CheckpointWriter,
     unfinished: Unfinished,
     progress: Progress,
@@ -296,7 +307,6 @@ def _write_calibrated(
     for row in planned.rows:  # in the file's order, which need not be the blocks'
         _add_to_digest(digest.update, row.source, checkpoint.read(row.name))
     config = GPTNeoConfig.from_dict(checkpoint.config)
-    spilled = False
     unfinished.begin(_identity(checkpoint, planned, calibration, digest.hexdigest()), config.num_layers)
     stored: dict[str, tuple[TensorHeader, ...]] = {}
     layers: dict[str, Any] = {}

@@ -138,6 +138,15 @@ Length = Annotated[
     int | None, typer.Option("--length", metavar="N", help="Tokens a row. [default: 2048 or the model's context]")
 ]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Which rows are drawn from the text.")]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory",
+        metavar="SIZE",
+        help="Memory that a calibrated run may take, like 3GB: what the text's rows need beyond it goes to disk.",
+        show_default=False,
+    ),
+]
 KeptDtype = Annotated[
     str | None,
     typer.Option(
@@ -196,7 +205,7 @@ Stride = Annotated[int | None, typer.Option("--stride", metavar="N", help="Token
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, option: str = "--shard-size") -> int:
     """Bytes of `500MB`, `5GB`, `1.5GiB` or a plain number.
 
     Raises:
@@ -209,5 +218,5 @@ def parse_size(text: str) -> int:
     except (ValueError, KeyError, OverflowError):
         size = 0
     if size < 1:
-        raise RequestError(f"--shard-size {text!r} is not a size; write it like 500MB, 5GB or 2GiB")
+        raise RequestError(f"{option} {text!r} is not a size; write it like 500MB, 5GB or 2GiB")
     return size

@@ -31,6 +31,7 @@ def quantize(
     rows: options.Rows = 128,
     length: options.Length = None,
     seed: options.Seed = 0,
+    max_memory: options.MaxMemory = None,
     keep: options.Keep = None,
     recipe: options.RecipeName = None,
     format: options.Format = None,
@@ -84,6 +85,7 @@ def quantize(
         recipe=recipe,
     )
     largest = options.parse_size(shard_size)
+    limit = None if max_memory is None else options.parse_size(max_memory, "--max-memory")
     source = find_model(model, terminal, "quantize")
     folder = out or Path(f"{short_name(model)}-{chosen.name}")
     if dry_run:
@@ -104,6 +106,7 @@ def quantize(
         force=force,
         shard_size=largest,
         calibration=shown,
+        max_memory=limit,
         restart=restart,
         progress=terminal.progress,
     )

@@ -16,7 +16,9 @@ import torch
 from conftest import Cli, write_tiny_model
 
 from neoquant.calibration import Calibration, hash_texts
+from neoquant.costs import foresee
 from neoquant.errors import OutputError, RequestError
+from neoquant.model.config import GPTNeoConfig
 from neoquant.progress import Progress
 from neoquant.quantization import quantize
 from neoquant.recipe import Recipe
@@ -224,3 +226,20 @@ def test_the_command_line_goes_on(cli: Cli, model: Path, tmp_path: Path, text_fi
     assert refused.code == 2 and "rules 1.symmetric was not stated, now true" in refused.error
     done = cli("quantize", model, *words, "--out", tmp_path / "out")
     assert done.code == 0 and "going on behind block 1 of 3" in done.err
+
+
+def test_on_disk_is_in_memory(model: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    config = GPTNeoConfig.from_pretrained(model)
+    plenty = foresee(config, 5, 24).memory
+    little = foresee(config, 5, 24, plenty - 1).memory
+    assert little < plenty
+    with pytest.raises(RequestError, match=r"calibrating needs about 300 MB for one block, more than the 0 MB"):
+        quantize(model, tmp_path / "out", RECIPE, calibration=calibration(), max_memory=1000)
+    stop_after(1, model, tmp_path / "out", max_memory=little)
+    assert [path.name.split("-")[0] for path in sorted((tmp_path / ".out.unfinished").iterdir())] == [
+        "block", "hidden", "run.json"
+    ]  # fmt: skip
+    stop_after(2, model, tmp_path / "out")  # a limit may change on the way
+    made = quantize(model, tmp_path / "out", RECIPE, calibration=calibration(), max_memory=little)
+    assert contents(made.folder) == undisturbed
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

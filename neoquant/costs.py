@@ -1,0 +1,54 @@
+"""What a calibrated run will need, from the model's shape and the calibration's alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from neoquant.errors import RequestError
+from neoquant.model.config import GPTNeoConfig
+from neoquant.states import rows_of_piece
+
+_RESIDENT_BYTES = 300_000_000  # of a process that has imported torch and quantized tiny layers
+_SQUARES = 8  # matrices [I, I] alive at once while a Hessian is inverted: measured, itself included
+_WEIGHTS = 4  # and of a weight's size [O, I] while that is rounded
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes at the peak: of memory, and on the disk beside the output while the run is unfinished."""
+
+    memory: int
+    disk: int
+    spilled: bool
+    """Whether the rows' hidden states are in files instead of memory."""
+
+
+def foresee(config: GPTNeoConfig, rows: int, length: int, max_memory: int | None = None) -> Need:
+    """What rows x length tokens of calibration need, with their hidden states in files if memory is too small.
+
+    Raises:
+        RequestError: one block alone needs more than `max_memory`.
+    """
+    plenty, little = (_need(config, rows, length, spilled) for spilled in (False, True))
+    if max_memory is None or plenty.memory <= max_memory:
+        return plenty
+    if little.memory <= max_memory:
+        return little
+    raise RequestError(
+        f"calibrating needs about {little.memory / 1e6:,.0f} MB for one block, "
+        f"more than the {max_memory / 1e6:,.0f} MB it may take"
+    )
+
+
+def _need(config: GPTNeoConfig, rows: int, length: int, spilled: bool) -> Need:
+    C, inner = config.hidden_size, config.inner_size
+    states = 4 * rows * length * C
+    block = 4 * (4 * C * C + 2 * C * inner)
+    piece = 4 * min(rows, rows_of_piece(length)) * length * (2 * inner + 4 * C)
+    held = 0 if spilled else states
+    attention = 2 * held + _SQUARES * 4 * C * C  # what out_proj sees is held as well
+    mlp = held + _SQUARES * 4 * inner * inner + _WEIGHTS * 4 * C * inner
+    finished = config.num_layers * block // 4  # 8 bits a weight at most
+    return Need(
+        _RESIDENT_BYTES + block + piece + max(attention, mlp), finished + (4 if spilled else 2) * states, spilled
+    )
