@@ -17,13 +17,15 @@ backward pass.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from neoquant.model.gpt_neo import SelfAttention
 
-POSITIONS = 1024  # queries that are looked at, spread over all rows; more changed nothing that could be measured
+POSITIONS = 256  # queries that are looked at; four times as many changed nothing that could be measured
+LEAST = 16  # of them in a row that is looked at at all
 
 
 def output_moments(attention: SelfAttention, inputs: Iterable[Tensor], rows: int) -> dict[str, Tensor]:
@@ -40,25 +42,31 @@ def output_moments(attention: SelfAttention, inputs: Iterable[Tensor], rows: int
     M = W.transpose(1, 2) @ W
     K_q, K_k = torch.zeros_like(M), torch.zeros_like(M)
     random = torch.Generator().manual_seed(0)
-    for piece in inputs:
-        for x in piece:
-            positions = torch.randperm(len(x), generator=random)[: max(1, POSITIONS // rows)]
-            q, k, v = (
-                proj(x).view(len(x), heads, -1).transpose(0, 1)  # [H, T, D]
-                for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
-            )
-            for position in positions.tolist():
-                first = max(0, position + 1 - attention.window_size) if attention.local else 0
-                of_q, of_k = _one_query(q[:, position], k[:, first : position + 1], v[:, first : position + 1], M)
-                K_q += of_q
-                K_k += of_k
+    every = max(1, rows * LEAST // POSITIONS)  # row; so many queries of a row are worth its keys and values
+    count = max(LEAST, POSITIONS // rows)
+    for x in islice((x for piece in inputs for x in piece), 0, None, every):
+        positions = torch.randperm(len(x), generator=random)[:count]
+        k, v = (
+            proj(x).view(len(x), heads, -1).transpose(0, 1).contiguous()  # [H, T, D]
+            for proj in (attention.k_proj, attention.v_proj)
+        )
+        q = attention.q_proj(x[positions]).view(len(positions), heads, -1).transpose(0, 1)
+        sizes = (v @ M).mul_(v).sum(2)  # |W v|², [H, T]
+        for i, position in enumerate(positions.tolist()):
+            seen = slice(max(0, position + 1 - attention.window_size) if attention.local else 0, position + 1)
+            of_q, of_k = _one_query(q[:, i, :, None], k[:, seen], v[:, seen], sizes[:, seen], M)
+            K_q += of_q
+            K_k += of_k
     return {"q_proj": K_q, "k_proj": K_k, "v_proj": M}
 
 
-def _one_query(q: Tensor, k: Tensor, v: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
-    """What one query adds to K of q_proj and of k_proj: q[H, D], k and v [H, S, D], M[H, D, D]."""
-    p = (k @ q[:, :, None]).softmax(1)  # [H, S, 1]
-    apart = v - (p * v).sum(1, keepdim=True)
-    S = (p * apart).transpose(1, 2) @ k  # [H, D, D]
-    weight = (p.square() * (apart @ M).mul_(apart)).sum((1, 2))
-    return S.transpose(1, 2) @ M @ S, weight[:, None, None] * (q[:, :, None] * q[:, None, :])
+def _one_query(q: Tensor, k: Tensor, v: Tensor, sizes: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
+    """What one query adds to K of q_proj and of k_proj: q[H, D, 1], k and v [H, S, D], |W v|² [H, S], M[H, D, D]."""
+    p = (k @ q).squeeze(2).softmax(1)  # [H, S]
+    weighted = p[:, :, None] * v
+    o, k_mean = weighted.sum(1, keepdim=True), p[:, None] @ k  # [H, 1, D]
+    S = (weighted.transpose(1, 2) @ k).sub_(o.transpose(1, 2) @ k_mean)
+    through = o @ M
+    apart = sizes - 2 * (v @ through.transpose(1, 2)).squeeze(2) + (through * o).sum(2)  # |W (v - o)|², [H, S]
+    weight = (p.square() * apart.clamp_(min=0)).sum(1)
+    return S.transpose(1, 2) @ M @ S, weight[:, None, None] * (q @ q.transpose(1, 2))

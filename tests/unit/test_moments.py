@@ -52,14 +52,14 @@ def test_against_derivatives(layer: int, monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.allclose(found["v_proj"].double(), torch.einsum("chd,che->hde", W, W), atol=1e-4)
 
 
+@torch.inference_mode()
 def test_a_few_positions_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     attention, _, _ = make(0)
     attention.float()
-    x = torch.randn(64, T, C)
+    x = torch.randn(256, T, C)
     found = {}
-    for positions in (64 * T, 64 * 4):
+    for positions in (256 * 16, 256 * 4):
         monkeypatch.setattr(moments, "POSITIONS", positions)
         found[positions] = moments.output_moments(attention, [x], len(x))["q_proj"]
-    every, some = (K / K.diagonal(dim1=1, dim2=2).sum() for K in found.values())
-    assert torch.allclose(every, some, atol=0.1 * float(every.max()))
-    assert torch.equal(found[64 * 4], moments.output_moments(attention, x.split(7), len(x))["q_proj"])
+    assert torch.cosine_similarity(*(K.flatten(1) for K in found.values())).min() > 0.8  # of each head's matrix
+    assert torch.equal(found[256 * 4], moments.output_moments(attention, x.split(7), len(x))["q_proj"])
