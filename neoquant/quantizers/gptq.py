@@ -19,6 +19,7 @@ from neoquant.quantizers.hessian import Across, Hessian
 from neoquant.tensor import QuantizedTensor
 
 BLOCK = 128  # columns whose errors are gathered before the columns behind them are corrected at once
+MEASURED = 512  # rows of a weight whose errors are reported, for all: measuring more takes as long as rounding
 ORDERS = ("static", "off", "dynamic")
 SCALES = ("range", "mse", "weighted")
 OBJECTIVES = ("attention", "layer")
@@ -117,14 +118,16 @@ class Gptq(Quantizer):
 
         H = seen.matrix if order is None else seen.matrix[order][:, order]
         weighing = outputs if across is not None else None
+        rows = slice(None, None, max(1, len(w) // MEASURED) if weighing is None else 1)
+        single, nearest, decoded = single[rows], nearest[rows], grid.decode(q.codes, q.params)[rows]
         size = _square(single, H, weighing) or 1.0
         report = Report(
             objective="layer" if across is None else "attention",
             damping=factor.damping,
             double=factor.double,
             dead=int((seen.diagonal == 0).sum()),
-            error_nearest=_square(nearest.sub_(single), H, weighing) / size,
-            error=_square(q.grid.decode(q.codes, q.params).sub_(single), H, weighing) / size,
+            error_nearest=_square(nearest - single, H, weighing) / size,
+            error=_square(decoded - single, H, weighing) / size,
             seconds=time.perf_counter() - started,
         )
         return q, report

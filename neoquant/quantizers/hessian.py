@@ -49,8 +49,13 @@ class Hessian:
     @property
     def matrix(self) -> Tensor:
         """H, float32[I, I], without damping."""
-        upper = self._sum.triu()
-        return (upper + upper.triu(1).T).mul_(2 / max(1, self.rows))
+        H = self._sum.clone()
+        for start in range(0, self.columns, STRIP):
+            stop = min(start + STRIP, self.columns)
+            H[stop:, start:stop] = H[start:stop, stop:].T
+            corner = H[start:stop, start:stop]
+            corner.copy_(corner.triu() + corner.triu(1).T)
+        return H.mul_(2 / max(1, self.rows))
 
     @property
     def diagonal(self) -> Tensor:
@@ -75,7 +80,7 @@ class Hessian:
             H.diagonal()[diagonal == 0] = mean
             if ordered:
                 order = self.order()
-                H = H[order][:, order]
+                H = H[order[:, None], order]
             self._factors[ordered, damping] = _factor(H, mean, damping)
         return self._factors[ordered, damping]
 
@@ -133,6 +138,8 @@ def inverse_factor(H: Tensor) -> Tensor | None:
     lower, info = torch.linalg.cholesky_ex(H.flip(0, 1))
     if int(info):
         return None
+    turned = lower.flip(0, 1)
+    del lower  # a matrix of the largest layers takes 268 MB at 1.3B
     identity = torch.eye(len(H), dtype=H.dtype, device=H.device)
-    upper: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-    return upper if bool(upper.isfinite().all()) else None
+    upper = torch.linalg.solve_triangular(turned, identity, upper=True, out=identity)
+    return upper if bool(upper.diagonal().sum().isfinite()) else None
