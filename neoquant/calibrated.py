@@ -17,7 +17,6 @@ from neoquant.model.config import GPTNeoConfig
 from neoquant.model.gpt_neo import Block
 from neoquant.planning import Plan, PlanRow
 from neoquant.progress import Progress
-from neoquant.quantizers import QUANTIZERS
 from neoquant.states import States
 from neoquant.tensor import QuantizedTensor
 
@@ -35,8 +34,7 @@ class Quantized:
 
 def needs_calibration(planned: Plan) -> bool:
     """Whether some layer's quantizer must see the layer's inputs."""
-    names = {row.quantizer for row in planned.rows if row.quantizer is not None}
-    return any(QUANTIZERS[name].needs_calibration for name in names)
+    return any(row.quantizer is not None and row.quantizer.needs_calibration for row in planned.rows)
 
 
 def require_calibration(planned: Plan, calibration: Calibration | None) -> None:
@@ -87,7 +85,7 @@ def _quantize_block(
     checkpoint: Checkpoint, rows: list[PlanRow], config: GPTNeoConfig, number: int, walk: Walk
 ) -> Quantized:
     by_name = {_local(row): row for row in rows}
-    chosen = {name: QUANTIZERS[row.quantizer]() for name, row in by_name.items() if row.quantizer is not None}
+    chosen = {name: row.quantizer for name, row in by_name.items() if row.quantizer is not None}
     weights: dict[str, QuantizedTensor] = {}
     reports: dict[str, Any] = {}
 
@@ -101,10 +99,10 @@ def _quantize_block(
 
     def rounded(name: str, w: Tensor, seen: Any, outputs: Tensor | None) -> Tensor:
         row = by_name[f"{name}.weight"]
-        if row.grid is None:
+        if row.grid is None or row.quantizer is None:
             return w
         with locate(row.name):
-            q, report = chosen[f"{name}.weight"].run(w.to(row.dtype), row.grid, seen, outputs)
+            q, report = row.quantizer.run(w.to(row.dtype), row.grid, seen, outputs)
         if report is not None:
             reports[row.layer] = report
         weights[row.name] = q

@@ -150,4 +150,5 @@ def _kind(row: PlanRow) -> tuple[str, str, str]:
     if row.grid is None:
         return f"`{what}`", dtype_name(row.stored[0].dtype), why
     options = ", ".join(f"{key} {value}" for key, value in row.grid.describe().items() if key not in ("name", "bits"))
-    return f"`{what}`", f"{row.grid.name}{f' ({options})' if options else ''}, {row.quantizer}", why
+    assert row.quantizer is not None  # who chooses codes on the grid
+    return f"`{what}`", f"{row.grid.name}{f' ({options})' if options else ''}, {row.quantizer.label}", why

@@ -299,7 +299,8 @@ def save_model(model: PreTrainedModel, folder: str | Path, *, force: bool = Fals
     inside = {f"{name}.{buffer}" for name, layer in held for buffer in dict(layer.named_buffers())}
     tables = [module for module in model.modules() if isinstance(module, QuantEmbedding)]
     targets = {name: (layer.grid, layer.shape) for name, layer in layers.items()}
-    format = formats.choose(targets, embeddings=bool(tables)) if layers else None
+    ordered = [name for name, layer in layers.items() if layer.ordered]
+    format = formats.choose(targets, embeddings=bool(tables), ordered=ordered) if layers else None
     tied = model.tied_weights()
     plain = {name: tensor for name, tensor in model.state_dict().items() if name not in tied and name not in inside}
     config = model.config.to_dict() | {
@@ -312,7 +313,7 @@ def save_model(model: PreTrainedModel, folder: str | Path, *, force: bool = Fals
         config["quantization_config"] = format.config(
             {name: layer.grid for name, layer in layers.items()},
             kept,
-            ordered=any(layer.ordered for layer in layers.values()),
+            ordered=bool(ordered),
         )
     with CheckpointWriter(folder, tensors=len(plain) + 8 * len(layers), force=force) as sink:
         for name, tensor in plain.items():

@@ -7,7 +7,7 @@ request that cannot be carried out is refused here, with every reason at once.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,11 +17,11 @@ import torch
 from neoquant.calibration import SHARING
 from neoquant.checkpoint import SHARD_SIZE, Checkpoint, TensorHeader, expected_size
 from neoquant.errors import CheckpointError, FormatError, RecipeError, RequestError
-from neoquant.formats import FORMATS, Format, detect
+from neoquant.formats import FORMATS, Format, detect, why_not
 from neoquant.formats.base import dtype_name
 from neoquant.grids import Grid, make_grid
 from neoquant.model.config import GPTNeoConfig
-from neoquant.quantizers import QUANTIZERS
+from neoquant.quantizers import Nearest, Quantizer
 from neoquant.recipe import Recipe, Rule
 
 BLOCK_LINEARS = tuple(name for together in SHARING for name in together)
@@ -70,7 +70,7 @@ class PlanRow:
     stored: tuple[TensorHeader, ...]
     reason: str
     grid: Grid | None = None
-    quantizer: str | None = None
+    quantizer: Quantizer | None = None
     stored_name: str | None = None
     """The tensor's name in the output, where that is another."""
 
@@ -187,13 +187,15 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, shard_size: int = SHARD
     tables = _tables(headers, recipe, tied)
     faults = recipe.complaints(linears, others)
     rules = {layer: recipe.rule_for(layer) for layer in linears}
-    grids = {layer: rule.grid() for layer, rule in rules.items() if rule is not None and not rule.keep}
+    treated = {layer: rule for layer, rule in rules.items() if rule is not None and not rule.keep}
+    grids = {layer: rule.grid() for layer, rule in treated.items()}
+    ordered = [layer for layer, rule in treated.items() if rule.make_quantizer().gives_order]
     if not grids:
         faults.append("nothing is left to quantize: every layer is kept in half precision")
     targets = {layer: (grid, _matrix(linears[layer])) for layer, grid in grids.items()}
     if recipe.embeddings in EMBEDDING_GRIDS and not tables:
         faults.append(f'embeddings = "{recipe.embeddings}" finds none: a rule keeps it, or there is no {EMBEDDING}')
-    format, passed_over = _choose_format(recipe, targets)
+    format, passed_over = _choose_format(recipe, targets, ordered)
     if format is None:
         faults.append(f'format = "{recipe.format}" cannot hold this: {"; ".join(dict.fromkeys(passed_over))}')
     if faults or format is None:
@@ -216,7 +218,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, shard_size: int = SHARD
         rows=rows,
         format=format,
         dtype=dtype,
-        config=_output_config(checkpoint.config, format, grids, linears, dtype),
+        config=_output_config(checkpoint.config, format, grids, linears, dtype, bool(ordered)),
         shard_size=shard_size,
         notes=(
             *_layer_notes(rows, rules),
@@ -303,26 +305,18 @@ def _embeddings(choice: str, format: Format) -> str:
     return DEFAULT_EMBEDDINGS if format.holds_embeddings else "keep"
 
 
-def _choose_format(recipe: Recipe, targets: _Targets) -> tuple[Format | None, list[str]]:
+def _choose_format(recipe: Recipe, targets: _Targets, ordered: Collection[str]) -> tuple[Format | None, list[str]]:
     """The first format of the choice that holds all targets in one checkpoint, and why those before it do not."""
     reasons: list[str] = []
     for format in FORMATS.values():
         if recipe.format in ("auto", format.family):
-            reason = _why_not(format, targets)
+            reason = why_not(format, targets, ordered)
             if reason is None and recipe.embeddings in EMBEDDING_GRIDS and not format.holds_embeddings:
                 reason = f'format {format.name} keeps embeddings in half precision, format = "neoquant" can hold them'
             if reason is None:
                 return format, reasons
             reasons.append(reason)
     return None, reasons
-
-
-def _why_not(format: Format, targets: _Targets) -> str | None:
-    for layer, (grid, shape) in targets.items():
-        reason = format.refuse(grid, shape)
-        if reason is not None:
-            return f"{reason} ({layer})"
-    return format.refuse_all({layer: grid for layer, (grid, _) in targets.items()})
 
 
 def _half_dtype(headers: Iterable[TensorHeader], choice: str) -> torch.dtype:
@@ -369,11 +363,11 @@ def _row(
 def _quantized_row(header: TensorHeader, layer: str, grid: Grid, rule: Rule | None, format: Format) -> PlanRow:
     """A block linear by its `rule`, or an embedding without one."""
     prefix = header.name.removesuffix(".weight")
-    layout = format.layout(grid, _matrix(header), header.dtype)
+    quantizer = Nearest() if rule is None else rule.make_quantizer()
+    layout = format.layout(grid, _matrix(header), header.dtype, quantizer.gives_order)
     stored = tuple(TensorHeader(prefix + suffix, *spec) for suffix, spec in layout.items())
-    if rule is None:
-        return PlanRow(header, layer, "quantize", stored, "embedding", grid, "nearest")
-    return PlanRow(header, layer, "quantize", stored, f"match = {rule.match!r}", grid, rule.quantizer)
+    why = "embedding" if rule is None else f"match = {rule.match!r}"
+    return PlanRow(header, layer, "quantize", stored, why, grid, quantizer)
 
 
 def _why_kept(header: TensorHeader, layer: str, rules: Mapping[str, Rule | None]) -> str:
@@ -391,6 +385,7 @@ def _output_config(
     grids: Mapping[str, Grid],
     linears: Iterable[str],
     dtype: torch.dtype,
+    ordered: bool,
 ) -> dict[str, Any]:
     """The source's configuration with the quantization and the stored type in it."""
     # Without the prefix, a name fits every model class: readers compare the end of a layer's name with these.
@@ -398,7 +393,7 @@ def _output_config(
     output = {**config, "dtype": dtype_name(dtype)}
     if "torch_dtype" in config:
         output["torch_dtype"] = dtype_name(dtype)
-    output["quantization_config"] = format.config(grids, skipped)
+    output["quantization_config"] = format.config(grids, skipped, ordered)
     return output
 
 
@@ -412,10 +407,9 @@ def _layer_notes(rows: Sequence[PlanRow], rules: Mapping[str, Rule | None]) -> I
 
 
 def _calibration_notes(rows: Sequence[PlanRow]) -> Iterator[str]:
-    names = sorted({row.quantizer for row in rows if row.quantizer is not None})
-    for name in names:
-        if QUANTIZERS[name].needs_calibration:
-            yield f"{name} sees calibration text while it quantizes; the memory that this takes is not counted here"
+    used = {row.quantizer.name for row in rows if row.quantizer is not None and row.quantizer.needs_calibration}
+    for name in sorted(used):
+        yield f"{name} sees calibration text while it quantizes; the memory that this takes is not counted here"
 
 
 def _grid_notes(targets: _Targets) -> Iterator[str]:
@@ -466,6 +460,6 @@ def _row_dict(row: PlanRow) -> dict[str, Any]:
         "bytes": row.out_bytes,
         "reason": row.reason,
     }
-    if row.grid is not None:
-        entry |= {"grid": row.grid.describe(), "quantizer": row.quantizer}
+    if row.grid is not None and row.quantizer is not None:
+        entry |= {"grid": row.grid.describe(), "quantizer": row.quantizer.describe()}
     return entry

@@ -37,7 +37,7 @@ from neoquant.grids import Grid
 from neoquant.model.config import GPTNeoConfig
 from neoquant.planning import EMBEDDING, IN_FLIGHT_BYTES, Plan, PlanRow, make_plan
 from neoquant.progress import SILENT, Progress
-from neoquant.quantizers import QUANTIZERS
+from neoquant.quantizers import Quantizer
 from neoquant.quantizers.gptq import Report
 from neoquant.recipe import Recipe
 from neoquant.tensor import QuantizedTensor
@@ -389,10 +389,10 @@ def _made_of(
     return {prefix + suffix: tensor for suffix, tensor in format.encode(quantized).items()}
 
 
-def _quantized(weight: torch.Tensor, grid: Grid, quantizer: str) -> QuantizedTensor:
+def _quantized(weight: torch.Tensor, grid: Grid, quantizer: Quantizer) -> QuantizedTensor:
     """Every grid looks at its scales: only a weight that was refused need be searched for what is not finite."""
     try:
-        return QUANTIZERS[quantizer]().quantize(weight, grid)
+        return quantizer.quantize(weight, grid)
     except FormatError:
         _require_finite(weight)
         raise

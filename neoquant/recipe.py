@@ -20,6 +20,8 @@ A recipe is a frozen value, written in TOML::
     # group_size = 128                  # these two for type = "affine"
     # symmetric = false
     quantizer = "nearest"
+    # order = "static"                  # the quantizer's own options; these for quantizer = "gptq"
+    # scales = "range"
 
 Layers are named as in the causal language model (`transformer.h.0.attn.attention.q_proj`), whatever the checkpoint's
 head.
@@ -31,11 +33,12 @@ import difflib
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from neoquant.errors import RecipeError, locate
 
@@ -46,16 +49,28 @@ else:
 
 if TYPE_CHECKING:
     from neoquant.grids import Grid
+    from neoquant.quantizers import Quantizer
 
 FormatChoice = Literal["auto", "bitsandbytes", "gptq", "neoquant"]
 DtypeChoice = Literal["auto", "float16", "bfloat16"]
 EmbeddingsChoice = Literal["auto", "keep", "int8", "nf4"]
 
 
-class Rule(BaseModel):
-    """What happens to the layers that `match`: `keep` them in half precision, or quantize them to `bits` of `type`."""
+@dataclass(frozen=True)
+class Origin:
+    """What a rule was made of, for messages: the option that was typed. No part of what the rule says."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    words: str | None = field(default=None, compare=False)
+
+
+class Rule(BaseModel):
+    """What happens to the layers that `match`: `keep` them in half precision, or quantize them to `bits` of `type`.
+
+    Keys beside the fields are options of the quantizer.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+    _origin: Origin = PrivateAttr(default=Origin())
 
     match: str = Field(min_length=1)
     keep: bool = False
@@ -66,6 +81,11 @@ class Rule(BaseModel):
     group_size: int | None = None
     symmetric: bool | None = None
     quantizer: str = "nearest"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What is stated of the quantizer's options."""
+        return dict(self.model_extra or {})
 
     def matches(self, layer: str) -> bool:
         """Whether the glob covers `layer`, given by the layer's own name or by its weight's (`... .weight`)."""
@@ -90,12 +110,23 @@ class Rule(BaseModel):
             symmetric=self.symmetric,
         )
 
+    def make_quantizer(self) -> Quantizer:
+        """The quantizer that the rule asks for.
+
+        Raises:
+            RequestError: there is no such quantizer, or no such option or value of it; the message names the legal.
+        """
+        from neoquant.quantizers import make_quantizer
+
+        return make_quantizer(self.quantizer, **self.options)
+
     def check(self) -> None:
         """Refuse a rule that says nothing, says two things at once, or asks for what does not exist.
 
         Raises:
             RequestError: naming what is missing, too much, or illegal.
         """
+        self._refuse_unknown()
         if self.keep:
             stated = sorted(self.model_fields_set - {"match", "keep"})
             if stated:
@@ -105,10 +136,16 @@ class Rule(BaseModel):
         if absent:
             raise RecipeError(f"{' and '.join(absent)} missing: a rule needs bits and type, or keep = true")
         self.grid()
+        self.make_quantizer()
+
+    def _refuse_unknown(self) -> None:
+        """Keys that are neither a rule's nor an option of any quantizer."""
         from neoquant.quantizers import QUANTIZERS
 
-        if self.quantizer not in QUANTIZERS:
-            raise RecipeError(f"quantizer {self.quantizer!r} is not one of {', '.join(QUANTIZERS)}")
+        options = [key for cls in QUANTIZERS.values() for key in cls.options()]
+        for key in self.options:
+            if key not in options:
+                raise RecipeError(_unknown(key, [*type(self).model_fields, *options]))
 
 
 class Recipe(BaseModel):
@@ -138,8 +175,9 @@ class Recipe(BaseModel):
         format: FormatChoice = "auto",
         dtype: DtypeChoice = "auto",
         embeddings: EmbeddingsChoice = "auto",
+        **options: str | float,
     ) -> Recipe:
-        """One grid for every block linear except those that match a glob of `keep`.
+        """One grid for every block linear except those that match a glob of `keep`; `options` are the quantizer's.
 
         Raises:
             RequestError: no such grid, or a parameter that it does not have.
@@ -152,16 +190,35 @@ class Recipe(BaseModel):
             "group_size": group_size,
             "symmetric": symmetric,
         }
-        stated = {"bits": bits, "type": type, "quantizer": quantizer, **grid}
+        stated = {"bits": bits, "type": type, "quantizer": quantizer, **grid, **options}
         everything = {"match": "*", **{key: value for key, value in stated.items() if value is not None}}
         Rule.model_validate(everything).check()  # here, so that the message does not speak of a rule nobody wrote
-        rules = [*({"match": glob, "keep": True} for glob in keep), everything]
         named = f"{type}{bits}" if sum(name == type for _, name in legal_pairs()) > 1 else type
         if quantizer not in (None, "nearest"):
             named = f"gptq{bits}" if type == "affine" else f"{named}-{quantizer}"
         if embeddings not in ("auto", "keep"):
             named = f"{named}-{embeddings}-embeddings"
-        return cls.parse({"name": named, "format": format, "dtype": dtype, "embeddings": embeddings, "rules": rules})
+        recipe = cls.parse(
+            {"name": named, "format": format, "dtype": dtype, "embeddings": embeddings, "rules": [everything]}
+        )
+        recipe.rules[0]._origin = Origin("")
+        return recipe.keeping(keep)
+
+    def keeping(self, globs: Iterable[str], said: str = "keep") -> Recipe:
+        """The same recipe, but for layers that match one of `globs`, which stay in half precision.
+
+        `said` is how messages call what asked for it.
+
+        Raises:
+            RecipeError: a glob is empty.
+        """
+        kept = []
+        for glob in globs:
+            if not glob:
+                raise RecipeError(f"{said} '' is empty: name layers, for example '*.c_proj'")
+            kept.append(Rule(match=glob, keep=True))
+            kept[-1]._origin = Origin(f"{said} {glob!r}")
+        return self.model_copy(update={"rules": (*kept, *self.rules)})
 
     @classmethod
     def load(cls, recipe: str | Path) -> Recipe:
@@ -231,8 +288,8 @@ class Recipe(BaseModel):
         deciding = [self.rule_for(layer) for layer in layers]
         faults = []
         for number, rule in enumerate(self.rules, 1):
-            if any(rule is decider for decider in deciding):
-                continue
+            if any(rule is decider for decider in deciding) or rule._origin.words == "":
+                continue  # or the one rule of `simple`: if all is kept, the rules that keep it are to be spoken of
             reason = _why_idle(rule, layers, others)
             if reason is not None:
                 faults.append(f"{rule_place(number, rule)}: {reason}")
@@ -246,7 +303,7 @@ def recipe_names() -> list[str]:
 
 def rule_place(number: int, rule: Rule) -> str:
     """How messages call a rule."""
-    return f"rule {number} (match = {rule.match!r})"
+    return rule._origin.words or f"rule {number} (match = {rule.match!r})"
 
 
 def _shelf() -> Path:
@@ -258,6 +315,8 @@ def _shelf() -> Path:
 def _why_idle(rule: Rule, layers: list[str], others: list[str]) -> str | None:
     """Why a rule that decides about no layer does not; None if that is no fault."""
     if any(rule.matches(layer) for layer in layers):
+        if rule._origin.words:
+            return "every layer it matches is kept already"
         return "every layer it matches is decided by an earlier rule; put it before that one"
     among_others = [name for name in others if rule.matches(name)]
     if among_others:
@@ -273,14 +332,17 @@ def _fault(detail: Any) -> str:
     """One of pydantic's findings in our words: `rules 2: block_size: ...`."""
     steps = [str(step + 1) if isinstance(step, int) else str(step) for step in detail["loc"]]
     if detail["type"] == "extra_forbidden":
-        known = list((Rule if "rules" in steps else Recipe).model_fields)
-        meant = difflib.get_close_matches(steps[-1], known, n=1)
-        hint = f"did you mean {meant[0]!r}?" if meant else f"known keys: {', '.join(known)}"
-        return f"{' '.join(steps[:-1])}{': ' if steps[:-1] else ''}unknown key {steps[-1]!r}; {hint}"
+        return _unknown(steps[-1], list(Recipe.model_fields))
     return f"{' '.join(steps)}: {detail['msg'][0].lower()}{detail['msg'][1:]}, got {detail['input']!r}"
 
 
-def _toml_lines(values: Mapping[str, str | int | bool]) -> Iterator[str]:
+def _unknown(key: str, known: list[str]) -> str:
+    meant = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {meant[0]!r}?" if meant else f"known keys: {', '.join(known)}"
+    return f"unknown key {key!r}; {hint}"
+
+
+def _toml_lines(values: Mapping[str, str | float | bool]) -> Iterator[str]:
     """`key = value` for each value that says something. TOML spells these types as JSON does, but for DEL."""
     for key, value in values.items():
         if value != "":

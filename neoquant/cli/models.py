@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,7 @@ def choose_recipe(
     no_double_quant: bool,
     group_size: int | None,
     symmetric: bool,
+    quantizer_options: Mapping[str, str | float | None],
     calibrated: bool = False,
     keep: list[str] | None,
     format: str | None,
@@ -57,7 +59,7 @@ def choose_recipe(
     embeddings: str | None,
     recipe: str | None,
 ) -> Recipe:
-    """The recipe that the options describe.
+    """The recipe that the options describe; options of a calibrated quantizer, or text for it, ask for it as well.
 
     Raises:
         RequestError: they contradict each other, or there is no such grid or recipe.
@@ -66,6 +68,7 @@ def choose_recipe(
 
     whatever = {"format": format, "dtype": dtype, "embeddings": embeddings}
     stated: dict[str, Any] = {key: value for key, value in whatever.items() if value is not None}
+    stated_options: dict[str, Any] = {name: value for name, value in quantizer_options.items() if value is not None}
     if recipe is not None:
         grid = {
             "--bits": bits,
@@ -74,14 +77,14 @@ def choose_recipe(
             "--no-double-quant": no_double_quant or None,
             "--group-size": group_size,
             "--symmetric": symmetric or None,
+            **{f"--{name}": value for name, value in stated_options.items()},
         }
         extra = [option for option, value in grid.items() if value is not None]
         if extra:
             raise RequestError(f"--recipe decides the grids, so {', '.join(extra)} cannot be given with it")
         whole = Recipe.load(recipe).model_dump(exclude_unset=True)
-        kept = [{"match": glob, "keep": True} for glob in keep or ()]
-        return Recipe.parse({**whole, **stated, "rules": [*kept, *whole["rules"]]})
-    quantizer = "gptq" if calibrated or type == "gptq" else None
+        return Recipe.parse({**whole, **stated}).keeping(keep or (), "--keep")
+    quantizer = "gptq" if calibrated or stated_options or type == "gptq" else None
     if type == "gptq":
         bits, type = 4 if bits is None else bits, "affine"
     bits, type = _complete(bits, type)
@@ -93,9 +96,9 @@ def choose_recipe(
         group_size=group_size,
         symmetric=symmetric or None,
         quantizer=quantizer,
-        keep=keep or (),
         **stated,
-    )
+        **stated_options,
+    ).keeping(keep or (), "--keep")
 
 
 def _complete(bits: int | None, type: str | None) -> tuple[int, str]:

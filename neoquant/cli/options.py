@@ -97,6 +97,28 @@ GroupSize = Annotated[
 Symmetric = Annotated[
     bool, typer.Option("--symmetric", help="Groups without a zero of their own (affine): smaller, a little worse.")
 ]
+Order = Annotated[
+    str | None,
+    typer.Option(
+        "--order",
+        metavar="O",
+        help="Order in which error feedback rounds inputs: static (large activations first), off (as they come) or "
+        "dynamic (large ones first, in groups of their own: not for bitsandbytes). [default: static]",
+    ),
+]
+Scales = Annotated[
+    str | None,
+    typer.Option(
+        "--scales",
+        metavar="S",
+        help="How error feedback finds scales: range (of the weights), mse or weighted (by activations). "
+        "[default: range]",
+    ),
+]
+Damping = Annotated[
+    float | None,
+    typer.Option("--damping", metavar="X", help="Damping of error feedback, of the mean diagonal. [default: 0.01]"),
+]
 Keep = Annotated[
     list[str] | None,
     typer.Option(

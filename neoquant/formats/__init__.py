@@ -5,7 +5,7 @@ The order is that of preference: what other tools read comes first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from neoquant.errors import FormatError, RequestError
@@ -18,15 +18,19 @@ from neoquant.grids import Grid
 
 FORMATS: dict[str, Format] = {format.name: format for format in (Bnb4(), Bnb8(), Gptq(), Packed())}
 
-__all__ = ["FORMATS", "Bnb4", "Bnb8", "Format", "Gptq", "Packed", "choose", "detect"]
+__all__ = ["FORMATS", "Bnb4", "Bnb8", "Format", "Gptq", "Packed", "choose", "detect", "why_not"]
 
 
 def choose(
-    layers: Mapping[str, tuple[Grid, tuple[int, ...]]], wanted: str = "auto", embeddings: bool = False
+    layers: Mapping[str, tuple[Grid, tuple[int, ...]]],
+    wanted: str = "auto",
+    *,
+    embeddings: bool = False,
+    ordered: Collection[str] = (),
 ) -> Format:
     """The first format that holds all `layers` (name -> grid and shape) in one checkpoint.
 
-    `embeddings` says that an embedding is among them.
+    `embeddings` says that an embedding is among them; `ordered` are those with an activation order.
     `wanted` is "auto", a family ("bitsandbytes", "gptq", "neoquant") or a format's own name.
     Raises RequestError with every format's reason if there is none.
     """
@@ -36,7 +40,7 @@ def choose(
         raise RequestError(f"no format is called {wanted!r}; there are {', '.join(legal)}")
     reasons = []
     for format in candidates:
-        reason = _first_reason(format, layers)
+        reason = why_not(format, layers, ordered)
         if reason is None and embeddings and not format.holds_embeddings:
             reason = f"format {format.name} keeps embeddings in half precision"
         if reason is None:
@@ -68,8 +72,12 @@ def detect(config: Mapping[str, Any], names: Iterable[str]) -> Format | None:
     raise FormatError(f"config.json says quant_method {method!r}; neoquant reads {', '.join(families)}")
 
 
-def _first_reason(format: Format, layers: Mapping[str, tuple[Grid, tuple[int, ...]]]) -> str | None:
+def why_not(
+    format: Format, layers: Mapping[str, tuple[Grid, tuple[int, ...]]], ordered: Collection[str] = ()
+) -> str | None:
+    """The first reason why `format` cannot hold all `layers`, those `ordered` with an activation order, or None."""
     for name, (grid, shape) in layers.items():
-        if reason := format.refuse(grid, shape):
-            return f"{name}: {reason}"
+        reason = format.refuse(grid, shape) or (format.refuse_order() if name in ordered else None)
+        if reason:
+            return f"{reason} ({name})"
     return format.refuse_all({name: grid for name, (grid, _) in layers.items()})

@@ -42,6 +42,10 @@ class Format(ABC):
         """Why one checkpoint cannot hold these layers together, or None."""
         return None
 
+    def refuse_order(self) -> str | None:
+        """Why a weight with an activation order cannot be stored, or None."""
+        return None if self.holds_order else f"format {self.name} cannot hold an activation order"
+
     def caution(self, grid: Grid, shape: tuple[int, ...]) -> str | None:
         """What a user should know about other readers of this weight, or None."""
         return None
@@ -61,8 +65,13 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def layout(self, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype = torch.float16) -> Layout:
-        """What `encode` will give for a weight [O, I], without one; JSON may turn out a few bytes shorter."""
+    def layout(
+        self, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype = torch.float16, ordered: bool = False
+    ) -> Layout:
+        """What `encode` will give for a weight [O, I], without one; JSON may turn out a few bytes shorter.
+
+        `ordered` says that it has an activation order.
+        """
 
     @abstractmethod
     def config(self, grids: Mapping[str, Grid], kept: Iterable[str], ordered: bool = False) -> dict[str, Any]:
@@ -90,8 +99,8 @@ class Format(ABC):
     def _require_holdable(self, q: QuantizedTensor) -> None:
         if reason := self.refuse(q.grid, q.shape):
             raise FormatError(reason)
-        if q.order is not None and not self.holds_order:
-            raise FormatError(f"format {self.name} cannot hold an activation order")
+        if q.order is not None and (reason := self.refuse_order()):
+            raise FormatError(reason)
 
 
 def require_suffixes(tensors: Mapping[str, Tensor], required: Iterable[str]) -> None:

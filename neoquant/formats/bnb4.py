@@ -94,7 +94,9 @@ class Bnb4(Format):
         codes = _codes(tensors[".weight"], stored)
         return QuantizedTensor(codes, grid, params, dtype=dtype_from_name(state.get("dtype")))
 
-    def layout(self, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype = torch.float16) -> Layout:
+    def layout(
+        self, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype = torch.float16, ordered: bool = False
+    ) -> Layout:
         assert isinstance(grid, Codebook)
         params = grid.param_shapes(shape)
         layout: Layout = {

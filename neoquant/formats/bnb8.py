@@ -55,7 +55,9 @@ class Bnb8(Format):
         require_shape(stored, shape)
         return QuantizedTensor(weight.view(torch.uint8), Int8Rows(), {"scb": tensors[".SCB"]}, dtype=dtype)
 
-    def layout(self, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype = torch.float16) -> Layout:
+    def layout(
+        self, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype = torch.float16, ordered: bool = False
+    ) -> Layout:
         return {
             ".weight": (torch.int8, shape),
             ".SCB": grid.param_shapes(shape)["scb"],

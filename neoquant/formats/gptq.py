@@ -102,7 +102,9 @@ class Gptq(Format):
         codes = codes if order is None else codes[:, order.long()]
         return QuantizedTensor(codes.contiguous(), grid, params, order, dtype)
 
-    def layout(self, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype = torch.float16) -> Layout:
+    def layout(
+        self, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype = torch.float16, ordered: bool = False
+    ) -> Layout:
         assert isinstance(grid, Affine)
         groups = grid.param_shapes(shape)["scale"][1][1]
         return {

@@ -64,20 +64,24 @@ class Packed(Format):
             raise FormatError(f"the weight's version is {header.get('version')!r}; this neoquant reads {VERSION}")
         grid, stored = _grid(header), shape_from_json(header.get("shape"))
         require_shape(stored, shape)
-        layout = self.layout(grid, stored)
         order = tensors.get(".weight.order")
-        require_suffixes(tensors, layout if order is None else [*layout, ".weight.order"])
+        layout = self.layout(grid, stored, ordered=order is not None)
+        require_suffixes(tensors, layout)
         require_tensor("weight", tensors[".weight"], *layout[".weight"])
         codes = bits.unpack(tensors[".weight"], grid.bits, stored[1])
         params = {name: tensors[f".weight.{name}"] for name in grid.param_shapes(stored)}
         return QuantizedTensor(codes, grid, params, order, dtype_from_name(header.get("dtype")))
 
-    def layout(self, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype = torch.float16) -> Layout:
+    def layout(
+        self, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype = torch.float16, ordered: bool = False
+    ) -> Layout:
         header = json_to_tensor(_header(grid, shape, dtype))
+        order: Layout = {".weight.order": (torch.int32, (shape[1],))} if ordered else {}
         return {
             ".weight": (torch.uint8, (shape[0], bits.row_bytes(shape[1], grid.bits))),
             HEADER: (torch.uint8, tuple(header.shape)),
             **{f".weight.{name}": param for name, param in grid.param_shapes(shape).items()},
+            **order,
         }
 
     def config(self, grids: Mapping[str, Grid], kept: Iterable[str], ordered: bool = False) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -12,11 +13,31 @@ from neoquant.grids import Grid
 from neoquant.tensor import QuantizedTensor
 
 
+@dataclass(frozen=True)
 class Quantizer(ABC):
-    """Chooses codes and parameters on a grid."""
+    """Chooses codes and parameters on a grid. A plain value: its fields are the options that a recipe may state."""
 
     name: ClassVar[str]
     needs_calibration: ClassVar[bool]  # False: weights are enough, and tensors can be streamed one by one
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """Names and defaults of the options."""
+        return {field.name: field.default for field in fields(cls)}
+
+    @property
+    def gives_order(self) -> bool:
+        """Whether its results carry an activation order, which not every format holds."""
+        return False
+
+    @property
+    def label(self) -> str:
+        """The name, and what was chosen otherwise than by default: `gptq, order off`."""
+        return ", ".join([self.name, *(f"{k} {v}" for k, v in asdict(self).items() if v != self.options()[k])])
+
+    def describe(self) -> dict[str, Any]:
+        """The name and every option as plain values; `make_quantizer` is the inverse."""
+        return {"name": self.name, **asdict(self)}
 
     def observer(self, columns: int, device: torch.device | str = "cpu") -> Any:
         """What is shown a layer's inputs by `add(x[..., I])` and then given as `seen`; None if nothing is needed."""

@@ -15,7 +15,7 @@ from neoquant.errors import FormatError, RequestError
 from neoquant.grids import Columns, Grid
 from neoquant.native import feedback
 from neoquant.quantizers.base import Quantizer
-from neoquant.quantizers.hessian import Across, Hessian
+from neoquant.quantizers.hessian import LEGAL_DAMPING, Across, Hessian
 from neoquant.tensor import QuantizedTensor
 
 BLOCK = 128  # columns whose errors are gathered before the columns behind them are corrected at once
@@ -72,7 +72,13 @@ class Gptq(Quantizer):
     name: ClassVar[str] = "gptq"
     needs_calibration: ClassVar[bool] = True
 
+    @property
+    def gives_order(self) -> bool:
+        return self.order == "dynamic"
+
     def __post_init__(self) -> None:
+        if not 0 < self.damping <= 1:
+            raise RequestError(f"damping {self.damping}: {LEGAL_DAMPING}")
         if self.order not in ORDERS:
             raise RequestError(f"activation order {self.order!r}: legal are {', '.join(ORDERS)}")
         if self.scales not in SCALES:

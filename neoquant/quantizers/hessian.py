@@ -10,6 +10,7 @@ from torch import Tensor
 from neoquant.errors import FormatError, RequestError
 
 STRIP = 512  # columns of a symmetric update: only strips at and right of the diagonal are computed
+LEGAL_DAMPING = "legal is more than 0, at most 1 (a part of the mean diagonal)"
 STEPS = 4  # how often the damping is raised tenfold before giving up
 
 
@@ -73,7 +74,7 @@ class Hessian:
         nothing is corrected through them. Raises RequestError if damping does not make H positive definite.
         """
         if not 0 < damping <= 1:
-            raise RequestError(f"damping {damping}: legal is more than 0, at most 1 (a part of the mean diagonal)")
+            raise RequestError(f"damping {damping}: {LEGAL_DAMPING}")
         if (ordered, damping) not in self._factors:
             H, diagonal = self.matrix, self.diagonal
             mean = float(diagonal.mean()) or 1.0

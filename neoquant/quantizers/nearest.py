@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from neoquant.quantizers.base import Quantizer
 from neoquant.tensor import QuantizedTensor
 
 
+@dataclass(frozen=True)
 class Nearest(Quantizer):
     """Every weight to the nearest value of its grid."""
 

@@ -86,7 +86,7 @@ def test_keep_comes_before_the_rules_of_a_recipe(cli: Cli, tiny_model: Path) -> 
 
 def test_a_keep_that_matches_nothing_is_an_error(cli: Cli, tiny_model: Path) -> None:
     result = cli("quantize", tiny_model, *SIMPLE, "--keep", "transfomer.*")
-    assert result.code == 2 and "transfomer.*" in result.error
+    assert result.code == 2 and "--keep 'transfomer.*': matches no layer; the closest are" in result.error
 
 
 def test_dry_run_writes_nothing(cli: Cli, tiny_model: Path) -> None:
@@ -270,9 +270,18 @@ def test_quantize_with_calibration(cli: Cli, tiny_model: Path, text_file: Path) 
     assert cli("quantize", tiny_model, "--bits", "3", "--type", "gptq", "--group-size", "16", *shown).code == 0
     record = json.loads(Path("tiny-neo-gptq3/calibration.json").read_text())
     assert record["calibration"]["source"] == text_file.name and len(record["layers"]) == 12
-    assert cli("quantize", tiny_model, *SIMPLE, *shown).code == 0
+    assert cli("quantize", tiny_model, *SIMPLE, *shown, "--order", "off").code == 0
     assert "transformers with bitsandbytes" in cli("info", "tiny-neo-nf4-gptq").out
     assert "recipe gptq4" in cli("plan", tiny_model, "--type", "gptq").out
+    assert "order off" in (Path("tiny-neo-nf4-gptq") / "README.md").read_text()
+    options = ("--order", "off", "--scales", "mse", "--damping", "0.05")
+    assert cli("plan", tiny_model, *SIMPLE, *options, "--json", "p.json").code == 0
+    stated = json.loads(Path("p.json").read_text())["recipe"]["rules"][0]
+    assert stated == {
+        "match": "*", "bits": 4, "type": "nf4", "quantizer": "gptq", "order": "off", "scales": "mse", "damping": 0.05,
+    }  # fmt: skip
+    assert cli("plan", tiny_model, *SIMPLE, "--order", "of").error.endswith("legal are static, off, dynamic")
+    assert "--recipe decides the grids, so --order" in cli("plan", "--recipe", "nf4", "--order", "off").error
     assert "name some with --calibration" in cli("quantize", tiny_model, "--type", "gptq", "--out", "x").error
     unknown = cli("quantize", tiny_model, "--type", "gptq", "--calibration", "nowhere", "--out", "x")
     assert "calibration 'nowhere': give a file of text, or one of pile, demo" in unknown.error

@@ -18,7 +18,7 @@ from neoquant.layer import QuantLinear
 from neoquant.loading import load_model
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.gpt_neo import GPTNeoForCausalLM
-from neoquant.quantization import quantize
+from neoquant.quantization import plan, quantize
 from neoquant.quantizers import Gptq, Hessian
 from neoquant.recipe import Recipe
 from neoquant.states import StatesInMemory
@@ -121,6 +121,29 @@ def test_records_and_plans(model: Path, tmp_path: Path) -> None:
     config = json.loads((made.folder / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "bitsandbytes"
     assert load_model(made.folder, GPTNeoForCausalLM)(calibration().ids[:1]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(("bits", "type", "format"), [(4, "nf4", "packed"), (4, "affine", "gptq")])
+def test_an_activation_order_goes_where_it_can_be_held(
+    model: Path, tmp_path: Path, bits: int, type: str, format: str
+) -> None:
+    recipe = Recipe.simple(bits, type, quantizer="gptq", order="dynamic", damping=0.02)
+    made = quantize(model, tmp_path / "out", recipe, calibration=calibration())
+    assert made.plan.format.name == format
+    assert plan(model, recipe).stored == made.plan.stored
+    record = json.loads((made.folder / "neoquant.json").read_text())
+    quantizers = [row["quantizer"] for row in record["tensors"] if "quantizer" in row]
+    assert quantizers == [Gptq(order="dynamic", damping=0.02).describe()] * 12
+    assert Recipe.parse(record["recipe"]) == recipe
+    if format == "gptq":
+        assert json.loads((made.folder / "config.json").read_text())["quantization_config"]["desc_act"] is True
+    loaded = load_model(made.folder, GPTNeoForCausalLM)
+    loaded.save_pretrained(tmp_path / "again")
+    again = load_model(tmp_path / "again", GPTNeoForCausalLM)
+    ids = calibration().ids[:2]
+    assert torch.equal(loaded(ids).logits, again(ids).logits)
+    with pytest.raises(RequestError, match=r"format bnb4 cannot hold an activation order \(transformer\.h\.0"):
+        plan(model, Recipe.simple(4, "nf4", quantizer="gptq", order="dynamic", format="bitsandbytes"))
 
 
 def test_what_does_not_fit_is_refused(model: Path, tmp_path: Path) -> None:

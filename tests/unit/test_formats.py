@@ -103,7 +103,10 @@ def test_the_first_format_that_holds_all_is_chosen() -> None:
     assert choose({"a": eight}).name == "bnb8"
     assert choose({"a": four, "b": eight}).name == "packed"
     assert choose({"a": four}, "neoquant").name == "packed"
-    with pytest.raises(RequestError, match=r"cannot hold this: b: .*not int8; a: .*not nf4"):
+    assert choose({"a": four, "b": four}, ordered=["b"]).name == "packed"
+    with pytest.raises(RequestError, match=r"format bnb4 cannot hold an activation order \(b\)"):
+        choose({"a": four, "b": four}, "bnb4", ordered=["b"])
+    with pytest.raises(RequestError, match=r"cannot hold this: .*not int8 \(b\); .*not nf4 \(a\)"):
         choose({"a": four, "b": eight}, "bitsandbytes")
     with pytest.raises(RequestError, match="'gguf'; there are auto, bitsandbytes, gptq, neoquant, bnb4, bnb8, packed"):
         choose({"a": four}, "gguf")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from neoquant.errors import RecipeError, RequestError
 from neoquant.grids import Codebook, Int8Rows
+from neoquant.quantizers import QUANTIZERS, Gptq, make_quantizer
 from neoquant.recipe import Recipe, Rule
 
 LAYERS = [
@@ -19,6 +20,7 @@ LAYERS = [
 ]
 OTHERS = ["transformer.wte", "transformer.h.0.ln_1", "lm_head"]
 NF4 = {"match": "*", "bits": 4, "type": "nf4"}
+GPTQ = {**NF4, "quantizer": "gptq"}
 
 
 def parse(*rules: dict[str, object], **more: object) -> Recipe:
@@ -41,6 +43,18 @@ rules = st.one_of(
         st.sampled_from(["nf4", "fp4"]),
         st.sampled_from([32, 64, 4096]),
         st.booleans(),
+    ),
+    st.builds(
+        lambda match, options: {"match": match, "bits": 3, "type": "affine", "quantizer": "gptq", **options},
+        texts,
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "order": st.sampled_from(["static", "off", "dynamic"]),
+                "scales": st.sampled_from(["range", "mse", "weighted"]),
+                "damping": st.one_of(st.just(1), st.floats(1e-9, 1)),
+            },
+        ),
     ),
 )
 
@@ -68,6 +82,16 @@ def test_simple_is_the_recipe_of_one_rule() -> None:
     assert Recipe.simple(8, "int8").rules[0].grid() == Int8Rows()
 
 
+def test_options_reach_the_quantizer_and_may_be_any_that_it_has() -> None:
+    rule = parse({**GPTQ, "order": "off", "damping": 0.1}).rules[0]
+    assert rule.make_quantizer() == Gptq(order="off", damping=0.1)
+    assert Recipe.simple(4, "nf4", quantizer="gptq", scales="mse").rules[0].make_quantizer() == Gptq(scales="mse")
+    for name, cls in QUANTIZERS.items():
+        chosen = make_quantizer(name, **cls.options())
+        assert chosen == cls() and chosen.describe() == {"name": name, **cls.options()}
+        assert parse({**NF4, "quantizer": name, **cls.options()}).rules[0].make_quantizer() == chosen
+
+
 def test_first_match_wins() -> None:
     recipe = parse({"match": "*.h.0.*", "keep": True}, {"match": "*.c_proj", "bits": 8, "type": "int8"}, NF4)
     assert recipe.rule_for("transformer.h.0.mlp.c_proj") is recipe.rules[0]
@@ -83,7 +107,7 @@ def test_a_rule_may_name_the_weight() -> None:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ({"rules": [{**NF4, "block_sise": 64}]}, ["rules 1: unknown key 'block_sise'", "did you mean 'block_size'?"]),
+        ({"rules": [{**NF4, "block_sise": 64}]}, ["rule 1", "unknown key 'block_sise'", "did you mean 'block_size'?"]),
         ({"rules": [NF4], "rule": []}, ["unknown key 'rule'", "did you mean 'rules'?"]),
         ({"rules": []}, ["rules", "at least 1"]),
         ({}, ["rules", "required"]),
@@ -99,6 +123,17 @@ def test_a_rule_may_name_the_weight() -> None:
         ({"rules": [{**NF4, "group_size": 64}]}, ["rule 1", "nf4 does not know group_size"]),
         ({"rules": [{**NF4, "keep": True}]}, ["rule 1", "keep = true", "bits, type cannot apply"]),
         ({"rules": [{**NF4, "quantizer": "gptkew"}]}, ["rule 1", "'gptkew'", "nearest"]),
+        (
+            {"rules": [{**NF4, "order": "off"}]},
+            ["rule 1", "'nearest' has no option order", "gptq has order, scales, d"],
+        ),
+        ({"rules": [{**GPTQ, "order": "of"}]}, ["rule 1", "order 'of'", "static, off, dynamic"]),
+        ({"rules": [{**GPTQ, "order": 1}]}, ["rule 1", "order is a text", "got 1"]),
+        ({"rules": [{**GPTQ, "damping": "much"}]}, ["rule 1", "damping is a number", "0.01", "'much'"]),
+        ({"rules": [{**GPTQ, "damping": True}]}, ["rule 1", "damping is a number", "True"]),
+        ({"rules": [{**GPTQ, "damping": 0}]}, ["rule 1", "damping 0", "more than 0, at most 1"]),
+        ({"rules": [{**GPTQ, "dampening": 0.1}]}, ["rule 1", "unknown key 'dampening'", "did you mean 'damping'?"]),
+        ({"rules": [{"match": "*", "keep": True, "order": "off"}]}, ["rule 1", "keep = true", "order cannot apply"]),
     ],
 )
 def test_refusals(data: dict[str, object], words: list[str]) -> None:
@@ -126,6 +161,22 @@ def test_rules_that_change_nothing() -> None:
 def test_equal_rules_are_still_two() -> None:
     keep = {"match": "*.c_fc", "keep": True}
     assert "rule 2" in parse(keep, keep, NF4).complaints(LAYERS)[0]
+
+
+def test_what_keeps_layers_is_called_as_it_was_typed(tmp_path: Path) -> None:
+    kept = Recipe.simple(keep=["*.c_fk", "*.c_fc", "*.h.0.mlp.c_fc"])
+    first, second = kept.complaints(LAYERS, OTHERS)
+    assert first.startswith("keep '*.c_fk': matches no layer; the closest are")
+    assert second == "keep '*.h.0.mlp.c_fc': every layer it matches is kept already"
+    assert parse(NF4).keeping(["*.wte", "x"], "--keep").complaints(LAYERS, OTHERS)[0].startswith("--keep 'x': matches")
+    assert Recipe.simple(keep=["*"]).complaints(LAYERS, OTHERS) == []  # nothing is left to quantize: the plan says so
+    (fault,) = parse(NF4).keeping(["*"], "--keep").complaints(LAYERS, OTHERS)
+    assert fault.startswith("rule 2 (match = '*'): every layer it matches is decided by an earlier rule")
+    with pytest.raises(RecipeError, match="--keep '' is empty"):
+        Recipe.simple().keeping([""], "--keep")
+    path = tmp_path / "kept.toml"
+    path.write_text(kept.to_toml())
+    assert Recipe.from_toml(path) == kept
 
 
 def test_layers_that_are_always_kept() -> None:
