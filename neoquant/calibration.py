@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -30,16 +32,18 @@ Round = Callable[[str, Tensor, Any, Tensor | None], Tensor]
 class Calibration:
     """Rows of token ids, and where they come from.
 
-    `ids` int64[rows, length]; `source` in words; `sha256` of the text they were drawn from; `seed` of the drawing.
+    `ids` int64[rows, length]; `source` in words; `sha256` of the text they were drawn from; `seed` of the drawing;
+    `documents` the fingerprints of those that some row holds a part of.
     """
 
     ids: Tensor = field(repr=False)
     source: str
     sha256: str
     seed: int
+    documents: tuple[str, ...] = field(default=(), repr=False)
 
     def describe(self) -> dict[str, Any]:
-        """For records: everything but the ids, which are counted."""
+        """For records: everything but the ids, which are counted, and the documents."""
         rows, length = self.ids.shape
         return {"source": self.source, "sha256": self.sha256, "rows": rows, "length": length, "seed": self.seed}
 
@@ -52,11 +56,33 @@ def draw(texts: Sequence[Sequence[int]], end: int, rows: int, length: int, seed:
     if rows < 1 or length < 1:
         raise RequestError(f"{rows} rows of {length} tokens: at least one of each is needed")
     stream = torch.tensor([token for text in texts for token in (*text, end)], dtype=torch.int64)
-    if len(stream) < length:
-        raise RequestError(f"calibration needs {length} tokens for a row, the text has {len(stream)}")
+    return torch.stack([stream[start : start + length] for start in _starts(len(stream), rows, length, seed)])
+
+
+def drawn_from(texts: Sequence[Sequence[int]], rows: int, length: int, seed: int) -> list[int]:
+    """Which of the texts the rows of `draw` hold a token of, in order."""
+    ends = list(accumulate(len(text) + 1 for text in texts))
+    starts = _starts(ends[-1] if ends else 0, rows, length, seed)
+    touched = set()
+    for start in starts:
+        first, last = bisect_right(ends, start), bisect_right(ends, start + length - 1)
+        # the last of a text's ids in the stream is the end that stands behind it
+        touched |= {number for number in range(first, last + 1) if texts[number] and start < ends[number] - 1}
+    return sorted(touched)
+
+
+def _starts(total: int, rows: int, length: int, seed: int) -> list[int]:
+    """Where in a stream of so many ids each row begins."""
+    if total < length:
+        raise RequestError(f"calibration needs {length} tokens for a row, the text has {total}")
     random = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, len(stream) - length + 1, (rows,), generator=random)
-    return torch.stack([stream[start : start + length] for start in starts.tolist()])
+    starts: list[int] = torch.randint(0, total - length + 1, (rows,), generator=random).tolist()
+    return starts
+
+
+def fingerprint(text: str) -> str:
+    """By which a document is known again: 16 hex digits of the SHA-256 of its whole text, but for space around it."""
+    return hashlib.sha256(text.strip().encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def hash_texts(texts: Sequence[str]) -> str:

@@ -197,7 +197,8 @@ def _whole_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: int, name: s
     planned = make_plan(checkpoint, recipe, shard_size=shard_size)
     written = [_json(planned.config), *_own_files(planned, _NO_DIGEST, name).values()]
     if needs_calibration(planned):
-        report = Report("attention", 0.01, False, 0, 0.012345678901234567, 0.012345678901234567, 0.0).to_dict()
+        error = 0.012345678901234567
+        report = Report("attention", "range", 0.01, 0, False, 0, error, error, 0.0).to_dict()
         seen = {"source": "about so long", "sha256": _NO_DIGEST, "rows": 128, "length": 2048, "seed": 0}
         layers = {row.layer: report for row in planned.rows if row.quantizer is not None}
         written.append(_json({"calibration": seen, "layers": layers}))
@@ -345,7 +346,11 @@ def _write_calibrated(
             unfinished.keep(number, block, states)
         states.close()
     done = replace(planned, rows=tuple(replace(row, stored=stored[row.name]) for row in planned.rows))
-    return done, digest.hexdigest(), _json({"calibration": calibration.describe(), "layers": layers})
+    return (
+        done,
+        digest.hexdigest(),
+        _json({"calibration": calibration.describe(), "documents": calibration.documents, "layers": layers}),
+    )
 
 
 def _identity(checkpoint: Checkpoint, planned: Plan, calibration: Calibration, digest: str) -> dict[str, Any]:

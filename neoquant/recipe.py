@@ -22,6 +22,8 @@ A recipe is a frozen value, written in TOML::
     quantizer = "nearest"
     # order = "static"                  # the quantizer's own options; these for quantizer = "gptq"
     # scales = "range"
+    # damping = 0.01
+    # objective = "attention"
 
 Layers are named as in the causal language model (`transformer.h.0.attn.attention.q_proj`), whatever the checkpoint's
 head.

@@ -22,6 +22,7 @@ def compare(
     data: options.Data = None,
     subset: options.Subset = None,
     documents: options.Documents = None,
+    exclude_calibrated: options.ExcludeCalibrated = False,
     context: options.Context = None,
     protocol: options.Protocol = None,
     stride: options.Stride = None,
@@ -70,8 +71,11 @@ def compare(
     from neoquant.evaluation import compare
     from neoquant.report.table import comparison_table
 
-    result = compare(reference, others, tokenizer, chosen, progress=terminal.progress)
-    for note in result.reference.notes:
+    result = compare(
+        reference, others, tokenizer, chosen, exclude_calibrated=exclude_calibrated, progress=terminal.progress
+    )
+    evaluations = [result.reference, *(candidate.evaluation for candidate in result.candidates)]
+    for note in dict.fromkeys(note for evaluation in evaluations for note in evaluation.notes):
         terminal.note(f"note: {note}")
     terminal.show(comparison_table(result))
     if json is not None:

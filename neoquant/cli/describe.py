@@ -112,6 +112,16 @@ def model_info(source: str | Path, revision: str | None, name: str, progress: Pr
         )
 
 
+def calibrated_on(source: str | Path, revision: str | None, progress: Progress) -> frozenset[str]:
+    """The fingerprints of the documents that a checkpoint was calibrated on; none where it does not say."""
+    from neoquant.checkpoint import open_checkpoint
+    from neoquant.quantization import CALIBRATION
+
+    with open_checkpoint(source, revision=revision, progress=progress) as checkpoint:
+        documents = _read_record(checkpoint.folder, CALIBRATION).get("documents", [])
+    return frozenset(map(str, documents)) if isinstance(documents, list) else frozenset()
+
+
 def _read_record(folder: Path | None, name: str) -> dict[str, Any]:
     """A record that neoquant left in a folder; empty where there is none that can be read: it is not needed to run."""
     try:

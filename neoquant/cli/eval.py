@@ -17,6 +17,7 @@ def eval_(
     data: options.Data = None,
     subset: options.Subset = None,
     documents: options.Documents = None,
+    exclude_calibrated: options.ExcludeCalibrated = False,
     context: options.Context = None,
     protocol: options.Protocol = None,
     stride: options.Stride = None,
@@ -57,7 +58,15 @@ def eval_(
     from neoquant.evaluation import evaluate
     from neoquant.report.table import evaluation_table
 
-    result = evaluate(contestant.model, tokenizer, chosen, describe=contestant.describe, progress=terminal.progress)
+    result = evaluate(
+        contestant.model,
+        tokenizer,
+        chosen,
+        describe=contestant.describe,
+        calibrated_on=contestant.calibrated_on,
+        exclude_calibrated=exclude_calibrated,
+        progress=terminal.progress,
+    )
     for note in result.notes:
         terminal.note(f"note: {note}")
     terminal.show(evaluation_table(result))

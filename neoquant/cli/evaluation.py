@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from neoquant.cli.describe import model_info
+from neoquant.cli.describe import calibrated_on, model_info
 from neoquant.cli.models import BUNDLED, find_model, short_name, suite_for
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import RequestError
@@ -73,4 +73,4 @@ def load_contestant(
     )
     if activations != "exact":
         info = info.model_copy(update={"name": f"{info.name} ({activations} activations)", "activations": activations})
-    return Contestant(network, info), tokenizer
+    return Contestant(network, info, calibrated_on(source, info.revision, terminal.progress)), tokenizer

@@ -119,6 +119,15 @@ Damping = Annotated[
     float | None,
     typer.Option("--damping", metavar="X", help="Damping of error feedback, of the mean diagonal. [default: 0.01]"),
 ]
+Objective = Annotated[
+    str | None,
+    typer.Option(
+        "--objective",
+        metavar="WHAT",
+        help="What error feedback rounds queries, keys and values for: attention (what it gives) or layer (their own "
+        "outputs). [default: attention]",
+    ),
+]
 Keep = Annotated[
     list[str] | None,
     typer.Option(
@@ -217,6 +226,10 @@ Documents = Annotated[
 ]
 Context = Annotated[
     int | None, typer.Option("--context", metavar="N", help="Tokens a window, at most the model's own context.")
+]
+ExcludeCalibrated = Annotated[
+    bool,
+    typer.Option("--exclude-calibrated", help="Leave out documents that any of the models was calibrated on."),
 ]
 Protocol = Annotated[
     str | None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from neoquant.calibration import Calibration, draw, hash_texts
+from neoquant.calibration import Calibration, draw, drawn_from, hash_texts
 from neoquant.errors import RequestError
 from neoquant.evaluation.corpus import Tokenizer
 from neoquant.evaluation.documents import read_documents
@@ -45,9 +45,12 @@ def load_calibration(
     end = tokenizer.eos_token_id
     if end is None:
         raise RequestError("the tokenizer names no end of text, which stands between documents")
-    ids = draw([tokenizer.encode(text) for text in texts], end, rows, length, seed)
+    encoded = [tokenizer.encode(text) for text in texts]
+    ids = draw(encoded, end, rows, length, seed)
+    seen = dict.fromkeys(documents[number].fingerprint for number in drawn_from(encoded, rows, length, seed))
     name = Path(found.name).name if isinstance(suite.data, FileData) else found.name
-    return Calibration(ids, f"{name} at {found.revision}" if found.revision else name, hash_texts(texts), seed)
+    at = f" at {found.revision}" if found.revision else ""
+    return Calibration(ids, f"{name}{at}", hash_texts(texts), seed, tuple(seen))
 
 
 def _everything(data: FileData | StdlibData) -> Suite:

@@ -36,10 +36,11 @@ from neoquant.progress import SILENT, Progress
 
 
 class Contestant(NamedTuple):
-    """A model, and what the result says about it."""
+    """A model, what the result says about it, and the fingerprints of the documents that it was calibrated on."""
 
     model: Model
     describe: ModelInfo
+    calibrated_on: frozenset[str] = frozenset()
 
 
 def compare(
@@ -48,16 +49,19 @@ def compare(
     tokenizer: Tokenizer,
     suite: Suite,
     *,
+    exclude_calibrated: bool = False,
     progress: Progress = SILENT,
 ) -> Comparison:
     """Score `reference` once and every other model beside it, on the same windows of `suite`.
 
+    `exclude_calibrated` leaves out, for all models alike, documents that any of them was calibrated on.
     Raises what `evaluate` raises, and RequestError for models of different vocabularies.
     """
     started = time.perf_counter()
     contestants = [reference, *others]
     positions = min(contestant.model.config.max_position_embeddings for contestant in contestants)
-    corpus = read_corpus(suite.fitted(positions), tokenizer, progress)
+    known = frozenset[str]().union(*(contestant.calibrated_on for contestant in contestants))
+    corpus = read_corpus(suite.fitted(positions), tokenizer, progress, known if exclude_calibrated else ())
     names = [contestant.describe.name for contestant in contestants]
     tally = score([contestant.model for contestant in contestants], corpus, progress, names=names)
     seconds = time.perf_counter() - started
@@ -69,6 +73,7 @@ def compare(
             tokenizer,
             tally.by_unit(number, "nats"),
             seconds,
+            contestant.calibrated_on,
         )
         for number, contestant in enumerate(contestants)
     ]

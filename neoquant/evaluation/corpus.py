@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -56,20 +56,27 @@ class Corpus:
     units: tuple[Unit, ...]
     windows: tuple[Window, ...]
     notes: tuple[str, ...]  # what a reader of the figures must know, a line each
+    fingerprints: tuple[str, ...] = ()  # of the documents, see `calibration.fingerprint`
+    excluded: int = 0  # documents that were left out because a model was calibrated on them
 
     @property
     def tokens(self) -> int:
         return sum(unit.tokens for unit in self.units)
 
 
-def read_corpus(suite: Suite, tokenizer: Tokenizer, progress: Progress) -> Corpus:
-    """Read and cut what `suite` (with its context settled) names.
+def read_corpus(
+    suite: Suite, tokenizer: Tokenizer, progress: Progress, exclude: Collection[str] = frozenset()
+) -> Corpus:
+    """Read and cut what `suite` (with its context settled) names, but for documents with a fingerprint of `exclude`.
 
     Raises DataError for data that cannot be read or leaves nothing to score, RequestError for a tokenizer without an
     end-of-text token.
     """
     assert suite.context is not None, "Suite.fitted settles the context"
-    source, documents = read_documents(suite, progress)
+    source, everything = read_documents(suite, progress)
+    documents = [document for document in everything if document.fingerprint not in exclude]
+    if not documents:
+        raise DataError(f"nothing of suite {suite.name} is left: all {len(everything)} documents were calibrated on")
     with progress.task("tokenizing", total=sum(len(document.text) for document in documents)) as advance:
         if suite.protocol == "rolling":
             units, windows = _by_document(documents, tokenizer, suite.context, advance)
@@ -83,15 +90,35 @@ def read_corpus(suite: Suite, tokenizer: Tokenizer, progress: Progress) -> Corpu
                 f"subset {subset!r} of suite {suite.name} leaves nothing to score: "
                 f"its {counts[subset]} documents are empty or shorter than one window of {suite.context} tokens"
             )
-    digest = documents_sha256(documents)
-    if suite.sha256 and suite.sha256 != digest:
+    if suite.sha256 and suite.sha256 != (read := documents_sha256(everything)):
         notes.append(
-            f"the documents are not those of the published figures (sha256 {digest[:12]}, not {suite.sha256[:12]}): "
+            f"the documents are not those of the published figures (sha256 {read[:12]}, not {suite.sha256[:12]}): "
             f"{' '.join(filter(None, source))}"
         )
+    excluded = len(everything) - len(documents)
+    notes += _left_out(everything, excluded, counts)
     notes += _plural_note(sum(d.mended for d in documents), "{} not valid UTF-8 throughout, read with U+FFFD in place")
     notes += _short_of(counts, suite.documents)
-    return Corpus(suite, source, digest, counts, tuple(units), tuple(windows), tuple(notes))
+    return Corpus(
+        suite,
+        source,
+        documents_sha256(documents),
+        counts,
+        tuple(units),
+        tuple(windows),
+        tuple(notes),
+        tuple(document.fingerprint for document in documents),
+        excluded,
+    )
+
+
+def _left_out(everything: list[Document], excluded: int, counts: dict[str, int]) -> list[str]:
+    """That documents were left out because they were calibrated on, and which subsets went with them."""
+    if not excluded:
+        return []
+    gone = [subset for subset in dict.fromkeys(document.subset for document in everything) if subset not in counts]
+    nothing = f", with them all of {', '.join(gone)}" if gone else ""
+    return [f"{excluded} of {len(everything)} documents were calibrated on and are left out{nothing}"]
 
 
 def documents_sha256(documents: Iterable[Document]) -> str:

@@ -12,10 +12,11 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
+from neoquant.calibration import fingerprint
 from neoquant.errors import DataError, HubError, locate
 from neoquant.evaluation.suite import FileData, HubData, StdlibData, Suite
 from neoquant.progress import Progress
@@ -29,6 +30,7 @@ class Document:
     subset: str
     text: str
     mended: bool = False  # it held something that is not valid UTF-8, now U+FFFD
+    fingerprint: str = field(default="", compare=False)  # of the whole text, however much of it is read
 
 
 class Source(NamedTuple):
@@ -70,7 +72,8 @@ def select(documents: Iterable[Document], suite: Suite) -> Iterator[Document]:
         if (wanted and key not in wanted) or taken[key] == suite.documents:
             continue
         taken[key] += 1
-        yield replace(document, text=document.text[: suite.characters])
+        known_by = fingerprint(document.text)
+        yield replace(document, text=document.text[: suite.characters], fingerprint=known_by)
         if wanted and suite.documents and len(taken) == len(wanted) and min(taken.values()) == suite.documents:
             return
     if not seen:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,18 +21,29 @@ from neoquant.progress import SILENT, Progress
 
 
 def evaluate(
-    model: Model, tokenizer: Tokenizer, suite: Suite, *, describe: ModelInfo, progress: Progress = SILENT
+    model: Model,
+    tokenizer: Tokenizer,
+    suite: Suite,
+    *,
+    describe: ModelInfo,
+    calibrated_on: Collection[str] = frozenset(),
+    exclude_calibrated: bool = False,
+    progress: Progress = SILENT,
 ) -> Evaluation:
     """Score `model` on `suite`; `describe` says in the result which model it was.
+
+    `calibrated_on` are the fingerprints of documents that the model was rounded with (in its `calibration.json`): the
+    result says how many of them it was scored on, or they are left out where `exclude_calibrated` asks for it.
 
     Raises RequestError (context longer than the model's, another model's tokenizer), DataError, HubError,
     CheckpointError (a loss that is not finite).
     """
     started = time.perf_counter()
-    corpus = read_corpus(suite.fitted(model.config.max_position_embeddings), tokenizer, progress)
+    fitted = suite.fitted(model.config.max_position_embeddings)
+    corpus = read_corpus(fitted, tokenizer, progress, calibrated_on if exclude_calibrated else ())
     tally = score([model], corpus, progress, names=[describe.name])
     seconds = time.perf_counter() - started
-    return summarize(describe, environment(model), corpus, tokenizer, tally.by_unit(0, "nats"), seconds)
+    return summarize(describe, environment(model), corpus, tokenizer, tally.by_unit(0, "nats"), seconds, calibrated_on)
 
 
 def summarize(
@@ -42,8 +53,11 @@ def summarize(
     tokenizer: Tokenizer,
     nats: torch.Tensor,
     seconds: float,
+    calibrated_on: Collection[str] = frozenset(),
 ) -> Evaluation:
     """An Evaluation from nats[units]."""
+    known = frozenset(calibrated_on)
+    met = sum(document in known for document in corpus.fingerprints)
     units = [
         UnitScore(id=u.id, subset=u.subset, tokens=u.tokens, bytes=u.bytes, nats=n)
         for u, n in zip(corpus.units, nats.tolist(), strict=True)
@@ -59,6 +73,7 @@ def summarize(
             revision=corpus.source.revision,
             sha256=corpus.sha256,
             tokenizer_sha256=tokenizer.sha256,
+            excluded=corpus.excluded,
         ),
         environment=environment,
         total=_score("total", sum(corpus.documents.values()), units),
@@ -68,10 +83,19 @@ def summarize(
         ),
         subsets=tuple(subsets),
         units=tuple(units),
-        notes=corpus.notes,
+        calibrated_on=met,
+        notes=(*corpus.notes, *_flattered(describe.name, met, len(corpus.fingerprints))),
         seconds=seconds,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
+
+
+def _flattered(name: str, met: int, documents: int) -> Iterator[str]:
+    if met:
+        yield (
+            f"{met} of the {documents} documents were calibrated on by {name}: its figures flatter it; leave them out "
+            "with --exclude-calibrated"
+        )
 
 
 def _score(subset: str, documents: int, units: Sequence[UnitScore]) -> Score:

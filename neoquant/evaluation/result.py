@@ -63,6 +63,7 @@ class DataInfo(Record):
     revision: str | None  # commit of a hub data set, version of a standard library
     sha256: str  # of all documents in order: id, subset, text
     tokenizer_sha256: str
+    excluded: int = 0  # documents left out because a model was calibrated on them
 
 
 class Score(Record):
@@ -126,6 +127,7 @@ class Evaluation(Record):
     macro: Macro
     subsets: tuple[Score, ...]
     units: tuple[UnitScore, ...]
+    calibrated_on: int = 0  # how many of these documents the model was calibrated on, which flatters it
     notes: tuple[str, ...] = ()
     seconds: float  # of reading and scoring; of all models together where several were compared
     created: str  # ISO 8601, UTC

@@ -30,7 +30,9 @@ class Report:
     """What happened to one layer. Errors are mean squares, relative to what there would be without the layer."""
 
     objective: str  # where they are measured: at the layer's own output, or where attention adds to the hidden states
-    damping: float
+    scales: str
+    damping: float  # that was used
+    retries: int  # how often it was raised for that
     double: bool  # single precision was not enough for the inverse
     dead: int  # inputs that were always zero
     error_nearest: float
@@ -41,12 +43,14 @@ class Report:
     def remarks(self) -> list[str]:
         """What was not as usual, in words."""
         found = [f"{self.dead} inputs were always zero"] if self.dead else []
+        found += [f"damping was raised to {self.damping:g}"] if self.retries else []
         found += ["the inverse needed double precision"] if self.double else []
         return found
 
-    def to_dict(self) -> dict[str, float | int | bool | str]:
+    def to_dict(self) -> dict[str, Any]:
         """For records: everything but the time, so that two runs leave the same bytes."""
-        return {key: value for key, value in asdict(self).items() if key != "seconds"}
+        values = {key: value for key, value in asdict(self).items() if key != "seconds"}
+        return {**values, "remarks": self.remarks} if self.remarks else values
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,9 @@ class Gptq(Quantizer):
         size = _square(single, H, weighing) or 1.0
         report = Report(
             objective="layer" if across is None else "attention",
+            scales=self.scales,
             damping=factor.damping,
+            retries=factor.retries,
             double=factor.double,
             dead=int((seen.diagonal == 0).sum()),
             error_nearest=_square(nearest - single, H, weighing) / size,

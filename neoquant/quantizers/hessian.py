@@ -21,6 +21,7 @@ class Factor:
     upper: Tensor
     damping: float  # part of the mean diagonal that was added, perhaps more than asked for
     double: bool  # whether single precision failed
+    retries: int  # how often the damping was raised
 
 
 class Hessian:
@@ -119,13 +120,13 @@ class Across:
 
 
 def _factor(H: Tensor, mean: float, damping: float) -> Factor:
-    for _ in range(STEPS):
+    for retries in range(STEPS):
         for dtype in (torch.float32, torch.float64):
             damped = H.to(dtype, copy=True)
             damped.diagonal().add_(damping * mean)
             upper = inverse_factor(damped)
             if upper is not None:
-                return Factor(upper.float(), damping, dtype == torch.float64)
+                return Factor(upper.float(), damping, dtype == torch.float64, retries)
         damping *= 10
     raise RequestError(f"the inputs' second moments are not positive definite, even with damping {damping / 10:g}")
 

@@ -132,7 +132,7 @@ def test_an_activation_order_goes_where_it_can_be_held(
     assert made.plan.format.name == format
     assert plan(model, recipe).stored == made.plan.stored
     record = json.loads((made.folder / "neoquant.json").read_text())
-    quantizers = [row["quantizer"] for row in record["tensors"] if "quantizer" in row]
+    quantizers = [row["quantizer"] for row in record["tensors"] if "quantizer" in row and "wte" not in row["name"]]
     assert quantizers == [Gptq(order="dynamic", damping=0.02).describe()] * 12
     assert Recipe.parse(record["recipe"]) == recipe
     if format == "gptq":
