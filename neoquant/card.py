@@ -10,6 +10,7 @@ from collections import Counter
 
 from neoquant.formats.base import dtype_name
 from neoquant.planning import Plan, PlanRow
+from neoquant.record import Layers, by_projection, remarks
 
 NOT_MEASURED = "Not measured yet"
 _BEGIN, _END = "<!-- neoquant: measured -->", "<!-- neoquant: end -->"
@@ -26,8 +27,8 @@ _TASKS = {
 _LIBRARIES = {"bitsandbytes": "bitsandbytes", "gptq": "GPTQModel"}  # what transformers needs to read a family
 
 
-def render_card(plan: Plan, name: str) -> str:
-    """The card of the checkpoint that `plan` makes in a folder called `name`."""
+def render_card(plan: Plan, name: str, layers: Layers | None = None) -> str:
+    """The card of the checkpoint that `plan` makes in a folder called `name`; `layers` saw calibration text."""
     parts = [
         _front_matter(plan),
         f"# {name}",
@@ -41,6 +42,7 @@ def render_card(plan: Plan, name: str) -> str:
         "## Layers",
         _layers(plan),
         *(["\n".join(f"- {note}" for note in plan.notes)] if plan.notes else []),
+        *(["## Calibration", _calibration(layers)] if layers else []),
         _measured(f"{NOT_MEASURED}: run `neoquant compare {plan.source_name} {name}`"),
     ]
     return "\n\n".join(parts) + "\n"
@@ -140,6 +142,23 @@ def _layers(plan: Plan) -> str:
     lines = ["| weights | tensors | stored as | why |", "| --- | ---: | --- | --- |"]
     lines += [f"| {what} | {count} | {where} | {why} |" for (what, where, why), count in kinds.items()]
     return "\n".join(lines)
+
+
+def _calibration(layers: Layers) -> str:
+    """What error feedback did to each kind of layer, and what was not as usual."""
+    lines = [
+        "Output errors, relative mean squares on the calibration text, medians over the blocks:",
+        "",
+        "| | layers | to nearest | as stored | ratio | largest ratio |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| `{kind.name}` | {kind.layers} | {kind.error_nearest:.2e} | {kind.error:.2e} "
+        f"| {kind.ratio:.2f} | {kind.ratio_worst:.2f} |"
+        for kind in by_projection(layers)
+    ]
+    found = remarks(layers)
+    return "\n".join([*lines, *(["", *(f"- {remark}" for remark in found)] if found else [])])
 
 
 def _kind(row: PlanRow) -> tuple[str, str, str]:

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from neoquant.progress import SILENT, Progress
 from neoquant.quantizers import Quantizer
 from neoquant.quantizers.gptq import Report
 from neoquant.recipe import Recipe
+from neoquant.record import Layers
 from neoquant.tensor import QuantizedTensor
 from neoquant.unfinished import FinishedBlock, Unfinished, has_unfinished
 
@@ -64,6 +65,10 @@ class QuantizeResult:
     output_bytes: int
     seconds: float
     peak_rss_bytes: int
+    layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """How each layer that saw calibration text came out, as `calibration.json` says."""
+    layer_seconds: Mapping[str, float] = field(default_factory=dict)
+    """What each took that this run did: in no file, so that two runs leave the same bytes."""
 
 
 def plan(
@@ -153,14 +158,18 @@ def quantize(
         open_checkpoint(location, revision=planned.revision, progress=progress) as checkpoint,
     ):
         records: dict[str, str] = {}
+        layers: dict[str, Any] = {}
+        took: dict[str, float] = {}
         if calibration is None or unfinished is None or need is None:
             done, digest = _write_tensors(checkpoint, planned, sink, progress)
         else:
-            done, digest, records[CALIBRATION] = _write_calibrated(
+            done, digest, layers, took = _write_calibrated(
                 checkpoint, planned, calibration, need.spilled, sink, unfinished, progress
             )
+            seen = {"calibration": calibration.describe(), "documents": calibration.documents, "layers": layers}
+            records[CALIBRATION] = _json(seen)
         travelling = {path.name: path for path in checkpoint.companions()}
-        sink.finish(done.config, files={**travelling, **_own_files(done, digest, out.name), **records})
+        sink.finish(done.config, files={**travelling, **_own_files(done, digest, out.name, layers), **records})
         if unfinished is not None:
             unfinished.remove()
     return QuantizeResult(
@@ -170,6 +179,8 @@ def quantize(
         output_bytes=sum(path.stat().st_size for path in out.iterdir()),
         seconds=time.perf_counter() - started,
         peak_rss_bytes=peak_rss_bytes(),
+        layers=layers,
+        layer_seconds=took,
     )
 
 
@@ -195,13 +206,16 @@ def _location(source: str | Path | None) -> str | Path:
 def _whole_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: int, name: str) -> Plan:
     """The plan of the tensors, and the size of the files beside them."""
     planned = make_plan(checkpoint, recipe, shard_size=shard_size)
-    written = [_json(planned.config), *_own_files(planned, _NO_DIGEST, name).values()]
+    layers: dict[str, Any] = {}
+    written = [_json(planned.config)]
     if needs_calibration(planned):
         error = 0.012345678901234567
         report = Report("attention", "range", 0.01, 0, False, 0, error, error, 0.0).to_dict()
         seen = {"source": "about so long", "sha256": _NO_DIGEST, "rows": 128, "length": 2048, "seed": 0}
-        layers = {row.layer: report for row in planned.rows if row.quantizer is not None}
+        calibrated = [row for row in planned.rows if row.quantizer is not None and row.quantizer.needs_calibration]
+        layers = {row.layer: report for row in calibrated}
         written.append(_json({"calibration": seen, "layers": layers}))
+    written += _own_files(planned, _NO_DIGEST, name, layers).values()
     companions = checkpoint.companion_sizes()
     beside = sum(companions.values()) + sum(len(text.encode()) for text in written)
     notes = planned.notes
@@ -302,8 +316,8 @@ def _write_calibrated(
     sink: CheckpointWriter,
     unfinished: Unfinished,
     progress: Progress,
-) -> tuple[Plan, str, str]:
-    """The same block after block, with a record of what calibration saw and of every layer."""
+) -> tuple[Plan, str, dict[str, Any], dict[str, float]]:
+    """The same block after block, with a record of every layer, and how long those took that this run did."""
     digest = hashlib.sha256()
     for row in planned.rows:  # in the file's order, which need not be the blocks'
         _add_to_digest(digest.update, row.source, checkpoint.read(row.name))
@@ -311,6 +325,7 @@ def _write_calibrated(
     unfinished.begin(_identity(checkpoint, planned, calibration, digest.hexdigest()), config.num_layers)
     stored: dict[str, tuple[TensorHeader, ...]] = {}
     layers: dict[str, Any] = {}
+    took: dict[str, float] = {}
 
     def make(row: PlanRow, given: QuantizedTensor | None = None) -> dict[str, torch.Tensor]:
         with locate(checkpoint.source), locate(row.name):
@@ -343,14 +358,11 @@ def _write_calibrated(
             block = FinishedBlock(made, {layer: report.to_dict() for layer, report in quantized.reports.items()})
             put(block.made)
             layers |= block.reports
+            took |= {layer: report.seconds for layer, report in quantized.reports.items()}
             unfinished.keep(number, block, states)
         states.close()
     done = replace(planned, rows=tuple(replace(row, stored=stored[row.name]) for row in planned.rows))
-    return (
-        done,
-        digest.hexdigest(),
-        _json({"calibration": calibration.describe(), "documents": calibration.documents, "layers": layers}),
-    )
+    return done, digest.hexdigest(), layers, took
 
 
 def _identity(checkpoint: Checkpoint, planned: Plan, calibration: Calibration, digest: str) -> dict[str, Any]:
@@ -446,12 +458,12 @@ def _add_to_digest(update: Callable[[memoryview], None], header: TensorHeader, w
     update(weight.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _own_files(done: Plan, digest: str, name: str) -> dict[str, str]:
+def _own_files(done: Plan, digest: str, name: str, layers: Layers) -> dict[str, str]:
     """The card and the record."""
     from neoquant import __version__
 
     record = {"neoquant": __version__, "source_sha256": digest, **done.to_dict()}
-    return {CARD: render_card(done, name), RECORD: _json(record)}
+    return {CARD: render_card(done, name, layers), RECORD: _json(record)}
 
 
 def _json(value: Any) -> str:

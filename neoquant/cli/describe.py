@@ -93,7 +93,6 @@ def model_info(source: str | Path, revision: str | None, name: str, progress: Pr
     """What a result says of the model it was measured on."""
     from neoquant.checkpoint import open_checkpoint
     from neoquant.evaluation import ModelInfo
-    from neoquant.quantization import CALIBRATION
 
     with open_checkpoint(source, revision=revision, progress=progress) as checkpoint:
         found = describe(checkpoint)
@@ -107,7 +106,7 @@ def model_info(source: str | Path, revision: str | None, name: str, progress: Pr
             parameters=found.parameters,
             format=found.format.name if found.format else None,
             recipe=found.record.get("recipe"),
-            calibration=_read_record(checkpoint.folder, CALIBRATION).get("calibration"),
+            calibration=calibration_record(checkpoint).get("calibration"),
             sha256=hash_weights(checkpoint, progress),
         )
 
@@ -115,11 +114,17 @@ def model_info(source: str | Path, revision: str | None, name: str, progress: Pr
 def calibrated_on(source: str | Path, revision: str | None, progress: Progress) -> frozenset[str]:
     """The fingerprints of the documents that a checkpoint was calibrated on; none where it does not say."""
     from neoquant.checkpoint import open_checkpoint
-    from neoquant.quantization import CALIBRATION
 
     with open_checkpoint(source, revision=revision, progress=progress) as checkpoint:
-        documents = _read_record(checkpoint.folder, CALIBRATION).get("documents", [])
+        documents = calibration_record(checkpoint).get("documents", [])
     return frozenset(map(str, documents)) if isinstance(documents, list) else frozenset()
+
+
+def calibration_record(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What calibration saw and how layers came out, as `calibration.json` says; empty where there is none."""
+    from neoquant.quantization import CALIBRATION
+
+    return _read_record(checkpoint.folder, CALIBRATION)
 
 
 def _read_record(folder: Path | None, name: str) -> dict[str, Any]:

@@ -45,11 +45,17 @@ def info(
         return
 
     from neoquant.checkpoint import open_checkpoint
-    from neoquant.cli.describe import describe
+    from neoquant.cli.describe import calibration_record, describe
 
     source = find_model(model, terminal, "info")
     with open_checkpoint(source, revision=revision, headers_only=True, progress=terminal.progress) as checkpoint:
         terminal.show_facts(_facts(checkpoint, describe(checkpoint)))
+        layers = calibration_record(checkpoint).get("layers")
+    if isinstance(layers, dict) and layers:
+        from neoquant.record import remarks
+        from neoquant.report.record import calibration_table
+
+        terminal.show(calibration_table(layers), *remarks(layers))
 
 
 def _facts(checkpoint: Checkpoint, found: Description) -> list[tuple[str, str]]:

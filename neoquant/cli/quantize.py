@@ -122,6 +122,13 @@ def quantize(
         f"{made.plan.bits_per_weight_linears:.3f} bits per weight of the block linears, "
         f"{made.plan.bits_per_weight_model:.3f} of the whole model, format {made.plan.format.name}"
     )
+    if made.layers:
+        from neoquant.record import remarks
+        from neoquant.report.record import calibration_table
+
+        terminal.show(calibration_table(made.layers, made.layer_seconds))
+        for remark in remarks(made.layers):
+            terminal.note(f"note: {remark}")
     terminal.note(
         f"took {made.seconds:.1f} s and {size_text(made.peak_rss_bytes)} of memory; "
         f"what it cost: {shlex.join(['neoquant', 'compare', model or BUNDLED, str(folder)])} --suite {suite_for(model)}"

@@ -271,7 +271,8 @@ def test_quantize_with_calibration(cli: Cli, tiny_model: Path, text_file: Path) 
     record = json.loads(Path("tiny-neo-gptq3/calibration.json").read_text())
     assert record["calibration"]["source"] == text_file.name and len(record["layers"]) == 12
     assert cli("quantize", tiny_model, *SIMPLE, *shown, "--order", "off").code == 0
-    assert "transformers with bitsandbytes" in cli("info", "tiny-neo-nf4-gptq").out
+    told = cli("info", "tiny-neo-nf4-gptq").out
+    assert "transformers with bitsandbytes" in told and "worst" in told and "c_proj" in told
     assert "recipe gptq4" in cli("plan", tiny_model, "--type", "gptq").out
     assert "order off" in (Path("tiny-neo-nf4-gptq") / "README.md").read_text()
     options = ("--order", "off", "--scales", "mse", "--damping", "0.05")

@@ -21,6 +21,7 @@ from neoquant.model.gpt_neo import GPTNeoForCausalLM
 from neoquant.quantization import plan, quantize
 from neoquant.quantizers import Gptq, Hessian
 from neoquant.recipe import Recipe
+from neoquant.record import by_projection, remarks
 from neoquant.states import StatesInMemory
 
 GPTQ3 = Recipe.simple(3, "affine", group_size=32, quantizer="gptq")
@@ -169,3 +170,44 @@ def test_rows_are_drawn_from_all_texts() -> None:
     with pytest.raises(RequestError, match="0 rows of 3 tokens"):
         draw([[1]], 0, 0, 3, seed=0)
     assert hash_texts(["ab", "c"]) != hash_texts(["a", "bc"])
+
+
+def test_what_became_of_each_layer_is_summed_up(model: Path, tmp_path: Path) -> None:
+    made = quantize(
+        model, tmp_path / "out", Recipe.simple(3, "affine", quantizer="gptq", scales="mse"), calibration=calibration()
+    )
+    record = json.loads((made.folder / "calibration.json").read_text())
+    assert (
+        record["layers"] == made.layers and made.layers.keys() == made.layer_seconds.keys() and len(made.layers) == 12
+    )
+    assert {layer["scales"] for layer in made.layers.values()} == {"mse"}
+    kinds = by_projection(made.layers, made.layer_seconds)
+    assert [kind.name for kind in kinds] == ["q_proj", "k_proj", "v_proj", "out_proj", "c_fc", "c_proj"]
+    assert sum(kind.layers for kind in kinds) == 12
+    assert sum(kind.seconds or 0 for kind in kinds) == pytest.approx(sum(made.layer_seconds.values()))
+    card = (made.folder / "README.md").read_text()
+    assert "## Calibration" in card and f"| `q_proj` | 2 | {kinds[0].error_nearest:.2e} |" in card
+    assert abs(made.output_bytes - made.plan.output_bytes) < 4096
+
+
+def test_remarks_gather_the_layers_that_they_are_true_of() -> None:
+    layers = {
+        "transformer.h.0.mlp.c_fc": {"error": 0.5, "error_nearest": 1.0, "remarks": ["2 inputs were always zero"]},
+        "transformer.h.1.mlp.c_fc": {"error": 0.75, "error_nearest": 1.0, "remarks": ["2 inputs were always zero"]},
+        "transformer.h.0.mlp.c_proj": {"error": 0.0, "error_nearest": 0.0},
+        "transformer.h.1.mlp.c_proj": {},
+    }
+    assert remarks(layers) == ["2 inputs were always zero: h.0.mlp.c_fc, h.1.mlp.c_fc"]
+    first, second = by_projection(layers, {"transformer.h.0.mlp.c_fc": 2.0})
+    assert (first.ratio, first.ratio_worst, first.worst) == (0.625, 0.75, "transformer.h.1.mlp.c_fc")
+    assert first.seconds == 2.0 and (second.layers, second.ratio, second.seconds) == (1, 1.0, None)
+
+
+def test_a_damping_that_is_not_enough_is_raised_and_remarked() -> None:
+    hessian = Hessian(8)
+    hessian.add(torch.tensor([[1e4] * 7 + [0.0]]))
+    weight = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    report = Gptq(damping=1e-18).run(weight, GPTQ3.rules[0].grid(), hessian)[1]
+    assert report.retries > 0 and report.damping == pytest.approx(1e-18 * 10**report.retries)
+    assert report.to_dict()["remarks"][0] == "1 inputs were always zero"
+    assert f"damping was raised to {report.damping:g}" in report.to_dict()["remarks"]
