@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 import neoquant
-from neoquant.cli import compare, eval, generate, info, inspect, plan, quantize, report
+from neoquant.cli import bench, compare, eval, generate, info, inspect, plan, quantize, report
 from neoquant.cli.options import Debug, Quiet
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import NeoquantError
@@ -41,6 +41,7 @@ for name, verb, purpose in (
     ("inspect", inspect.inspect, "Say where quantization cost what, layer by layer."),
     ("report", report.report, "Make a page, a table or a model card of saved results."),
     ("generate", generate.generate, "Continue a text."),
+    ("bench", bench.bench, "Measure speed and memory, beside other programs."),
     ("info", info.info, "Say what a model is, or what this machine has."),
 ):
     app.command(name, short_help=purpose)(verb)

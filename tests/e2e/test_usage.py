@@ -16,7 +16,7 @@ from neoquant.cli.terminal import Terminal
 from neoquant.errors import RequestError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-VERBS = ("plan", "quantize", "eval", "compare", "inspect", "report", "generate", "info")
+VERBS = ("plan", "quantize", "eval", "compare", "inspect", "report", "generate", "bench", "info")
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -1,0 +1,100 @@
+"""`neoquant bench`: how fast a model runs, and what memory it takes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from neoquant.cli import options
+from neoquant.cli.models import find_model
+from neoquant.cli.output import check_writable, write_text
+from neoquant.cli.terminal import Terminal
+from neoquant.errors import RequestError
+
+
+def bench(
+    ctx: typer.Context,
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL...",
+            help="One or more folders or hub ids, or neoquant-demo, which is also what is used without one.",
+            show_default=False,
+        ),
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="PEERS", help="transformers, openvino, or both with a comma.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base", metavar="MODEL", help="The model before quantization, for peers that cannot run MODEL itself."
+        ),
+    ] = None,
+    python: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--python",
+            metavar="PEER=PATH",
+            help="The interpreter that has a peer installed, where it is not this one. Repeat for more.",
+            show_default=False,
+        ),
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", metavar="N", help="Length of the prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", metavar="N", help="Tokens to generate, 2 or more.")] = 64,
+    repeats: Annotated[int, typer.Option("--repeats", metavar="N", help="Runs of each program.")] = 3,
+    threads: Annotated[
+        int | None, typer.Option("--threads", metavar="N", help="Threads of each program. [default: what torch takes]")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="TYPE", help="Compute in float32, float16 or bfloat16.")
+    ] = "float32",
+    json: options.Json = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Measure loading, reading a prompt, generating and peak memory on the CPU, beside other programs.
+
+    Every run is a process of its own, and the programs take turns. transformers runs the plain model, and a
+    bitsandbytes folder as well; OpenVINO runs the plain model in int4, as optimum-intel exports it. A prompt is
+    random tokens, so that no tokenizer is needed.
+
+    \b
+    Examples:
+      neoquant bench gpt-neo-1.3B-nf4 gpt-neo-1.3B-int8
+      neoquant bench gpt-neo-1.3B-nf4 --against transformers,openvino --base EleutherAI/gpt-neo-1.3B
+      neoquant bench gpt-neo-1.3B-nf4 --against openvino --base gpt-neo-1.3B --python openvino=ov/bin/python
+    """
+    terminal: Terminal = ctx.obj
+    check_writable(json)
+    pythons = [pair.partition("=") for pair in python or ()]
+    for name, _, path in pythons:
+        if not path:
+            raise RequestError(f"--python {name!r}: write it like transformers=/path/to/python")
+
+    from neoquant.evaluation.speed import Request, measure
+    from neoquant.report.speed import speed_table
+
+    if threads is None:
+        import torch
+
+        threads = torch.get_num_threads()
+    chosen: list[str | None] = [*models] if models else [None]
+    request = Request(
+        models=[str(find_model(model, terminal, "bench")) for model in chosen],
+        against=[name.strip() for name in (against or "").split(",") if name.strip()],
+        base=None if base is None else str(find_model(base, terminal, "bench")),
+        prompt=prompt_tokens,
+        new=new_tokens,
+        repeats=repeats,
+        threads=threads,
+        dtype=dtype,
+        pythons={name: path for name, _, path in pythons},
+    )
+    result = measure(request, progress=terminal.progress)
+    for note in result.notes:
+        terminal.note(f"note: {note}")
+    terminal.show(speed_table(result))
+    if json is not None:
+        write_text(json, result.to_json() + "\n", terminal)
