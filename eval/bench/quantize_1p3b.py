@@ -89,14 +89,18 @@ def bench(shape: str, repeats: int, temp: Path) -> dict[str, Any]:
 def child(*arguments: object) -> dict[str, Any]:
     """Run one step in a fresh process; add the seconds of the whole process to what it reports."""
     command = [sys.executable, str(Path(__file__)), "--child", *map(str, arguments)]
-    paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
     started = time.perf_counter()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(map(str, arguments))} failed:\n{done.stderr}")
     wall = time.perf_counter() - started
     return {"wall_s": round(wall, 3), **json.loads(done.stdout.splitlines()[-1])}
+
+
+def child_environment() -> dict[str, str]:
+    """This process's environment, with this checkout to import and no hub to ask."""
+    paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
 
 
 def run_child(step: str, *arguments: str) -> dict[str, Any]:

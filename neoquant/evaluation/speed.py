@@ -114,10 +114,16 @@ def measure(request: Request, progress: Progress = SILENT) -> Speed:
         with progress.task("running", total=request.repeats * len(lanes)) as advance:
             for repeat in range(request.repeats):
                 # The order alternates, so that no program always runs behind the same neighbour.
-                for lane in lanes if repeat % 2 == 0 else lanes[::-1]:
+                for lane in lanes[:] if repeat % 2 == 0 else lanes[::-1]:
                     job = {"step": "run", "tool": lane.tool, "source": lane.source, "threads": request.threads}
                     job |= {"prompt": request.prompt, "new": request.new, "dtype": request.dtype}
-                    lane.runs.append(Run(**_child(lane, job, request.threads)))
+                    try:
+                        lane.runs.append(Run(**_child(lane, job, request.threads)))
+                    except RequestError as error:
+                        if lane.tool == "neoquant":
+                            raise
+                        notes.append(f"{error}; left out")
+                        lanes.remove(lane)
                     advance(1)
     return Speed(
         prompt_tokens=request.prompt,

@@ -114,7 +114,8 @@ def _transformers(job: dict[str, Any]) -> Callable[[], tuple[Generate, int]]:
     torch.set_num_threads(job["threads"])
 
     def load() -> tuple[Generate, int]:
-        dtype = getattr(torch, job["dtype"])
+        # transformers does not run a quantized folder in another type than the one it is stored in.
+        dtype = "auto" if job["tool"] == "bitsandbytes" else getattr(torch, job["dtype"])
         model = AutoModelForCausalLM.from_pretrained(job["source"], dtype=dtype, device_map="cpu")
         model.train(False)
         return _greedy(model, logits_to_keep=1), model.config.vocab_size

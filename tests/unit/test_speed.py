@@ -52,6 +52,19 @@ def test_programs_take_turns_and_medians_are_told(
     assert Speed.model_validate_json(result.to_json()) == result
 
 
+def test_a_peer_that_fails_is_left_out_and_named(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(lane: Any, job: Any, threads: int) -> dict[str, Any]:
+        if job["step"] == "run" and lane.tool == "transformers":
+            raise RequestError(f"{lane.label} failed: out of luck")
+        return fake_child(lane, job, threads)
+
+    monkeypatch.setattr(speed, "_child", failing)
+    result = measure(Request([str(tiny_model)], ("transformers",), prompt=3, new=2))
+    assert [program.tool for program in result.programs] == ["neoquant"]
+    assert len(result.programs[0].runs) == 3
+    assert result.notes == ["transformers: float32 failed: out of luck; left out"]
+
+
 def test_the_runner_really_runs_a_model(tiny_model: Path) -> None:
     """A run of the script itself; and the loop that peers are driven by gives what our own generation gives."""
     job = {"step": "run", "tool": "neoquant", "source": str(tiny_model), "threads": 1, "dtype": "float32"}
