@@ -60,12 +60,19 @@ class AttentionMasks:
     def __init__(self, T: int, S: int, window: int, keep: Tensor | None, device: torch.device) -> None:
         self.T, self.S, self.window, self.keep, self.device = T, S, window, keep, device
         self._made: dict[bool, Tensor | None] = {}
+        self._windows: dict[tuple[int, int], Tensor | None] = {}
 
     def mask(self, local: bool) -> Tensor | None:
         if local not in self._made:
             window = self.window if local else None
             self._made[local] = attention_mask(self.T, self.S, window, self.keep, self.device)
         return self._made[local]
+
+    def window_mask(self, T: int, S: int) -> Tensor | None:
+        """The mask of the last T of S positions of a local layer without padding."""
+        if (T, S) not in self._windows:
+            self._windows[T, S] = attention_mask(T, S, self.window, None, self.device)
+        return self._windows[T, S]
 
     def is_plain_causal(self, local: bool) -> bool:
         """Whether the mask is the lower triangle and nothing else, which needs no tensor."""
@@ -110,8 +117,23 @@ class SelfAttention(nn.Module):
             # One new position sees exactly the last `window_size`: a slice does what a mask would.
             key, value = key[:, :, -self.window_size :], value[:, :, -self.window_size :]
             return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=1.0)
+        if masks.keep is None and self.local and self.window_size < masks.T:
+            return self._by_stretches(query, key, value, masks, dropout)
         mask = masks.mask(self.local)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=1.0)
+
+    def _by_stretches(self, query: Tensor, key: Tensor, value: Tensor, masks: AttentionMasks, dropout: float) -> Tensor:
+        """Many queries of a local layer, a window's length at a time, each with the keys that it may see."""
+        parts, past = [], masks.S - masks.T
+        for start in range(0, masks.T, self.window_size):
+            stop = min(start + self.window_size, masks.T)
+            seen = slice(max(0, past + start - self.window_size + 1), past + stop)
+            part = F.scaled_dot_product_attention(
+                query[:, :, start:stop], key[:, :, seen], value[:, :, seen],
+                attn_mask=masks.window_mask(stop - start, seen.stop - seen.start), dropout_p=dropout, scale=1.0,
+            )  # fmt: skip
+            parts.append(part)
+        return torch.cat(parts, dim=2)
 
     def _eager(self, query: Tensor, key: Tensor, value: Tensor, masks: AttentionMasks) -> Tensor:
         scores = query.float() @ key.float().transpose(-1, -2)  # [B, H, T, S]; float32, since half overflows
