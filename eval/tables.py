@@ -1,9 +1,10 @@
-"""Write the measured tables into README.md, docs/report.md and the bundled model's card, from the committed results.
+"""Write the measured tables into README.md, docs/report.md, eval/README.md and the bundled model's card, from the
+committed results.
 
     python eval/tables.py            # rewrite what stands between the markers
     python eval/tables.py --check    # exit 1 where a text is not what the results say
 
-`eval/demo_model/measure.sh` and `eval/bench/quantize_1p3b.py` make the results anew.
+eval/README.md says which script makes which result anew.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from neoquant.evaluation import Comparison, Inspection
 from neoquant.planning import BLOCK_LINEARS
@@ -22,6 +24,9 @@ ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "eval" / "results" / "demo.json"
 LAYERS = ROOT / "eval" / "results" / "demo-layers.json"
 BENCH = ROOT / "eval" / "results" / "quantize-1.3b.json"
+FEEDBACK = ROOT / "eval" / "results" / "feedback-neo-8m.json"
+FEEDBACK_DEMO = ROOT / "eval" / "results" / "feedback-demo.json"
+CROSS_LOAD = ROOT / "eval" / "results" / "cross-load.json"
 CARD = ROOT / "neoquant" / "demo" / "neoquant-demo" / "README.md"
 
 
@@ -107,11 +112,69 @@ def bench_1p3b() -> str:
     )
 
 
+def feedback(path: Path) -> str:
+    """Each tool's GPTQ on each grid, and ours as a part of the best peer's divergence."""
+    result = json.loads(path.read_text("utf-8"))
+    grids = list(dict.fromkeys(row["label"] for row in result["rows"]))
+    tools = [tool for tool in dict.fromkeys(row["tool"] for row in result["rows"]) if tool != "neoquant"]
+    names = [{"nearest": "rounding"}.get(tool, tool) for tool in tools]
+    lines = [
+        f"| grid | {' | '.join(names)} | neoquant | of the best peer [95 %] | Δ nats/token: best peer, neoquant |",
+        f"| --- |{' --: |' * len(tools)} --: | --: | --: |",
+    ]
+    for grid in grids:
+        rows = {row["tool"]: row for row in result["rows"] if row["label"] == grid}
+        best = min((row for tool, row in rows.items() if tool not in ("neoquant", "nearest")), key=_kl, default=None)
+        best = best or rows["nearest"]  # nobody else has error feedback on this grid
+        ratio = next(r for r in result["ratios"] if r["label"] == grid and r["peer"] == best["tool"])
+        figures = [f"{1e4 * _kl(rows[tool]):.2f}" if tool in rows else "" for tool in [*tools, "neoquant"]]
+        low, high = ratio["interval"]
+        lines.append(
+            f"| {grid} | {' | '.join(figures)} | {ratio['ratio']:.3f} [{low:.3f}, {high:.3f}] "
+            f"| {best['nats_per_token']:+.4f}, {rows['neoquant']['nats_per_token']:+.4f} |"
+        )
+    seeds, peers = result["seeds"], result["peers"]
+    shown = seeds[0]["calibration"]
+    documents = {name for seed in seeds for name in seed["scored"]["documents"]}
+    tokens = sum(sum(seed["scored"]["tokens"]) for seed in seeds)
+    versions = [f"{name} {found[name]}" for name, found in peers.items() if isinstance(found, dict)]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Mean KL divergence from {result['model']['name']}, in 1e-4 nats a token. {len(seeds)} seeds of "
+            f"{shown['rows']} rows of {shown['length']} tokens; {len(documents)} scored documents, "
+            f"{tokens:,} tokens in all; {', '.join(versions)}.",
+        ]
+    )
+
+
+def _kl(row: dict[str, Any]) -> float:
+    return float(row["kl"])
+
+
+def cross_load() -> str:
+    """How far logits are apart between the program that made a GPTQ checkpoint and the one that reads it."""
+    result = json.loads(CROSS_LOAD.read_text("utf-8"))
+    lines = ["| made by | read by | checkpoints | agree | largest difference |", "| --- | --- | --: | --: | --: |"]
+    pairs = dict.fromkeys((row["made_by"], row["read_by"]) for row in result["rows"])
+    for made_by, read_by in pairs:
+        rows = [row for row in result["rows"] if (row["made_by"], row["read_by"]) == (made_by, read_by)]
+        largest = max(row["difference"] for row in rows if "difference" in row)
+        agreeing = sum(row["agrees"] for row in rows)
+        lines.append(f"| {made_by} | {read_by} | {len(rows)} | {agreeing} | {largest:.1g} |")
+    peer = ", ".join(f"{name} {version}" for name, version in result["peer"].items())
+    return "\n".join([*lines, "", f"Differences of logits as a part of the largest logit, in float32; {peer}."])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo-totals": demo_totals,
     "demo-subsets": demo_subsets,
     "demo-layers": demo_layers,
     "bench-1p3b": bench_1p3b,
+    "feedback-neo-8m": lambda: feedback(FEEDBACK),
+    "feedback-demo": lambda: feedback(FEEDBACK_DEMO),
+    "cross-load": cross_load,
 }
 
 
@@ -144,7 +207,7 @@ def main() -> None:
     check = parser.parse_args().check
     stale = [
         path
-        for path in (ROOT / "README.md", ROOT / "docs" / "report.md", CARD)
+        for path in (ROOT / "README.md", ROOT / "docs" / "report.md", ROOT / "eval" / "README.md", CARD)
         if rendered(path) != path.read_text("utf-8")
     ]
     for path in stale:

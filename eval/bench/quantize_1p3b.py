@@ -13,11 +13,8 @@ The tensors of both results are compared byte by byte.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -28,7 +25,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from provenance import ROOT, provenance
+
 SHAPES = {"125m": (12, 768, 12), "1.3b": (24, 2048, 16)}  # layers, hidden, heads
 TOOLS = ("neoquant", "transformers", "copy")
 PACKAGES = ("neoquant", "torch", "transformers", "bitsandbytes", "safetensors", "accelerate")
@@ -45,7 +44,7 @@ def main() -> None:
     if args.child:
         print(json.dumps(run_child(*args.child)))
         return
-    target = args.json or REPOSITORY / "eval" / "results" / f"quantize-{args.shape}.json"
+    target = args.json or ROOT / "eval" / "results" / f"quantize-{args.shape}.json"
     with tempfile.TemporaryDirectory(prefix="neoquant-bench-", dir=args.temp) as temp:
         result = bench(args.shape, args.repeats, Path(temp))
     target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -76,7 +75,7 @@ def bench(shape: str, repeats: int, temp: Path) -> dict[str, Any]:
     print(f"neoquant is {ratios['wall_s']:.2f} times as fast and takes {1 / ratios['peak_rss_mb']:.3f} of the memory")
     return {
         "what": f"GPT-Neo {shape} shapes, random float16 weights, to NF4 with double quantization, disk to disk",
-        "provenance": provenance(),
+        "provenance": provenance(PACKAGES),
         "source_mb": round(sum(path.stat().st_size for path in source.iterdir()) / 1e6, 1),
         "same_tensors": same,
         "runs": runs,
@@ -213,29 +212,6 @@ def peak_rss_mb() -> float:
 
 def describe(run: dict[str, float]) -> str:
     return f"{run['wall_s']:7.2f} s ({run['work_s']:.2f} s of work), {run['peak_rss_mb']:,.0f} MB"
-
-
-def provenance() -> dict[str, Any]:
-    git = ["git", "-C", str(REPOSITORY)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "neoquant"], capture_output=True, text=True).stdout.strip()
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "source checkout"
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit + (" with changes" if changed else ""),
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "cpu": models[0].partition(":")[2].strip() if models else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-        "versions": versions,
-    }
 
 
 if __name__ == "__main__":

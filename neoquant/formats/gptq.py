@@ -87,11 +87,7 @@ class Gptq(Format):
         codes = bits.unpack(_to_bytes(tensors[".qweight"].T), grid.bits, columns)
         zeros = bits.unpack(_to_bytes(tensors[".qzeros"]), grid.bits, rows)
         if version == V1:
-            if bool((zeros == grid.top).any()):
-                raise FormatError(
-                    f"qzeros holds {grid.top} in a v1 checkpoint, which programs read as a zero of 0 or {grid.top + 1}"
-                )
-            zeros = zeros + 1
+            zeros = self._one_more(tensors[".qzeros"], zeros, grid)
         scale = _half(tensors[".scales"], (zeros.shape[0], rows))
         if grid.symmetric and bool((zeros == grid.middle).all()):
             params = {"scale": scale.T.contiguous()}
@@ -116,9 +112,12 @@ class Gptq(Format):
 
     def config(self, grids: Mapping[str, Grid], kept: Iterable[str], ordered: bool = False) -> dict[str, Any]:
         grid = next((grid for grid in grids.values() if isinstance(grid, Affine)), Affine())
-        # GPTQModel's way to leave out layers of a block: `-:` and a regular expression. Heads are left out anyway.
-        left_out: dict[str, dict[str, Any]] = {
-            f"-:.*{re.escape(name)}$": {} for name in sorted(kept) if re.search(r"\bh\.\d", name)
+        # How layers of a block are left out. GPTQModel: `-:` and a regular expression. transformers, through optimum:
+        # the names of all others, or their ends. Heads are left out anyway.
+        left_out = [name for name in sorted(kept) if re.search(r"\bh\.\d", name)]
+        partly: dict[str, Any] = {
+            "dynamic": {f"-:.*{re.escape(name)}$": {} for name in left_out},
+            "modules_in_block_to_quantize": [list(grids)],
         }
         return {
             "quant_method": "gptq",
@@ -129,12 +128,35 @@ class Gptq(Format):
             "desc_act": ordered,
             "lm_head": False,
             "pack_dtype": "int32",
-            **({"dynamic": left_out} if left_out else {}),
+            **(partly if left_out else {}),
         }
+
+    def _one_more(self, words: Tensor, stored: Tensor, grid: Affine) -> Tensor:
+        """The zeros of a v1 checkpoint from what is stored, one less. uint8[G, O].
+
+        GPTQModel takes the one off whole words, where a zero of 0 borrows from its neighbour (with 3 bits, whose fields
+        are split between words, off each field, where it wraps); its own checkpoints are read by the inverse.
+        """
+        if self._made_by("gptqmodel"):
+            if grid.bits == 3:
+                return (stored + 1) & grid.top
+            ones = sum(1 << at for at in range(0, 32, grid.bits))
+            return bits.unpack(_to_bytes(words + ones), grid.bits, stored.shape[1])
+        if bool((stored == grid.top).any()):
+            raise FormatError(
+                f"qzeros holds {grid.top} in a v1 checkpoint, which programs read as a zero of 0 or {grid.top + 1}"
+            )
+        return stored + 1
+
+    def _made_by(self, program: str) -> bool:
+        """Whether config.json's `meta.quantizer` names the program: "gptqmodel:7.7.0", or a list of such."""
+        meta = self.said.get("meta")
+        named = meta.get("quantizer") if isinstance(meta, Mapping) else None
+        return any(str(name).partition(":")[0] == program for name in (named if isinstance(named, list) else [named]))
 
     def _stated(self) -> tuple[Affine, str]:
         """The grid and the version that config.json states."""
-        version = self.said.get("checkpoint_format", V1)
+        version = self.said.get("checkpoint_format", self.said.get("format", V1))
         if version not in (V1, V2):
             raise FormatError(f"config.json says checkpoint_format {version!r}; neoquant reads {V1} and {V2}")
         stated = [self.said.get(key) for key in ("bits", "group_size", "sym")]

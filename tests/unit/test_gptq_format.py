@@ -111,6 +111,53 @@ def test_v1_refuses_a_zero_of_zero() -> None:
         reader(grid, "gptq").decode(wrapped)
 
 
+@pytest.mark.parametrize("quantizer", ["gptqmodel:7.7.0", ["gptqmodel:7.7.0"], ["optimum:2.3.0", "gptqmodel:7.7.0"]])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptqmodels_own_way_to_store_a_zero_of_zero_in_v1(bits: int, quantizer: str | list[str]) -> None:
+    """It takes one off whole words, so that a field of 0 borrows from the next; with 3 bits off each one, modulo 8."""
+    grid = Affine(bits, 32)
+    zero = torch.randint(0, grid.top + 1, (32, 3), generator=torch.Generator().manual_seed(bits)).to(torch.uint8)
+    zero[4:9] = 0
+    zero[20] = grid.top
+    codes = torch.randint(0, grid.top + 1, (32, 96), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    q = QuantizedTensor(codes, grid, {"scale": torch.full((32, 3), 0.5, dtype=torch.float16), "zero": zero})
+    stored = []
+    for group in range(3):
+        fields = zero[:, group].tolist()
+        if bits == 3:
+            stored.append(words_by_definition([(field - 1) % 8 for field in fields], 3))
+        else:
+            ones = int("1".rjust(bits, "0") * (32 // bits), 2)
+            words = [(word - ones) % (1 << 32) for word in words_by_definition(fields, bits)]
+            stored.append([word - (1 << 32) if word >> 31 else word for word in words])
+    tensors = FORMATS["gptq"].encode(q) | {".qzeros": torch.tensor(stored, dtype=torch.int32)}
+    said = {"quant_method": "gptq", "bits": bits, "group_size": 32, "sym": False, "checkpoint_format": "gptq"}
+    assert Gptq(said | {"meta": {"quantizer": quantizer}}).decode(tensors).equals(q)
+    for meta in ({}, {"quantizer": "auto-gptq:0.7"}, None):
+        with pytest.raises(FormatError, match=f"qzeros holds {grid.top} in a v1 checkpoint"):
+            Gptq(said | {"meta": meta}).decode(tensors)
+
+
+def test_a_borrow_by_hand() -> None:
+    """Zeros 0 1 8 15 0 0 3 7 are 0x7300f810 in a word; less 0x11111111, that is 0x61efe6ff."""
+    zero = torch.tensor([[0], [1], [8], [15], [0], [0], [3], [7]] * 4, dtype=torch.uint8)
+    params = {"scale": torch.ones(32, 1, dtype=torch.float16), "zero": zero}
+    q = QuantizedTensor(torch.zeros(32, 32, dtype=torch.uint8), Affine(4, 32), params)
+    tensors = FORMATS["gptq"].encode(q)
+    assert tensors[".qzeros"].tolist() == [[0x7300F810] * 4]
+    tensors[".qzeros"] = torch.full((1, 4), 0x61EFE6FF, dtype=torch.int32)
+    said = {"bits": 4, "group_size": 32, "sym": False, "meta": {"quantizer": ["gptqmodel:7.7.0"]}}
+    assert Gptq(said).decode(tensors).equals(q)
+
+
+def test_the_version_may_be_called_format() -> None:
+    q = Nearest().quantize(make_weight((32, 64), torch.float16, "normal"), Affine(4, 32))
+    said = {"bits": 4, "group_size": 32, "sym": False}
+    assert Gptq(said | {"format": "gptq_v2"}).decode(FORMATS["gptq"].encode(q)).equals(q)
+    with pytest.raises(FormatError, match="checkpoint_format 'gptq_p'; neoquant reads gptq and gptq_v2"):
+        Gptq(said | {"format": "gptq_p"}).decode(FORMATS["gptq"].encode(q))
+
+
 def test_zeros_count_more_than_what_is_said_of_symmetry() -> None:
     q = Nearest().quantize(make_weight((32, 64), torch.float16, "normal"), Affine(4, 32))
     tensors = FORMATS["gptq"].encode(q)
@@ -149,9 +196,10 @@ def test_a_folder_is_made_and_run(tmp_path: Path, symmetric: bool) -> None:
     config = json.loads((made.folder / "config.json").read_text())["quantization_config"]
     assert (config["quant_method"], config["bits"], config["sym"]) == ("gptq", 3, symmetric)
     assert set(config["dynamic"]) == {r"-:.*h\.1\.mlp\.c_fc$", r"-:.*h\.1\.mlp\.c_proj$"}
+    quantized = config["modules_in_block_to_quantize"]
     model, plain = load_model(made.folder, GPTNeoForCausalLM), load_model(source, GPTNeoForCausalLM)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantLinear)}
-    assert len(layers) == 10
+    assert len(layers) == 10 and sorted(quantized[0]) == sorted(layers) and len(quantized) == 1
     for name, layer in layers.items():
         linear = plain.get_submodule(name)
         assert isinstance(linear, torch.nn.Linear)
@@ -169,4 +217,5 @@ def test_one_checkpoint_is_of_one_kind() -> None:
     assert choose({"a": (Affine(4, 64), (64, 24))}).name == "packed"
     assert choose({"a": (Codebook(), (64, 64))}).name == "bnb4"
     kept = FORMATS["gptq"].config({"a": Affine()}, ["h.0.mlp.c_fc", "lm_head", "score"])
-    assert kept["dynamic"] == {r"-:.*h\.0\.mlp\.c_fc$": {}}
+    assert kept["dynamic"] == {r"-:.*h\.0\.mlp\.c_fc$": {}} and kept["modules_in_block_to_quantize"] == [["a"]]
+    assert not {"dynamic", "modules_in_block_to_quantize"} & FORMATS["gptq"].config({"a": Affine()}, ["lm_head"]).keys()
