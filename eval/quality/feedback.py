@@ -10,7 +10,7 @@ own kind of text (MODEL: neoquant/demo/neoquant-demo, --length 512).
 For each seed some documents are calibrated on and others scored (texts.py has the rule); every tool sees the same rows
 of token ids. Each result is multiplied out to float32 and scored beside the unquantized model, document by document:
 KL divergence, agreement of the likeliest token, change of the loss. A ratio of two tools is that of their mean
-divergences, with the 95 % interval from documents drawn again, the same ones for both.
+divergences, with its 95 % interval, documents being the sample, the same ones for both.
 
 A peer without an interpreter is left out, and that is said. After a change to a driver in eval/peers, delete --work.
 """
@@ -29,7 +29,7 @@ from provenance import ROOT, provenance
 from texts import DEMO_RULE, RULE, Texts, texts
 
 from neoquant.evaluation import Contestant, ModelInfo, compare
-from neoquant.evaluation.statistics import bootstrap_interval
+from neoquant.evaluation.statistics import ratio_interval
 from neoquant.loading import load_tokenizer
 from neoquant.model.tokenizer import Tokenizer
 
@@ -181,7 +181,7 @@ class Pooled:
 
     def figures(self) -> Row:
         """Per token: mean KL (also of each seed), agreement, change of the loss with its interval."""
-        change = bootstrap_interval(self.sums["change"], self.sums["tokens"])
+        change = ratio_interval(self.sums["change"], self.sums["tokens"])
         return {
             "kl": rounded(self.mean("kl")),
             "kl_by_seed": [rounded(float(sums["kl"].sum() / sums["tokens"].sum())) for sums in self.by_seed],
@@ -195,7 +195,7 @@ class Pooled:
         pairs = [(self.sums, other.sums), *zip(self.by_seed, other.by_seed, strict=True)]
         found = []
         for mine, theirs in pairs:
-            interval = bootstrap_interval(mine["kl"], theirs["kl"])
+            interval = ratio_interval(mine["kl"], theirs["kl"])
             ends = [round(end, 4) for end in interval] if interval else None
             found.append({"ratio": round(float(mine["kl"].sum() / theirs["kl"].sum()), 4), "interval": ends})
         return {**found[0], "by_seed": found[1:]}
