@@ -98,7 +98,7 @@ def child(*arguments: object) -> dict[str, Any]:
 
 def child_environment() -> dict[str, str]:
     """This process's environment, with this checkout to import and no hub to ask."""
-    paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
 
 

@@ -279,7 +279,7 @@ def _name_rows(axes: Axes, names: Sequence[str], chosen: Sequence[bool]) -> None
 
 def _name_points(axes: Axes, points: Sequence[Point]) -> None:
     """Names beside the points, each where the fewest others are in its way."""
-    figure = axes.get_figure()
+    figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()
     placed: list[tuple[float, float, float, float]] = []
