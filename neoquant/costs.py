@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
+
+import torch
 
 from neoquant.errors import RequestError
 from neoquant.model.config import GPTNeoConfig
@@ -15,7 +18,10 @@ _WEIGHTS = 4  # and of a weight's size [O, I] while that is rounded
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes at the peak: of memory, and on the disk beside the output while the run is unfinished."""
+    """What rows x length tokens take: bytes at the peak of memory, and on the disk until the run is finished."""
+
+    rows: int
+    length: int
 
     memory: int
     disk: int
@@ -50,5 +56,35 @@ def _need(config: GPTNeoConfig, rows: int, length: int, spilled: bool) -> Need:
     mlp = held + _SQUARES * 4 * inner * inner + _WEIGHTS * 4 * C * inner
     finished = config.num_layers * block // 4  # 8 bits a weight at most
     return Need(
-        _RESIDENT_BYTES + block + piece + max(attention, mlp), finished + (4 if spilled else 2) * states, spilled
+        rows,
+        length,
+        _RESIDENT_BYTES + block + piece + max(attention, mlp),
+        finished + (4 if spilled else 2) * states,
+        spilled,
     )
+
+
+def guess_seconds(config: GPTNeoConfig, rows: int, length: int) -> float:
+    """About how long a calibrated run will take on this machine's CPU: its multiplications, at a rate measured now."""
+    return _multiplications(config, rows * length) / _rate()
+
+
+def _multiplications(config: GPTNeoConfig, tokens: int) -> float:
+    """Of one run, in pairs of a multiplication and an addition."""
+    C, inner = config.hidden_size, config.inner_size
+    forward = tokens * (4 * C * C + 4 * C * inner)  # the MLP's inner activations are made three times
+    moments = 0.55 * tokens * (3 * C * C + inner * inner)
+    factors = 0.7 * (3 * C**3 + inner**3)
+    rounding = 0.75 * (4 * C**3 + inner * C * C + C * inner * inner)
+    return config.num_layers * (forward + moments + factors + rounding)
+
+
+def _rate(size: int = 1024, duration: float = 0.2) -> float:
+    """Multiplications a second of float32 matrix products, less what a run's smaller operations take."""
+    x = torch.rand(size, size)
+    x @ x
+    started, done = time.perf_counter(), 0
+    while (took := time.perf_counter() - started) < duration:
+        x @ x
+        done += 1
+    return 0.6 * done * size**3 / took

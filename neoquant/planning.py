@@ -16,6 +16,7 @@ import torch
 
 from neoquant.calibration import SHARING
 from neoquant.checkpoint import SHARD_SIZE, Checkpoint, TensorHeader, expected_size
+from neoquant.costs import Need
 from neoquant.errors import CheckpointError, FormatError, RecipeError, RequestError
 from neoquant.formats import FORMATS, Format, detect, why_not
 from neoquant.formats.base import dtype_name
@@ -112,6 +113,8 @@ class Plan:
     notes: tuple[str, ...]
     other_bytes: int = 0
     """Bytes of the output's files that hold no weights."""
+    calibrating: Need | None = None
+    """What a run that sees text takes, if this is one and it was asked."""
 
     @property
     def source_name(self) -> str:
@@ -139,9 +142,11 @@ class Plan:
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Resident bytes of the process at its worst, whatever the checkpoint's size: few tensors live at once."""
+        """Resident bytes of the process at its worst: few tensors live at once, or one block where text is seen."""
         pairs = zip((0, *(row.source.nbytes for row in self.rows)), self.rows, strict=False)
-        return _RESIDENT_BYTES + IN_FLIGHT_BYTES + max((size + _work_bytes(row) for size, row in pairs), default=0)
+        streaming = max((size + _work_bytes(row) for size, row in pairs), default=0)
+        calibrating = 0 if self.calibrating is None else self.calibrating.memory
+        return max(_RESIDENT_BYTES + IN_FLIGHT_BYTES + streaming, calibrating)
 
     @property
     def bits_per_weight_linears(self) -> float:
@@ -223,7 +228,6 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, shard_size: int = SHARD
         notes=(
             *_layer_notes(rows, rules),
             *_grid_notes(targets),
-            *_calibration_notes(rows),
             *_format_notes(format, targets, passed_over),
             *_dropped_notes(rows, checkpoint.dropped),
         ),
@@ -404,12 +408,6 @@ def _layer_notes(rows: Sequence[PlanRow], rules: Mapping[str, Rule | None]) -> I
     unknown = [row.name for row in rows if row.reason == _UNKNOWN]
     if unknown:
         yield f"{len(unknown)} tensors are no part of a GPT-Neo that neoquant knows; kept: {_some(unknown)}"
-
-
-def _calibration_notes(rows: Sequence[PlanRow]) -> Iterator[str]:
-    used = {row.quantizer.name for row in rows if row.quantizer is not None and row.quantizer.needs_calibration}
-    for name in sorted(used):
-        yield f"{name} sees calibration text while it quantizes; the memory that this takes is not counted here"
 
 
 def _grid_notes(targets: _Targets) -> Iterator[str]:

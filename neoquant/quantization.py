@@ -78,6 +78,9 @@ def plan(
     revision: str | None = None,
     shard_size: int = SHARD_SIZE,
     name: str = "out",
+    calibration_rows: int = 128,
+    calibration_length: int | None = None,
+    max_memory: int | None = None,
     progress: Progress = SILENT,
 ) -> Plan:
     """What `quantize` would do, from headers alone; of a model on the hub only kilobytes are fetched.
@@ -88,15 +91,24 @@ def plan(
         revision: branch, tag or commit on the hub.
         shard_size: bytes of tensors in one output file.
         name: of the output folder, which the model card mentions.
+        calibration_rows: of text, for what a calibrated run takes.
+        calibration_length: tokens of a row; None is 2,048, or the model's context where that is shorter.
+        max_memory: as for `quantize`.
         progress: told of downloads, where a model has no headers to fetch alone.
 
     Raises:
-        RequestError: the recipe cannot be carried out on this model; every reason is named.
+        RequestError: the recipe cannot be carried out on this model; every reason is named. Or `max_memory` is too
+            little for one block.
         CheckpointError, HubError: the source cannot be read, or is not a GPT-Neo.
     """
     location = _location(source)
     with open_checkpoint(location, revision=revision, headers_only=True, progress=progress) as checkpoint:
-        return _whole_plan(checkpoint, recipe, shard_size, name)
+        planned = _whole_plan(checkpoint, recipe, shard_size, name)
+    if not needs_calibration(planned):
+        return planned
+    config = GPTNeoConfig.from_dict(dict(planned.config))
+    length = calibration_length or min(2048, config.max_position_embeddings)
+    return replace(planned, calibrating=foresee(config, calibration_rows, length, max_memory))
 
 
 def quantize(
@@ -143,7 +155,8 @@ def quantize(
     out = Path(out).expanduser().resolve()
     _require_another_folder(location, out)
     check_output(out, force)
-    planned = plan(location, recipe, revision=revision, shard_size=shard_size, name=out.name, progress=progress)
+    with open_checkpoint(location, revision=revision, headers_only=True, progress=progress) as headers:
+        planned = _whole_plan(headers, recipe, shard_size, out.name)
     require_calibration(planned, calibration)
     need = None
     if calibration is not None:

@@ -24,9 +24,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from quantize_1p3b import REPOSITORY, SHAPES, child_environment, make_source, provenance
+from quantize_1p3b import PACKAGES, SHAPES, child_environment, make_source
 
-sys.path.insert(0, str(REPOSITORY))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+from provenance import ROOT, provenance
 
 PARTS = ("decode", "prefill", "evaluate")
 CONTEXT = 1024
@@ -50,7 +51,7 @@ def main() -> None:
         tool, source, windows = args.child
         print(json.dumps(evaluate(tool, source, int(windows), args.threads)))
         return
-    target = args.json or REPOSITORY / "eval" / "results" / f"run-{args.shape}.json"
+    target = args.json or ROOT / "eval" / "results" / f"run-{args.shape}.json"
     with tempfile.TemporaryDirectory(prefix="neoquant-bench-", dir=args.temp) as temp:
         parts = bench(args, Path(temp))
     kept = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
@@ -85,7 +86,7 @@ def bench(args: argparse.Namespace, temp: Path) -> dict[str, Any]:
                 print(part, program["label"], {key: round(value, 3) for key, value in program["median"].items()})
         if part == "decode":
             found |= {"bandwidth_gb_per_s": bandwidth(args.threads), "bytes_a_token": bytes_a_token([plain, *models])}
-        results[part] = {"provenance": provenance(), **found}
+        results[part] = {"provenance": provenance(PACKAGES), **found}
     return results
 
 

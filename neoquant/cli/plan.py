@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from dataclasses import asdict
 from json import dumps
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -38,6 +40,10 @@ def plan(
     format: options.Format = None,
     dtype: options.KeptDtype = None,
     embeddings: options.Embeddings = None,
+    calibration: options.Calibration = None,
+    rows: options.Rows = 128,
+    length: options.Length = None,
+    max_memory: options.MaxMemory = None,
     shard_size: options.ShardSize = "5GB",
     revision: options.Revision = None,
     json: options.Json = None,
@@ -46,7 +52,8 @@ def plan(
 ) -> None:
     """Say what quantizing would do: each tensor's treatment, the size, the memory. Reads no weights.
 
-    A model on the hub costs some kilobytes: only its headers are fetched.
+    A model on the hub costs some kilobytes: only its headers are fetched. With --calibration, which is not read
+    either, the time is guessed from the speed of this machine's CPU.
 
     \b
     Examples:
@@ -65,6 +72,7 @@ def plan(
         group_size=group_size,
         symmetric=symmetric,
         quantizer_options={"order": order, "scales": scales, "damping": damping, "objective": objective},
+        calibrated=calibration is not None and recipe is None,
         keep=keep,
         format=format,
         dtype=dtype,
@@ -74,11 +82,19 @@ def plan(
     check_writable(json)
     source = find_model(model, terminal, "plan")
     made = quantization.plan(
-        source, chosen, revision=revision, shard_size=options.parse_size(shard_size), progress=terminal.progress
+        source,
+        chosen,
+        revision=revision,
+        shard_size=options.parse_size(shard_size),
+        calibration_rows=rows,
+        calibration_length=length,
+        max_memory=None if max_memory is None else options.parse_size(max_memory, "--max-memory"),
+        progress=terminal.progress,
     )
     show_plan(made, terminal)
     if json is not None:
-        write_text(json, dumps(made.to_dict(), indent=2) + "\n", terminal)
+        calibrating = {} if made.calibrating is None else {"calibrating": asdict(made.calibrating)}
+        write_text(json, dumps({**made.to_dict(), **calibrating}, indent=2) + "\n", terminal)
 
 
 def show_plan(plan: Plan, terminal: Terminal) -> None:
@@ -100,9 +116,23 @@ def show_plan(plan: Plan, terminal: Terminal) -> None:
                 f"{plan.bits_per_weight_model:.3f} per parameter of the model",
             ),
             ("memory", f"about {size_text(plan.peak_memory_bytes)} at the peak"),
+            *_calibrating_facts(plan),
             *(("note", note) for note in plan.notes),
         ]
     )
+
+
+def _calibrating_facts(plan: Plan) -> Iterator[tuple[str, str]]:
+    if plan.calibrating is None:
+        return
+    from neoquant.costs import guess_seconds
+    from neoquant.model.config import GPTNeoConfig
+
+    need = plan.calibrating
+    guessed = guess_seconds(GPTNeoConfig.from_dict(dict(plan.config)), need.rows, need.length)
+    time = f"{guessed:,.0f} seconds" if guessed < 100 else f"{guessed / 60:,.0f} minutes"
+    yield "text", f"{need.rows:,} rows of {need.length:,} tokens{', their hidden states in files' * need.spilled}"
+    yield "time", f"about {time} on this machine's CPU, a guess; {size_text(need.disk)} of disk until it is done"
 
 
 _ORDER = ("quantize", "keep", "copy", "drop")

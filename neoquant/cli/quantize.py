@@ -96,7 +96,15 @@ def quantize(
     if dry_run:
         show_plan(
             quantization.plan(
-                source, chosen, revision=revision, shard_size=largest, name=folder.name, progress=terminal.progress
+                source,
+                chosen,
+                revision=revision,
+                shard_size=largest,
+                name=folder.name,
+                calibration_rows=rows,
+                calibration_length=length,
+                max_memory=limit,
+                progress=terminal.progress,
             ),
             terminal,
         )
