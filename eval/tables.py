@@ -27,6 +27,7 @@ BENCH = ROOT / "eval" / "results" / "quantize-1.3b.json"
 FEEDBACK = ROOT / "eval" / "results" / "feedback-neo-8m.json"
 FEEDBACK_DEMO = ROOT / "eval" / "results" / "feedback-demo.json"
 CROSS_LOAD = ROOT / "eval" / "results" / "cross-load.json"
+CHOOSING = ROOT / "docs" / "choosing.md"
 CARD = ROOT / "neoquant" / "demo" / "neoquant-demo" / "README.md"
 
 

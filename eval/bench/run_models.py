@@ -26,7 +26,8 @@ from typing import Any
 
 from quantize_1p3b import PACKAGES, SHAPES, child_environment, make_source
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from provenance import ROOT, provenance
 
 PARTS = ("decode", "prefill", "evaluate")

@@ -31,7 +31,7 @@ def test_recipe(name: str) -> None:
     planned = plans(name)
     sizes = [f"{plan.weights_bytes / 1e6:,.0f}" for plan in planned.values()]
     plan = planned["1.3b"]
-    common = "yes" if plan.format.family == "bitsandbytes" else "no"
+    common = {"bitsandbytes": "yes", "gptq": "with GPTQModel"}.get(plan.format.family, "no")
     row = f"| [{name}]({name}.toml) | {plan.bits_per_weight_linears:.2f} | {' | '.join(sizes)} | {common} |"
     assert row in (FOLDER / "README.md").read_text(encoding="utf-8").splitlines()
 
