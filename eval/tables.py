@@ -208,7 +208,7 @@ def main() -> None:
     check = parser.parse_args().check
     stale = [
         path
-        for path in (ROOT / "README.md", ROOT / "docs" / "report.md", ROOT / "eval" / "README.md", CARD)
+        for path in (ROOT / "README.md", ROOT / "docs" / "report.md", ROOT / "eval" / "README.md", CHOOSING, CARD)
         if rendered(path) != path.read_text("utf-8")
     ]
     for path in stale:
