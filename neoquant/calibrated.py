@@ -63,15 +63,15 @@ def block_of(row: PlanRow) -> int | None:
 
 
 def quantize_blocks(
-    checkpoint: Checkpoint, planned: Plan, states: States, first: int, progress: Progress
+    checkpoint: Checkpoint, planned: Plan, states: States, first: int, progress: Progress, keep_inner: bool = False
 ) -> Iterator[Quantized]:
     """Each block from the `first` on, the later ones seeing what the earlier ones give once they are quantized.
 
     One block is in memory at a time, in float32, beside the hidden states of the calibration rows: `states`, as the
-    first block sees them, and after each block as the next one does.
+    first block sees them, and after each block as the next one does. `keep_inner` as for `Walk`.
     """
     config = GPTNeoConfig.from_dict(checkpoint.config)
-    walk = Walk(states, config.window_size)
+    walk = Walk(states, config.window_size, keep_inner)
     numbers = {row.name: block_of(row) for row in planned.rows}
     with progress.task("calibrating", total=config.num_layers) as advance:
         advance(first)

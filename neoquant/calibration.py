@@ -97,12 +97,12 @@ class Walk:
     """Hidden states [R, T, C] on their way through the model, one block at a time.
 
     The inputs of every layer are those that the layers quantized before it give; each is computed once, but for the
-    inner activations of the MLP, which are four times as wide and so computed again.
+    inner activations of the MLP, which are four times as wide and so computed again if they are many.
     """
 
-    def __init__(self, x: States, window: int) -> None:
-        """`x` the embedded rows, which are used up; `window` of local layers."""
-        self.x = x
+    def __init__(self, x: States, window: int, keep_inner: bool = False) -> None:
+        """`x` the embedded rows, which are used up; `window` of local layers; whether inner activations are kept."""
+        self.x, self.keep_inner = x, keep_inner
         self.masks = AttentionMasks(x.shape[1], x.shape[1], window, None, torch.device("cpu"))
 
     def through(self, block: Block, observe: Observe, rounded: Round, weigh: bool = False) -> None:
@@ -141,8 +141,10 @@ class Walk:
         self.x.replace(x.add_(attention.out_proj(y)) for x, y in zip(self.x.pieces(), kept.pieces(), strict=True))
         kept.close()
         settle(2, lambda: (block.ln_2(x) for x in self.x.pieces()))
-        settle(3, inner)
-        self.x.replace(x.add_(mlp.c_proj(y)) for x, y in zip(self.x.pieces(), inner(), strict=True))
+        activations = list(inner()) if self.keep_inner else None
+        shown = inner if activations is None else activations.__iter__
+        settle(3, shown)
+        self.x.replace(x.add_(mlp.c_proj(y)) for x, y in zip(self.x.pieces(), shown(), strict=True))
 
     def _attended(self, block: Block) -> Iterator[Tensor]:
         """What out_proj sees."""

@@ -29,7 +29,7 @@ from neoquant.checkpoint import (
     free_bytes,
     open_checkpoint,
 )
-from neoquant.costs import foresee
+from neoquant.costs import Need, foresee
 from neoquant.errors import CheckpointError, FormatError, OutputError, RequestError, locate
 from neoquant.formats import Format
 from neoquant.formats.base import dtype_name
@@ -177,7 +177,7 @@ def quantize(
             done, digest = _write_tensors(checkpoint, planned, sink, progress)
         else:
             done, digest, layers, took = _write_calibrated(
-                checkpoint, planned, calibration, need.spilled, sink, unfinished, progress
+                checkpoint, planned, calibration, need, sink, unfinished, progress
             )
             seen = {"calibration": calibration.describe(), "documents": calibration.documents, "layers": layers}
             records[CALIBRATION] = _json(seen)
@@ -325,7 +325,7 @@ def _write_calibrated(
     checkpoint: Checkpoint,
     planned: Plan,
     calibration: Calibration,
-    spilled: bool,
+    need: Need,
     sink: CheckpointWriter,
     unfinished: Unfinished,
     progress: Progress,
@@ -361,12 +361,14 @@ def _write_calibrated(
         if unfinished.finished:
             progress.note(f"going on behind block {unfinished.finished} of {unfinished.blocks}")
         shape = (*calibration.ids.shape, config.hidden_size)
-        states = unfinished.states(shape, spilled)
+        states = unfinished.states(shape, need.spilled)
         if states is None:
-            states = unfinished.no_states(shape, spilled)
+            states = unfinished.no_states(shape, need.spilled)
             embed(checkpoint, calibration.ids, states)
         first = unfinished.finished
-        for number, quantized in enumerate(quantize_blocks(checkpoint, planned, states, first, progress), first):
+        for number, quantized in enumerate(
+            quantize_blocks(checkpoint, planned, states, first, progress, need.keeps_inner), first
+        ):
             made = {row.name: make(row, quantized.weights.get(row.name)) for row in quantized.rows}
             block = FinishedBlock(made, {layer: report.to_dict() for layer, report in quantized.reports.items()})
             put(block.made)

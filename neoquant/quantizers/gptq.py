@@ -19,7 +19,7 @@ from neoquant.quantizers.hessian import LEGAL_DAMPING, Across, Hessian
 from neoquant.tensor import QuantizedTensor
 
 BLOCK = 128  # columns whose errors are gathered before the columns behind them are corrected at once
-MEASURED = 512  # rows of a weight whose errors are reported, for all: measuring more takes as long as rounding
+MEASURED = 256  # rows of a weight whose errors are reported, for all: measuring more takes as long as rounding
 ORDERS = ("static", "off", "dynamic")
 SCALES = ("range", "mse", "weighted")
 OBJECTIVES = ("attention", "layer")
