@@ -143,7 +143,8 @@ def feedback(path: Path) -> str:
         [
             *lines,
             "",
-            f"Mean KL divergence from {result['model']['name']}, in 1e-4 nats a token. {len(seeds)} seed{'s' * (len(seeds) > 1)} of "
+            f"Mean KL divergence from {result['model']['name']}, in 1e-4 nats a token. {len(seeds)} "
+            f"{'seed' if len(seeds) == 1 else 'seeds'} of "
             f"{shown['rows']} rows of {shown['length']} tokens; {len(documents)} scored documents, "
             f"{tokens:,} tokens in all; {', '.join(versions)}.",
         ]
