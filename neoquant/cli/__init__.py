@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 import neoquant
-from neoquant.cli import bench, compare, eval, generate, info, inspect, plan, quantize, report
+from neoquant.cli import bench, compare, eval, generate, info, inspect, plan, quantize, report, sweep
 from neoquant.cli.options import Debug, Quiet
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import NeoquantError
@@ -38,6 +38,7 @@ for name, verb, purpose in (
     ("quantize", quantize.quantize, "Quantize a model into a new folder."),
     ("eval", eval.eval_, "Measure perplexity and bits per byte."),
     ("compare", compare.compare, "Measure what quantizing cost, on identical windows."),
+    ("sweep", sweep.sweep, "Quantize and compare a grid of models, recipes and suites."),
     ("inspect", inspect.inspect, "Say where quantization cost what, layer by layer."),
     ("report", report.report, "Make a page, a table or a model card of saved results."),
     ("generate", generate.generate, "Continue a text."),

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from neoquant.cli import options
-from neoquant.cli.evaluation import choose_suite, load_contestant
+from neoquant.cli.evaluation import (
+    choose_suite,
+    conditions_of,
+    fail_where,
+    is_result,
+    journal_of,
+    load_contestant,
+    own_device,
+    team_of,
+)
 from neoquant.cli.output import check_writable, write_text
 from neoquant.cli.terminal import Terminal
+from neoquant.errors import RequestError
+
+if TYPE_CHECKING:
+    from neoquant.evaluation import Comparison
 
 
 def compare(
@@ -17,7 +30,10 @@ def compare(
     base: Annotated[
         str, typer.Argument(metavar="BASE", help="The model to compare with: a folder, hub id, or neoquant-demo.")
     ],
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="One or more models made from it.")],
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="MODEL...", help="Models made from it.", show_default=False),
+    ] = None,
     suite: options.Suite = None,
     data: options.Data = None,
     subset: options.Subset = None,
@@ -27,6 +43,7 @@ def compare(
     protocol: options.Protocol = None,
     stride: options.Stride = None,
     json: options.Json = None,
+    fail_if: options.FailIf = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     activations: options.Activations = "exact",
@@ -40,43 +57,92 @@ def compare(
     both find the same token likeliest, the KL divergence, size and bits per weight. --revision is
     BASE's, --activations the others'.
 
+    BASE and MODEL may instead be files that --json wrote: nothing is run then, and results of other text or
+    another protocol are refused. With --json, a run that was interrupted goes on when the command is given again.
+
+    --fail-if FIELD OP NUMBER (>, >=, <, <=) exits with code 3 where it holds for a model, after everything is
+    written. Fields, of the total, or of any subset with any: before it: nll, perplexity, bits_per_byte; the
+    change: delta_nll, delta_nll_low, delta_nll_high, delta_bits_per_byte, perplexity_ratio; side by side:
+    agreement, kl, kl_median, kl_99, kl_99.9, kl_max, probability_rms.
+
     \b
     Examples:
       neoquant compare neoquant-demo neoquant-demo-nf4 --suite demo
       neoquant compare EleutherAI/gpt-neo-1.3B gpt-neo-1.3B-nf4 gpt-neo-1.3B-int8 --suite pile-core --json cost.json
       neoquant compare gpt-neo-1.3B-nf4 gpt-neo-1.3B-nf4 --activations int8 --suite pile-smoke
+      neoquant compare base.json nf4.json --fail-if "delta_nll > 0.05" --fail-if "any:delta_nll > 0.1"
     """
     terminal: Terminal = ctx.obj
+    models = models or []
     check_writable(json)
-    chosen = choose_suite(
-        suite,
-        base,
-        data=data,
-        subset=subset,
-        documents=documents,
-        protocol=protocol,
-        context=context,
-        stride=stride,
-    )
-    reference, tokenizer = load_contestant(base, terminal, "compare", revision=revision, device=device, dtype=dtype)
-    others = []
-    for model in models:
-        other, own_tokenizer = load_contestant(
-            model, terminal, "compare", revision=None, device=device, dtype=dtype, activations=activations
+    conditions = conditions_of(fail_if)
+    saved = [is_result(name) for name in (base, *models)]
+    if any(saved) and not all(saved):
+        raise RequestError(
+            "give models or saved results, not both: evaluate the model first, with neoquant eval --json FILE"
         )
-        if own_tokenizer.sha256 != tokenizer.sha256:
-            terminal.note(f"note: {model} comes with another tokenizer than {base}; both are read with that of {base}")
-        others.append(other)
+    if all(saved):
+        result = _compare_saved([base, *models], terminal)
+    else:
+        if not models:
+            raise RequestError(f"name one or more models to compare with {base}")
+        chosen = choose_suite(
+            suite,
+            base,
+            data=data,
+            subset=subset,
+            documents=documents,
+            protocol=protocol,
+            context=context,
+            stride=stride,
+        )
+        with team_of(terminal) as team:
+            device = own_device(device, team)
+            reference, tokenizer = load_contestant(
+                base, terminal, "compare", revision=revision, device=device, dtype=dtype
+            )
+            others = []
+            for model in models:
+                other, own_tokenizer = load_contestant(
+                    model, terminal, "compare", revision=None, device=device, dtype=dtype, activations=activations
+                )
+                if own_tokenizer.sha256 != tokenizer.sha256:
+                    terminal.note(
+                        f"note: {model} comes with another tokenizer than {base}; both are read with that of {base}"
+                    )
+                others.append(other)
 
-    from neoquant.evaluation import compare
-    from neoquant.report.table import comparison_table
+            from neoquant.evaluation import compare
 
-    result = compare(
-        reference, others, tokenizer, chosen, exclude_calibrated=exclude_calibrated, progress=terminal.progress
-    )
+            kept = journal_of(json)
+            result = compare(
+                reference,
+                others,
+                tokenizer,
+                chosen,
+                exclude_calibrated=exclude_calibrated,
+                progress=terminal.progress,
+                journal=kept,
+                team=team,
+            )
+        if team.rank:
+            return
     evaluations = [result.reference, *(candidate.evaluation for candidate in result.candidates)]
     for note in dict.fromkeys(note for evaluation in evaluations for note in evaluation.notes):
         terminal.note(f"note: {note}")
+
+    from neoquant.report.table import comparison_table
+
     terminal.show(comparison_table(result))
     if json is not None:
         write_text(json, result.to_json() + "\n", terminal)
+    fail_where(conditions, result, terminal)
+
+
+def _compare_saved(files: list[str], terminal: Terminal) -> Comparison:
+    from neoquant.evaluation.saved import compare_saved, differing_environments, read_result
+
+    result = compare_saved([read_result(file) for file in files], files)
+    for note in differing_environments([result.reference, *(c.evaluation for c in result.candidates)]):
+        terminal.note(f"note: {note}")
+    return result

@@ -5,7 +5,15 @@ from __future__ import annotations
 import typer
 
 from neoquant.cli import options
-from neoquant.cli.evaluation import choose_suite, load_contestant
+from neoquant.cli.evaluation import (
+    choose_suite,
+    conditions_of,
+    fail_where,
+    journal_of,
+    load_contestant,
+    own_device,
+    team_of,
+)
 from neoquant.cli.output import check_writable, write_text
 from neoquant.cli.terminal import Terminal
 
@@ -22,6 +30,7 @@ def eval_(
     protocol: options.Protocol = None,
     stride: options.Stride = None,
     json: options.Json = None,
+    fail_if: options.FailIf = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     activations: options.Activations = "exact",
@@ -33,10 +42,15 @@ def eval_(
 
     What quantizing cost shows better, and with fewer documents, in `neoquant compare`.
 
+    With --json, a run that was interrupted goes on where it stopped when the command is given again. Several
+    processes share the work under torchrun, with the same result. --fail-if takes nll, perplexity and
+    bits_per_byte.
+
     \b
     Examples:
       neoquant eval gpt-neo-1.3B-nf4 --suite pile-core --json nf4.json
       neoquant eval gpt-neo-1.3B-nf4 --suite pile-smoke --subset ArXiv --subset Github --documents 5
+      torchrun --nproc-per-node 4 -m neoquant eval EleutherAI/gpt-neo-1.3B --suite pile-core --json base.json
       neoquant eval gpt-neo-1.3B-nf4 --suite pile-core --data my-texts.jsonl --protocol strided --stride 512
     """
     terminal: Terminal = ctx.obj
@@ -51,24 +65,32 @@ def eval_(
         context=context,
         stride=stride,
     )
-    contestant, tokenizer = load_contestant(
-        model, terminal, "eval", revision=revision, device=device, dtype=dtype, activations=activations
-    )
+    conditions = conditions_of(fail_if)
+    with team_of(terminal) as team:
+        device = own_device(device, team)
+        contestant, tokenizer = load_contestant(
+            model, terminal, "eval", revision=revision, device=device, dtype=dtype, activations=activations
+        )
 
-    from neoquant.evaluation import evaluate
-    from neoquant.report.table import evaluation_table
+        from neoquant.evaluation import evaluate
+        from neoquant.report.table import evaluation_table
 
-    result = evaluate(
-        contestant.model,
-        tokenizer,
-        chosen,
-        describe=contestant.describe,
-        calibrated_on=contestant.calibrated_on,
-        exclude_calibrated=exclude_calibrated,
-        progress=terminal.progress,
-    )
+        result = evaluate(
+            contestant.model,
+            tokenizer,
+            chosen,
+            describe=contestant.describe,
+            calibrated_on=contestant.calibrated_on,
+            exclude_calibrated=exclude_calibrated,
+            progress=terminal.progress,
+            journal=journal_of(json),
+            team=team,
+        )
+    if team.rank:
+        return
     for note in result.notes:
         terminal.note(f"note: {note}")
     terminal.show(evaluation_table(result))
     if json is not None:
         write_text(json, result.to_json() + "\n", terminal)
+    fail_where(conditions, result, terminal)

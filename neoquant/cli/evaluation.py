@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import typer
 
 from neoquant.cli.describe import calibrated_on, model_info
 from neoquant.cli.models import BUNDLED, find_model, short_name, suite_for
@@ -10,7 +16,9 @@ from neoquant.cli.terminal import Terminal
 from neoquant.errors import RequestError
 
 if TYPE_CHECKING:
-    from neoquant.evaluation import Contestant, Suite
+    from neoquant.evaluation import Comparison, Contestant, Evaluation, Suite
+    from neoquant.evaluation.team import Team
+    from neoquant.evaluation.thresholds import Condition
     from neoquant.model.tokenizer import Tokenizer
 
 
@@ -45,6 +53,59 @@ def choose_suite(
             "a .jsonl, .jsonl.zst or .txt file"
         )
     return load_suite(name).override(file=data, **overrides)
+
+
+FAILED = 3
+"""The exit code where a condition of --fail-if holds."""
+
+
+def is_result(name: str) -> bool:
+    """Whether a name on the command line is a file that --json wrote, and not a model."""
+    return name.endswith(".json")
+
+
+def journal_of(json: Path | None) -> Path | None:
+    """Where what has been scored so far is kept, so that the same command goes on after an interruption."""
+    return None if json is None else Path(f"{json}.partial")
+
+
+@contextmanager
+def team_of(terminal: Terminal) -> Iterator[Team]:
+    """The processes that share the work; all but the first keep silent unless they fail."""
+    from neoquant.evaluation.team import joined
+
+    with joined() as team:
+        if team.rank:
+            terminal.quiet = True
+        yield team
+
+
+def own_device(device: str | None, team: Team) -> str | None:
+    """One of several processes on a machine takes the GPU of its own number, where there is one for each."""
+    import torch
+
+    local, together = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device is None and team.size > 1 and torch.cuda.device_count() >= together:
+        return f"cuda:{local}"
+    return device
+
+
+def conditions_of(texts: list[str] | None) -> list[Condition]:
+    """Raises RequestError for what is not a condition, before the work."""
+    from neoquant.evaluation.thresholds import parse
+
+    return [parse(text) for text in texts or ()]
+
+
+def fail_where(conditions: list[Condition], result: Evaluation | Comparison, terminal: Terminal) -> None:
+    """Exit with FAILED, saying why, where a condition holds."""
+    from neoquant.evaluation.thresholds import failures
+
+    found = failures(conditions, result)
+    for line in found:
+        terminal.say_last(f"failed: {line}")
+    if found:
+        raise typer.Exit(FAILED)
 
 
 def load_contestant(

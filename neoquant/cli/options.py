@@ -62,6 +62,16 @@ Activations = Annotated[
 ]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write everything measured to FILE.")]
 
+FailIf = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--fail-if",
+        metavar="CONDITION",
+        help="Exit with code 3 where it holds: 'delta_nll > 0.05', 'any:kl >= 0.1' (any subset). Repeat for more.",
+        show_default=False,
+    ),
+]
+
 # What the quantized model shall be: the same for `plan` and `quantize`.
 Bits = Annotated[
     int | None, typer.Option("--bits", metavar="N", help="2, 3, 4 or 8. [default: what --type needs, else 4]")
@@ -205,7 +215,7 @@ Suite = Annotated[
     typer.Option(
         "--suite",
         metavar="NAME|FILE",
-        help="demo, pile-smoke, pile-core, ... or a TOML file. [default for neoquant-demo: demo]",
+        help="demo, pile-smoke, pile-core, lambada, wikitext2, ... or a TOML file. [default for neoquant-demo: demo]",
         show_default=False,
     ),
 ]
@@ -213,8 +223,8 @@ Data = Annotated[
     str | None,
     typer.Option(
         "--data",
-        metavar="FILE",
-        help="Documents to read, with --suite instead of the suite's: .jsonl, .jsonl.zst or plain text.",
+        metavar="FILE|FOLDER",
+        help="Documents to read, with --suite instead of the suite's: .jsonl, .jsonl.zst or plain text, or a folder.",
     ),
 ]
 Subset = Annotated[
@@ -233,7 +243,9 @@ ExcludeCalibrated = Annotated[
 ]
 Protocol = Annotated[
     str | None,
-    typer.Option("--protocol", metavar="P", help="rolling (each token once), joined (as GPTQ papers do), or strided."),
+    typer.Option(
+        "--protocol", metavar="P", help="rolling (each token once), joined (as GPTQ papers), strided or last-word."
+    ),
 ]
 Stride = Annotated[int | None, typer.Option("--stride", metavar="N", help="Tokens scored a window (strided).")]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
 
 import torch
 
 from neoquant.evaluation.corpus import Corpus, Tokenizer, read_corpus
-from neoquant.evaluation.perplexity import environment, summarize
+from neoquant.evaluation.perplexity import Contestant, environment, score_kept, summarize
 from neoquant.evaluation.result import (
     LN2,
     QUANTILES,
@@ -22,25 +22,16 @@ from neoquant.evaluation.result import (
     Evaluation,
     Histogram,
     MacroChange,
-    ModelInfo,
     Resampling,
     UnitChange,
 )
-from neoquant.evaluation.scoring import Model, score
 from neoquant.evaluation.sketch import quantiles, regroup
 from neoquant.evaluation.statistics import mean_interval, ratio_error, ratio_interval
 from neoquant.evaluation.suite import Suite
 from neoquant.evaluation.tally import SPREADS, SUMS, Tally
+from neoquant.evaluation.team import ALONE, Team
 from neoquant.evaluation.worst import worst_documents, worst_tokens
 from neoquant.progress import SILENT, Progress
-
-
-class Contestant(NamedTuple):
-    """A model, what the result says about it, and the fingerprints of the documents that it was calibrated on."""
-
-    model: Model
-    describe: ModelInfo
-    calibrated_on: frozenset[str] = frozenset()
 
 
 def compare(
@@ -51,19 +42,20 @@ def compare(
     *,
     exclude_calibrated: bool = False,
     progress: Progress = SILENT,
+    journal: Path | None = None,
+    team: Team = ALONE,
 ) -> Comparison:
     """Score `reference` once and every other model beside it, on the same windows of `suite`.
 
-    `exclude_calibrated` leaves out, for all models alike, documents that any of them was calibrated on.
-    Raises what `evaluate` raises, and RequestError for models of different vocabularies.
+    `exclude_calibrated` leaves out, for all models alike, documents that any of them was calibrated on. `journal` and
+    `team` are those of `evaluate`. Raises what that raises, and RequestError for models of different vocabularies.
     """
     started = time.perf_counter()
     contestants = [reference, *others]
     positions = min(contestant.model.config.max_position_embeddings for contestant in contestants)
     known = frozenset[str]().union(*(contestant.calibrated_on for contestant in contestants))
     corpus = read_corpus(suite.fitted(positions), tokenizer, progress, known if exclude_calibrated else ())
-    names = [contestant.describe.name for contestant in contestants]
-    tally = score([contestant.model for contestant in contestants], corpus, progress, names=names)
+    tally = score_kept(contestants, corpus, tokenizer, progress, journal, team)
     seconds = time.perf_counter() - started
     reference_scores, *scores = [
         summarize(
@@ -71,14 +63,15 @@ def compare(
             environment(contestant.model),
             corpus,
             tokenizer,
-            tally.by_unit(number, "nats"),
+            tally,
+            number,
             seconds,
             contestant.calibrated_on,
         )
         for number, contestant in enumerate(contestants)
     ]
     candidates = [_candidate(number, evaluation, corpus, tokenizer, tally) for number, evaluation in enumerate(scores)]
-    resampling = Resampling(unit="document" if corpus.suite.protocol == "rolling" else "window")
+    resampling = Resampling(unit="document" if corpus.suite.protocol in ("rolling", "last-word") else "window")
     return Comparison(reference=reference_scores, candidates=tuple(candidates), resampling=resampling)
 
 
@@ -86,6 +79,9 @@ def _candidate(number: int, evaluation: Evaluation, corpus: Corpus, tokenizer: T
     sums = {name: tally.by_unit(number + 1, name) for name in SUMS}
     sums["loss"] = sums["nats"] - tally.by_unit(0, "nats")
     total, *subsets = _changes(number, corpus, tally, sums)
+    tokens = torch.tensor([unit.tokens for unit in corpus.units], dtype=torch.float64)
+    size = torch.tensor([unit.bytes for unit in corpus.units], dtype=torch.float64)
+    chosen = [tally.subsets == subset for subset in range(len(subsets))]
     units = tuple(
         UnitChange(
             id=unit.id,
@@ -100,7 +96,7 @@ def _candidate(number: int, evaluation: Evaluation, corpus: Corpus, tokenizer: T
     return Candidate(
         evaluation=evaluation,
         total=total,
-        macro=_macro(corpus, sums["loss"], subsets),
+        macro=macro_change(subsets, [(sums["loss"][units], tokens[units], size[units]) for units in chosen]),
         subsets=tuple(subsets),
         units=units,
         worst_documents=worst_documents(corpus, tokenizer, sums["loss"], sums["kl"]),
@@ -117,36 +113,63 @@ def _changes(number: int, corpus: Corpus, tally: Tally, sums: dict[str, torch.Te
         units = chosen & (tokens > 0)
         t, b = tokens[units], size[units]
         part = {name: values[units] for name, values in sums.items()}
-        interval, by_bytes = ratio_interval(part["loss"], t), ratio_interval(part["loss"] / LN2, b)
         spread = {
             name: _distribution(tally, number, spread, subset, part, float(t.sum()))
             for spread, name in enumerate(SPREADS)
         }
-        found.append(
-            Change(
-                subset="total" if subset is None else list(corpus.documents)[subset],
-                nats_per_token=float(part["loss"].sum() / t.sum()),
-                low=interval.low if interval else None,
-                high=interval.high if interval else None,
-                bits_per_byte=float(part["loss"].sum() / LN2 / b.sum()),
-                bits_per_byte_low=by_bytes.low if by_bytes else None,
-                bits_per_byte_high=by_bytes.high if by_bytes else None,
-                agreement=float(part["agreed"].sum() / t.sum()),
-                agreement_error=ratio_error(part["agreed"], t),
-                kl=float(part["kl"].sum() / t.sum()),
-                kl_error=ratio_error(part["kl"], t),
-                **spread,
-            )
-        )
+        name = "total" if subset is None else list(corpus.documents)[subset]
+        predictions = {
+            **_accuracy(number, corpus, tally, units),
+            "agreement": float(part["agreed"].sum() / t.sum()),
+            "agreement_error": ratio_error(part["agreed"], t),
+            "kl": float(part["kl"].sum() / t.sum()),
+            "kl_error": ratio_error(part["kl"], t),
+            **spread,
+        }
+        found.append(unit_changes(name, part["loss"], t, b).model_copy(update=predictions))
     return found
 
 
-def _macro(corpus: Corpus, loss: torch.Tensor, subsets: list[Change]) -> MacroChange:
+def _accuracy(number: int, corpus: Corpus, tally: Tally, units: torch.Tensor) -> dict[str, float | None]:
+    """The change of the share of last words that were found, where they are what is scored."""
+    if corpus.suite.protocol != "last-word":
+        return {}
     tokens = torch.tensor([unit.tokens for unit in corpus.units], dtype=torch.float64)
-    size = torch.tensor([unit.bytes for unit in corpus.units], dtype=torch.float64)
-    units = [torch.tensor([u.subset == c.subset and u.tokens > 0 for u in corpus.units]) for c in subsets]
-    interval = mean_interval([(loss[chosen], tokens[chosen]) for chosen in units])
-    by_bytes = mean_interval([(loss[chosen] / LN2, size[chosen]) for chosen in units])
+    right = [(tally.by_unit(model, "hits") == tokens).double()[units] for model in (0, number + 1)]
+    difference = right[1] - right[0]
+    interval = ratio_interval(difference, torch.ones_like(difference))
+    return {
+        "accuracy": float(difference.mean()),
+        "accuracy_low": interval.low if interval else None,
+        "accuracy_high": interval.high if interval else None,
+    }
+
+
+def unit_changes(subset: str, loss: torch.Tensor, tokens: torch.Tensor, size: torch.Tensor) -> Change:
+    """What units' losses alone say of a change: float64[units] each, nats above the reference's, tokens, bytes."""
+    scored = tokens > 0
+    loss, tokens, size = loss[scored], tokens[scored], size[scored]
+    interval, by_bytes = ratio_interval(loss, tokens), ratio_interval(loss / LN2, size)
+    return Change(
+        subset=subset,
+        nats_per_token=float(loss.sum() / tokens.sum()),
+        low=interval.low if interval else None,
+        high=interval.high if interval else None,
+        bits_per_byte=float(loss.sum() / LN2 / size.sum()),
+        bits_per_byte_low=by_bytes.low if by_bytes else None,
+        bits_per_byte_high=by_bytes.high if by_bytes else None,
+    )
+
+
+def macro_change(
+    subsets: Sequence[Change], parts: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+) -> MacroChange:
+    """The means of the subsets' changes, whose units' (loss, tokens, bytes) are `parts`."""
+    scored = [(loss[t > 0], t[t > 0], size[t > 0]) for loss, t, size in parts]
+    interval = mean_interval([(loss, tokens) for loss, tokens, _ in scored])
+    by_bytes = mean_interval([(loss / LN2, size) for loss, _, size in scored])
+    divergences = [change.kl for change in subsets if change.kl is not None]
+    agreements = [change.agreement for change in subsets if change.agreement is not None]
     return MacroChange(
         nats_per_token=fmean(change.nats_per_token for change in subsets),
         low=interval.low if interval else None,
@@ -154,8 +177,8 @@ def _macro(corpus: Corpus, loss: torch.Tensor, subsets: list[Change]) -> MacroCh
         bits_per_byte=fmean(change.bits_per_byte for change in subsets),
         bits_per_byte_low=by_bytes.low if by_bytes else None,
         bits_per_byte_high=by_bytes.high if by_bytes else None,
-        kl=fmean(change.kl or 0.0 for change in subsets),
-        agreement=fmean(change.agreement or 0.0 for change in subsets),
+        kl=fmean(divergences) if divergences else None,
+        agreement=fmean(agreements) if agreements else None,
     )
 
 

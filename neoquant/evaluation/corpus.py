@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from typing import NamedTuple, Protocol
 import torch
 
 from neoquant.errors import DataError, RequestError
-from neoquant.evaluation.documents import Document, Source, read_documents
+from neoquant.evaluation.documents import Document, Source, open_documents, select
 from neoquant.evaluation.suite import Suite
+from neoquant.evaluation.tasks import last_word, wikitext
 from neoquant.evaluation.windows import Span, joined, rolling, strided
 from neoquant.progress import Progress
 
@@ -35,6 +37,7 @@ class Unit(NamedTuple):
     subset: str
     tokens: int  # scored
     bytes: int  # of UTF-8 that the scored tokens spell
+    words: int | None = None  # of a document: what whitespace separates
 
 
 class Window(NamedTuple):
@@ -73,67 +76,107 @@ def read_corpus(
     end-of-text token.
     """
     assert suite.context is not None, "Suite.fitted settles the context"
-    source, everything = read_documents(suite, progress)
-    documents = [document for document in everything if document.fingerprint not in exclude]
-    if not documents:
-        raise DataError(f"nothing of suite {suite.name} is left: all {len(everything)} documents were calibrated on")
-    with progress.task("tokenizing", total=sum(len(document.text) for document in documents)) as advance:
-        if suite.protocol == "rolling":
-            units, windows = _by_document(documents, tokenizer, suite.context, advance)
-            notes = _plural_note(sum(unit.tokens == 0 for unit in units), "{} empty and adds nothing to score")
-        else:
+    if suite.prepare == "wikitext":  # what the suite limits are articles
+        whole = suite.model_copy(update={"documents": None, "characters": None, "subsets": ()})
+        source, lines = open_documents(whole, progress)
+        found = select(wikitext(lines, articles=suite.protocol == "rolling"), suite)
+    else:
+        source, found = open_documents(suite, progress)
+    counted = _Counted(found, exclude)
+    if suite.protocol == "rolling":
+        units, windows = _by_document(counted, tokenizer, suite.context)
+        notes = _plural_note(sum(unit.tokens == 0 for unit in units), "{} empty and adds nothing to score")
+    elif suite.protocol == "last-word":
+        units, windows = _by_last_word(counted, tokenizer, suite.context)
+        notes = []
+    else:
+        documents = list(counted)
+        with progress.task("tokenizing", total=sum(len(document.text) for document in documents)) as advance:
             units, windows, notes = _by_subset(documents, tokenizer, suite, advance)
-    counts = dict(Counter(document.subset for document in documents))
+    counts = dict(counted.counts)
     for subset in counts:
         if not any(unit.subset == subset and unit.tokens for unit in units):
             raise DataError(
                 f"subset {subset!r} of suite {suite.name} leaves nothing to score: "
                 f"its {counts[subset]} documents are empty or shorter than one window of {suite.context} tokens"
             )
-    if suite.sha256 and suite.sha256 != (read := documents_sha256(everything)):
+    if not counts:
+        raise DataError(f"nothing of suite {suite.name} is left: all {counted.excluded} documents were calibrated on")
+    if suite.sha256 and suite.sha256 != (read := counted.everything.hexdigest()):
         notes.append(
             f"the documents are not those of the published figures (sha256 {read[:12]}, not {suite.sha256[:12]}): "
             f"{' '.join(filter(None, source))}"
         )
-    excluded = len(everything) - len(documents)
-    notes += _left_out(everything, excluded, counts)
-    notes += _plural_note(sum(d.mended for d in documents), "{} not valid UTF-8 throughout, read with U+FFFD in place")
+    notes += _left_out(counted)
+    notes += _plural_note(counted.mended, "{} not valid UTF-8 throughout, read with U+FFFD in place")
     notes += _short_of(counts, suite.documents)
     return Corpus(
         suite,
         source,
-        documents_sha256(documents),
+        counted.kept.hexdigest(),
         counts,
         tuple(units),
         tuple(windows),
         tuple(notes),
-        tuple(document.fingerprint for document in documents),
-        excluded,
+        tuple(counted.fingerprints),
+        counted.excluded,
     )
 
 
-def _left_out(everything: list[Document], excluded: int, counts: dict[str, int]) -> list[str]:
+class _Counted:
+    """Documents passing by, but for those with a fingerprint of `exclude`.
+
+    Their texts need not stay in memory to be counted and hashed.
+    """
+
+    def __init__(self, documents: Iterator[Document], exclude: Collection[str] = ()) -> None:
+        self.documents, self.exclude = documents, exclude
+        self.counts: Counter[str] = Counter()  # subset -> documents
+        self.subsets: dict[str, None] = {}  # with those of which nothing is left
+        self.fingerprints: list[str] = []
+        self.mended = self.excluded = 0
+        self.kept, self.everything = hashlib.sha256(), hashlib.sha256()
+
+    def __iter__(self) -> Iterator[Document]:
+        for document in self.documents:
+            self.subsets[document.subset] = None
+            _hash(document, self.everything)
+            if document.fingerprint in self.exclude:
+                self.excluded += 1
+                continue
+            self.counts[document.subset] += 1
+            self.fingerprints.append(document.fingerprint)
+            self.mended += document.mended
+            _hash(document, self.kept)
+            yield document
+
+
+def _left_out(counted: _Counted) -> list[str]:
     """That documents were left out because they were calibrated on, and which subsets went with them."""
-    if not excluded:
+    if not counted.excluded:
         return []
-    gone = [subset for subset in dict.fromkeys(document.subset for document in everything) if subset not in counts]
+    gone = [subset for subset in counted.subsets if subset not in counted.counts]
     nothing = f", with them all of {', '.join(gone)}" if gone else ""
-    return [f"{excluded} of {len(everything)} documents were calibrated on and are left out{nothing}"]
+    whole = counted.excluded + len(counted.fingerprints)
+    return [f"{counted.excluded} of {whole} documents were calibrated on and are left out{nothing}"]
+
+
+def _hash(document: Document, digest: hashlib._Hash) -> None:
+    """Add a document's id, subset and text, with their lengths in bytes before them."""
+    for part in (document.id, document.subset, document.text):
+        encoded = part.encode()
+        digest.update(f"{len(encoded)}:".encode() + encoded)
 
 
 def documents_sha256(documents: Iterable[Document]) -> str:
-    """One hash for a list of documents: each one's id, subset and text, with their lengths in bytes before them."""
+    """One hash for a list of documents: each one's id, subset and text."""
     digest = hashlib.sha256()
     for document in documents:
-        for part in (document.id, document.subset, document.text):
-            encoded = part.encode()
-            digest.update(f"{len(encoded)}:".encode() + encoded)
+        _hash(document, digest)
     return digest.hexdigest()
 
 
-def _by_document(
-    documents: list[Document], tokenizer: Tokenizer, context: int, advance: Callable[[float], None]
-) -> tuple[list[Unit], list[Window]]:
+def _by_document(documents: Iterable[Document], tokenizer: Tokenizer, context: int) -> tuple[list[Unit], list[Window]]:
     start = tokenizer.eos_token_id
     if start is None:
         raise RequestError(
@@ -142,9 +185,27 @@ def _by_document(
     units, windows = [], []
     for number, document in enumerate(documents):
         ids = torch.tensor([start, *tokenizer.encode(document.text)], dtype=torch.int32)
-        units.append(Unit(document.id, document.subset, len(ids) - 1, len(document.text.encode())))
+        original = document.text if document.original is None else document.original
+        words = len(re.split(r"\s+", original))
+        units.append(Unit(document.id, document.subset, len(ids) - 1, len(original.encode()), words))
         windows += [Window(number, ids[s.start : s.end], s.scored) for s in rolling(len(ids), context)]
-        advance(len(document.text))
+    return units, windows
+
+
+def _by_last_word(documents: Iterable[Document], tokenizer: Tokenizer, context: int) -> tuple[list[Unit], list[Window]]:
+    """One window a document: as much of the passage as fits, and the last word, which alone is scored."""
+    units, windows = [], []
+    for number, document in enumerate(documents):
+        passage, word = last_word(document)
+        before = tokenizer.encode(passage)
+        ids = tokenizer.encode(passage + word)
+        scored = len(ids) - len(before)
+        if not before and tokenizer.eos_token_id is not None:
+            ids = [tokenizer.eos_token_id, *ids]
+        if scored < 1 or scored > context or ids[: len(ids) - scored][-len(before) :] != before:
+            raise DataError(f"{document.id}: the last word is not tokenized apart from what precedes it")
+        units.append(Unit(document.id, document.subset, scored, len(word.encode()), 1))
+        windows.append(Window(number, torch.tensor(ids[-context - 1 :], dtype=torch.int32), scored))
     return units, windows
 
 

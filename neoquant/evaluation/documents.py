@@ -11,13 +11,14 @@ import re
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from neoquant.calibration import fingerprint
 from neoquant.errors import DataError, HubError, locate
+from neoquant.evaluation.pile import loose
 from neoquant.evaluation.suite import FileData, HubData, StdlibData, Suite
 from neoquant.progress import Progress
 
@@ -31,6 +32,7 @@ class Document:
     text: str
     mended: bool = False  # it held something that is not valid UTF-8, now U+FFFD
     fingerprint: str = field(default="", compare=False)  # of the whole text, however much of it is read
+    original: str | None = None  # whose bytes and words are counted, where they are not the text's
 
 
 class Source(NamedTuple):
@@ -45,16 +47,28 @@ def read_documents(suite: Suite, progress: Progress) -> tuple[Source, list[Docum
 
     Raises DataError for data that is missing or damaged or has no document of a subset that the suite names, HubError.
     """
+    source, documents = open_documents(suite, progress)
+    return source, list(documents)
+
+
+def open_documents(suite: Suite, progress: Progress) -> tuple[Source, Iterator[Document]]:
+    """The same, one document after the other: errors of the data come while they are read."""
     data = suite.data
     if isinstance(data, StdlibData):
         source = Source("Python standard library", platform.python_version())
-        return source, list(select(stdlib_documents(data.modules, data.topics), suite))
+        return source, _located(None, select(stdlib_documents(data.modules, data.topics), suite))
     if isinstance(data, FileData):
         path = Path(data.path)
-        with locate(str(path)):
-            return Source(str(path), None), list(select(file_documents(path, progress), suite))
-    with locate(f"data set {data.dataset}"):
-        return hub_source(data), list(select(hub_documents(data, progress), suite))
+        return Source(str(path), None), _located(str(path), select(file_documents(path, progress), suite))
+    place = f"data set {data.dataset}"
+    with locate(place):
+        source = hub_source(data)
+    return source, _located(place, select(hub_documents(data, progress), suite))
+
+
+def _located(place: str | None, documents: Iterator[Document]) -> Iterator[Document]:
+    with locate(place) if place else nullcontext():
+        yield from documents
 
 
 def select(documents: Iterable[Document], suite: Suite) -> Iterator[Document]:
@@ -63,11 +77,11 @@ def select(documents: Iterable[Document], suite: Suite) -> Iterator[Document]:
     A subset may be named loosely: `pile-cc` is `Pile-CC`, `wikipedia` is `Wikipedia (en)`. Raises DataError, at the
     end, if there was no document of one that is named, or none at all.
     """
-    wanted = {_loose(name): name for name in suite.subsets}
+    wanted = {loose(name): name for name in suite.subsets}
     taken: Counter[str] = Counter()
     seen: dict[str, None] = {}
     for document in documents:
-        key = _loose(document.subset)
+        key = loose(document.subset)
         seen[document.subset] = None
         if (wanted and key not in wanted) or taken[key] == suite.documents:
             continue
@@ -81,11 +95,6 @@ def select(documents: Iterable[Document], suite: Suite) -> Iterator[Document]:
     missing = [name for key, name in wanted.items() if key not in taken]
     if missing:
         raise DataError(f"no document of subset {', '.join(map(repr, missing))}: it holds {', '.join(sorted(seen))}")
-
-
-def _loose(subset: str) -> str:
-    """The letters and digits of a subset's name, without what it says in brackets."""
-    return re.sub(r"\(.*?\)|[\W_]", "", subset).casefold() or subset
 
 
 # the standard library ------------------------------------------------------------------------------------------------
@@ -122,21 +131,34 @@ def module_path(name: str) -> Path:
 
 
 def file_documents(path: Path, progress: Progress) -> Iterator[Document]:
-    """The documents of a `.jsonl` or `.jsonl.zst` file, of a `.txt` file (one), or of a folder of `.txt` files."""
+    """The documents of a `.jsonl` or `.jsonl.zst` file, of a `.txt` or `.raw` file (one), or of a folder of these."""
     if path.is_dir():
-        files = sorted(path.glob("*.txt"))
+        files = [file for file in sorted(path.iterdir()) if _kind(file) and file.is_file()]
         if not files:
-            raise DataError("the folder holds no .txt file")
+            raise DataError("the folder holds no .jsonl, .jsonl.zst, .txt or .raw file")
         for file in files:
-            yield _text_document(file, subset=path.name)
+            if _kind(file) == "text":
+                yield _text_document(file, subset=path.name)
+                continue
+            with locate(file.name):
+                for document in _json_lines(file, progress, subset=path.name):
+                    yield replace(document, id=f"{file.name} {document.id}")
     elif not path.is_file():
         raise DataError("no such file")
-    elif path.suffix == ".txt":
+    elif _kind(path) == "text":
         yield _text_document(path, subset=path.stem)
-    elif path.suffix == ".jsonl" or path.suffixes[-2:] == [".jsonl", ".zst"]:
-        yield from _json_lines(path, progress)
+    elif _kind(path) == "rows":
+        yield from _json_lines(path, progress, subset=path.name.split(".")[0])
     else:
-        raise DataError(f"cannot read {path.suffix or 'a file without a suffix'}: give .jsonl, .jsonl.zst or .txt")
+        raise DataError(
+            f"cannot read {path.suffix or 'a file without a suffix'}: give .jsonl, .jsonl.zst, .txt or .raw"
+        )
+
+
+def _kind(path: Path) -> str | None:
+    if path.suffix == ".jsonl" or path.suffixes[-2:] == [".jsonl", ".zst"]:
+        return "rows"
+    return "text" if path.suffix in (".txt", ".raw") else None
 
 
 def _text_document(path: Path, subset: str) -> Document:
@@ -144,8 +166,7 @@ def _text_document(path: Path, subset: str) -> Document:
     return Document(path.name, subset, text, mended)
 
 
-def _json_lines(path: Path, progress: Progress) -> Iterator[Document]:
-    subset = path.name.split(".")[0]
+def _json_lines(path: Path, progress: Progress, subset: str) -> Iterator[Document]:
     with path.open("rb") as file, progress.task(f"reading {path.name}", total=path.stat().st_size) as advance:
         position = 0
         with _decompressed(file, path) as lines:
@@ -226,8 +247,10 @@ def hub_documents(data: HubData, progress: Progress) -> Iterator[Document]:
     datasets.disable_progress_bars()
     subset = data.dataset.split("/")[-1]
     with _hub_errors(data):
+        config = (data.config,) if data.config else ()
+        streaming = not constants.HF_HUB_OFFLINE
         rows = datasets.load_dataset(
-            data.dataset, split=data.split, revision=data.revision, streaming=not constants.HF_HUB_OFFLINE
+            data.dataset, *config, split=data.split, revision=data.revision, streaming=streaming
         )
         known = (rows.info.splits or {}).get(data.split)
         with progress.task(f"reading {data.dataset}", total=known.num_examples if known else None) as advance:

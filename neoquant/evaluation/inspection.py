@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neoquant.errors import RequestError
-from neoquant.evaluation.compare import Contestant
 from neoquant.evaluation.corpus import Corpus, Tokenizer, Window, read_corpus
 from neoquant.evaluation.layers import Inspection, Layer, Loss
-from neoquant.evaluation.perplexity import environment
+from neoquant.evaluation.perplexity import Contestant, environment
 from neoquant.evaluation.result import DataInfo
 from neoquant.evaluation.scoring import CPU_PACE, GPU_PACE, batches, check_vocabularies, measures, stacked
 from neoquant.evaluation.statistics import ratio_interval

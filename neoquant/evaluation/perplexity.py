@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -9,15 +10,27 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 import torch
 
 from neoquant.evaluation.corpus import Corpus, Tokenizer, read_corpus
+from neoquant.evaluation.journal import Journal
 from neoquant.evaluation.result import DataInfo, Environment, Evaluation, Macro, ModelInfo, Score, UnitScore
 from neoquant.evaluation.scoring import Model, score
 from neoquant.evaluation.suite import Suite
+from neoquant.evaluation.tally import Tally
+from neoquant.evaluation.team import ALONE, Team
 from neoquant.native import active
 from neoquant.progress import SILENT, Progress
+
+
+class Contestant(NamedTuple):
+    """A model, what the result says about it, and the fingerprints of the documents that it was calibrated on."""
+
+    model: Model
+    describe: ModelInfo
+    calibrated_on: frozenset[str] = frozenset()
 
 
 def evaluate(
@@ -29,21 +42,58 @@ def evaluate(
     calibrated_on: Collection[str] = frozenset(),
     exclude_calibrated: bool = False,
     progress: Progress = SILENT,
+    journal: Path | None = None,
+    team: Team = ALONE,
 ) -> Evaluation:
     """Score `model` on `suite`; `describe` says in the result which model it was.
 
     `calibrated_on` are the fingerprints of documents that the model was rounded with (in its `calibration.json`): the
     result says how many of them it was scored on, or they are left out where `exclude_calibrated` asks for it.
+    `journal` names a file for what has been scored so far: the same call goes on from it after an interruption, and it
+    is removed at the end. `team` shares the work with other processes.
 
     Raises RequestError (context longer than the model's, another model's tokenizer), DataError, HubError,
-    CheckpointError (a loss that is not finite).
+    CheckpointError (a loss that is not finite), OutputError (the journal).
     """
     started = time.perf_counter()
     fitted = suite.fitted(model.config.max_position_embeddings)
     corpus = read_corpus(fitted, tokenizer, progress, calibrated_on if exclude_calibrated else ())
-    tally = score([model], corpus, progress, names=[describe.name])
+    tally = score_kept([Contestant(model, describe)], corpus, tokenizer, progress, journal, team)
     seconds = time.perf_counter() - started
-    return summarize(describe, environment(model), corpus, tokenizer, tally.by_unit(0, "nats"), seconds, calibrated_on)
+    return summarize(describe, environment(model), corpus, tokenizer, tally, 0, seconds, calibrated_on)
+
+
+def score_kept(
+    contestants: Sequence[Contestant],
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    progress: Progress,
+    path: Path | None,
+    team: Team,
+) -> Tally:
+    """`score`, with a journal of exactly these models on exactly this text, where a path for it is given."""
+    key = _key(contestants, corpus, tokenizer)
+    team.agree(key)
+    journal = Journal(path, key, team) if path else None
+    models, names = [model for model, *_ in contestants], [contestant.describe.name for contestant in contestants]
+    tally = score(models, corpus, progress, names=names, journal=journal, team=team)
+    if journal:
+        journal.remove()
+    return tally
+
+
+def _key(contestants: Sequence[Contestant], corpus: Corpus, tokenizer: Tokenizer) -> str:
+    """One hash of all that the figures depend on."""
+    ours = environment(contestants[0].model)
+    parts = [
+        *(
+            (describe.sha256, describe.name, describe.activations, str(model.dtype), model.device.type)
+            for model, describe, _ in contestants
+        ),
+        (corpus.sha256, tokenizer.sha256, corpus.suite.protocol, corpus.suite.context, corpus.suite.stride),
+        (ours.neoquant, ours.torch, ours.platform, ours.native),
+    ]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def summarize(
@@ -51,16 +101,27 @@ def summarize(
     environment: Environment,
     corpus: Corpus,
     tokenizer: Tokenizer,
-    nats: torch.Tensor,
+    tally: Tally,
+    number: int,
     seconds: float,
     calibrated_on: Collection[str] = frozenset(),
 ) -> Evaluation:
-    """An Evaluation from nats[units]."""
+    """What model `number` of a tally scored."""
     known = frozenset(calibrated_on)
     met = sum(document in known for document in corpus.fingerprints)
+    last_words = corpus.suite.protocol == "last-word"
+    nats, hits = tally.by_unit(number, "nats").tolist(), tally.by_unit(number, "hits").tolist()
     units = [
-        UnitScore(id=u.id, subset=u.subset, tokens=u.tokens, bytes=u.bytes, nats=n)
-        for u, n in zip(corpus.units, nats.tolist(), strict=True)
+        UnitScore(
+            id=u.id,
+            subset=u.subset,
+            tokens=u.tokens,
+            bytes=u.bytes,
+            nats=n,
+            words=u.words,
+            correct=hit == u.tokens if last_words else None,
+        )
+        for u, n, hit in zip(corpus.units, nats, hits, strict=True)
     ]
     subsets = [
         _score(name, count, [unit for unit in units if unit.subset == name]) for name, count in corpus.documents.items()
@@ -99,12 +160,16 @@ def _flattered(name: str, met: int, documents: int) -> Iterator[str]:
 
 
 def _score(subset: str, documents: int, units: Sequence[UnitScore]) -> Score:
+    words = [unit.words for unit in units if unit.words is not None]
+    correct = [unit.correct for unit in units if unit.correct is not None]
     return Score(
         subset=subset,
         documents=documents,
         tokens=sum(unit.tokens for unit in units),
         bytes=sum(unit.bytes for unit in units),
         nats=sum(unit.nats for unit in units),
+        words=sum(words) if words else None,
+        correct=sum(correct) if correct else None,
     )
 
 

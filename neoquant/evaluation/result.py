@@ -74,6 +74,19 @@ class Score(Record):
     tokens: int  # scored
     bytes: int  # UTF-8
     nats: float  # -log p, summed
+    words: int | None = None  # where documents are scored whole, or their last word is
+    correct: int | None = None  # documents whose last word was found, where that is what is scored
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def word_perplexity(self) -> float | None:
+        """What lm-evaluation-harness reports for WikiText, and as perplexity for LAMBADA."""
+        return _exp(self.nats / self.words) if self.words else None
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def accuracy(self) -> float | None:
+        return None if self.correct is None else self.correct / self.documents
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -113,6 +126,8 @@ class UnitScore(Record):
     tokens: int
     bytes: int
     nats: float
+    words: int | None = None
+    correct: bool | None = None  # whether every token of its last word was the likeliest
 
 
 class Evaluation(Record):
@@ -180,6 +195,9 @@ class Change(Record):
     bits_per_byte: float  # above the reference's
     bits_per_byte_low: float | None
     bits_per_byte_high: float | None
+    accuracy: float | None = None  # above the reference's, and its interval, where last words are scored
+    accuracy_low: float | None = None
+    accuracy_high: float | None = None
     agreement: float | None = None  # share of tokens whose likeliest token is the reference's
     agreement_error: float | None = None
     kl: float | None = None  # KL(reference || model), mean nats a token

@@ -9,7 +9,9 @@ import torch
 
 from neoquant.errors import CheckpointError, RequestError
 from neoquant.evaluation.corpus import Corpus, Window
+from neoquant.evaluation.journal import Journal
 from neoquant.evaluation.tally import Measures, Tally
+from neoquant.evaluation.team import ALONE, Team
 from neoquant.progress import Progress
 
 
@@ -46,21 +48,48 @@ class Model(Protocol):
 
 
 @torch.inference_mode()
-def score(models: Sequence[Model], corpus: Corpus, progress: Progress, *, names: Sequence[str] = ()) -> Tally:
+def score(
+    models: Sequence[Model],
+    corpus: Corpus,
+    progress: Progress,
+    *,
+    names: Sequence[str] = (),
+    journal: Journal | None = None,
+    team: Team = ALONE,
+) -> Tally:
     """Score every window of `corpus` with each of `models`, side by side; the first is the reference.
 
     Beside the models and the text, one batch of hidden states a model and a few pieces of logits are held, and what
-    `Tally` counts in, whatever the number of tokens. Raises RequestError for tokens outside a model's vocabulary,
-    CheckpointError, with the model's name, for losses that are not finite.
+    `Tally` counts in, whatever the number of tokens. What `journal` holds is not scored again; each of a `team` scores
+    its share and returns the whole.
+
+    Raises RequestError for tokens outside a model's vocabulary, CheckpointError, with the model's name, for losses that
+    are not finite, OutputError where the journal cannot be written.
     """
     check_vocabularies(models, corpus)
     pace = CPU_PACE if models[0].device.type == "cpu" else GPU_PACE
     tally = Tally(corpus, len(models))
-    with progress.task("scoring", total=corpus.tokens) as advance:
-        for windows in batches(corpus.windows, pace.positions):
-            measured = _measure_batch(models, [corpus.windows[w] for w in windows], pace.rows, advance)
-            _check_finite(measured, windows, corpus, names)
-            tally.add(windows, measured)
+    work = list(batches(corpus.windows, pace.positions))
+    before = journal.restore(tally, len(work)) if journal else set()
+    mine = [number for number in range(len(work)) if number not in before][team.rank :: team.size]
+    done = before if team.rank == 0 else set()
+    try:
+        with progress.task("scoring", total=sum(corpus.windows[w].scored for n in mine for w in work[n])) as advance:
+            for number in mine:
+                windows = work[number]
+                measured = _measure_batch(models, [corpus.windows[w] for w in windows], pace.rows, advance)
+                _check_finite(measured, windows, corpus, names)
+                tally.add(windows, measured)
+                done.add(number)
+                if journal:
+                    journal.keep(tally, done)
+    except (KeyboardInterrupt, SystemExit):
+        if journal:
+            journal.write(tally, done)
+        raise
+    for rank, state in enumerate(team.share(tally.state() if team.size > 1 else None)):
+        if rank != team.rank:
+            tally.merge(Tally.of_state(state))
     return tally
 
 
@@ -132,7 +161,8 @@ def measures(logits: Iterator[torch.Tensor], targets: torch.Tensor) -> Iterator[
 def _measures(logits: torch.Tensor, log_z: torch.Tensor, targets: torch.Tensor, kl: torch.Tensor) -> Measures:
     top = logits.max(-1)
     nats = log_z - logits.gather(-1, targets[:, None])[:, 0].double()
-    return Measures(nats, kl, top.indices.double(), (top.values.double() - log_z).exp())
+    hit = (top.indices == targets).double()
+    return Measures(nats, kl, top.indices.double(), (top.values.double() - log_z).exp(), hit)
 
 
 def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,13 +9,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from neoquant.errors import DataError, RequestError
+from neoquant.evaluation.pile import pile_subsets
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-Protocol = Literal["rolling", "joined", "strided"]
+Protocol = Literal["rolling", "joined", "strided", "last-word"]
 Names = Annotated[tuple[str, ...], Field(strict=False)]  # TOML arrays arrive as lists
 
 
@@ -34,7 +35,7 @@ class StdlibData(Strict):
 
 
 class FileData(Strict):
-    """A `.jsonl` or `.jsonl.zst` file in the Pile's form, a `.txt` file, or a folder of `.txt` files."""
+    """A `.jsonl` or `.jsonl.zst` file in the Pile's form, a `.txt` or `.raw` file, or a folder of these."""
 
     kind: Literal["file"]
     path: str
@@ -47,6 +48,7 @@ class HubData(Strict):
     dataset: str
     split: str
     revision: str
+    config: str | None = None  # of a data set that has several
 
 
 class Suite(Strict):
@@ -60,6 +62,8 @@ class Suite(Strict):
     subsets: Names = ()  # none named: all that the data holds
     documents: int | None = Field(None, ge=1)  # at most so many of each subset
     characters: int | None = Field(None, ge=1)  # at most so many of each document, from its beginning
+    collection: Literal["pile"] | None = None  # whose subsets can be named before anything is read
+    prepare: Literal["wikitext"] | None = None  # what is done to the text first
     sha256: str | None = None  # of the documents, where the data cannot be pinned
     data: Annotated[StdlibData | FileData | HubData, Field(discriminator="kind")]
 
@@ -94,7 +98,11 @@ class Suite(Strict):
         fields = self.model_dump()
         if file is not None:
             data = {"kind": "file", "path": str(file)}
-            fields |= {"name": Path(file).name, "description": "", "data": data, "subsets": ()}
+            fields |= {"data": data, "subsets": (), "collection": None}
+            if self.prepare is None and self.protocol != "last-word":  # else the suite says what is done with the text
+                fields |= {"name": Path(file).name, "description": ""}
+        if subsets is not None and fields["collection"] == "pile":
+            subsets = pile_subsets(subsets)
         given = {"subsets": subsets, "documents": documents, "protocol": protocol, "context": context, "stride": stride}
         fields |= {key: value for key, value in given.items() if value is not None}
         if file is not None or subsets is not None or documents is not None:

@@ -8,15 +8,18 @@ batches merge into exactly the tally that one process would have made of all of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, Final, NamedTuple
 
 import torch
 
 from neoquant.evaluation.corpus import Corpus
 from neoquant.evaluation.sketch import BINS, bins
 
-SUMS: Final = ("nats", "kl", "kl_squares", "agreed", "loss_squares", "probability", "probability_squares", "kl_maximum")
+SUMS: Final = (
+    *("nats", "hits", "kl", "kl_squares", "agreed", "loss_squares", "probability", "probability_squares"),
+    "kl_maximum",
+)
 """What is added up for a window (the last: the largest)."""
 
 SPREADS: Final = ("divergence", "loss_change", "probability_change")
@@ -31,6 +34,9 @@ STRETCH: Final = 64
 BEFORE, AFTER = 64, 24  # tokens kept around
 
 
+_COUNTED: Final = ("sums", "counts", "minima", "maxima")
+
+
 class Measures(NamedTuple):
     """What a model gives for N scored tokens: float64[N] each, on one device."""
 
@@ -38,6 +44,7 @@ class Measures(NamedTuple):
     kl: torch.Tensor  # KL(reference || this model), nats
     top: torch.Tensor  # its likeliest token
     top_probability: torch.Tensor
+    hit: torch.Tensor  # 1 where the likeliest token is the one that comes
 
 
 @dataclass(frozen=True)
@@ -91,10 +98,11 @@ class Tally:
         reference = measured[0]
         p = reference.nats.neg().exp()
         self._sum(0, 0, numbers, owners, reference.nats)
+        self._sum(0, 1, numbers, owners, reference.hit)
         for model, other in enumerate(measured[1:]):
             loss, probability = other.nats - reference.nats, other.nats.neg().exp() - p
             agreed = (other.top == reference.top).double()
-            amounts = (other.nats, other.kl, other.kl**2, agreed, loss**2, probability, probability**2)
+            amounts = (other.nats, other.hit, other.kl, other.kl**2, agreed, loss**2, probability, probability**2)
             for number, amount in enumerate(amounts):
                 self._sum(model + 1, number, numbers, owners, amount)
             largest = torch.full((len(windows),), -torch.inf, dtype=torch.float64)
@@ -117,6 +125,23 @@ class Tally:
                 if key not in peaks or peak.rank < peaks[key].rank:
                     peaks[key] = peak
         self.peaks = [_best(peaks) for peaks in self.peaks]
+
+    def state(self) -> dict[str, Any]:
+        """All that was counted, as tensors and plain values; `of_state` takes it back."""
+        peaks = [[asdict(peak) for peak in peaks.values()] for peaks in self.peaks]
+        return {name: getattr(self, name) for name in _COUNTED} | {"peaks": peaks}
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> Tally:
+        """A tally to merge from: it knows what was counted, and not of which corpus."""
+        tally = cls.__new__(cls)
+        for name in _COUNTED:
+            setattr(tally, name, state[name])
+        tally.peaks = []
+        for peaks in state["peaks"]:
+            made = [Peak(**{key: _frozen(value) for key, value in peak.items()}) for peak in peaks]
+            tally.peaks.append({(peak.unit, peak.position // STRETCH): peak for peak in made})
+        return tally
 
     def by_unit(self, model: int, name: str) -> torch.Tensor:
         """A sum (or the maximum) for each unit: float64[units]."""
@@ -169,6 +194,10 @@ class Tally:
             if key not in peaks or peak.rank < peaks[key].rank:
                 peaks[key] = peak
         self.peaks[model] = _best(peaks)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _best(peaks: dict[tuple[int, int], Peak]) -> dict[tuple[int, int], Peak]:

@@ -32,6 +32,10 @@ def evaluation_table(result: Evaluation) -> RenderableType:
         Column("perplexity", [perplexity(s) for s in scores]),
         Column("bits/byte", [f"{s.bits_per_byte:.4f}" for s in scores]),
     ]
+    if result.suite.prepare == "wikitext" or result.suite.protocol == "last-word":
+        columns.append(Column("word ppl", [number(s.word_perplexity) for s in scores]))
+    if result.total.accuracy is not None:
+        columns.append(Column("accuracy", [f"{100 * (s.accuracy or 0):.2f} %" for s in scores]))
     return Group(
         Text(f"{result.model.name} on {suite_words(result.suite)}"),
         _by_subset(scores, columns),

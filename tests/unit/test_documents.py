@@ -99,6 +99,22 @@ def test_folder_of_texts(tmp_path: Path) -> None:
     assert read(suite(folder)) == [Document("a.txt", "essays", "a"), Document("b.txt", "essays", "b")]
 
 
+def test_folder_of_the_piles_files(pile: Path, tmp_path: Path) -> None:
+    """A local mirror: compressed or not, in the order of their names; what says no subset counts towards the folder."""
+    folder = tmp_path / "mirror"
+    folder.mkdir()
+    (folder / "00.jsonl.zst").write_bytes(zstandard.compress(pile.read_bytes()))
+    (folder / "01.jsonl").write_text(row("mine"))
+    (folder / "README.md").write_text("nothing to read")
+    documents = read(suite(folder))
+    assert [d.text for d in documents[:9]] == [d.text for d in read(suite(pile))]
+    assert documents[0].id == "00.jsonl.zst line 1" and len(documents) == 10
+    assert (documents[9].subset, documents[9].text) == ("mirror", "mine")
+    (folder / "02.jsonl").write_text("{")
+    with pytest.raises(DataError, match=r"mirror: 02\.jsonl: line 1: not JSON"):
+        read(suite(folder))
+
+
 def test_rows_without_a_subset_count_towards_the_file(tmp_path: Path) -> None:
     path = tmp_path / "wikitext.jsonl"
     path.write_text(row("x") + "\n" + row("y", "ArXiv"))
@@ -133,7 +149,11 @@ def test_bad_lines(tmp_path: Path, content: str, message: str) -> None:
 def test_bad_paths(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("a,b")
     (tmp_path / "empty").mkdir()
-    for name, message in (("none.jsonl", "no such file"), ("x.csv", r"cannot read \.csv"), ("empty", r"no \.txt file")):
+    for name, message in (
+        ("none.jsonl", "no such file"),
+        ("x.csv", r"cannot read \.csv"),
+        ("empty", r"holds no \.jsonl, "),
+    ):
         with pytest.raises(DataError, match=message):
             read(suite(tmp_path / name))
 

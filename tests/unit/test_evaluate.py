@@ -176,13 +176,14 @@ def test_small_divergences_over_a_large_vocabulary(noise: float) -> None:
     x = torch.randn(32, 50257, generator=generator) * 3 - 10
     y = x + 0.3 + noise * torch.randn(x.shape, generator=generator)
     targets = torch.randint(x.shape[1], (len(x),), generator=generator)
-    reference, (nats, kl, top, probability) = measures(iter([x, y]), targets)
+    reference, (nats, kl, top, probability, hit) = measures(iter([x, y]), targets)
     p, q = x.double().log_softmax(-1), y.double().log_softmax(-1)
     expected = (p.exp() * (p - q)).sum(-1)
     assert (kl - expected).abs().max() < 5e-7
     assert float((kl - expected).mean()) == pytest.approx(0, abs=1e-7)
     assert torch.allclose(nats, -q.gather(-1, targets[:, None])[:, 0], rtol=0, atol=1e-6)
     assert torch.equal(top, y.argmax(-1).double()) and torch.equal(reference.top, x.argmax(-1).double())
+    assert torch.equal(hit, (y.argmax(-1) == targets).double())
     assert torch.allclose(probability, q.exp().amax(-1), rtol=1e-5)
 
 
@@ -250,7 +251,7 @@ def test_progress_reaches_its_totals(models: Models, make_suite: Callable[..., S
             done[label] = (total, reached)
 
     evaluate(models.reference, Bytes(), make_suite(), describe=ModelInfo(name="a"), progress=Listener())
-    assert set(done) == {"reading texts.jsonl", "tokenizing", "scoring"}
+    assert set(done) == {"reading texts.jsonl", "scoring"}
     assert all(reached == total for total, reached in done.values())
 
 
@@ -302,3 +303,35 @@ def test_batches_keep_every_window(make_suite: Callable[..., Suite]) -> None:
     assert sorted(number for batch in made for number in batch) == list(range(len(corpus.windows)))
     lengths = [[len(corpus.windows[number].ids) for number in batch] for batch in made]
     assert all(len(batch) == 1 or len(batch) * max(batch) <= 64 for batch in lengths)
+
+
+def test_memory_does_not_grow_with_tokens_candidates_or_vocabulary(
+    make_model: Callable[..., Path], make_suite: Callable[..., Suite], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPT-Neo's vocabulary: of all logits of a window and all models, two pieces of a few rows are alive at once."""
+    import weakref
+
+    from neoquant.evaluation import scoring
+    from neoquant.loading import load
+
+    monkeypatch.setattr(scoring, "CPU_PACE", scoring.Pace(positions=64, rows=16))
+    model, _ = load(make_model("wide", vocab_size=50257, hidden_size=6, num_heads=1), dtype="float32", device="cpu")
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = {"pieces": 0, "rows": 0}
+
+    def watch(head: Any, arguments: Any, logits: torch.Tensor) -> None:
+        alive.append(weakref.ref(logits))
+        living = [found for ref in alive if (found := ref()) is not None]
+        most["pieces"] = max(most["pieces"], len(living))
+        most["rows"] = max(most["rows"], *(len(found) for found in living))
+
+    model.lm_head.register_forward_hook(watch)
+    suite = make_suite([("one", "some text " * 30), ("two", "other text " * 30)])
+    tally = scoring.Tally(read_corpus(suite.fitted(32), Bytes(), SILENT), 5)
+    contestant = Contestant(model, ModelInfo(name="x"))
+    result = compare(contestant, [contestant] * 4, Bytes(), suite)
+    assert result.reference.total.tokens == 630 and len(alive) >= 5 * 630 / 16
+    assert most["rows"] == 16 and most["pieces"] <= 3  # the reference's, a candidate's, and the one before it
+    longer = make_suite([("one", "some text " * 300), ("two", "other text " * 300)])
+    of_longer = scoring.Tally(read_corpus(longer.fitted(32), Bytes(), SILENT), 5)
+    assert of_longer.counts.shape == tally.counts.shape

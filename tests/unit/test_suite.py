@@ -8,6 +8,7 @@ import pytest
 
 from neoquant.errors import DataError, RequestError
 from neoquant.evaluation import load_suite, suite_names
+from neoquant.evaluation.pile import PILE, pile_subsets
 from neoquant.evaluation.suite import FileData, HubData
 
 OWN = """
@@ -22,12 +23,21 @@ path = "texts.jsonl"
 
 
 def test_bundled_suites_are_what_their_names_say() -> None:
-    assert {"demo", "pile-smoke", "pile-core", "pile-uncopyrighted", "pile-val"} <= set(suite_names())
+    assert {
+        "demo",
+        "pile-smoke",
+        "pile-core",
+        "pile-full",
+        "pile-uncopyrighted",
+        "pile-val",
+        "lambada",
+        "wikitext2",
+    } <= set(suite_names())
     for name in suite_names():
         suite = load_suite(name)
         assert suite.name == name and suite.description
         assert suite.fitted(2048).context in (512, 2048)
-        if isinstance(suite.data, HubData):
+        if isinstance(suite.data, HubData) and name != "lambada":
             assert len(suite.data.revision) == 40, "a pinned commit"
 
 
@@ -53,7 +63,11 @@ def test_override() -> None:
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("nothing", "no suite 'nothing': give one of demo, pile-core"), ("x.toml", "no suite 'x.toml'"), ("", "no suite")],
+    [
+        ("nothing", "no suite 'nothing': give one of demo, lambada, pile-core"),
+        ("x.toml", "no suite 'x.toml'"),
+        ("", "no suite"),
+    ],
 )
 def test_unknown_suite(name: str, reason: str) -> None:
     with pytest.raises(RequestError, match=reason):
@@ -89,3 +103,39 @@ def test_illegal_overrides_are_requests() -> None:
         demo.override(protocol="strided", stride=600)
     with pytest.raises(RequestError, match="context of 512 tokens, but the model has 128 positions"):
         demo.fitted(128)
+
+
+@pytest.mark.parametrize(
+    ("name", "subset"),
+    [
+        ("pile_cc", "Pile-CC"),
+        ("CC", "Pile-CC"),
+        ("wikipedia", "Wikipedia (en)"),
+        ("Wikipedia (EN)", "Wikipedia (en)"),
+        ("dm-mathematics", "DM Mathematics"),
+        ("uspto", "USPTO Backgrounds"),
+        ("Gutenberg", "Gutenberg (PG-19)"),
+        ("youtube", "YoutubeSubtitles"),
+    ],
+)
+def test_subsets_of_the_pile_by_loose_names(name: str, subset: str) -> None:
+    for suite in ("pile-smoke", "pile-core", "pile-full"):
+        assert load_suite(suite).override(subsets=(name, subset)).subsets == (subset,)
+
+
+def test_every_subset_of_the_pile_is_known_by_its_name() -> None:
+    assert len(PILE) == 22 and pile_subsets(PILE) == PILE
+    assert set(load_suite("pile-val").subsets) == set(PILE)
+    assert set(load_suite("pile-uncopyrighted").subsets) < set(PILE)
+
+
+def test_what_is_no_subset_of_the_pile_lists_them() -> None:
+    with pytest.raises(
+        RequestError, match=r"no subset 'githab'; did you mean Github\? it has ArXiv, .*YoutubeSubtitles"
+    ):
+        load_suite("pile-core").override(subsets=("githab",))
+    with pytest.raises(RequestError, match="'pubmed' may be PubMed Abstracts or PubMed Central: say which"):
+        load_suite("pile-core").override(subsets=("pubmed",))
+    with pytest.raises(RequestError, match="no subset ''; it has"):
+        load_suite("pile-core").override(subsets=("",))
+    assert load_suite("pile-core").override(file="own.jsonl", subsets=("mine",)).subsets == ("mine",)

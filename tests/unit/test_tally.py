@@ -39,8 +39,7 @@ def log(*probabilities: float) -> torch.Tensor:
 
 
 def candidate(corpus: Corpus, tally: Tally) -> Candidate:
-    sums = tally.by_unit(1, "nats")
-    evaluation = summarize(ModelInfo(name="b"), ENVIRONMENT, corpus, Bytes(), sums, 0)
+    evaluation = summarize(ModelInfo(name="b"), ENVIRONMENT, corpus, Bytes(), tally, 1, 0)
     return _candidate(0, evaluation, corpus, Bytes(), tally)
 
 
@@ -49,8 +48,8 @@ def test_a_case_by_hand(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path, [("A", "xyz"), ("B", "uv")])
     tally = Tally(corpus, 2)
     ones = torch.ones(5, dtype=torch.float64)
-    reference = Measures(log(0.5, 0.5, 0.5, 0.25, 0.125), 0 * ones, f64(1, 2, 3, 4, 5), 0.5 * ones)
-    other = Measures(log(0.25, 0.5, 0.5, 0.5, 0.125), f64(0.4, 0, 0.1, 0.2, 0.3), f64(1, 2, 9, 4, 5), 0.5 * ones)
+    reference = Measures(log(0.5, 0.5, 0.5, 0.25, 0.125), 0 * ones, f64(1, 2, 3, 4, 5), 0.5 * ones, ones)
+    other = Measures(log(0.25, 0.5, 0.5, 0.5, 0.125), f64(0.4, 0, 0.1, 0.2, 0.3), f64(1, 2, 9, 4, 5), 0.5 * ones, ones)
     tally.add([0, 1], [reference, other])
     found = candidate(corpus, tally)
     total, (a, b) = found.total, found.subsets
@@ -89,7 +88,7 @@ def random_measures(corpus: Corpus, models: int) -> list[list[Measures]]:
     random = torch.Generator().manual_seed(3)
     found = []
     for window in corpus.windows:
-        values = torch.rand(models, 4, window.scored, generator=random, dtype=torch.float64)
+        values = torch.rand(models, 5, window.scored, generator=random, dtype=torch.float64)
         values[:, 1] **= 8
         values[:, 2] = (5 * values[:, 2]).floor()
         found.append([Measures(*model) for model in values])

@@ -1,0 +1,97 @@
+"""A sweep makes one folder of results, goes on where it stopped, and does nothing twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Cli
+
+from neoquant.cli import sweep
+from neoquant.evaluation import Comparison
+
+SWEEP = """
+models = ["{model}"]
+suites = ["{suite}"]
+[recipes]
+int8 = "--type int8"
+{more}
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path, tiny_model: Path, text_file: Path) -> Callable[..., Path]:
+    suite = tmp_path / "mine.toml"
+    suite.write_text(f'name = "mine"\ncontext = 16\n[data]\nkind = "file"\npath = "{text_file}"\n')
+
+    def make(more: str = "", text: str = SWEEP) -> Path:
+        path = tmp_path / "sweep.toml"
+        path.write_text(text.format(model=tiny_model, suite=suite, more=more))
+        return path
+
+    return make
+
+
+def test_a_sweep(cli: Cli, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    import neoquant.evaluation
+
+    compared: list[list[str]] = []
+    real = neoquant.evaluation.compare
+
+    def compare(reference: Any, others: Any, *arguments: Any, **options: Any) -> Comparison:
+        compared.append([other.describe.name for other in others])
+        return real(reference, others, *arguments, **options)
+
+    monkeypatch.setattr(neoquant.evaluation, "compare", compare)
+    first = cli("sweep", write(), "--out", "swept")
+    assert first.code == 0, first.err
+    assert "tiny-neo-int8" in first.out and "tiny-neo on mine" in first.out
+    results = Path("swept/results/tiny-neo-mine.json")
+    before = results.read_bytes()
+    assert cli("sweep", write(), "--out", "swept").out == first.out
+    assert results.read_bytes() == before and compared == [["tiny-neo-int8"]]
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    two = write('nf4 = "--bits 4 --type nf4"')
+    with monkeypatch.context() as patch:
+        patch.setattr(neoquant.evaluation, "compare", interrupt)
+        assert cli("sweep", two, "--out", "swept").code == 130
+    quantized = Path("swept/models/tiny-neo-nf4/config.json").stat().st_mtime_ns
+    assert cli("sweep", two, "--out", "swept").code == 0
+    assert Path("swept/models/tiny-neo-nf4/config.json").stat().st_mtime_ns == quantized
+    assert compared[1:] == [["tiny-neo-int8", "tiny-neo-nf4"]]
+    assert len(Comparison.from_json(results.read_text()).candidates) == 2
+    table = Path("swept/table.md").read_text()
+    assert len(table.splitlines()) == 5 and "| tiny-neo-nf4 | mine |" in table
+    assert not list(Path("swept").rglob("*.partial"))
+    failing = cli("sweep", write('bad = "--bits 5 --type nf4"'), "--out", "swept")
+    assert failing.code == 1 and "recipe bad of " in failing.err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("[recipes]", "", "recipes names nothing"),
+        ("suites = [", "suite = [", r"suite = \['mine'\]; legal are models \(list\), suites"),
+        ('"{suite}"', '"nowhere"', "no suite 'nowhere'"),
+        ('models = ["{model}"]', "models = [1]", "not a string"),
+        ("models = [", 'models = ["{model}", ', "two models are called tiny-neo"),
+        ("models", "models models", "sweep.toml: "),
+    ],
+)
+def test_what_is_no_sweep(cli: Cli, write: Callable[..., Path], old: str, new: str, reason: str) -> None:
+    text = SWEEP.replace(old, new).replace('int8 = "--type int8"', "" if "recipes" in old else 'int8 = "--type int8"')
+    text = text.replace('suite = ["{suite}"]', "suite = ['mine']")
+    import re
+
+    assert re.search(reason, cli("sweep", write(text=text), "--out", "swept").error)
+    assert not Path("swept").exists()
+
+
+def test_the_sweeps_that_come_along_can_be_read() -> None:
+    folder = Path(__file__).resolve().parents[2] / "eval" / "sweeps"
+    assert [sweep.read_sweep(path)["models"] for path in folder.glob("*.toml")]

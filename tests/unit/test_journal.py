@@ -1,0 +1,163 @@
+"""An evaluation that was interrupted, or shared by several processes, gives the figures of one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neoquant.evaluation import Comparison, Contestant, ModelInfo, Suite, compare, journal, scoring
+from neoquant.evaluation.journal import ResumeNote
+from neoquant.loading import load
+from neoquant.progress import Progress
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Suite:
+    path = tmp_path / "texts.jsonl"
+    texts = [f"{subset} text {n}, some words of it. " * (n % 3) for n in range(12) for subset in ("one", "two")]
+    rows = [{"text": text, "meta": {"pile_set_name": text[:3] or "one"}} for text in texts]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return Suite(name="mine", context=16, data={"kind": "file", "path": str(path)})
+
+
+@pytest.fixture
+def contestants(tiny_model: Path, make_model: Callable[..., Path]) -> tuple[list[Contestant], Any]:
+    model, tokenizer = load(tiny_model, dtype="float32", device="cpu")
+    others = [load(make_model(f"other{seed}", seed=seed), dtype="float32", device="cpu")[0] for seed in (1, 2)]
+    return [Contestant(m, ModelInfo(name=str(n), sha256=str(n))) for n, m in enumerate([model, *others])], tokenizer
+
+
+@pytest.fixture(autouse=True)
+def many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "CPU_PACE", scoring.Pace(positions=64, rows=11))
+    monkeypatch.setattr(journal, "INTERVAL", 0.0)
+
+
+def figures(result: Comparison) -> dict[str, Any]:
+    """Everything but the time it took."""
+    fields: dict[str, Any] = json.loads(result.to_json())
+    for evaluation in (fields["reference"], *(candidate["evaluation"] for candidate in fields["candidates"])):
+        del evaluation["seconds"], evaluation["created"]
+    return fields
+
+
+class Stops(Progress):
+    """A listener that is interrupted after some calls."""
+
+    def __init__(self, after: int, error: type[BaseException]) -> None:
+        self.left, self.error = after, error
+
+    @contextmanager
+    def task(self, label: str, total: float | None) -> Iterator[Callable[[float], None]]:
+        def advance(amount: float) -> None:
+            self.left -= label == "scoring"
+            if self.left < 0:
+                raise self.error
+
+        yield advance
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError])
+def test_going_on_gives_the_same_figures(
+    contestants: Any, suite: Suite, tmp_path: Path, error: type[BaseException]
+) -> None:
+    (base, *others), tokenizer = contestants
+    whole = compare(base, others, tokenizer, suite)
+    kept = tmp_path / "result.json.partial"
+    for after in (7, 40):
+        with pytest.raises(error), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compare(base, others, tokenizer, suite, journal=kept, progress=Stops(after, error))
+        assert kept.is_file()
+    with pytest.warns(ResumeNote, match=r"going on from .*partial: \d+ of \d+ batches are scored"):
+        resumed = compare(base, others, tokenizer, suite, journal=kept)
+    assert figures(resumed) == figures(whole)
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_another_evaluation_starts_anew(contestants: Any, suite: Suite, tmp_path: Path) -> None:
+    (base, *others), tokenizer = contestants
+    kept = tmp_path / "kept"
+    with pytest.raises(KeyboardInterrupt):
+        compare(base, others, tokenizer, suite, journal=kept, progress=Stops(9, KeyboardInterrupt))
+    longer = suite.override(context=20)
+    with pytest.warns(ResumeNote, match="is of another evaluation or damaged"):
+        result = compare(base, others, tokenizer, longer, journal=kept)
+    assert figures(result) == figures(compare(base, others, tokenizer, longer))
+    kept.write_bytes(b"no journal at all")
+    with pytest.warns(ResumeNote, match="damaged"):
+        compare(base, others, tokenizer, suite, journal=kept)
+
+
+WORDS = ("--data", "texts.jsonl", "--context", "16")
+ONE_BATCH_AT_A_TIME = """
+import sys
+from neoquant.evaluation import journal, scoring
+journal.INTERVAL = 0
+scoring.CPU_PACE = scoring.Pace(positions=64, rows=11)
+if "slow" in sys.argv:
+    import time
+import warnings
+    sys.argv.remove("slow")
+    add = scoring.Tally.add
+    scoring.Tally.add = lambda *a: (time.sleep(0.2), add(*a))
+from neoquant.cli import run
+run()
+"""
+
+
+def start(folder: Path, *words: str, ranks: int = 1) -> subprocess.Popen[str]:
+    script = folder / "run.py"
+    script.write_text(ONE_BATCH_AT_A_TIME)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return subprocess.Popen(
+        [sys.executable, *launch, str(script), *words],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def test_killed_and_shared(suite: Suite, tiny_model: Path, make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """One process; one that is killed outright and started again; two and four processes: the same file and table."""
+    words = ("compare", str(tiny_model), str(make_model("other", seed=1)), *WORDS)
+    running = {
+        name: start(tmp_path, *words, "--json", f"{name}.json", ranks=ranks)
+        for name, ranks in (("alone", 1), ("two", 2), ("four", 4))
+    }
+    killed = start(tmp_path, *words, "--json", "killed.json", "slow")
+    partial = tmp_path / "killed.json.partial"
+    while killed.poll() is None and not partial.exists():
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert partial.exists()
+    tables = {name: finished(process) for name, process in running.items()}
+    again = start(tmp_path, *words, "--json", "killed.json")
+    out, err = again.communicate(timeout=300)
+    assert again.returncode == 0 and "going on from killed.json.partial" in err
+    tables["killed"] = out
+    expected = figures(Comparison.from_json((tmp_path / "alone.json").read_text()))
+    for name, table in tables.items():
+        assert figures(Comparison.from_json((tmp_path / f"{name}.json").read_text())) == expected, name
+        assert table.splitlines()[:-1] == tables["alone"].splitlines()[:-1]  # the last line says how long it took
+    assert not list(tmp_path.glob("*.partial*"))
