@@ -108,7 +108,6 @@ journal.INTERVAL = 0
 scoring.CPU_PACE = scoring.Pace(positions=64, rows=11)
 if "slow" in sys.argv:
     import time
-import warnings
     sys.argv.remove("slow")
     add = scoring.Tally.add
     scoring.Tally.add = lambda *a: (time.sleep(0.2), add(*a))
