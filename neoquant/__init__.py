@@ -26,12 +26,22 @@ from neoquant.errors import (
 )
 
 if TYPE_CHECKING:
+    from neoquant.auto import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForQuestionAnswering,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+        AutoTokenizer,
+    )
     from neoquant.evaluation.compare import compare
     from neoquant.evaluation.inspection import inspect
     from neoquant.evaluation.perplexity import evaluate
     from neoquant.loading import LoadWarning, load, load_tokenizer
     from neoquant.model.config import GPTNeoConfig
-    from neoquant.model.generate import generate_text
+    from neoquant.model.generate import TextStreamer, generate_text
+    from neoquant.model.generation_config import GenerationConfig
     from neoquant.model.gpt_neo import GPTNeoForCausalLM, GPTNeoModel
     from neoquant.model.heads import (
         GPTNeoForQuestionAnswering,
@@ -39,20 +49,31 @@ if TYPE_CHECKING:
         GPTNeoForTokenClassification,
     )
     from neoquant.model.tokenizer import Tokenizer
+    from neoquant.model.tokenizer import Tokenizer as GPT2Tokenizer
     from neoquant.quantization import plan, quantize
     from neoquant.recipe import Recipe
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AutoConfig": "neoquant.auto",
+    "AutoModel": "neoquant.auto",
+    "AutoModelForCausalLM": "neoquant.auto",
+    "AutoModelForQuestionAnswering": "neoquant.auto",
+    "AutoModelForSequenceClassification": "neoquant.auto",
+    "AutoModelForTokenClassification": "neoquant.auto",
+    "AutoTokenizer": "neoquant.auto",
+    "GPT2Tokenizer": "neoquant.model.tokenizer",
     "GPTNeoConfig": "neoquant.model.config",
     "GPTNeoForCausalLM": "neoquant.model.gpt_neo",
     "GPTNeoForQuestionAnswering": "neoquant.model.heads",
     "GPTNeoForSequenceClassification": "neoquant.model.heads",
     "GPTNeoForTokenClassification": "neoquant.model.heads",
     "GPTNeoModel": "neoquant.model.gpt_neo",
+    "GenerationConfig": "neoquant.model.generation_config",
     "LoadWarning": "neoquant.loading",
     "Recipe": "neoquant.recipe",
+    "TextStreamer": "neoquant.model.generate",
     "Tokenizer": "neoquant.model.tokenizer",
     "compare": "neoquant.evaluation",
     "evaluate": "neoquant.evaluation",
@@ -65,17 +86,26 @@ _HOMES = {
 }
 
 __all__ = [
+    "AutoConfig",
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoTokenizer",
     "CheckpointError",
     "ConfigError",
     "ContextError",
     "DataError",
     "FormatError",
+    "GPT2Tokenizer",
     "GPTNeoConfig",
     "GPTNeoForCausalLM",
     "GPTNeoForQuestionAnswering",
     "GPTNeoForSequenceClassification",
     "GPTNeoForTokenClassification",
     "GPTNeoModel",
+    "GenerationConfig",
     "HubError",
     "LoadWarning",
     "NeoquantError",
@@ -83,6 +113,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "RequestError",
+    "TextStreamer",
     "Tokenizer",
     "__version__",
     "compare",

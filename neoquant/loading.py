@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -19,7 +20,10 @@ from neoquant.formats import Format
 from neoquant.formats.base import dtype_name
 from neoquant.kernels import ACTIVATIONS
 from neoquant.layer import QuantEmbedding, QuantLinear
+from neoquant.model.attention import why_not
 from neoquant.model.config import GPTNeoConfig
+from neoquant.model.generation_config import FILE as GENERATION_FILE
+from neoquant.model.generation_config import GenerationConfig
 from neoquant.model.gpt_neo import GPTNeoForCausalLM
 from neoquant.model.pretrained import LoadReport, PreTrainedModel
 from neoquant.model.tokenizer import Tokenizer
@@ -88,7 +92,7 @@ def load_model(
         dtype: what activations are computed in and plain weights are held in: a torch type, its name, "auto" (the
             checkpoint's own), or None: float32 on a CPU, float16 on a GPU. Quantized weights stay as they are stored.
         device: "cpu", "cuda", "cuda:1", 1, a torch device, "auto" (a GPU if there is one) or None (the same).
-        attn_implementation: "sdpa" or "eager".
+        attn_implementation: "sdpa", "eager", "flex_attention", or "flash_attention_2" (the package flash-attn on CUDA).
         activations: "exact", or "int8": what quantized weights are multiplied with is rounded as well, which is faster
             for many tokens, and loses a little.
         progress: told of every tensor.
@@ -131,6 +135,8 @@ def read_model(
     kind = resolve_dtype(dtype, config, target)
     if activations not in ACTIVATIONS:
         raise RequestError(f"activations are {activations!r}; legal are {' and '.join(ACTIVATIONS)}")
+    if reason := why_not(attn_implementation, kind, target):
+        raise RequestError(f"attn_implementation {attn_implementation!r} is not possible here: {reason}")
     with torch.device("meta"), _Undrawn():
         model = cls(config, attn_implementation)
     with locate(str(checkpoint.source)):
@@ -142,6 +148,10 @@ def read_model(
         for module in model.modules():
             if isinstance(module, QuantLinear):
                 module.set_activations(activations)
+    if isinstance(model, GPTNeoForCausalLM):
+        model.generation_config, faults = GenerationConfig.from_folder(_folder(checkpoint))
+        for fault in faults:
+            warnings.warn(f"{checkpoint.source}/generation_config.json: {fault}; left out", LoadWarning, stacklevel=2)
     return model.eval()
 
 
@@ -322,7 +332,10 @@ def save_model(model: PreTrainedModel, folder: str | Path, *, force: bool = Fals
             if format is not None:
                 for suffix, tensor in format.encode(layer.quantized.to("cpu")).items():
                     sink.put(name + suffix, tensor)
-        sink.finish(config, files={path.name: path for path in companion_files(Path(folder))})
+        files: dict[str, Path | str] = {path.name: path for path in companion_files(Path(folder))}
+        if isinstance(model, GPTNeoForCausalLM) and model.generation_config.to_dict():
+            files[GENERATION_FILE] = json.dumps(model.generation_config.to_dict(), indent=2, sort_keys=True) + "\n"
+        sink.finish(config, files=files)
 
 
 def resolve_device(device: object) -> torch.device:
@@ -334,14 +347,16 @@ def resolve_device(device: object) -> torch.device:
         if len(places) != 1:
             raise RequestError(f"device_map names {len(places)} devices; one device for the whole model is legal")
         device = places.pop()
+    if isinstance(device, int) or (isinstance(device, str) and device.isdecimal()):
+        device = f"cuda:{device}"
     try:
-        found: torch.device = torch.device(f"cuda:{device}" if isinstance(device, int) else device)  # type: ignore[call-overload]
+        found: torch.device = torch.device(device)  # type: ignore[call-overload]
     except (RuntimeError, TypeError):
-        raise RequestError(f"device is {device!r}; legal are auto, cpu, cuda, cuda:N") from None
+        raise RequestError(f"device is {device!r}; legal are auto, cpu, cuda, cuda:N, N") from None
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise RequestError(f"device is {str(found)!r}, but this machine has {torch.cuda.device_count()} CUDA devices")
     if found.type not in ("cpu", "cuda"):
-        raise RequestError(f"device is {str(found)!r}; legal are auto, cpu, cuda, cuda:N")
+        raise RequestError(f"device is {str(found)!r}; legal are auto, cpu, cuda, cuda:N, N")
     return found
 
 

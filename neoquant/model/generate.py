@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,17 @@ if TYPE_CHECKING:
     from neoquant.model.tokenizer import Tokenizer
 
 
+Stop = Callable[[Tensor], Tensor]
+"""From each row's new ids `[B, new]` to whether it ends behind them, bool `[B]`."""
+
+
+class Streamer(Protocol):
+    """Whoever is to be told of ids as they come: transformers' streamers are."""
+
+    def put(self, value: Tensor) -> object: ...
+    def end(self) -> object: ...
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen.
@@ -24,7 +35,9 @@ class Sampling:
     `temperature=0` is greedy. `top_k` keeps the k likeliest (0: all), `top_p` the smallest set of likeliest tokens
     whose probabilities reach p (1: all); both after the temperature. `repetition_penalty` divides the positive
     logits of tokens already there and multiplies the negative ones (Keskar et al., 2019, section 4.1; 1: none).
-    `seed` makes the draw repeatable; None takes a fresh one.
+    `seed` makes the draw repeatable; None draws from torch's own generator, which `torch.manual_seed` sets.
+    A row that has reached one of `eos_token_ids` is filled up with `pad_token_id`, or with the first of them;
+    none is reached within the first `min_new_tokens`.
     """
 
     temperature: float = 0.0
@@ -33,6 +46,8 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int | None = None
     eos_token_ids: tuple[int, ...] = field(default=())
+    pad_token_id: int | None = None
+    min_new_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name, legal, what in (
@@ -40,6 +55,7 @@ class Sampling:
             ("top_k", self.top_k >= 0, "at least 0 (0 keeps all)"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (1 keeps all)"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0 (1 is none)"),
+            ("min_new_tokens", self.min_new_tokens >= 0, "at least 0"),
         ):
             if not legal:
                 raise RequestError(f"{name} is {getattr(self, name)}; legal is {what}")
@@ -66,7 +82,7 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return logits.scatter(-1, seen, torch.where(at > 0, at / penalty, at * penalty))
 
 
-def choose(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+def choose(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
     """The next token `[B]` from the last position's `logits[B, V]` and all ids so far, `seen[B, S]`."""
     logits = logits.float()
     if sampling.repetition_penalty != 1:
@@ -85,19 +101,19 @@ def stream(
     attention_mask: Tensor | None = None,
     max_new_tokens: int,
     sampling: Sampling | None = None,
+    stop: Stop | None = None,
 ) -> Iterator[Tensor]:
     """Yield the next ids `[B]` of `input_ids[B, T]`, one position at a time, until all rows have ended.
 
     Rows of different lengths are padded, on either side, and `attention_mask[B, T]` is 0 there: each is continued as it
-    would be alone. A row that has reached an end-of-text token repeats it. Raises ContextError before anything is
-    generated where prompt and new tokens do not fit into the model's context.
+    would be alone. A row ends behind an end-of-text token, or where `stop` says so, and is filled up from there. Raises
+    ContextError before anything is generated where prompt and new tokens do not fit into the model's context.
     """
     sampling = sampling or Sampling()
     B, T = input_ids.shape
     check_room(model, T, max_new_tokens)
     device = model.device
-    generator = torch.Generator(device=device)
-    generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
+    generator = None if sampling.seed is None else torch.Generator(device=device).manual_seed(sampling.seed)
     new, keep = align(input_ids.to(device), None if attention_mask is None else attention_mask.to(device))
     seen = torch.cat([new, new.new_empty(B, max_new_tokens)], dim=1)
     positions = None
@@ -106,20 +122,25 @@ def stream(
         seen[:, :T] = torch.where(keep, new, new[:, -1:])  # padding is no token that was there
         keep = torch.cat([keep, keep.new_ones(B, max_new_tokens)], dim=1)
     ends = torch.tensor(sampling.eos_token_ids, dtype=new.dtype, device=device)
+    filler = sampling.pad_token_id if sampling.pad_token_id is not None else next(iter(sampling.eos_token_ids), 0)
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     cache = KVCache(model.config.num_layers, capacity=max(1, T + max_new_tokens))
     for end in range(T, T + max_new_tokens):
         mask = None if keep is None else keep[:, :end]
         logits = model(new, mask, position_ids=positions, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        if end - T < sampling.min_new_tokens:
+            logits = logits.index_fill(-1, ends, -torch.inf)
         chosen = choose(logits, seen[:, :end], sampling, generator)
-        if len(ends):
-            chosen = torch.where(ended, ends[0], chosen)
+        if len(ends) or stop is not None:
+            chosen = chosen.masked_fill(ended, filler)
             ended |= torch.isin(chosen, ends)
+        seen[:, end] = chosen
+        if stop is not None:
+            ended |= stop(seen[:, T : end + 1]).to(device)
         yield chosen
-        if len(ends) and bool(ended.all()):
+        if bool(ended.all()):
             return
         new = chosen[:, None]
-        seen[:, end] = chosen
         if positions is not None:
             positions = positions[:, -1:] + 1
 
@@ -166,14 +187,41 @@ def generate(
     attention_mask: Tensor | None = None,
     max_new_tokens: int = 64,
     sampling: Sampling | None = None,
+    stop: Stop | None = None,
+    streamer: Streamer | None = None,
 ) -> Tensor:
-    """`input_ids[B, T]` with up to `max_new_tokens` more: `[B, T + new]`; `attention_mask` is `stream`'s."""
-    chosen = list(
-        stream(model, input_ids, attention_mask=attention_mask, max_new_tokens=max_new_tokens, sampling=sampling)
-    )
+    """`input_ids[B, T]` with up to `max_new_tokens` more: `[B, T + new]`; the other arguments are `stream`'s.
+
+    `streamer` is told of the prompt, of each new id, and of the end.
+    """
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+    chosen = []
+    for ids in stream(
+        model, input_ids, attention_mask=attention_mask, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop
+    ):
+        chosen.append(ids)
+        if streamer is not None:
+            streamer.put(ids.cpu())
+    if streamer is not None:
+        streamer.end()
     if not chosen:
         return input_ids
     return torch.cat([input_ids.to(chosen[0].device), torch.stack(chosen, dim=1)], dim=1)
+
+
+def ends_with(stops: Sequence[str], tokenizer: Tokenizer | None) -> Stop | None:
+    """Whether a row's new text holds one of `stops`. Raises RequestError where there is no tokenizer to read it."""
+    if not stops:
+        return None
+    if tokenizer is None:
+        raise RequestError("stop_strings are looked for in text: pass tokenizer=... with them")
+
+    def stop(new: Tensor) -> Tensor:
+        texts = tokenizer.batch_decode(new)
+        return torch.tensor([any(stop in text for stop in stops) for text in texts])
+
+    return stop
 
 
 class TextStream:
@@ -202,6 +250,32 @@ class TextStream:
     def _flush(self, text: str) -> None:
         self._write(text)
         self._held.clear()
+
+
+class TextStreamer:
+    """Prints a text while `generate(streamer=...)` makes it: prompt and all, or without the prompt."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_prompt: bool = False, *, skip_special_tokens: bool = False) -> None:
+        self._skip_prompt, self._skip_special = skip_prompt, skip_special_tokens
+        self._special = tokenizer.eos_token_id
+        self._text = TextStream(tokenizer, lambda text: print(text, end="", flush=True))
+        self._prompt_comes = True
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt `[1, T]`, then each new id `[1]`. Raises RequestError for more than one row."""
+        if value.ndim > 1 and value.shape[0] > 1:
+            raise RequestError(f"a TextStreamer shows one text, not {value.shape[0]} at once")
+        skipped = self._prompt_comes and self._skip_prompt
+        self._prompt_comes = False
+        for token in [] if skipped else value.flatten().tolist():
+            if not (self._skip_special and token == self._special):
+                self._text.put(token)
+
+    def end(self) -> None:
+        """Print what is held back, and a line end."""
+        self._text.end()
+        print(flush=True)
+        self._prompt_comes = True
 
 
 def eos_ids(model: GPTNeoForCausalLM) -> tuple[int, ...]:

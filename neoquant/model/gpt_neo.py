@@ -12,17 +12,23 @@ Module names are Hugging Face's, so that tensor names are, too. Shapes: B batch,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neoquant.errors import ContextError, RequestError
+from neoquant.model import attention
 from neoquant.model.cache import KVCache
 from neoquant.model.config import GPTNeoConfig
-from neoquant.model.generate import Sampling, as_ids, eos_ids, generate
+from neoquant.model.generate import Streamer, as_ids, ends_with, generate
+from neoquant.model.generation_config import GenerationConfig
 from neoquant.model.outputs import BaseModelOutput, CausalLMOutput
 from neoquant.model.pretrained import PreTrainedModel
+
+if TYPE_CHECKING:
+    from neoquant.model.tokenizer import Tokenizer
 
 ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -90,7 +96,12 @@ class SelfAttention(nn.Module):
         self.window_size = config.window_size
         self.num_heads = config.num_heads
         self.dropout = config.attention_dropout
-        self.attend = self._eager if attn_implementation == "eager" else self._sdpa
+        self.attend = {
+            "sdpa": self._sdpa,
+            "eager": self._eager,
+            "flex_attention": self._flex,
+            "flash_attention_2": self._flash,
+        }[attn_implementation]
         self.k_proj = nn.Linear(C, C, bias=False)
         self.v_proj = nn.Linear(C, C, bias=False)
         self.q_proj = nn.Linear(C, C, bias=False)
@@ -142,6 +153,15 @@ class SelfAttention(nn.Module):
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         weights = scores.softmax(-1).to(value.dtype)
         return F.dropout(weights, self.dropout, self.training) @ value
+
+    def _flex(self, query: Tensor, key: Tensor, value: Tensor, masks: AttentionMasks) -> Tensor:
+        if self.training and self.dropout:
+            raise RequestError(f"flex_attention drops no weights, and attention_dropout is {self.dropout}: take sdpa")
+        return attention.flex(query, key, value, self.window_size if self.local else None, masks.keep)
+
+    def _flash(self, query: Tensor, key: Tensor, value: Tensor, masks: AttentionMasks) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        return attention.flash(query, key, value, self.window_size if self.local else None, masks.keep, dropout)
 
 
 class Attention(nn.Module):
@@ -263,6 +283,9 @@ class GPTNeoModel(PreTrainedModel):
 class GPTNeoForCausalLM(PreTrainedModel):
     """GPT-Neo with its language-modelling head, whose weight is the token embedding's unless the config unties it."""
 
+    generation_config = GenerationConfig()
+    """What `generate` does unless it is told otherwise: the folder's generation_config.json."""
+
     def __init__(self, config: GPTNeoConfig, attn_implementation: str = "sdpa") -> None:
         super().__init__(config, attn_implementation)
         self.transformer = GPTNeoModel(config, attn_implementation)
@@ -316,37 +339,48 @@ class GPTNeoForCausalLM(PreTrainedModel):
 
     def generate(
         self,
-        input_ids: Tensor | Sequence[Sequence[int]] | Sequence[int],
+        input_ids: Tensor | Sequence[Sequence[int]] | Sequence[int] | None = None,
         attention_mask: Tensor | None = None,
         *,
-        max_new_tokens: int = 20,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int = 50,
-        top_p: float = 1.0,
-        repetition_penalty: float = 1.0,
-        eos_token_id: int | Sequence[int] | None = None,
-        seed: int | None = None,
+        generation_config: Any = None,
+        tokenizer: Tokenizer | None = None,
+        streamer: Streamer | None = None,
+        **asked: Any,
     ) -> Tensor:
         """`input_ids[B, T]` continued to `[B, T + new]`: greedy, or sampled with `do_sample=True`.
 
-        Arguments and their defaults are transformers'. `attention_mask[B, T]` is 0 on padding, which may be on either
-        side. Rows end at `eos_token_id` (the configuration's unless given) and repeat it. Raises ContextError where
-        the result would not fit into the context.
+        `asked` are `GenerationConfig`'s fields, with transformers' names and defaults: `max_new_tokens`, `max_length`,
+        `do_sample`, `temperature`, `top_k`, `top_p`, `num_return_sequences`, `stop_strings`, ... They count before
+        `generation_config`, and that before the model's own.
+
+        Args:
+            input_ids: the prompts; None begins with the end-of-text token.
+            attention_mask: `[B, T]`, 0 on padding, which may be on either side.
+            generation_config: ours or transformers'.
+            tokenizer: needed for `stop_strings`.
+            streamer: told of the prompt and of each new id; transformers' streamers serve.
+
+        Raises:
+            ContextError: the result would not fit into the context.
+            RequestError: an illegal value, or something that is not done here.
         """
-        ends = eos_ids(self) if eos_token_id is None else tuple(torch.as_tensor(eos_token_id).reshape(-1).tolist())
-        sampling = Sampling(
-            temperature=temperature if do_sample else 0.0,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            eos_token_ids=ends,
-        )
+        config = self.generation_config
+        if generation_config is not None:
+            config = config.but(GenerationConfig.of(generation_config))
+        config = config.but(GenerationConfig.of(asked))
+        sampling = config.sampling(self.config.eos_token_id)
+        start = self.config.bos_token_id if self.config.bos_token_id is not None else 0
+        ids = as_ids([[start]] if input_ids is None else input_ids)
+        copies = config.copies()
+        if copies > 1:
+            ids = ids.repeat_interleave(copies, dim=0)
+            attention_mask = None if attention_mask is None else attention_mask.repeat_interleave(copies, dim=0)
         return generate(
             self,
-            as_ids(input_ids),
+            ids,
             attention_mask=attention_mask,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=config.new_tokens(ids.shape[1]),
             sampling=sampling,
+            stop=ends_with(config.stops(), tokenizer),
+            streamer=streamer,
         )

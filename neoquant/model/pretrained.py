@@ -11,9 +11,8 @@ from torch import nn
 from typing_extensions import Self
 
 from neoquant.errors import RequestError
+from neoquant.model.attention import ATTENTION_IMPLEMENTATIONS
 from neoquant.model.config import GPTNeoConfig
-
-ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
 
 
 @dataclass(frozen=True)
