@@ -24,7 +24,8 @@ _TASKS = {
     "Model": ("feature-extraction", "AutoModel"),
 }
 
-_LIBRARIES = {"bitsandbytes": "bitsandbytes", "gptq": "GPTQModel"}  # what transformers needs to read a family
+# What transformers needs to read a family.
+LIBRARIES = {"bitsandbytes": "bitsandbytes", "gptq": "GPTQModel", "compressed-tensors": "compressed-tensors"}
 
 
 def render_card(plan: Plan, name: str, layers: Layers | None = None) -> str:
@@ -91,7 +92,7 @@ def _front_matter(plan: Plan) -> str:
 
 def _is_common(plan: Plan) -> bool:
     """Whether transformers reads the result."""
-    return plan.format.family in _LIBRARIES
+    return plan.format.family in LIBRARIES
 
 
 def _opening(plan: Plan) -> str:
@@ -113,7 +114,7 @@ def _loading(plan: Plan, name: str) -> str:
     if _is_common(plan):
         cls = _TASKS[_head(plan)][1]
         theirs = f'from transformers import {cls}\n\nmodel = {cls}.from_pretrained("{name}")'
-        blocks += [f"or with transformers and {_LIBRARIES[plan.format.family]}:", f"```python\n{theirs}\n```"]
+        blocks += [f"or with transformers and {LIBRARIES[plan.format.family]}:", f"```python\n{theirs}\n```"]
     else:
         blocks.append("transformers does not read this format.")
     return "\n\n".join(blocks)

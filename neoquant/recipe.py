@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from neoquant.grids import Grid
     from neoquant.quantizers import Quantizer
 
-FormatChoice = Literal["auto", "bitsandbytes", "gptq", "neoquant"]
+FormatChoice = Literal["auto", "bitsandbytes", "gptq", "compressed-tensors", "neoquant"]
 DtypeChoice = Literal["auto", "float16", "bfloat16"]
 EmbeddingsChoice = Literal["auto", "keep", "int8", "nf4"]
 

@@ -59,6 +59,8 @@ def info(
 
 
 def _facts(checkpoint: Checkpoint, found: Description) -> list[tuple[str, str]]:
+    from neoquant.card import LIBRARIES
+
     config, record = found.config, found.record
     local = sum(kind == "local" for kind in config.attention_layers)
     facts = [
@@ -81,6 +83,6 @@ def _facts(checkpoint: Checkpoint, found: Description) -> list[tuple[str, str]]:
     if record:
         made_from, recipe = record.get("source"), record.get("recipe", {}).get("name")
         facts.append(("made by", f"neoquant {record.get('neoquant')} from {made_from} with the recipe {recipe}"))
-    theirs = {"bitsandbytes": " and transformers with bitsandbytes", "gptq": " and transformers with GPTQModel"}
-    others = theirs.get(found.format.family, " only")
+    library = LIBRARIES.get(found.format.family)
+    others = f" and transformers with {library}" if library else " only"
     return [*facts, ("read by", f"neoquant{others}")]

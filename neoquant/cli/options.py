@@ -161,8 +161,8 @@ Format = Annotated[
     typer.Option(
         "--format",
         metavar="F",
-        help="bitsandbytes or gptq (transformers reads both, gptq with GPTQModel) or neoquant (holds all). "
-        "[default: the first that fits]",
+        help="bitsandbytes, gptq or compressed-tensors (transformers reads these, with the library of that name; gptq "
+        "with GPTQModel) or neoquant (holds all). [default: the first that fits]",
     ),
 ]
 Calibration = Annotated[

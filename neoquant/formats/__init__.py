@@ -12,13 +12,14 @@ from neoquant.errors import FormatError, RequestError
 from neoquant.formats.base import Format
 from neoquant.formats.bnb4 import Bnb4
 from neoquant.formats.bnb8 import Bnb8
+from neoquant.formats.compressed import CompressedTensors
 from neoquant.formats.gptq import Gptq
 from neoquant.formats.packed import Packed
 from neoquant.grids import Grid
 
-FORMATS: dict[str, Format] = {format.name: format for format in (Bnb4(), Bnb8(), Gptq(), Packed())}
+FORMATS: dict[str, Format] = {format.name: format for format in (Bnb4(), Bnb8(), Gptq(), CompressedTensors(), Packed())}
 
-__all__ = ["FORMATS", "Bnb4", "Bnb8", "Format", "Gptq", "Packed", "choose", "detect", "why_not"]
+__all__ = ["FORMATS", "Bnb4", "Bnb8", "CompressedTensors", "Format", "Gptq", "Packed", "choose", "detect", "why_not"]
 
 
 def choose(
@@ -31,7 +32,7 @@ def choose(
     """The first format that holds all `layers` (name -> grid and shape) in one checkpoint.
 
     `embeddings` says that an embedding is among them; `ordered` are those with an activation order.
-    `wanted` is "auto", a family ("bitsandbytes", "gptq", "neoquant") or a format's own name.
+    `wanted` is "auto", a family ("bitsandbytes", "gptq", "compressed-tensors", "neoquant") or a format's own name.
     Raises RequestError with every format's reason if there is none.
     """
     candidates = [format for format in FORMATS.values() if wanted in ("auto", format.family, format.name)]

@@ -25,7 +25,7 @@ class Format(ABC):
     """
 
     name: ClassVar[str]
-    family: ClassVar[str]  # what a recipe says: "bitsandbytes", "gptq" or "neoquant"
+    family: ClassVar[str]  # what a recipe says: "bitsandbytes", "gptq", "compressed-tensors" or "neoquant"
     markers: ClassVar[tuple[str, ...]]  # a layer X is quantized if a tensor X + one of these exists
     holds_order: ClassVar[bool] = False  # whether an activation order can be stored
     holds_embeddings: ClassVar[bool] = False  # whether who reads it can look rows up in a quantized weight

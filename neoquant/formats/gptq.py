@@ -17,6 +17,7 @@ from torch import Tensor
 from neoquant import bits
 from neoquant.errors import FormatError, RequestError
 from neoquant.formats.base import Format, Layout, require_shape, require_suffixes, require_tensor
+from neoquant.formats.words import half_scales, order_of, to_bytes, to_words
 from neoquant.grids import Affine, Grid
 from neoquant.tensor import QuantizedTensor
 
@@ -66,8 +67,8 @@ class Gptq(Format):
         else:
             zeros = q.params["zero"]
         return {
-            ".qweight": _to_words(codes, q.grid.bits).T.contiguous(),
-            ".qzeros": _to_words(zeros.T, q.grid.bits),
+            ".qweight": to_words(codes, q.grid.bits).T.contiguous(),
+            ".qzeros": to_words(zeros.T, q.grid.bits),
             ".scales": q.params["scale"].T.contiguous(),
             ".g_idx": g_idx,
         }
@@ -84,17 +85,17 @@ class Gptq(Format):
         for suffix, spec in self.layout(grid, (rows, columns)).items():
             if suffix != ".scales":
                 require_tensor(suffix.removeprefix("."), tensors[suffix], *spec)
-        codes = bits.unpack(_to_bytes(tensors[".qweight"].T), grid.bits, columns)
-        zeros = bits.unpack(_to_bytes(tensors[".qzeros"]), grid.bits, rows)
+        codes = bits.unpack(to_bytes(tensors[".qweight"].T), grid.bits, columns)
+        zeros = bits.unpack(to_bytes(tensors[".qzeros"]), grid.bits, rows)
         if version == V1:
             zeros = self._one_more(tensors[".qzeros"], zeros, grid)
-        scale = _half(tensors[".scales"], (zeros.shape[0], rows))
+        scale = half_scales("scales", tensors[".scales"], (zeros.shape[0], rows))
         if grid.symmetric and bool((zeros == grid.middle).all()):
             params = {"scale": scale.T.contiguous()}
         else:  # whatever is said: the zeros decide what the weight is
             grid = Affine(grid.bits, grid.group_size, False)
             params = {"scale": scale.T.contiguous(), "zero": zeros.T.contiguous()}
-        order = _order(tensors[".g_idx"], grid.width(columns))
+        order = order_of("g_idx", tensors[".g_idx"], grid.width(columns))
         codes = codes if order is None else codes[:, order.long()]
         return QuantizedTensor(codes.contiguous(), grid, params, order, dtype)
 
@@ -141,7 +142,7 @@ class Gptq(Format):
             if grid.bits == 3:
                 return (stored + 1) & grid.top
             ones = sum(1 << at for at in range(0, 32, grid.bits))
-            return bits.unpack(_to_bytes(words + ones), grid.bits, stored.shape[1])
+            return bits.unpack(to_bytes(words + ones), grid.bits, stored.shape[1])
         if bool((stored == grid.top).any()):
             raise FormatError(
                 f"qzeros holds {grid.top} in a v1 checkpoint, which programs read as a zero of 0 or {grid.top + 1}"
@@ -168,40 +169,9 @@ class Gptq(Format):
             raise FormatError(f"quantization_config: {error}") from error
 
 
-def _to_words(codes: Tensor, n: int) -> Tensor:
-    """uint8[R, N] packed along N into int32[R, N * n / 32], the first code in the lowest bits."""
-    return bits.pack(codes, n).flatten().view(torch.int32).view(codes.shape[0], -1)
-
-
-def _to_bytes(words: Tensor) -> Tensor:
-    """The bytes of int32[R, W]: uint8[R, 4 * W]."""
-    return words.contiguous().flatten().view(torch.uint8).view(words.shape[0], -1)
-
-
 def _shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     qweight, g_idx = tensors[".qweight"], tensors[".g_idx"]
     if qweight.dim() != 2 or g_idx.dim() != 1 or not qweight.numel() or not g_idx.numel():
         found = f"{list(qweight.shape)} and {list(g_idx.shape)}"
         raise FormatError(f"qweight is int32 [I * bits / 32, O] and g_idx int32 [I], got {found}")
     return qweight.shape[1], g_idx.shape[0]
-
-
-def _half(scales: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Scales as float16, if nothing is lost by it."""
-    if not scales.is_floating_point() or tuple(scales.shape) != shape:
-        raise FormatError(f"scales is float16 {list(shape)}, got {scales.dtype} {list(scales.shape)}")
-    half = scales.to(torch.float16)
-    if not torch.equal(half.to(scales.dtype), scales) or scales.dtype == torch.float64:
-        raise FormatError(f"scales is {scales.dtype} and does not fit float16")
-    return half
-
-
-def _order(g_idx: Tensor, width: int) -> Tensor | None:
-    """The activation order: inputs group by group, each group's in rising order; None if that is 0, 1, 2, ..."""
-    natural = torch.arange(len(g_idx), dtype=torch.int32) // width
-    if torch.equal(g_idx, natural):
-        return None
-    order = g_idx.argsort(stable=True)
-    if not torch.equal(g_idx[order], natural):
-        raise FormatError(f"g_idx must put {width} inputs into each group, and the rest into the last")
-    return order.to(torch.int32)

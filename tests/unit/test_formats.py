@@ -108,13 +108,17 @@ def test_the_first_format_that_holds_all_is_chosen() -> None:
         choose({"a": four, "b": four}, "bnb4", ordered=["b"])
     with pytest.raises(RequestError, match=r"cannot hold this: .*not int8 \(b\); .*not nf4 \(a\)"):
         choose({"a": four, "b": eight}, "bitsandbytes")
-    with pytest.raises(RequestError, match="'gguf'; there are auto, bitsandbytes, gptq, neoquant, bnb4, bnb8, packed"):
+    with pytest.raises(
+        RequestError, match="'gguf'; there are auto, bitsandbytes, gptq, compressed-tensors, neoquant, bnb4, bnb8"
+    ):
         choose({"a": four}, "gguf")
 
 
 def test_detect_says_what_it_cannot_read() -> None:
     assert detect({}, ["lm_head.weight"]) is None
-    with pytest.raises(FormatError, match="quant_method 'awq'; neoquant reads bitsandbytes, gptq, neoquant"):
+    with pytest.raises(
+        FormatError, match="quant_method 'awq'; neoquant reads bitsandbytes, gptq, compressed-tensors, neoquant"
+    ):
         detect({"quantization_config": {"quant_method": "awq"}}, ["a.qweight"])
     with pytest.raises(FormatError, match="says bitsandbytes, but no tensor"):
         detect({"quantization_config": {"load_in_4bit": True}}, ["a.weight"])
