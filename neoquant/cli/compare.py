@@ -15,9 +15,10 @@ from neoquant.cli.evaluation import (
     journal_of,
     load_contestant,
     own_device,
+    publish,
     team_of,
 )
-from neoquant.cli.output import check_writable, write_text
+from neoquant.cli.output import check_writable
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import RequestError
 
@@ -114,7 +115,6 @@ def compare(
 
             from neoquant.evaluation import compare
 
-            kept = journal_of(json)
             result = compare(
                 reference,
                 others,
@@ -122,20 +122,17 @@ def compare(
                 chosen,
                 exclude_calibrated=exclude_calibrated,
                 progress=terminal.progress,
-                journal=kept,
+                journal=journal_of(json),
                 team=team,
             )
         if team.rank:
             return
-    evaluations = [result.reference, *(candidate.evaluation for candidate in result.candidates)]
-    for note in dict.fromkeys(note for evaluation in evaluations for note in evaluation.notes):
-        terminal.note(f"note: {note}")
 
     from neoquant.report.table import comparison_table
 
-    terminal.show(comparison_table(result))
-    if json is not None:
-        write_text(json, result.to_json() + "\n", terminal)
+    evaluations = [result.reference, *(candidate.evaluation for candidate in result.candidates)]
+    notes = [note for evaluation in evaluations for note in evaluation.notes]
+    publish(result, comparison_table(result), notes, json, terminal)
     fail_where(conditions, result, terminal)
 
 

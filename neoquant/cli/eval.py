@@ -12,9 +12,10 @@ from neoquant.cli.evaluation import (
     journal_of,
     load_contestant,
     own_device,
+    publish,
     team_of,
 )
-from neoquant.cli.output import check_writable, write_text
+from neoquant.cli.output import check_writable
 from neoquant.cli.terminal import Terminal
 
 
@@ -56,14 +57,7 @@ def eval_(
     terminal: Terminal = ctx.obj
     check_writable(json)
     chosen = choose_suite(
-        suite,
-        model,
-        data=data,
-        subset=subset,
-        documents=documents,
-        protocol=protocol,
-        context=context,
-        stride=stride,
+        suite, model, data=data, subset=subset, documents=documents, protocol=protocol, context=context, stride=stride
     )
     conditions = conditions_of(fail_if)
     with team_of(terminal) as team:
@@ -88,9 +82,5 @@ def eval_(
         )
     if team.rank:
         return
-    for note in result.notes:
-        terminal.note(f"note: {note}")
-    terminal.show(evaluation_table(result))
-    if json is not None:
-        write_text(json, result.to_json() + "\n", terminal)
+    publish(result, evaluation_table(result), result.notes, json, terminal)
     fail_where(conditions, result, terminal)

@@ -1,9 +1,9 @@
-"""What `eval` and `compare` share: which text, and which models."""
+"""What `eval`, `compare` and `inspect` share: which text, which models, and what becomes of the result."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +12,14 @@ import typer
 
 from neoquant.cli.describe import calibrated_on, model_info
 from neoquant.cli.models import BUNDLED, find_model, short_name, suite_for
+from neoquant.cli.output import write_text
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import RequestError
 
 if TYPE_CHECKING:
-    from neoquant.evaluation import Comparison, Contestant, Evaluation, Suite
+    from rich.console import RenderableType
+
+    from neoquant.evaluation import Comparison, Contestant, Evaluation, Inspection, Suite
     from neoquant.evaluation.team import Team
     from neoquant.evaluation.thresholds import Condition
     from neoquant.model.tokenizer import Tokenizer
@@ -106,6 +109,21 @@ def fail_where(conditions: list[Condition], result: Evaluation | Comparison, ter
         terminal.say_last(f"failed: {line}")
     if found:
         raise typer.Exit(FAILED)
+
+
+def publish(
+    result: Evaluation | Comparison | Inspection,
+    table: RenderableType,
+    notes: Iterable[str],
+    json: Path | None,
+    terminal: Terminal,
+) -> None:
+    """Show the notes, each once, and the table; write the result to `json`, if that is asked for."""
+    for note in dict.fromkeys(notes):
+        terminal.note(f"note: {note}")
+    terminal.show(table)
+    if json is not None:
+        write_text(json, result.to_json() + "\n", terminal)
 
 
 def load_contestant(

@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from neoquant.cli import options
-from neoquant.cli.evaluation import choose_suite, load_contestant
+from neoquant.cli.evaluation import choose_suite, load_contestant, publish
 from neoquant.cli.models import BUNDLED
-from neoquant.cli.output import check_writable, write_text
+from neoquant.cli.output import check_writable
 from neoquant.cli.terminal import Terminal
 
 
@@ -36,6 +36,7 @@ def inspect(
     data: options.Data = None,
     subset: options.Subset = None,
     documents: options.Documents = None,
+    exclude_calibrated: options.ExcludeCalibrated = False,
     context: options.Context = None,
     json: options.Json = None,
     device: options.Device = None,
@@ -57,14 +58,7 @@ def inspect(
     terminal: Terminal = ctx.obj
     check_writable(json)
     chosen = choose_suite(
-        suite,
-        against,
-        data=data,
-        subset=subset,
-        documents=documents,
-        protocol=None,
-        context=context,
-        stride=None,
+        suite, against, data=data, subset=subset, documents=documents, protocol=None, context=context, stride=None
     )
     base, tokenizer = load_contestant(against, terminal, "inspect", revision=revision, device=device, dtype=dtype)
     other, _ = load_contestant(model, terminal, "inspect", revision=None, device=device, dtype=dtype)
@@ -72,9 +66,14 @@ def inspect(
     from neoquant.evaluation import inspect
     from neoquant.report.layers import inspection_table
 
-    result = inspect(base, other, tokenizer, chosen, rows=rows, sensitivity=sensitivity, progress=terminal.progress)
-    for note in result.notes:
-        terminal.note(f"note: {note}")
-    terminal.show(inspection_table(result))
-    if json is not None:
-        write_text(json, result.to_json() + "\n", terminal)
+    result = inspect(
+        base,
+        other,
+        tokenizer,
+        chosen,
+        rows=rows,
+        sensitivity=sensitivity,
+        exclude_calibrated=exclude_calibrated,
+        progress=terminal.progress,
+    )
+    publish(result, inspection_table(result), result.notes, json, terminal)

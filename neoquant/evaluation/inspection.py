@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from neoquant.errors import RequestError
 from neoquant.evaluation.corpus import Corpus, Tokenizer, Window, read_corpus
 from neoquant.evaluation.layers import Inspection, Layer, Loss
-from neoquant.evaluation.perplexity import Contestant, environment
-from neoquant.evaluation.result import DataInfo
+from neoquant.evaluation.perplexity import Contestant, data_info, documents_met, environment, flattered
 from neoquant.evaluation.scoring import CPU_PACE, GPU_PACE, batches, check_vocabularies, measures, stacked
 from neoquant.evaluation.statistics import ratio_interval
 from neoquant.evaluation.suite import Suite
@@ -36,13 +35,15 @@ def inspect(
     *,
     rows: int = ROWS,
     sensitivity: bool = False,
+    exclude_calibrated: bool = False,
     progress: Progress = SILENT,
 ) -> Inspection:
     """Compare the block linears of `other` with those of `base`, on `rows` windows spread evenly over `suite`.
 
     The inputs of every layer are the base model's own. With `sensitivity`, the base model also runs with each layer of
     `other` alone in place; the blocks before that layer are not run again, so a model of L blocks costs about 3 L
-    passes. Both models must be neoquant's own, quantized or not.
+    passes. `exclude_calibrated` leaves out documents that a model was calibrated on; otherwise the result says how many
+    `other` was. Both models must be neoquant's own, quantized or not.
 
     Raises RequestError for models of different shapes or `rows` below 1, and what `evaluate` raises.
     """
@@ -51,7 +52,9 @@ def inspect(
         raise RequestError(f"rows is {rows}: at least 1 window is needed")
     ours, theirs = _network(base), _network(other)
     _check_shapes(ours, theirs)
-    corpus = read_corpus(suite.fitted(ours.config.max_position_embeddings), tokenizer, progress)
+    known = base.calibrated_on | other.calibrated_on if exclude_calibrated else ()
+    corpus = read_corpus(suite.fitted(ours.config.max_position_embeddings), tokenizer, progress, known)
+    met = documents_met(corpus, other.calibrated_on)
     check_vocabularies([ours, theirs], corpus)
     windows = _spread(corpus, rows)
     layers, together = _Walk(ours, theirs, windows, sensitivity).run(progress)
@@ -59,18 +62,14 @@ def inspect(
         model=other.describe,
         base=base.describe,
         suite=corpus.suite,
-        data=DataInfo(
-            source=corpus.source.name,
-            revision=corpus.source.revision,
-            sha256=corpus.sha256,
-            tokenizer_sha256=tokenizer.sha256,
-        ),
+        data=data_info(corpus, tokenizer),
         environment=environment(ours),
         windows=len(windows),
         tokens=sum(window.scored for window in windows),
         layers=tuple(layers),
         together=together,
-        notes=(*corpus.notes, *_others(ours, theirs)),
+        calibrated_on=met,
+        notes=(*corpus.notes, *flattered(other.describe.name, met, corpus), *_others(ours, theirs)),
         seconds=time.perf_counter() - started,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )

@@ -50,6 +50,7 @@ class Inspection(Record):
     tokens: int  # scored positions, on which outputs and losses were measured
     layers: tuple[Layer, ...]  # by block, then in the order of planning.BLOCK_LINEARS
     together: Loss  # of the whole model
+    calibrated_on: int = 0  # how many of the suite's documents the model was calibrated on, which flatters it
     notes: tuple[str, ...] = ()
     seconds: float
     created: str  # ISO 8601, UTC

@@ -107,8 +107,7 @@ def summarize(
     calibrated_on: Collection[str] = frozenset(),
 ) -> Evaluation:
     """What model `number` of a tally scored."""
-    known = frozenset(calibrated_on)
-    met = sum(document in known for document in corpus.fingerprints)
+    met = documents_met(corpus, calibrated_on)
     last_words = corpus.suite.protocol == "last-word"
     nats, hits = tally.by_unit(number, "nats").tolist(), tally.by_unit(number, "hits").tolist()
     units = [
@@ -129,13 +128,7 @@ def summarize(
     return Evaluation(
         model=describe,
         suite=corpus.suite,
-        data=DataInfo(
-            source=corpus.source.name,
-            revision=corpus.source.revision,
-            sha256=corpus.sha256,
-            tokenizer_sha256=tokenizer.sha256,
-            excluded=corpus.excluded,
-        ),
+        data=data_info(corpus, tokenizer),
         environment=environment,
         total=_score("total", sum(corpus.documents.values()), units),
         macro=Macro(
@@ -145,17 +138,35 @@ def summarize(
         subsets=tuple(subsets),
         units=tuple(units),
         calibrated_on=met,
-        notes=(*corpus.notes, *_flattered(describe.name, met, len(corpus.fingerprints))),
+        notes=(*corpus.notes, *flattered(describe.name, met, corpus)),
         seconds=seconds,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
 
 
-def _flattered(name: str, met: int, documents: int) -> Iterator[str]:
+def data_info(corpus: Corpus, tokenizer: Tokenizer) -> DataInfo:
+    """What a result says of the text that it was measured on."""
+    return DataInfo(
+        source=corpus.source.name,
+        revision=corpus.source.revision,
+        sha256=corpus.sha256,
+        tokenizer_sha256=tokenizer.sha256,
+        excluded=corpus.excluded,
+    )
+
+
+def documents_met(corpus: Corpus, calibrated_on: Collection[str]) -> int:
+    """How many documents of the text have one of these fingerprints."""
+    known = frozenset(calibrated_on)
+    return sum(document in known for document in corpus.fingerprints)
+
+
+def flattered(name: str, met: int, corpus: Corpus) -> Iterator[str]:
+    """The note that model `name` was calibrated on `met` of the documents, if it was on any."""
     if met:
         yield (
-            f"{met} of the {documents} documents were calibrated on by {name}: its figures flatter it; leave them out "
-            "with --exclude-calibrated"
+            f"{met} of the {len(corpus.fingerprints)} documents were calibrated on by {name}: its figures flatter it; "
+            "leave them out with --exclude-calibrated"
         )
 
 

@@ -109,6 +109,11 @@ def test_the_command_line_says_it(cli: Cli, tiny_model: Path, tmp_path: Path) ->
     assert json.loads(Path("cost.json").read_text())["reference"]["data"]["excluded"] == 2
     assert "flatter" in cli("eval", "made", "--data", unseen).err
     assert "flatter" not in cli("eval", tiny_model, "--data", unseen).err
+    look = ("inspect", "made", "--against", tiny_model, "--data", unseen, "--json", "layers.json")
+    assert "2 of the 4 documents were calibrated on by made: its figures flatter it" in cli(*look).err
+    assert json.loads(Path("layers.json").read_text())["calibrated_on"] == 2
+    assert "2 of 4 documents were calibrated on and are left out" in cli(*look, "--exclude-calibrated").err
+    assert json.loads(Path("layers.json").read_text())["data"]["excluded"] == 2
     assert "2 documents were calibrated on" in cli("eval", "made", "--data", shown, "--exclude-calibrated").error
 
 

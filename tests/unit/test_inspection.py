@@ -126,6 +126,20 @@ def test_every_format(run: Inspect, tiny_model: Path, quantized: dict[str, Path]
         assert layer.loss is None
 
 
+@pytest.mark.parametrize("bits", [4, 3])
+def test_gptq_folders(make_model: Callable[..., Path], tmp_path: Path, suite: Suite, bits: int) -> None:
+    """The same codes, spelled as the GPTQ format and as neoquant's own, show the same errors."""
+    source = make_model("even", hidden_size=32, num_heads=4)
+    found = {}
+    for format in ("gptq", "neoquant"):
+        recipe = Recipe.simple(bits, "affine", group_size=32, format=format, embeddings="keep")
+        folder = neoquant.quantize(source, tmp_path / format, recipe).folder
+        tokenizer = neoquant.load_tokenizer(source)
+        found[format] = inspect(loaded(source), loaded(folder), tokenizer, suite, sensitivity=True)
+    assert found["gptq"].layers == found["neoquant"].layers and found["gptq"].together == found["neoquant"].together
+    assert all(layer.grid and 0 < layer.weight_error < 0.1 for layer in found["gptq"].layers)
+
+
 def test_models_are_left_as_they_were(tiny_model: Path, quantized: dict[str, Path], suite: Suite) -> None:
     base, other = loaded(tiny_model), loaded(quantized["nf4"])
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
