@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     )
     from neoquant.model.tokenizer import Tokenizer
     from neoquant.model.tokenizer import Tokenizer as GPT2Tokenizer
+    from neoquant.pipelines import pipeline
     from neoquant.quantization import plan, quantize
     from neoquant.recipe import Recipe
 
@@ -81,6 +82,7 @@ _HOMES = {
     "inspect": "neoquant.evaluation",
     "load": "neoquant.loading",
     "load_tokenizer": "neoquant.loading",
+    "pipeline": "neoquant.pipelines",
     "plan": "neoquant.quantization",
     "quantize": "neoquant.quantization",
 }
@@ -122,6 +124,7 @@ __all__ = [
     "inspect",
     "load",
     "load_tokenizer",
+    "pipeline",
     "plan",
     "quantize",
 ]
