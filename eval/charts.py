@@ -18,7 +18,7 @@ from xml.sax.saxutils import escape
 
 from neoquant.evaluation import Comparison
 from neoquant.report import charts
-from neoquant.report.verdict import percent_change, percent_interval, recommended, short_names
+from neoquant.report.verdict import DIVERGENCE, TOLERANCE, percent_change, percent_interval, recommended, short_names
 from neoquant.report.words import divergence
 
 ROOT = Path(__file__).parents[1]
@@ -50,12 +50,12 @@ def drawn() -> dict[Path, Drawn]:
         "demo-size": (
             "Size against KL divergence",
             sizes,
-            charts.size_chart(points, "size", "Size against KL divergence"),
+            charts.size_chart(points, "size", "Size against KL divergence", DIVERGENCE),
         ),
         "demo-change": (
             "Change of perplexity, 95 % intervals",
             changes,
-            charts.interval_chart(rows, "change", "Change of perplexity", "change of perplexity, %"),
+            charts.interval_chart(rows, "change", "Change of perplexity", "change of perplexity, %", 100 * TOLERANCE),
         ),
     }
     return {

@@ -60,7 +60,7 @@ def report(
     from neoquant.report.layers import inspection_table
     from neoquant.report.markdown import markdown_report
     from neoquant.report.table import comparison_table
-    from neoquant.report.verdict import verdict
+    from neoquant.report.verdict import remarks, verdict
 
     gathered = gather(results)
     cards = [(folder / "README.md", _card(folder, gathered.comparison, terminal)) for folder in card or ()]
@@ -70,7 +70,7 @@ def report(
         terminal.show(comparison_table(gathered.comparison))
         for inspection in gathered.inspections:
             terminal.show("", inspection_table(inspection))
-        terminal.show("", verdict(gathered.comparison))
+        terminal.show("", *(verdict(gathered.comparison), *remarks(gathered.comparison)))
     if html is not None:
         from neoquant.report.page import render_page
 

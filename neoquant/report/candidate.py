@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from neoquant.evaluation.result import Candidate, Change, Comparison, Distribution, WorstToken
 from neoquant.report import charts
-from neoquant.report.parts import Chart, chart, visible
+from neoquant.report.parts import Chart, chart, unbroken, visible
 from neoquant.report.verdict import percent_change, percent_interval
 from neoquant.report.words import agreement, change_interval, divergence, perplexity
 
@@ -31,7 +31,7 @@ def candidate_part(result: Comparison, candidate: Candidate, short: str, *, open
     befores = [*result.reference.subsets, result.reference.total]
     return {
         "name": candidate.evaluation.model.name,
-        "headline": _headline(candidate),
+        "headline": unbroken(_headline(candidate)),
         "open": opened,
         "charts": _charts(candidate, key),
         "quantiles": ["mean", "RMS", "least", *(f"{q} %" for q in _QUANTILES), "most"],

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 WIDTH = 380
 ROW = 22  # height of a row in a chart of rows
+DASHES = (0, (4, 3))
 LETTER = 6.6  # width of a letter, as most are in most fonts
 
 # Stand-ins that matplotlib can parse -> the page's variables.
@@ -104,8 +105,11 @@ class Spread(NamedTuple):
     chosen: bool
 
 
-def size_chart(points: Sequence[Point], key: str, title: str) -> str:
-    """KL (logarithmic where all are positive) over size, with 95 % error bars; every point is named beside it."""
+def size_chart(points: Sequence[Point], key: str, title: str, bound: float | None = None) -> str:
+    """KL (logarithmic where all are positive) over size, with 95 % error bars; every point is named beside it.
+
+    A dashed line lies at `bound` if the chart reaches that far.
+    """
     with _chart(350, key, title) as (axes, done):
         logarithmic = all(point.value > 0 for point in points)
         if logarithmic:
@@ -134,12 +138,17 @@ def size_chart(points: Sequence[Point], key: str, title: str) -> str:
         axes.set_ylabel("KL divergence, nats a token")
         if logarithmic:
             _plain_log(axes, "y")
+        if bound is not None and axes.get_ylim()[0] < bound < axes.get_ylim()[1]:
+            axes.axhline(bound, color=MUTED, linewidth=1, linestyle=DASHES)
         _name_points(axes, points)
     return done.svg
 
 
-def interval_chart(rows: Sequence[Interval], key: str, title: str, label: str) -> str:
-    """A row each: the estimate and its interval beside a line at zero; symmetric-logarithmic if rows differ widely."""
+def interval_chart(rows: Sequence[Interval], key: str, title: str, label: str, bound: float | None = None) -> str:
+    """A row each: the estimate and its interval beside a line at zero; symmetric-logarithmic if rows differ widely.
+
+    A dashed line lies at `bound` if the chart reaches that far.
+    """
     with _rows([row.name for row in rows], key, title) as (axes, done):
         reach = sorted(max(abs(end) for end in (row.value, row.low, row.high) if end is not None) for row in rows)
         middle = reach[len(reach) // 2] if reach else 0.0
@@ -161,6 +170,8 @@ def interval_chart(rows: Sequence[Interval], key: str, title: str, label: str) -
                 markeredgecolor=ink,
                 markeredgewidth=1.4,
             )
+        if bound is not None and axes.get_xlim()[0] < bound < axes.get_xlim()[1]:
+            axes.axvline(bound, color=MUTED, linewidth=1, linestyle=DASHES)
         _name_rows(axes, [row.name for row in rows], [row.chosen for row in rows])
         axes.grid(axis="x")
         axes.set_xlabel(label)

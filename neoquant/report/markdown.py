@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from neoquant.evaluation.result import Candidate, Comparison, Evaluation
-from neoquant.report.verdict import percent_change, percent_interval, recommended, verdict
+from neoquant.report.verdict import percent_change, percent_interval, recommended, remarks, verdict
 from neoquant.report.words import NONE, agreement, change_interval, divergence, number, perplexity, suite_words
 
 
 def markdown_report(result: Comparison) -> str:
     """The verdict, a line for each model, and a line for each subset."""
     return (
-        "\n\n".join([_escape(verdict(result)), summary_table(result), subset_table(result), provenance(result)]) + "\n"
+        "\n\n".join(
+            [
+                " ".join(map(_escape, [verdict(result), *remarks(result)])),
+                summary_table(result),
+                subset_table(result),
+                provenance(result),
+            ]
+        )
+        + "\n"
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,18 @@ from neoquant.report import charts
 from neoquant.report.candidate import candidate_part
 from neoquant.report.gather import Gathered
 from neoquant.report.layers import Measure, grid_text, measures_of, shades
-from neoquant.report.parts import Cell, Chart, Heat, HeatRow, chart, visible
-from neoquant.report.verdict import percent_change, percent_interval, recommended, short_names, size_ratio, verdict
+from neoquant.report.parts import Cell, Chart, Heat, HeatRow, chart, unbroken, visible
+from neoquant.report.verdict import (
+    DIVERGENCE,
+    TOLERANCE,
+    percent_change,
+    percent_interval,
+    recommended,
+    remarks,
+    short_names,
+    size_ratio,
+    verdict,
+)
 from neoquant.report.words import (
     NONE,
     agreement,
@@ -50,7 +59,7 @@ class _Page:
         self.version = result.reference.environment.neoquant
         self.reference = result.reference.model.name
         self.title = f"What quantizing {self.reference} cost"
-        self.verdict = re.sub(r" (%|MB)", "\u00a0\\1", verdict(result))
+        self.verdict, *self.remarks = [unbroken(text) for text in (verdict(result), *remarks(result))]
         self._inspections = gathered.inspections
         self._has_kl = all(candidate.total.kl is not None for candidate in result.candidates)
 
@@ -110,18 +119,20 @@ class _Page:
         mark = f" The filled diamond is {self._short(self.chosen)}." if self.chosen and len(candidates) > 1 else ""
         if points:
             title = "Size against quality"
+            svg = charts.size_chart(points, "size", title, DIVERGENCE)
             note = (
                 f"Lower left is better: fewer megabytes, and predictions closer to {self.reference}’s. Bars are 95 % "
-                f"intervals.{mark}"
+                f"intervals.{_bound_note(svg, f'{DIVERGENCE:g} nats')}{mark}"
             )
-            made.append(chart(title, note, charts.size_chart(points, "size", title)))
+            made.append(chart(title, note, svg))
         title = "Change of perplexity"
         rows = [charts.Interval.of_change(self._short(c), c.total, c is self.chosen) for c in candidates]
+        svg = charts.interval_chart(rows, "change", title, "change of perplexity, %", 100 * TOLERANCE)
         note = (
             f"In per cent of {self.reference}’s, with 95 % intervals. An interval across zero means that no change "
-            "could be told."
+            f"could be told.{_bound_note(svg, f'{100 * TOLERANCE:g} %')}"
         )
-        made.append(chart(title, note, charts.interval_chart(rows, "change", title, "change of perplexity, %")))
+        made.append(chart(title, note, svg))
         spreads = [
             charts.Spread(self._short(c), d.quantiles, d.mean, d.maximum, c is self.chosen)
             for c in candidates
@@ -233,7 +244,10 @@ class _Page:
             "themselves: another sample of "
             f"such {unit}s would give other figures. “Same top token” is the share of places where both find the "
             "same token likeliest, "
-            "with its standard error."
+            "with its standard error. "
+            f"The verdict asks that the upper ends of both intervals stay below {100 * TOLERANCE:g} % of perplexity "
+            f"and {DIVERGENCE:g} nats of KL: perplexity alone is blind where the text is hard for the reference "
+            "itself; KL is what the loss would rise by on text that the reference wrote."
         )
 
     @property
@@ -280,6 +294,11 @@ class _Page:
 
     def _short(self, candidate: Candidate) -> str:
         return self.short[candidate.evaluation.model.name]
+
+
+def _bound_note(svg: str, bound: str) -> str:
+    """What the dashed line is, if the chart has one."""
+    return f" The dashed line is the verdict’s bound, {bound}." if "stroke-dasharray" in svg else ""
 
 
 def _layer_heat(result: Inspection, measure: Measure) -> Heat:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 
@@ -44,3 +45,8 @@ def visible(text: str, lines: bool = False) -> str:
         chr(0x2400 + ord(c)) if c < " " and not (lines and c in "\n\t") else "\ufffd" if "\x7f" <= c <= "\x9f" else c
         for c in text
     )
+
+
+def unbroken(text: str) -> str:
+    """Text in which a figure and its unit stay on one line."""
+    return re.sub(r" (%|MB|nats)", "\u00a0\\1", text)

@@ -6,6 +6,7 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from results import (
@@ -26,7 +27,7 @@ from neoquant.report.gather import Gathered, gather
 from neoquant.report.markdown import markdown_report, measured_block
 from neoquant.report.page import render_page
 from neoquant.report.parts import visible
-from neoquant.report.verdict import percent_change, recommended, short_names, verdict
+from neoquant.report.verdict import percent_change, recommended, remarks, short_names, verdict
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "path", "use", "rect"}
 
@@ -106,7 +107,7 @@ def test_the_page_holds_the_figures() -> None:
         assert said.count(model.name) >= 3
         assert f"{(model.bytes_on_disk or 0) / 1e6:,.1f}" in said
         assert percent_change(change) in said and f"{change.kl:.5f}" in said
-        assert f"[{change.low:+.4f}, {change.high:+.4f}]" in said
+        assert f"[{change.low:+.4f}, {change.high:+.4f}]".replace("-", "−") in said
         assert f"{100 * (change.agreement or 0):.2f} ± " in said
     for figure in ("0.85", "1.23", "0.61", "0.00321", "3.21", "31.0 % in gpt-neo-1.3B", "2.0 % in nf4", "1,234,567"):
         assert figure in said, figure
@@ -194,17 +195,68 @@ def test_the_verdict_names_the_smallest_that_is_surely_good() -> None:
     good = make_candidate("b-4bit", 0.004, bytes_on_disk=300_000_000)
     better = make_candidate("b-8bit", 0.0001, bytes_on_disk=900_000_000)
     assert recommended(make_comparison(small_bad, unsure, good, better)) is good
+    bounds = "within 1 % of gpt-neo-1.3B’s perplexity and 0.01 nats of its predictions (KL)"
     text = verdict(make_comparison(small_bad, unsure, good, better))
     assert text == (
-        "b-4bit is the smallest of 4 that keeps perplexity within 1 % of gpt-neo-1.3B’s: 300.0 MB instead of "
-        "2,631.0 (11 %), "
-        "perplexity +0.40 % (95 % interval +0.20 to +0.70 %)."
+        f"b-4bit is the smallest of 4 that stays {bounds}: 300.0 MB instead of 2,631.0 (11 %), "
+        "perplexity +0.40 % (95 % interval +0.20 to +0.70 %), KL 0.00065."
     )
     assert verdict(make_comparison(small_bad, unsure)).startswith(
-        "None of 2 candidates surely keeps perplexity within 1 %; b-3bit comes closest: "
+        f"None of 2 candidates surely stays {bounds}; b-3bit comes closest: "
     )
-    assert verdict(make_comparison(small_bad)).startswith("b-2bit may lose more than 1 % of perplexity: ")
-    assert verdict(make_comparison(good)).startswith("b-4bit keeps perplexity within 1 % of gpt-neo-1.3B’s: ")
+    assert verdict(make_comparison(small_bad)).startswith(f"b-2bit does not surely stay {bounds}: ")
+    assert verdict(make_comparison(good)).startswith(f"b-4bit stays {bounds}: ")
+
+
+def diverging(name: str, megabytes: float, kl: float | None, *, error: float | None = 0.0, nats: float = 0.0) -> Any:
+    """A candidate whose perplexity changes by `nats` on the text, give or take 0.002."""
+    candidate = make_candidate(name, nats, bytes_on_disk=round(megabytes * 1e6))
+    change = make_change("total", nats, low=nats - 0.002, high=nats + 0.002, kl=kl, kl_error=error)
+    return candidate.model_copy(update={"total": change})
+
+
+@pytest.mark.parametrize(
+    ("kl", "error", "good"),
+    [(0.0099, 0.0, True), (0.0101, 0.0, False), (0.009, 0.001, False), (0.001, None, False), (None, None, True)],
+)
+def test_perplexity_alone_does_not_recommend(kl: float | None, error: float | None, good: bool) -> None:
+    """Predictions that moved too far, or not surely little, are refused however perplexity came out."""
+    far, near = diverging("far", 100, kl, error=error), diverging("near", 200, 0.001)
+    assert recommended(make_comparison(far, near)) is (far if good else near)
+
+
+def test_what_comes_closest_is_near_in_both() -> None:
+    result = make_comparison(diverging("blind", 100, 0.3), diverging("seen", 100, 0.04, nats=0.03))
+    assert recommended(result) is None and "; seen comes closest: " in verdict(result)
+
+
+def test_remarks() -> None:
+    def said(*candidates: Any) -> str:
+        result = make_comparison(*candidates)
+        text = " ".join(remarks(result))
+        assert text in markdown_report(result)
+        return text
+
+    tiny, costly = diverging("b-int8", 900, 3e-6), diverging("b-2bit", 90, 0.05, nats=0.05)
+    assert said(tiny, costly) == ""  # nobody notices the one, perplexity shows the other
+    blind = said(diverging("b-2bit", 300, 0.004), diverging("b-3bit", 310, 0.003), tiny)
+    assert blind == (
+        "Perplexity tells little on this text: the predictions of 2 candidates changed (KL 0.00300 to 0.00400), and "
+        "perplexity did not surely rise. Go by KL and by the same top token."
+    )
+    assert ": b-2bit’s predictions changed (KL 0.00400), and" in said(diverging("b-2bit", 300, 0.004), tiny)
+    three = diverging("b-2bit", 300, 0.004), diverging("b-3bit", 330, 0.002), diverging("b-4bit", 331, 0.0001)
+    closer = said(*three)
+    assert closer.endswith("For 30.0 MB more, b-3bit stays closer: KL 0.00200 instead of 0.00400.")
+    shown = page(make_comparison(*three))[1].said
+    assert closer in shown and "dashed" not in shown
+    assert "Where KL was not measured" in said(diverging("b-2bit", 300, None, error=None), tiny)
+
+
+def test_the_bounds_are_drawn_where_they_are_in_sight() -> None:
+    wide = make_comparison(diverging("a", 300, 0.0001), diverging("b", 310, 0.2, nats=0.2))
+    said = page(wide)[1].said
+    assert "bound, 0.01 nats." in said and "bound, 1 %." in said
 
 
 def test_percentages() -> None:
