@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         AutoModelForTokenClassification,
         AutoTokenizer,
     )
+    from neoquant.conversion import convert
     from neoquant.evaluation.compare import compare
     from neoquant.evaluation.inspection import inspect
     from neoquant.evaluation.perplexity import evaluate
@@ -77,6 +78,7 @@ _HOMES = {
     "TextStreamer": "neoquant.model.generate",
     "Tokenizer": "neoquant.model.tokenizer",
     "compare": "neoquant.evaluation",
+    "convert": "neoquant.conversion",
     "evaluate": "neoquant.evaluation",
     "generate_text": "neoquant.model.generate",
     "inspect": "neoquant.evaluation",
@@ -119,6 +121,7 @@ __all__ = [
     "Tokenizer",
     "__version__",
     "compare",
+    "convert",
     "evaluate",
     "generate_text",
     "inspect",

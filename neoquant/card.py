@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from neoquant.formats.base import dtype_name
+from neoquant.grids import Grid
 from neoquant.planning import Plan, PlanRow
 from neoquant.record import Layers, by_projection, remarks
 
@@ -31,11 +34,17 @@ LIBRARIES = {"bitsandbytes": "bitsandbytes", "gptq": "GPTQModel", "compressed-te
 def render_card(plan: Plan, name: str, layers: Layers | None = None) -> str:
     """The card of the checkpoint that `plan` makes in a folder called `name`; `layers` saw calibration text."""
     parts = [
-        _front_matter(plan),
+        _front_matter(
+            plan.source,
+            plan.revision,
+            plan.config,
+            {row.grid for row in plan.rows if row.grid is not None},
+            plan.format.family,
+        ),
         f"# {name}",
         _opening(plan),
         "## Loading",
-        _loading(plan, name),
+        _loading(plan.config, plan.format.family, name),
         "## Recipe",
         f"```toml\n{plan.recipe.to_toml()}```",
         "## Sizes",
@@ -47,6 +56,38 @@ def render_card(plan: Plan, name: str, layers: Layers | None = None) -> str:
         _measured(f"{NOT_MEASURED}: run `neoquant compare {plan.source_name} {name}`"),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def render_conversion_card(
+    name: str,
+    source: str,
+    revision: str | None,
+    config: Mapping[str, Any],
+    grids: Collection[Grid],
+    formats: tuple[str, str],
+    family: str | None,
+    measured: str | None = None,
+) -> str:
+    """The card of a checkpoint called `name` that was converted: `formats` are those before and after, `family` the
+    second's (None: plain), `measured` what was measured of the very same weights."""
+    before, after = formats
+    told = f"[{source}](https://huggingface.co/{source}) at revision `{revision}`" if revision else f"`{source}`"
+    how = "the same codes and scales, spelled anew" if family else "plain weights"
+    parts = [
+        _front_matter(source, revision, config, grids, family),
+        f"# {name}",
+        f"{told}, converted by neoquant from `{before}` to `{after}`: {how}.",
+        "## Loading",
+        _loading(config, family, name),
+        *([_measured(measured)] if measured else []),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def measured_in(card: str) -> str | None:
+    """What stands between the markers of a card, if something was measured."""
+    found = re.search(rf"{re.escape(_BEGIN)}\n(.*?)\n{re.escape(_END)}", card, re.DOTALL)
+    return found[1] if found and not found[1].startswith(NOT_MEASURED) else None
 
 
 def with_measured(card: str, block: str) -> str:
@@ -67,32 +108,37 @@ def _measured(block: str) -> str:
     return f"## Measured\n\n{_BEGIN}\n{block}\n{_END}"
 
 
-def _head(plan: Plan) -> str:
+def _head(config: Mapping[str, Any]) -> str:
     """The key of `_TASKS` that fits the class in config.json."""
-    architecture = str(next(iter(plan.config.get("architectures") or ["ForCausalLM"])))
+    architecture = str(next(iter(config.get("architectures") or ["ForCausalLM"])))
     return next((suffix for suffix in _TASKS if architecture.endswith(suffix)), "ForCausalLM")
 
 
-def _front_matter(plan: Plan) -> str:
-    grids = {row.grid for row in plan.rows if row.grid is not None}
+def _front_matter(
+    source: str, revision: str | None, config: Mapping[str, Any], grids: Iterable[Grid], family: str | None
+) -> str:
+    grids = list(grids)
     names = sorted({grid.name for grid in grids}) + sorted({f"{grid.bits}-bit" for grid in grids})
     # Only a model of the hub has a name there; a folder's may be anything.
-    base = [f"base_model: {plan.source}", "base_model_relation: quantized"] if plan.revision else []
+    base = [f"base_model: {source}", *(["base_model_relation: quantized"] if family else [])] if revision else []
     lines = [
         "---",
         *base,
-        f"library_name: {'transformers' if _is_common(plan) else 'neoquant'}",
-        f"pipeline_tag: {_TASKS[_head(plan)][0]}",
+        f"library_name: {'transformers' if _is_common(family) else 'neoquant'}",
+        f"pipeline_tag: {_TASKS[_head(config)][0]}",
         "tags:",
-        *(f"- {tag}" for tag in dict.fromkeys(["neoquant", "gpt_neo", "quantized", *names, plan.format.family])),
+        *(
+            f"- {tag}"
+            for tag in dict.fromkeys(["neoquant", "gpt_neo", *(["quantized", *names, family] if family else [])])
+        ),
         "---",
     ]
     return "\n".join(lines)
 
 
-def _is_common(plan: Plan) -> bool:
-    """Whether transformers reads the result."""
-    return plan.format.family in LIBRARIES
+def _is_common(family: str | None) -> bool:
+    """Whether transformers reads a checkpoint of this family of formats, None: a plain one."""
+    return family is None or family in LIBRARIES
 
 
 def _opening(plan: Plan) -> str:
@@ -105,16 +151,17 @@ def _opening(plan: Plan) -> str:
     )
 
 
-def _loading(plan: Plan, name: str) -> str:
+def _loading(config: Mapping[str, Any], family: str | None, name: str) -> str:
     call = "model, tokenizer = neoquant.load"
-    if _head(plan) != "ForCausalLM":
-        call = f"model = neoquant.GPTNeo{_head(plan)}.from_pretrained"
+    if _head(config) != "ForCausalLM":
+        call = f"model = neoquant.GPTNeo{_head(config)}.from_pretrained"
     ours = f'import neoquant\n\n{call}("{name}")'
     blocks = [f"```python\n{ours}\n```"]
-    if _is_common(plan):
-        cls = _TASKS[_head(plan)][1]
+    if _is_common(family):
+        cls = _TASKS[_head(config)][1]
         theirs = f'from transformers import {cls}\n\nmodel = {cls}.from_pretrained("{name}")'
-        blocks += [f"or with transformers and {LIBRARIES[plan.format.family]}:", f"```python\n{theirs}\n```"]
+        library = f" and {LIBRARIES[family]}" if family else ""
+        blocks += [f"or with transformers{library}:", f"```python\n{theirs}\n```"]
     else:
         blocks.append("transformers does not read this format.")
     return "\n\n".join(blocks)

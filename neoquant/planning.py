@@ -42,7 +42,7 @@ linears lose, and nf4 a quarter (recipes/README.md)."""
 
 _BLOCK_LINEAR = re.compile(rf"transformer\.h\.\d+\.({'|'.join(map(re.escape, BLOCK_LINEARS))})")
 _UNKNOWN = "not a block linear"
-_HEADS = ("lm_head", "score", "classifier", "qa_outputs")
+HEADS = ("lm_head", "score", "classifier", "qa_outputs")
 
 # Of a process that has imported torch and bitsandbytes and dealt with tiny tensors, measured on Linux with torch for
 # the CPU; and what packing takes beside a weight that is being quantized: its codes, and two more of their size.
@@ -90,7 +90,7 @@ class PlanRow:
     @property
     def is_linear(self) -> bool:
         """Whether this is the weight of a block linear, quantized or not."""
-        return _is_block_linear(self.source)
+        return is_block_linear(self.source)
 
     @property
     def out_bytes(self) -> int:
@@ -186,8 +186,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, shard_size: int = SHARD
     headers = list(checkpoint.headers.values())
     _refuse_quantized(checkpoint)
     _check_blocks(headers, GPTNeoConfig.from_dict(checkpoint.config))
-    linears = {canonical_layer(header.name): header for header in headers if _is_block_linear(header)}
-    others = [canonical_layer(header.name) for header in headers if not _is_block_linear(header)]
+    linears = {canonical_layer(header.name): header for header in headers if is_block_linear(header)}
+    others = [canonical_layer(header.name) for header in headers if not is_block_linear(header)]
     tied = checkpoint.config.get("tie_word_embeddings", True)
     tables = _tables(headers, recipe, tied)
     faults = recipe.complaints(linears, others)
@@ -237,12 +237,12 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, shard_size: int = SHARD
 def canonical_layer(tensor: str) -> str:
     """The layer's name as in the causal language model; a bare base model's tensors lack the `transformer.` prefix."""
     layer = tensor.rpartition(".")[0] or tensor
-    if layer.split(".", 1)[0] in ("transformer", *_HEADS):
+    if layer.split(".", 1)[0] in ("transformer", *HEADS):
         return layer
     return f"transformer.{layer}"
 
 
-def _is_block_linear(header: TensorHeader) -> bool:
+def is_block_linear(header: TensorHeader) -> bool:
     is_weight = header.name.endswith(".weight") and len(header.shape) == 2
     return is_weight and _BLOCK_LINEAR.fullmatch(canonical_layer(header.name)) is not None
 
@@ -277,7 +277,7 @@ def _check_blocks(headers: Sequence[TensorHeader], config: GPTNeoConfig) -> None
         for block in range(config.num_layers)
         for linear in BLOCK_LINEARS
     }
-    found = {canonical_layer(header.name): header for header in headers if _is_block_linear(header)}
+    found = {canonical_layer(header.name): header for header in headers if is_block_linear(header)}
     sizes = f"config.json says num_layers = {config.num_layers}, hidden_size = {hidden}, intermediate_size = {inner}"
     for what, names in (("missing", promised.keys() - found.keys()), ("unexpected", found.keys() - promised.keys())):
         if names:
@@ -375,12 +375,12 @@ def _quantized_row(header: TensorHeader, layer: str, grid: Grid, rule: Rule | No
 
 
 def _why_kept(header: TensorHeader, layer: str, rules: Mapping[str, Rule | None]) -> str:
-    if _is_block_linear(header):
+    if is_block_linear(header):
         rule = rules[layer]
         return f"match = {rule.match!r}" if rule is not None else "no rule matches it"
     if len(header.shape) < 2:
         return "small"
-    return "head" if layer in _HEADS else "embedding" if layer.endswith(("wte", "wpe")) else _UNKNOWN
+    return "head" if layer in HEADS else "embedding" if layer.endswith(("wte", "wpe")) else _UNKNOWN
 
 
 def _output_config(
@@ -393,7 +393,7 @@ def _output_config(
 ) -> dict[str, Any]:
     """The source's configuration with the quantization and the stored type in it."""
     # Without the prefix, a name fits every model class: readers compare the end of a layer's name with these.
-    skipped = [layer.removeprefix("transformer.") for layer in linears if layer not in grids] + list(_HEADS)
+    skipped = [layer.removeprefix("transformer.") for layer in linears if layer not in grids] + list(HEADS)
     output = {**config, "dtype": dtype_name(dtype)}
     if "torch_dtype" in config:
         output["torch_dtype"] = dtype_name(dtype)

@@ -153,7 +153,7 @@ def quantize(
     started = time.perf_counter()
     location = _location(source)
     out = Path(out).expanduser().resolve()
-    _require_another_folder(location, out)
+    require_another_folder(location, out)
     check_output(out, force)
     with open_checkpoint(location, revision=revision, headers_only=True, progress=progress) as headers:
         planned = _whole_plan(headers, recipe, shard_size, out.name)
@@ -237,10 +237,10 @@ def _whole_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: int, name: s
     return replace(planned, other_bytes=beside, notes=notes)
 
 
-def _require_another_folder(source: str | Path, out: Path) -> None:
+def require_another_folder(source: str | Path, out: Path) -> None:
     """Replacing the source would leave nobody with the weights before they were rounded."""
     if Path(source).is_dir() and Path(source).resolve() == out:
-        raise RequestError(f"{source} is the model to quantize, and would be lost: name another folder to make")
+        raise RequestError(f"{source} is the model to read, and would be lost: name another folder to make")
 
 
 @contextmanager
@@ -412,10 +412,10 @@ def _made_of(
         FormatError: its grid cannot hold it.
     """
     if row.action == "drop":
-        _require_equal(weight, checkpoint.read(EMBEDDING))
+        require_tied(weight, checkpoint.read(EMBEDDING))
         return {}
     if row.grid is None or row.quantizer is None:
-        return {row.stored[0].name: _converted(weight, row.stored[0].dtype)}
+        return {row.stored[0].name: converted(weight, row.stored[0].dtype)}
     quantized = _quantized(weight, row.grid, row.quantizer) if given is None else given
     prefix = (row.stored_name or row.name).removesuffix(".weight")
     return {prefix + suffix: tensor for suffix, tensor in format.encode(quantized).items()}
@@ -430,14 +430,14 @@ def _quantized(weight: torch.Tensor, grid: Grid, quantizer: Quantizer) -> Quanti
         raise
 
 
-def _require_equal(head: torch.Tensor, embedding: torch.Tensor) -> None:
+def require_tied(head: torch.Tensor, embedding: torch.Tensor) -> None:
     if not torch.equal(head, embedding):
         raise CheckpointError(
             f"differs from {EMBEDDING}, though config.json ties the two; set tie_word_embeddings to false to keep both"
         )
 
 
-def _converted(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def converted(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`weight` in the type it is stored in.
 
     Raises:

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 import neoquant
-from neoquant.cli import bench, compare, eval, generate, info, inspect, plan, quantize, report, sweep
+from neoquant.cli import bench, compare, convert, eval, generate, info, inspect, plan, quantize, report, sweep
 from neoquant.cli.options import Debug, Quiet
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import NeoquantError
@@ -36,6 +36,7 @@ app = typer.Typer(
 for name, verb, purpose in (
     ("plan", plan.plan, "Say what quantizing would do, from headers alone."),
     ("quantize", quantize.quantize, "Quantize a model into a new folder."),
+    ("convert", convert.convert, "Write a model in another format, without rounding."),
     ("eval", eval.eval_, "Measure perplexity and bits per byte."),
     ("compare", compare.compare, "Measure what quantizing cost, on identical windows."),
     ("sweep", sweep.sweep, "Quantize and compare a grid of models, recipes and suites."),

@@ -81,8 +81,10 @@ def _facts(checkpoint: Checkpoint, found: Description) -> list[tuple[str, str]]:
         return [*facts, ("format", f"not quantized, {', '.join(types)}"), ("read by", "neoquant and transformers")]
     facts += [("format", f"{found.format.name}, the {found.format.family} family"), ("grids", found.grids)]
     if record:
-        made_from, recipe = record.get("source"), record.get("recipe", {}).get("name")
-        facts.append(("made by", f"neoquant {record.get('neoquant')} from {made_from} with the recipe {recipe}"))
+        made_from, recipe, by = record.get("source"), record.get("recipe", {}).get("name"), record.get("neoquant")
+        before = record.get("converted_from", {}).get("format")
+        how = f"converted from {made_from}, format {before}" if before else f"from {made_from} with the recipe {recipe}"
+        facts.append(("made by", f"neoquant {by} {how}"))
     library = LIBRARIES.get(found.format.family)
     others = f" and transformers with {library}" if library else " only"
     return [*facts, ("read by", f"neoquant{others}")]

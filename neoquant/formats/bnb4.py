@@ -40,6 +40,7 @@ class Bnb4(Format):
     name: ClassVar[str] = "bnb4"
     family: ClassVar[str] = "bitsandbytes"
     markers: ClassVar[tuple[str, ...]] = (f"{STATE}nf4", f"{STATE}fp4")
+    holds_dtype: ClassVar[bool] = True
 
     def refuse(self, grid: Grid, shape: tuple[int, ...]) -> str | None:
         if not isinstance(grid, Codebook):

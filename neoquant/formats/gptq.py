@@ -33,9 +33,13 @@ class Gptq(Format):
     markers: ClassVar[tuple[str, ...]] = (".g_idx",)
     holds_order: ClassVar[bool] = True
 
-    def __init__(self, said: Mapping[str, Any] | None = None) -> None:
-        """`said` is the `quantization_config` of the checkpoint to be read: the tensors alone do not say everything."""
+    def __init__(self, said: Mapping[str, Any] | None = None, version: str | None = None) -> None:
+        """`said` is the `quantization_config` of the checkpoint to be read: the tensors alone do not say everything.
+
+        `version` is what to write, `V1` or `V2`; None takes the one that holds the grid and that more programs read.
+        """
         self.said = dict(said or {})
+        self.version = version
 
     def configured(self, said: Mapping[str, Any]) -> Format:
         return Gptq(said)
@@ -62,10 +66,11 @@ class Gptq(Format):
             at = q.order.long()
             codes = torch.empty_like(codes).index_copy_(1, at, codes)
             g_idx = torch.empty_like(g_idx).index_copy_(0, at, g_idx)
-        if q.grid.symmetric:  # v1: less one
-            zeros = torch.full_like(q.params["scale"], q.grid.middle - 1, dtype=torch.uint8)
-        else:
-            zeros = q.params["zero"]
+        zeros = q.params.get("zero", torch.full_like(q.params["scale"], q.grid.middle, dtype=torch.uint8))
+        if self._written(q.grid) == V1:
+            if not zeros.all():
+                raise FormatError("a zero of 0 would be stored as -1 in v1 of the GPTQ format; v2 holds it")
+            zeros = zeros - 1
         return {
             ".qweight": to_words(codes, q.grid.bits).T.contiguous(),
             ".qzeros": to_words(zeros.T, q.grid.bits),
@@ -122,7 +127,7 @@ class Gptq(Format):
         }
         return {
             "quant_method": "gptq",
-            "checkpoint_format": V1 if grid.symmetric else V2,
+            "checkpoint_format": self._written(grid),
             "bits": grid.bits,
             "group_size": grid.group_size,
             "sym": grid.symmetric,
@@ -131,6 +136,9 @@ class Gptq(Format):
             "pack_dtype": "int32",
             **(partly if left_out else {}),
         }
+
+    def _written(self, grid: Affine) -> str:
+        return self.version or (V1 if grid.symmetric else V2)
 
     def _one_more(self, words: Tensor, stored: Tensor, grid: Affine) -> Tensor:
         """The zeros of a v1 checkpoint from what is stored, one less. uint8[G, O].

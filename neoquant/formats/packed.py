@@ -40,6 +40,7 @@ class Packed(Format):
     family: ClassVar[str] = "neoquant"
     markers: ClassVar[tuple[str, ...]] = (HEADER,)
     holds_order: ClassVar[bool] = True
+    holds_dtype: ClassVar[bool] = True
     holds_embeddings: ClassVar[bool] = True
 
     def refuse(self, grid: Grid, shape: tuple[int, ...]) -> str | None:

@@ -1,0 +1,90 @@
+"""`neoquant convert`: the same weights in another format."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from neoquant.cli import options
+from neoquant.cli.models import find_model, short_name
+from neoquant.cli.output import check_writable, size_text, write_text
+from neoquant.cli.terminal import Terminal
+
+
+def convert(
+    ctx: typer.Context,
+    model: options.Model = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to",
+            metavar="FORMAT",
+            help="bitsandbytes, gptq (or gptq-v1, gptq-v2), compressed-tensors or neoquant; safetensors for a model "
+            "that is not quantized, from pytorch_model.bin.",
+            show_default=False,
+        ),
+    ] = None,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Plain weights, which every program reads, instead of quantized ones.")
+    ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype", metavar="TYPE", help="Of plain weights: float16, bfloat16 or float32. [default: the source's]"
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder to make. [default: MODEL-FORMAT, here]")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder if it is there.")] = False,
+    shard_size: options.ShardSize = "5GB",
+    revision: options.Revision = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write what became of each tensor to FILE.")
+    ] = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Write a model in another format without rounding again, into a folder that appears whole or not at all.
+
+    Codes and scales stay what they are, bit for bit; a format that cannot hold them is refused, and what
+    could is named: nf4 and fp4 live in bitsandbytes and neoquant, int8 in the same two, affine grids in
+    gptq, compressed-tensors and neoquant.
+
+    \b
+    Examples:
+      neoquant convert gpt-neo-gptq --to compressed-tensors
+      neoquant convert gpt-neo-nf4 --dequantize --dtype float16 --out gpt-neo-plain
+      neoquant convert EleutherAI/gpt-neo-125m --to safetensors --dtype float16
+    """
+    from neoquant import conversion
+
+    terminal: Terminal = ctx.obj
+    check_writable(json_file)
+    largest = options.parse_size(shard_size)
+    source = find_model(model, terminal, "convert")
+    folder = out or Path(f"{short_name(model)}-{to or conversion.PLAIN}")
+    made = conversion.convert(
+        source,
+        folder,
+        to,
+        dequantize=dequantize,
+        dtype=dtype,
+        revision=revision,
+        force=force,
+        shard_size=largest,
+        progress=terminal.progress,
+    )
+    for note in made.notes:
+        terminal.note(f"note: {note}")
+    layers = sum(row["action"] != "copy" and row["action"] != "drop" for row in made.tensors)
+    terminal.show(
+        f"{folder}: {made.before} -> {made.after}, {layers} quantized layers of {len(made.tensors)} tensors, "
+        f"{size_text(made.source_bytes)} -> {size_text(made.weights_bytes)}"
+    )
+    terminal.note(f"took {made.seconds:.1f} s and {size_text(made.peak_rss_bytes)} of memory")
+    if json_file is not None:
+        write_text(json_file, json.dumps(made.to_dict(), indent=1, sort_keys=True) + "\n", terminal)
