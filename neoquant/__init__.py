@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from neoquant.model.tokenizer import Tokenizer as GPT2Tokenizer
     from neoquant.pipelines import pipeline
     from neoquant.quantization import plan, quantize
+    from neoquant.quantization_config import BitsAndBytesConfig, GPTQConfig
     from neoquant.recipe import Recipe
 
 __version__ = "0.1.0"
@@ -65,6 +66,7 @@ _HOMES = {
     "AutoModelForSequenceClassification": "neoquant.auto",
     "AutoModelForTokenClassification": "neoquant.auto",
     "AutoTokenizer": "neoquant.auto",
+    "BitsAndBytesConfig": "neoquant.quantization_config",
     "GPT2Tokenizer": "neoquant.model.tokenizer",
     "GPTNeoConfig": "neoquant.model.config",
     "GPTNeoForCausalLM": "neoquant.model.gpt_neo",
@@ -72,6 +74,7 @@ _HOMES = {
     "GPTNeoForSequenceClassification": "neoquant.model.heads",
     "GPTNeoForTokenClassification": "neoquant.model.heads",
     "GPTNeoModel": "neoquant.model.gpt_neo",
+    "GPTQConfig": "neoquant.quantization_config",
     "GenerationConfig": "neoquant.model.generation_config",
     "LoadWarning": "neoquant.loading",
     "Recipe": "neoquant.recipe",
@@ -97,6 +100,7 @@ __all__ = [
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
     "AutoTokenizer",
+    "BitsAndBytesConfig",
     "CheckpointError",
     "ConfigError",
     "ContextError",
@@ -109,6 +113,7 @@ __all__ = [
     "GPTNeoForSequenceClassification",
     "GPTNeoForTokenClassification",
     "GPTNeoModel",
+    "GPTQConfig",
     "GenerationConfig",
     "HubError",
     "LoadWarning",

@@ -13,15 +13,25 @@ from neoquant.tensor import QuantizedTensor
 
 
 class QuantLinear(nn.Module):
-    """x[..., I] -> [..., O], computed in x's type, like the `nn.Linear` it stands for.
+    """x[..., I] -> [..., O], computed in x's type or in `compute_dtype`, like the `nn.Linear` it stands for.
 
     The weight's tensors are buffers in the kernel's arrangement. They move with `.to(device)` but are never cast:
     `.half()` and `.to(dtype)` leave them as they are stored. Gradients flow to x, not to the weight.
     """
 
-    def __init__(self, q: QuantizedTensor, bias: Tensor | None = None, kernel: Kernel | None = None) -> None:
-        """`q` and `bias`[O] on the device the layer is to live on; `kernel` None is the fastest there."""
+    def __init__(
+        self,
+        q: QuantizedTensor,
+        bias: Tensor | None = None,
+        kernel: Kernel | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        """`q` and `bias`[O] on the device the layer is to live on; `kernel` None is the fastest there.
+
+        `compute_dtype` is what x, bias and result are cast to in between, as bitsandbytes does; None leaves x as it is.
+        """
         super().__init__()
+        self.compute_dtype = compute_dtype
         self.out_features, self.in_features = q.shape
         self.grid, self.dtype = q.grid, q.dtype
         self.kernel = kernel or choose(q.grid, q.shape, q.codes.device, q.order is not None)
@@ -44,8 +54,9 @@ class QuantLinear(nn.Module):
         return self.kernel.unpack(self._state(), self.grid, self.shape, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return self.kernel.linear(x, self._state(), self.grid, self.shape, bias)
+        inside = x if self.compute_dtype is None else x.to(self.compute_dtype)
+        bias = None if self.bias is None else self.bias.to(inside.dtype)
+        return self.kernel.linear(inside, self._state(), self.grid, self.shape, bias).to(x.dtype)
 
     def set_activations(self, activations: str) -> None:
         """What may be done to x: "exact" is nothing, "int8" rounds it in runs of inputs, which is faster."""

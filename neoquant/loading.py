@@ -6,14 +6,14 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from neoquant import formats
-from neoquant.checkpoint import Checkpoint, CheckpointWriter, companion_files, open_checkpoint
+from neoquant.checkpoint import CheckpointWriter, TensorHeader, companion_files, open_checkpoint
 from neoquant.demo import MODEL
 from neoquant.errors import CheckpointError, RequestError, locate
 from neoquant.formats import Format
@@ -118,17 +118,35 @@ def load_model(
         )
 
 
+class Readable(Protocol):
+    """What a model is made from: a checkpoint, or what reads like one."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def folder(self) -> Path | None: ...
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+    @property
+    def headers(self) -> Mapping[str, TensorHeader]: ...
+    @property
+    def dropped(self) -> tuple[str, ...]: ...
+    def view(self, name: str) -> Tensor: ...
+    def forget(self, name: str) -> None: ...
+
+
 def read_model(
-    checkpoint: Checkpoint,
+    checkpoint: Readable,
     cls: type[ModelT],
     *,
     dtype: torch.dtype | str | None = None,
     device: object = None,
     attn_implementation: str = "sdpa",
     activations: str = "exact",
+    compute_dtype: torch.dtype | None = None,
     progress: Progress = SILENT,
 ) -> ModelT:
-    """`load_model` on a checkpoint that is open."""
+    """`load_model` on a checkpoint that is open; `compute_dtype` instead of the one it states for quantized weights."""
     with locate(f"{checkpoint.source}/config.json"):
         config = GPTNeoConfig.from_dict(checkpoint.config)
     target = resolve_device(device)
@@ -143,7 +161,9 @@ def read_model(
         format = formats.detect(checkpoint.config, checkpoint.headers)
         if format is None and activations != "exact":
             raise RequestError(f"no weight is quantized, so that {activations} activations would meet none")
-        _Filling(checkpoint, model, format, kind, target).run(progress)
+        if compute_dtype is None and format is not None:
+            compute_dtype = format.compute_dtype(checkpoint.config.get("quantization_config") or {})
+        _Filling(checkpoint, model, format, kind, target, compute_dtype).run(progress)
     if activations != "exact":
         for module in model.modules():
             if isinstance(module, QuantLinear):
@@ -172,14 +192,15 @@ class _Filling:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: Readable,
         model: PreTrainedModel,
         format: Format | None,
         dtype: torch.dtype,
         device: torch.device,
+        compute_dtype: torch.dtype | None,
     ) -> None:
         self.checkpoint, self.model, self.format = checkpoint, model, format
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.compute_dtype = dtype, device, compute_dtype
         self.layers = format.quantized(checkpoint.headers) if format else {}
         spelled = {layer + suffix for layer, suffixes in self.layers.items() for suffix in suffixes}
         self.plain = [name for name in checkpoint.headers if name not in spelled]
@@ -266,7 +287,7 @@ class _Filling:
                 bias = self._plain(f"{stored}.bias")
                 if bias.shape != linear.bias.shape:
                     raise CheckpointError(f"its bias is {list(bias.shape)}, config.json says {list(linear.bias.shape)}")
-            self.model.set_submodule(layer, QuantLinear(q, bias))
+            self.model.set_submodule(layer, QuantLinear(q, bias, compute_dtype=self.compute_dtype))
             for suffix in self.layers[stored]:  # what the kernel uses where it lies comes back when it is used
                 self.checkpoint.forget(stored + suffix)
 
@@ -325,6 +346,9 @@ def save_model(model: PreTrainedModel, folder: str | Path, *, force: bool = Fals
             kept,
             ordered=bool(ordered),
         )
+        computed = {layer.compute_dtype for layer in layers.values()} - {None}
+        if format.compute_key and len(computed) == 1:
+            config["quantization_config"][format.compute_key] = dtype_name(*computed)  # type: ignore[arg-type]
     with CheckpointWriter(folder, tensors=len(plain) + 8 * len(layers), force=force) as sink:
         for name, tensor in plain.items():
             sink.put(name, tensor.detach().cpu())
@@ -383,7 +407,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return cast
 
 
-def _folder(checkpoint: Checkpoint) -> Path:
+def _folder(checkpoint: Readable) -> Path:
     assert checkpoint.folder is not None, "opened with its files"
     return checkpoint.folder
 

@@ -291,7 +291,7 @@ def _write_tensors(
             with locate(checkpoint.source), locate(row.name):
                 weight = checkpoint.view(row.name)
                 hashed = hashing.submit(_add_to_digest, digest.update, row.source, weight)
-                tensors = _made_of(weight, row, checkpoint, planned.format)
+                tensors = made_of(weight, row, checkpoint, planned.format)
             rows.append(replace(row, stored=_headers(tensors)))
             written = writing.submit(_write_behind, row.name, tensors, hashed, checkpoint, sink)
             behind.append((row.source.nbytes, written))
@@ -342,7 +342,7 @@ def _write_calibrated(
 
     def make(row: PlanRow, given: QuantizedTensor | None = None) -> dict[str, torch.Tensor]:
         with locate(checkpoint.source), locate(row.name):
-            return _made_of(checkpoint.read(row.name), row, checkpoint, planned.format, given)
+            return made_of(checkpoint.read(row.name), row, checkpoint, planned.format, given)
 
     def put(made: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         for row, tensors in made.items():
@@ -402,7 +402,7 @@ def _headers(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorHeader, ...]:
     return tuple(TensorHeader(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
 
 
-def _made_of(
+def made_of(
     weight: torch.Tensor, row: PlanRow, checkpoint: Checkpoint, format: Format, given: QuantizedTensor | None = None
 ) -> dict[str, torch.Tensor]:
     """The tensors of the output, by name, that take the place of one of the source.

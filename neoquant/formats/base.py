@@ -31,6 +31,8 @@ class Format(ABC):
     holds_dtype: ClassVar[bool] = False  # whether a layer says what type its weight was before
     holds_embeddings: ClassVar[bool] = False  # whether who reads it can look rows up in a quantized weight
 
+    compute_key: ClassVar[str | None] = None  # of config.json: in which type weights are multiplied
+
     def configured(self, said: Mapping[str, Any]) -> Format:
         """The format as a checkpoint of this `quantization_config` has it, where its tensors do not say all."""
         return self
@@ -80,6 +82,14 @@ class Format(ABC):
 
         `ordered` says that some layer has an activation order.
         """
+
+    def compute_dtype(self, said: Mapping[str, Any]) -> torch.dtype | None:
+        """In which type a checkpoint of this `quantization_config` is multiplied; None is the activations' own.
+
+        Raises FormatError for what is no such type.
+        """
+        name = said.get(self.compute_key) if self.compute_key else None
+        return None if name is None else dtype_from_name(str(name).removeprefix("torch."))
 
     def quantized(self, names: Iterable[str]) -> dict[str, list[str]]:
         """Layer -> suffixes of its stored tensors, for the quantized layers among a checkpoint's tensor names."""

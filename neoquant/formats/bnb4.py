@@ -41,6 +41,7 @@ class Bnb4(Format):
     family: ClassVar[str] = "bitsandbytes"
     markers: ClassVar[tuple[str, ...]] = (f"{STATE}nf4", f"{STATE}fp4")
     holds_dtype: ClassVar[bool] = True
+    compute_key: ClassVar[str | None] = "bnb_4bit_compute_dtype"
 
     def refuse(self, grid: Grid, shape: tuple[int, ...]) -> str | None:
         if not isinstance(grid, Codebook):

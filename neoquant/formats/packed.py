@@ -39,6 +39,7 @@ class Packed(Format):
     name: ClassVar[str] = "packed"
     family: ClassVar[str] = "neoquant"
     markers: ClassVar[tuple[str, ...]] = (HEADER,)
+    compute_key: ClassVar[str | None] = "compute_dtype"
     holds_order: ClassVar[bool] = True
     holds_dtype: ClassVar[bool] = True
     holds_embeddings: ClassVar[bool] = True

@@ -92,25 +92,26 @@ class PreTrainedModel(nn.Module):
         dtype: torch.dtype | str | None = None,
         device_map: Any = None,
         attn_implementation: str = "sdpa",
+        quantization_config: Any = None,
     ) -> Self:
         """Load a checkpoint, plain or quantized, from a folder or by its id on the hub.
 
         `dtype` is the type activations are computed in: a torch type, its name, `"auto"` (the checkpoint's own) or
-        None (float32 on a CPU, float16 on a GPU). `device_map` is a device or `"auto"`.
+        None (float32 on a CPU, float16 on a GPU). `device_map` is a device or `"auto"`. With `quantization_config`, a
+        BitsAndBytesConfig or GPTQConfig (neoquant's or transformers'), their values or a Recipe, a plain checkpoint is
+        quantized on the way.
 
         Raises CheckpointError, HubError or RequestError; a tensor that is missing or unexpected is one of the first.
         """
-        # The one import upwards: a checkpoint may hold quantized weights, of which this package knows nothing.
+        # Imports upwards: a checkpoint may hold quantized weights, or become so, of which this package knows nothing.
+        options: dict[str, Any] = {"dtype": dtype, "device": device_map, "attn_implementation": attn_implementation}
+        if quantization_config is not None:
+            from neoquant.onload import load_quantized
+
+            return load_quantized(source, cls, quantization_config, revision=revision, **options)
         from neoquant.loading import load_model
 
-        return load_model(
-            source,
-            cls,
-            revision=revision,
-            dtype=dtype,
-            device=device_map,
-            attn_implementation=attn_implementation,
-        )
+        return load_model(source, cls, revision=revision, **options)
 
     def save_pretrained(self, folder: str | Path, *, force: bool = False) -> None:
         """Write a folder that transformers and neoquant read; `force` replaces one that is there."""

@@ -15,7 +15,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "neoquant"
 PICTURE = REPOSITORY / "docs" / "architecture.md"
 
-UPWARD_BUT_DEFERRED = {("model/pretrained.py", "loading"), ("model/tokenizer.py", "loading")}
+UPWARD_BUT_DEFERRED = {
+    ("model/pretrained.py", "loading"),
+    ("model/pretrained.py", "onload"),
+    ("model/tokenizer.py", "loading"),
+}
 """`from_pretrained` needs whoever reads checkpoints, quantized or not: imported inside the function."""
 
 ORACLES = {"transformers", "accelerate", "optimum"}
