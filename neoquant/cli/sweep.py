@@ -8,8 +8,9 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -17,15 +18,25 @@ from neoquant.cli import options
 from neoquant.cli.evaluation import load_contestant, own_device, team_of
 from neoquant.cli.models import short_name
 from neoquant.cli.terminal import Terminal
-from neoquant.errors import DataError, NeoquantError, OutputError
+from neoquant.errors import DataError, NeoquantError, OutputError, RequestError
 
 if TYPE_CHECKING:
-    from neoquant.evaluation import Comparison
+    from neoquant.evaluation import Comparison, Suite
     from neoquant.evaluation.team import Team
 
 FIELDS = {"models": list, "suites": list, "recipes": dict, "documents": int, "context": int}
 STATE = "sweep.json"
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class _Run(NamedTuple):
+    """What holds for a whole sweep."""
+
+    out: Path
+    team: Team
+    terminal: Terminal
+    device: str | None
+    dtype: str | None
 
 
 def sweep(
@@ -52,8 +63,8 @@ def sweep(
       gptq3 = "--bits 3 --type gptq --calibration pile"
 
     FOLDER gets models/, results/ (a JSON for every model and suite) and table.md. What is done already is not
-    done again: after an interruption, or with recipes added to the file, the same command goes on. Under
-    torchrun the processes share each comparison.
+    done again: after an interruption, or with recipes added to the file, the same command goes on, and runs beside
+    the original only what is new. Under torchrun the processes share each comparison.
     """
     terminal: Terminal = ctx.obj
     wanted = read_sweep(file)
@@ -62,19 +73,23 @@ def sweep(
             (out / folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{out} cannot be written: {error.strerror}") from error
+    from neoquant.evaluation import load_suite
+
     results: list[Comparison] = []
     with team_of(terminal) as team:
         for model in wanted["models"]:
-            made = {}
+            made = []
             for name, words in wanted["recipes"].items():
-                made[name] = out / "models" / f"{short_name(model)}-{name}"
+                made.append(out / "models" / f"{short_name(model)}-{name}")
                 failure = None
                 if team.rank == 0:
-                    failure = _quantize(model, words, made[name], out, terminal)
+                    failure = _quantize(model, words, made[-1], out, terminal)
                 if reason := team.share(failure)[0]:  # all end where the first one does
                     raise NeoquantError(f"recipe {name} of {model}: {reason}")
-            for suite in wanted["suites"]:
-                results.append(_compare(model, made, suite, wanted, out, team, terminal, device, dtype))
+            for name in wanted["suites"]:
+                suite = load_suite(name).override(documents=wanted.get("documents"), context=wanted.get("context"))
+                if result := _compare(model, made, suite, _Run(out, team, terminal, device, dtype)):
+                    results.append(result)
         if team.rank:
             return
 
@@ -131,47 +146,82 @@ def _quantize(model: str, words: str, folder: Path, out: Path, terminal: Termina
     )
     if done.returncode:
         return done.stderr.strip().removeprefix("error: ") or f"exit code {done.returncode}"
-    _remember(out, key, fingerprint)
+    _remember(out, {key: fingerprint})
     return None
 
 
-def _compare(
-    model: str,
-    made: dict[str, Path],
-    suite: str,
-    wanted: dict[str, Any],
-    out: Path,
-    team: Team,
-    terminal: Terminal,
-    device: str | None,
-    dtype: str | None,
-) -> Comparison:
-    """The comparison of one model on one suite: what is there, and in one pass what is missing."""
-    from neoquant.evaluation import Comparison, compare, load_suite
-
-    chosen = load_suite(suite).override(documents=wanted.get("documents"), context=wanted.get("context"))
-    file = out / "results" / f"{short_name(model)}-{chosen.name}.json"
-    key = f"results/{file.stem}"
-    state = _state(out)
-    fingerprint = _fingerprint(
-        chosen.model_dump_json(), dtype, *(f"{n} {state[f'models/{p.name}']}" for n, p in made.items())
-    )
-    if team.share(file.is_file() and state.get(key) == fingerprint)[0]:
-        return Comparison.from_json(file.read_text(encoding="utf-8"))
-    terminal.note(f"comparing {short_name(model)} on {chosen.name}")
-    device = own_device(device, team)
-    reference, tokenizer = load_contestant(model, terminal, "sweep", revision=None, device=device, dtype=dtype)
-    others = [
-        load_contestant(str(path), terminal, "sweep", revision=None, device=device, dtype=dtype)[0]
-        for path in made.values()
-    ]
-    result = compare(
-        reference, others, tokenizer, chosen, progress=terminal.progress, journal=Path(f"{file}.partial"), team=team
-    )
-    if team.rank == 0:
+def _compare(model: str, made: Sequence[Path], suite: Suite, run: _Run) -> Comparison | None:
+    """One model on one suite: what is saved, and in one pass what is missing. None in all processes but the first."""
+    file = run.out / "results" / f"{short_name(model)}-{suite.name}.json"
+    state = _state(run.out)
+    keys = {path.name: f"results/{file.stem}/{path.name}" for path in made}
+    asked = {
+        keys[path.name]: _fingerprint(suite.model_dump_json(), run.dtype, model, state[f"models/{path.name}"])
+        for path in made
+    }
+    saved = None
+    if run.team.rank == 0:
+        saved = _saved(file, {name for name, key in keys.items() if state.get(key) == asked[key]})
+    there = run.team.share({c.evaluation.model.name for c in saved.candidates} if saved else set())[0]
+    missing = [path for path in made if path.name not in there]
+    result = _score(model, missing, suite, file, run) if missing else saved
+    if missing and there:
+        result = _joined(saved, result)
+        if not run.team.share(result is not None)[0]:
+            run.terminal.note(f"{file} was measured with another base, text or arithmetic: comparing all anew")
+            result = _score(model, made, suite, file, run)
+    if run.team.rank or result is None:
+        return None
+    by_name = {candidate.evaluation.model.name: candidate for candidate in result.candidates}
+    result = result.model_copy(update={"candidates": tuple(by_name[name] for name in keys)})
+    if missing:
         _write(file, result.to_json() + "\n")
-        _remember(out, key, fingerprint)
+        _remember(run.out, asked)
     return result
+
+
+def _saved(file: Path, names: Collection[str]) -> Comparison | None:
+    """The saved comparison, with those of its candidates that are named; None where there is none of them."""
+    from neoquant.evaluation import Comparison
+
+    if not names or not file.is_file():
+        return None
+    result = Comparison.from_json(file.read_text(encoding="utf-8"))
+    kept = tuple(candidate for candidate in result.candidates if candidate.evaluation.model.name in names)
+    return result.model_copy(update={"candidates": kept}) if kept else None
+
+
+def _joined(saved: Comparison | None, fresh: Comparison | None) -> Comparison | None:
+    """Both in one; None where there are not two, or the base did not score exactly the same in both."""
+    from neoquant.evaluation.saved import compare_saved
+
+    if saved is None or fresh is None:
+        return None
+    try:
+        return compare_saved([saved, fresh], ["what is saved", "what was missing"])
+    except RequestError:
+        return None
+
+
+def _score(model: str, made: Sequence[Path], suite: Suite, file: Path, run: _Run) -> Comparison:
+    """Run the base and the models of these folders side by side."""
+    from neoquant.evaluation import compare
+
+    run.terminal.note(f"comparing {short_name(model)} on {suite.name}: {', '.join(path.name for path in made)}")
+    device = own_device(run.device, run.team)
+    (reference, tokenizer), *others = (
+        load_contestant(source, run.terminal, "sweep", revision=None, device=device, dtype=run.dtype)
+        for source in (model, *map(str, made))
+    )
+    return compare(
+        reference,
+        [contestant for contestant, _ in others],
+        tokenizer,
+        suite,
+        progress=run.terminal.progress,
+        journal=Path(f"{file}.partial"),
+        team=run.team,
+    )
 
 
 def table(results: list[Comparison]) -> str:
@@ -201,7 +251,7 @@ def _fingerprint(*parts: object) -> str:
 
 
 def _state(out: Path) -> dict[str, str]:
-    """What is done: folder or result -> fingerprint of what it was made from."""
+    """What is done: folder, or candidate in a result -> fingerprint of what it was made from."""
     try:
         found = json.loads((out / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -209,8 +259,8 @@ def _state(out: Path) -> dict[str, str]:
     return found if isinstance(found, dict) else {}
 
 
-def _remember(out: Path, key: str, fingerprint: str) -> None:
-    _write(out / STATE, json.dumps(_state(out) | {key: fingerprint}, indent=1) + "\n")
+def _remember(out: Path, done: Mapping[str, str]) -> None:
+    _write(out / STATE, json.dumps({**_state(out), **done}, indent=1) + "\n")
 
 
 def _write(path: Path, text: str) -> None:

@@ -63,11 +63,23 @@ def test_a_sweep(cli: Cli, write: Callable[..., Path], monkeypatch: pytest.Monke
     quantized = Path("swept/models/tiny-neo-nf4/config.json").stat().st_mtime_ns
     assert cli("sweep", two, "--out", "swept").code == 0
     assert Path("swept/models/tiny-neo-nf4/config.json").stat().st_mtime_ns == quantized
-    assert compared[1:] == [["tiny-neo-int8", "tiny-neo-nf4"]]
-    assert len(Comparison.from_json(results.read_text()).candidates) == 2
+    assert compared[1:] == [["tiny-neo-nf4"]]  # what was there is not run again
+    both = Comparison.from_json(results.read_text())
+    names = [candidate.evaluation.model.name for candidate in both.candidates]
+    assert names == ["tiny-neo-int8", "tiny-neo-nf4"]
+    assert both.candidates[0] == Comparison.from_json(before.decode()).candidates[0]
     table = Path("swept/table.md").read_text()
     assert len(table.splitlines()) == 5 and "| tiny-neo-nf4 | mine |" in table
     assert not list(Path("swept").rglob("*.partial"))
+    assert cli("sweep", write(), "--out", "swept").code == 0 and len(compared) == 2  # a recipe taken out
+    assert len(Path("swept/table.md").read_text().splitlines()) == 4
+
+    # a base that scores otherwise than it did cannot stand for both
+    text = results.read_text().replace(str(both.reference.units[0].nats), "1.5")
+    results.write_text(text)
+    again = cli("sweep", write('fp4 = "--type fp4"'), "--out", "swept")
+    assert "comparing all anew" in again.err
+    assert compared[2:] == [["tiny-neo-fp4"], ["tiny-neo-int8", "tiny-neo-fp4"]]
     failing = cli("sweep", write('bad = "--bits 5 --type nf4"'), "--out", "swept")
     assert failing.code == 1 and "recipe bad of " in failing.err
 

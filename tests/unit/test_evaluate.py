@@ -180,7 +180,7 @@ def same_figures(score: Any, change: Any, expected: Brute) -> None:
 def test_quantized_checkpoints_equal_transformers(
     tiny_model: Path, tmp_path: Path, make_suite: Callable[..., Suite], recipe: Recipe
 ) -> None:
-    """Folders as neoquant loads them, against transformers with the quantized weights multiplied out, token by token."""
+    """Folders as neoquant loads them, against transformers with their weights multiplied out, token by token."""
     from transformers import GPTNeoForCausalLM
 
     reference = GPTNeoForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager").eval()
