@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 import neoquant
-from neoquant.cli import bench, compare, convert, eval, generate, info, inspect, plan, quantize, report, sweep
+from neoquant.cli import bench, chat, compare, convert, eval, generate, info, inspect, plan, quantize, report, sweep
 from neoquant.cli.options import Debug, Quiet
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import NeoquantError
@@ -43,6 +43,7 @@ for name, verb, purpose in (
     ("inspect", inspect.inspect, "Say where quantization cost what, layer by layer."),
     ("report", report.report, "Make a page, a table or a model card of saved results."),
     ("generate", generate.generate, "Continue a text."),
+    ("chat", chat.chat, "Go on with a text together, turn by turn."),
     ("bench", bench.bench, "Measure speed and memory, beside other programs."),
     ("info", info.info, "Say what a model is, or what this machine has."),
 ):

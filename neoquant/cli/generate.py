@@ -1,11 +1,13 @@
-"""`neoquant generate`: continue a text."""
+"""`neoquant generate`: continue a text, or, with `--task`, label texts or find answers in them."""
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 import time
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -15,11 +17,24 @@ from neoquant.cli.terminal import Terminal
 from neoquant.errors import RequestError
 
 DEFAULT_TOKENS = 100
+GENERATION = "text-generation"
 
 
 def generate(
     ctx: typer.Context,
     model: options.Model = None,
+    task: Annotated[
+        str,
+        typer.Option(
+            "--task",
+            metavar="T",
+            help="text-generation, text-classification, token-classification or question-answering: all but the first "
+            "take a text a line, and print a line of JSON for each.",
+        ),
+    ] = GENERATION,
+    named: Annotated[
+        str | None, typer.Option("--model", metavar="MODEL", help="Another way to name the model.", show_default=False)
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="What to continue. [default: read from stdin]")
     ] = None,
@@ -42,6 +57,10 @@ def generate(
         float,
         typer.Option("--repetition-penalty", metavar="R", help="Above 1, tokens already there become less likely."),
     ] = 1.0,
+    question: Annotated[
+        str | None,
+        typer.Option("--question", metavar="TEXT", help="What to look for (question-answering).", show_default=False),
+    ] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token; nothing is random.")] = False,
     seed: Annotated[
         int | None,
@@ -67,13 +86,30 @@ def generate(
       neoquant generate gpt-neo-1.3B-nf4 --prompt "Hello, I'm a language model"
       neoquant generate gpt-neo-1.3B-nf4 --prompt "Once upon a time" --temperature 0.7 --seed 7
       echo "def mean(values):" | neoquant generate neoquant-demo --greedy
+      echo -e "Hello" | neoquant generate --task text-generation --model EleutherAI/gpt-neo-1.3B --device 0
+      neoquant generate --task text-classification my-finetune < lines.txt
     """
     terminal: Terminal = ctx.obj
+    if model is not None and named is not None:
+        raise RequestError(f"two models are named, {model!r} and --model {named!r}: one is needed")
+    model = named if model is None else model
     randomness = {"--temperature": temperature, "--top-k": top_k, "--top-p": top_p, "--seed": seed}
     stated = [option for option, value in randomness.items() if value is not None]
     if greedy and stated:
         raise RequestError(f"--greedy leaves nothing to chance, so {', '.join(stated)} cannot be given with it")
     text = _read_prompt() if prompt is None else prompt
+    if task != GENERATION:
+        about_words: dict[str, Any] = {**randomness, "--greedy": greedy or None, "--max-new-tokens": max_new_tokens}
+        about_words["--activations"] = None if activations == "exact" else activations
+        about_words["--repetition-penalty"] = None if repetition_penalty == 1 else repetition_penalty
+        extra = [option for option, value in about_words.items() if value is not None]
+        if extra:
+            raise RequestError(f"--task {task} generates nothing, so {', '.join(extra)} cannot be given with it")
+        source = find_model(model, terminal, "generate")
+        _answer(task, source, text, question, {"revision": revision, "device": device, "dtype": dtype}, terminal)
+        return
+    if question is not None:
+        raise RequestError("--question goes with --task question-answering")
 
     import torch
 
@@ -110,6 +146,23 @@ def generate(
     seconds = time.perf_counter() - started
     repeat = "" if greedy else f"; again: --seed {seed}"
     terminal.note(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s{repeat}")
+
+
+def _answer(
+    task: str, source: str | Path, text: str, question: str | None, where: dict[str, Any], terminal: Terminal
+) -> None:
+    """Print what a task's pipeline says of each line, in the order of the lines."""
+    from neoquant.pipelines import ALIASES, pipeline
+
+    inputs: list[Any] = [line for line in text.splitlines() if line.strip()]
+    if ALIASES.get(task, task) == "question-answering":
+        if question is None:
+            raise RequestError("question-answering looks for an answer in a text: say to what, with --question TEXT")
+        inputs = [{"question": question, "context": line} for line in inputs]
+    elif question is not None:
+        raise RequestError("--question goes with --task question-answering")
+    for result in pipeline(task, source, **where)(inputs):
+        terminal.show(json.dumps(result, ensure_ascii=False))
 
 
 def _read_prompt() -> str:

@@ -1,0 +1,240 @@
+"""`neoquant chat`: go on with a text together, turn by turn."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from neoquant.cli import options
+from neoquant.cli.models import find_model
+from neoquant.cli.terminal import Terminal
+from neoquant.errors import RequestError
+
+if TYPE_CHECKING:
+    from neoquant.model.generate import Sampling
+    from neoquant.model.gpt_neo import GPTNeoForCausalLM
+    from neoquant.model.tokenizer import Tokenizer
+
+HELP = "/again: another continuation · /undo: without the last turn · /reset: begin anew · /show: all of it · /quit"
+
+
+def chat(
+    ctx: typer.Context,
+    model: options.Model = None,
+    roles: Annotated[
+        str | None,
+        typer.Option(
+            "--roles",
+            metavar="YOU,MODEL",
+            help="Write a dialogue between these two, such as Human,Robot. [default: your lines are simply continued]",
+            show_default=False,
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest continuation of a turn.")
+    ] = 60,
+    temperature: Annotated[
+        float, typer.Option("--temperature", metavar="T", help="Below 1 is safer, above is wilder, 0 is greedy.")
+    ] = 0.8,
+    top_p: Annotated[
+        float, typer.Option("--top-p", metavar="P", help="Only the likeliest tokens that make up P together.")
+    ] = 0.95,
+    repetition_penalty: Annotated[
+        float,
+        typer.Option("--repetition-penalty", metavar="R", help="Above 1, tokens already there become less likely."),
+    ] = 1.0,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", metavar="N", min=0, help="Repeat what this seed gave. [default: a fresh one]"),
+    ] = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    activations: options.Activations = "exact",
+    revision: options.Revision = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Go on with a text together: what you type is added to it, and the model continues; all of it is remembered.
+
+    GPT-Neo was not trained to answer: it goes on with what is there. With --roles, your lines and its own are written
+    as a dialogue, and it stops where you would speak. /help lists what else can be typed; Ctrl-D ends.
+
+    \b
+    Examples:
+      neoquant chat gpt-neo-1.3B-nf4
+      neoquant chat gpt-neo-1.3B-nf4 --roles Human,Robot --temperature 0.7
+    """
+    terminal: Terminal = ctx.obj
+    names = _names(roles)
+
+    from neoquant import loading
+    from neoquant.model.generate import Sampling, eos_ids
+
+    network, tokenizer = loading.load(
+        find_model(model, terminal, "chat"),
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        activations=activations,
+        progress=terminal.progress,
+    )
+    seed = random.SystemRandom().randrange(2**31) if seed is None else seed
+    sampling = Sampling(
+        temperature=temperature, top_p=top_p, repetition_penalty=repetition_penalty, eos_token_ids=eos_ids(network)
+    )
+    _Chat(network, tokenizer, sampling, min(max_new_tokens, _half(network)), names, seed, terminal).run(
+        _typed(terminal)
+    )
+
+
+def _names(roles: str | None) -> tuple[str, str] | None:
+    if roles is None:
+        return None
+    names = [name.strip() for name in roles.split(",")]
+    if len(names) != 2 or not all(names):
+        raise RequestError(f"--roles {roles!r} is not two names: write them like Human,Robot")
+    return names[0], names[1]
+
+
+def _half(network: GPTNeoForCausalLM) -> int:
+    """A continuation leaves half of the context to what was before it."""
+    return network.config.max_position_embeddings // 2
+
+
+def _typed(terminal: Terminal) -> Iterator[str]:
+    """Lines, until there are no more."""
+    asking = sys.stdin.isatty()
+    while True:
+        if asking:
+            _write("> ")
+        line = sys.stdin.readline()
+        if not line:
+            return
+        yield line.removesuffix("\n")
+
+
+@dataclass
+class _Chat:
+    network: GPTNeoForCausalLM
+    tokenizer: Tokenizer
+    sampling: Sampling
+    longest: int
+    names: tuple[str, str] | None
+    seed: int
+    terminal: Terminal
+    turns: list[tuple[str, str]] = field(default_factory=list)
+    """What was typed, as it stands in the text, and what followed."""
+
+    @property
+    def text(self) -> str:
+        return "".join(typed + said for typed, said in self.turns)
+
+    def run(self, lines: Iterator[str]) -> None:
+        commands: dict[str, Callable[[], None]] = {
+            "/again": self.again, "/undo": self.undo, "/reset": self.turns.clear,
+            "/show": lambda: _write(self.text + "\n"), "/help": lambda: self.terminal.note(HELP),
+        }  # fmt: skip
+        for line in lines:
+            if line == "/quit":
+                return
+            if line in commands:
+                commands[line]()
+            elif line.startswith("/"):
+                self.terminal.note(f"{line} is no command; {HELP}")
+            elif line or self.names is None:
+                self.go_on(self._as_turn(line))
+
+    def _as_turn(self, line: str) -> str:
+        if self.names is None:
+            return line
+        between = "\n" if self.turns else ""
+        return f"{between}{self.names[0]}: {line}\n{self.names[1]}:"
+
+    def undo(self) -> None:
+        if not self.turns:
+            self.terminal.note("there is no turn to undo")
+            return
+        self.turns.pop()
+
+    def again(self) -> None:
+        if not self.turns:
+            self.terminal.note("there is no turn to do again")
+            return
+        self.go_on(self.turns.pop()[0])
+
+    def go_on(self, typed: str) -> None:
+        """Continue everything so far and `typed`, show it as it comes, and remember both."""
+        import torch
+
+        from neoquant.model.generate import TextStream, ends_with, stream
+
+        context = self.network.config.max_position_embeddings
+        ids = self.tokenizer.encode(self.text + typed) or [self.tokenizer.bos_token_id]
+        room = context - self.longest
+        if len(ids) > room:
+            self.terminal.note(f"the text has {len(ids)} tokens: the first {len(ids) - room} are out of sight now")
+            ids = ids[-room:]
+        stops = (f"\n{self.names[0]}:",) if self.names else ()
+        shown = _Shown(stops)
+        out = TextStream(self.tokenizer, shown.add)
+        started, tokens = time.perf_counter(), 0
+        for chosen in stream(
+            self.network,
+            torch.tensor([ids]),
+            max_new_tokens=self.longest,
+            sampling=replace(self.sampling, seed=self.seed),
+            stop=ends_with(stops, self.tokenizer),
+        ):
+            tokens += 1
+            if int(chosen[0]) not in self.sampling.eos_token_ids:
+                out.put(int(chosen[0]))
+        out.end()
+        self.turns.append((typed, shown.end()))
+        self.seed += 1  # or every turn would draw alike
+        seconds = time.perf_counter() - started
+        used = f"{len(ids) + tokens} of {context} positions"
+        self.terminal.note(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s; {used}")
+
+
+class _Shown:
+    """Writes a text as it comes, up to what ends it; what may be the beginning of that waits."""
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self._stops, self._text, self._written = stops, "", 0
+
+    def add(self, text: str) -> None:
+        self._text += text
+        said = self._said()
+        ended = len(said) < len(self._text)
+        self._write(said, 0 if ended else max((_overlap(said, stop) for stop in self._stops), default=0))
+
+    def end(self) -> str:
+        """Write what is left, and return all of it."""
+        said = self._said()
+        self._write(said, 0)
+        _write("\n")
+        return said
+
+    def _said(self) -> str:
+        return min((self._text.partition(stop)[0] for stop in self._stops), key=len, default=self._text)
+
+    def _write(self, said: str, waiting: int) -> None:
+        upto = len(said) - waiting
+        _write(said[self._written : upto])
+        self._written = max(self._written, upto)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many of the last characters of `text` begin `stop`."""
+    return next((length for length in range(len(stop) - 1, 0, -1) if text.endswith(stop[:length])), 0)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
