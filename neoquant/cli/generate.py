@@ -87,7 +87,7 @@ def generate(
       neoquant generate gpt-neo-1.3B-nf4 --prompt "Once upon a time" --temperature 0.7 --seed 7
       echo "def mean(values):" | neoquant generate neoquant-demo --greedy
       echo -e "Hello" | neoquant generate --task text-generation --model EleutherAI/gpt-neo-1.3B --device 0
-      neoquant generate --task text-classification my-finetune < lines.txt
+      cat lines.txt | neoquant generate --task text-classification my-finetune
     """
     terminal: Terminal = ctx.obj
     if model is not None and named is not None:
