@@ -26,6 +26,7 @@ from neoquant.errors import (
 )
 
 if TYPE_CHECKING:
+    from neoquant.adapters import get_peft_model, load_peft_model
     from neoquant.auto import (
         AutoConfig,
         AutoModel,
@@ -84,8 +85,10 @@ _HOMES = {
     "convert": "neoquant.conversion",
     "evaluate": "neoquant.evaluation",
     "generate_text": "neoquant.model.generate",
+    "get_peft_model": "neoquant.adapters",
     "inspect": "neoquant.evaluation",
     "load": "neoquant.loading",
+    "load_peft_model": "neoquant.adapters",
     "load_tokenizer": "neoquant.loading",
     "pipeline": "neoquant.pipelines",
     "plan": "neoquant.quantization",
@@ -129,8 +132,10 @@ __all__ = [
     "convert",
     "evaluate",
     "generate_text",
+    "get_peft_model",
     "inspect",
     "load",
+    "load_peft_model",
     "load_tokenizer",
     "pipeline",
     "plan",

@@ -49,6 +49,11 @@ class QuantLinear(nn.Module):
         return "order" in self._buffers
 
     @property
+    def qweight(self) -> Tensor:
+        """One of the tensors that hold the weight, which tells where it lies; the name is the one PEFT looks for."""
+        return next(iter(self._state().values()))
+
+    @property
     def quantized(self) -> QuantizedTensor:
         """The weight as it was given, bit for bit."""
         return self.kernel.unpack(self._state(), self.grid, self.shape, self.dtype)
