@@ -79,11 +79,14 @@ def bench(args: argparse.Namespace, temp: Path) -> dict[str, Any]:
         for key in ("seconds", "wall_s")
     }
     print(f"median: {ratios['seconds']['median']:.3f} of the evaluations' seconds")
+    reference = json.loads((temp / "compare.json").read_text("utf-8"))["reference"]
     return {
-        "what": f"{args.base} and {len(RECIPES)} candidates on suite {args.suite}: compared in one pass, and each "
-        "evaluated by itself",
+        "what": f"{reference['model']['name']} and {len(RECIPES)} candidates: compared in one pass, and each evaluated "
+        "by itself",
         "recipes": RECIPES,
-        "tokens": tokens(temp),
+        "suite": {key: reference["suite"][key] for key in ("name", "protocol", "context")},
+        **{key: reference["total"][key] for key in ("documents", "tokens")},
+        "data_sha256": reference["data"]["sha256"],
         "provenance": provenance(("neoquant", "torch", "tokenizers")),
         "together_over_apart": ratios,
         "repeats": repeats,
@@ -120,11 +123,6 @@ def measured(verb: str, *arguments: object, temp: Path) -> tuple[float, dict[str
     wall = round(time.perf_counter() - started, 3)
     found: dict[str, Any] = json.loads(path.read_text("utf-8"))
     return wall, found
-
-
-def tokens(temp: Path) -> int:
-    found: int = json.loads((temp / "compare.json").read_text("utf-8"))["reference"]["total"]["tokens"]
-    return found
 
 
 def neoquant(*arguments: object) -> None:
