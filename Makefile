@@ -10,7 +10,7 @@ DEMO   := .demo
 PYTEST_FLAGS ?= --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu check fix bench clean
+.PHONY: help demo test test-gpu test-jax check fix bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -38,11 +38,18 @@ demo: $(VENV)/.installed  ## quantize the bundled model to NF4, compare it with 
 	$(BIN)/neoquant compare neoquant-demo $(DEMO)/neoquant-demo-nf4 --suite demo
 	$(BIN)/neoquant generate $(DEMO)/neoquant-demo-nf4 --prompt "def mean(values):" --max-new-tokens 80 --seed 1
 
+$(VENV)/.installed-jax: $(VENV)/.installed-test
+	$(PIP) --editable '.[jax]'
+	@touch $@
+
 test: $(VENV)/.installed-test  ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 test-gpu: $(VENV)/.installed-test  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+test-jax: $(VENV)/.installed-jax  ## the tests of the JAX models
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/unit/test_jax.py
 
 check: $(VENV)/.installed-check  ## formatting, lint and types
 	$(BIN)/ruff format --check .

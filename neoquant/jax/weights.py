@@ -1,0 +1,146 @@
+"""Weights of a layer as JAX holds them: plain, or quantized in bytes and decoded where they are used.
+
+The arithmetic of `neoquant.grids`, which is the definition; a test holds the one to the other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+from flax import nnx
+from torch import Tensor
+
+from neoquant import bits
+from neoquant.errors import FormatError
+from neoquant.grids import NESTED_BLOCK_SIZE, Affine, Codebook, Int8Rows, double_quant_table
+from neoquant.tensor import QuantizedTensor
+
+PRECISION = jax.lax.Precision.HIGHEST  # float32 is multiplied as float32 also where a processor would rather not
+
+
+class Packed(nnx.Variable[Any]):
+    """A tensor of a quantized weight, which is not trained."""
+
+
+class Weight(nnx.Module):
+    """A matrix [O, I]."""
+
+    def __init__(self, weight: Tensor | QuantizedTensor, dtype: Any) -> None:
+        """A plain weight is held in `dtype`; a quantized one as packed codes and the grid's parameters."""
+        self.shape = (int(weight.shape[0]), int(weight.shape[1]))
+        self.grid = weight.grid if isinstance(weight, QuantizedTensor) else None
+        self.ordered = isinstance(weight, QuantizedTensor) and weight.order is not None
+        if isinstance(weight, QuantizedTensor):
+            self._hold(weight)
+        else:
+            self.values = nnx.Param(to_jax(weight, dtype))
+
+    def rows(self, ids: Any | None, dtype: Any) -> Any:
+        """The rows `ids[...]`, dtype[..., I], or all of them, dtype[O, I]."""
+        if self.grid is None:
+            values = self.values[...]
+            return (values if ids is None else values[ids]).astype(dtype)
+        values = self._decode(ids)
+        if self.ordered:
+            values = jnp.take(values, self.inverse[...], axis=-1)
+        return values.astype(dtype)
+
+    def _hold(self, q: QuantizedTensor) -> None:
+        packed = bits.pack(q.codes, q.grid.bits)
+        if q.grid.bits < 8 and (spare := -packed.shape[1] % q.grid.bits):
+            packed = torch.nn.functional.pad(packed, (0, spare))  # whole eights of codes, as `unpack` takes them
+        self.codes = Packed(to_jax(packed))
+        for name, param in q.params.items():
+            setattr(self, name, Packed(to_jax(param)))
+        if isinstance(q.grid, Codebook):
+            self.table = Packed(to_jax(q.grid.table()))
+            if q.grid.double_quant:
+                self.nested_table = Packed(to_jax(double_quant_table(torch.device("cpu"))))
+        if q.order is not None:
+            self.inverse = Packed(to_jax(q.order.long().argsort().int()))
+
+    def _decode(self, ids: Any | None) -> Any:
+        """float32[..., I], columns as they are stored."""
+        grid, (rows, columns) = self.grid, self.shape
+        assert grid is not None
+        at = slice(None) if ids is None else ids
+        codes = unpack(self.codes[...][at], grid.bits, columns)
+        if isinstance(grid, Int8Rows):
+            step = self.scb[...][at] * (1.0 / 127.0)
+            return jax.lax.bitcast_convert_type(codes, jnp.int8) * step[..., None]
+        if isinstance(grid, Affine):
+            width = grid.width(columns)
+            scale = _spread(self.scale[...][at].astype(jnp.float32), width, columns)
+            zero = grid.middle if grid.symmetric else _spread(self.zero[...][at], width, columns)
+            return (codes.astype(jnp.float32) - zero) * scale
+        if isinstance(grid, Codebook):
+            absmax = self._absmax(grid)
+            if columns % grid.block_size == 0:  # no block crosses rows
+                scale = _spread(absmax.reshape(rows, -1)[at], grid.block_size, columns)
+            else:
+                row = jnp.arange(rows) if ids is None else ids
+                scale = absmax[(row[..., None] * columns + jnp.arange(columns)) // grid.block_size]
+            return self.table[...][codes.astype(jnp.int32)] * scale
+        raise FormatError(f"no decoder for {grid.name} in JAX")
+
+    def _absmax(self, grid: Codebook) -> Any:
+        """The scale of every block, float32[blocks]."""
+        absmax = self.absmax[...]
+        if not grid.double_quant:
+            return absmax
+        coarse = jnp.repeat(self.nested_absmax[...], NESTED_BLOCK_SIZE)[: absmax.shape[0]]
+        return self.nested_table[...][absmax.astype(jnp.int32)] * coarse + self.nested_offset[...]
+
+
+class Linear(nnx.Module):
+    """x[..., I] -> [..., O], in x's type. A weight may be shared with an embedding."""
+
+    def __init__(self, weight: Weight, bias: Tensor | None, dtype: Any) -> None:
+        self.weight = weight
+        self.bias = None if bias is None else nnx.Param(to_jax(bias, dtype))
+
+    def __call__(self, x: Any) -> Any:
+        y = jnp.einsum("...i,oi->...o", x, self.weight.rows(None, x.dtype), precision=PRECISION)
+        return y if self.bias is None else y + self.bias[...]
+
+
+class LayerNorm(nnx.Module):
+    """As torch's: mean and variance in float32."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, eps: float, dtype: Any) -> None:
+        self.weight, self.bias, self.eps = nnx.Param(to_jax(weight, dtype)), nnx.Param(to_jax(bias, dtype)), eps
+
+    def __call__(self, x: Any) -> Any:
+        wide = x.astype(jnp.float32)
+        centred = wide - wide.mean(-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
+        return (normed * self.weight[...] + self.bias[...]).astype(x.dtype)
+
+
+def unpack(packed: Any, width: int, n: int) -> Any:
+    """The inverse of `neoquant.bits.pack`: uint8[..., bytes] into the first `n` codes of `width` bits, uint8[..., n].
+
+    Rows hold whole eights of codes, which `width` bytes make.
+    """
+    if width == 8:
+        return packed
+    eights = packed.reshape(*packed.shape[:-1], -1, width).astype(jnp.uint32)
+    word = sum(eights[..., k] << jnp.uint32(8 * k) for k in range(width))
+    codes = (word[..., None] >> (width * jnp.arange(8, dtype=jnp.uint32))) & jnp.uint32((1 << width) - 1)
+    return codes.reshape(*packed.shape[:-1], -1)[..., :n].astype(jnp.uint8)
+
+
+def to_jax(tensor: Tensor, dtype: Any | None = None) -> Any:
+    """A tensor as an array of its own, of the same type unless another is named."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:  # numpy has none; every value is a float32
+        tensor, dtype = tensor.float(), jnp.bfloat16 if dtype is None else dtype
+    return jnp.array(tensor.contiguous().numpy(), dtype=dtype)
+
+
+def _spread(of_groups: Any, width: int, columns: int) -> Any:
+    """[..., G] -> [..., I]: what belongs to a group, for each of its columns."""
+    return jnp.repeat(of_groups, width, axis=-1)[..., :columns]
