@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         AutoModelForTokenClassification,
         AutoTokenizer,
     )
+    from neoquant.checkpoint.upload import push
     from neoquant.conversion import convert
     from neoquant.evaluation.compare import compare
     from neoquant.evaluation.inspection import inspect
@@ -92,6 +93,7 @@ _HOMES = {
     "load_tokenizer": "neoquant.loading",
     "pipeline": "neoquant.pipelines",
     "plan": "neoquant.quantization",
+    "push": "neoquant.checkpoint.upload",
     "quantize": "neoquant.quantization",
 }
 
@@ -139,6 +141,7 @@ __all__ = [
     "load_tokenizer",
     "pipeline",
     "plan",
+    "push",
     "quantize",
 ]
 

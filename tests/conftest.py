@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
+
+if TYPE_CHECKING:
+    from hub_stand_in import StandIn
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -173,6 +176,14 @@ def text_file(tmp_path: Path) -> Path:
     lines = [json.dumps({"text": text, "meta": {"pile_set_name": subset}}) for subset, text in documents]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def bare_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    """A stand-in for the hub, whose one model `user/neo` is empty; everything is looked for there."""
+    from hub_stand_in import serve
+
+    yield from serve(tmp_path, monkeypatch)
 
 
 @pytest.fixture(scope="session")

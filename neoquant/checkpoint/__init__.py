@@ -2,16 +2,19 @@
 
 from neoquant.checkpoint.headers import TensorHeader
 from neoquant.checkpoint.reader import Checkpoint, companion_files, open_checkpoint
+from neoquant.checkpoint.upload import Push, push
 from neoquant.checkpoint.writer import SHARD_SIZE, CheckpointWriter, check_output, expected_size, free_bytes
 
 __all__ = [
     "SHARD_SIZE",
     "Checkpoint",
     "CheckpointWriter",
+    "Push",
     "TensorHeader",
     "check_output",
     "companion_files",
     "expected_size",
     "free_bytes",
     "open_checkpoint",
+    "push",
 ]

@@ -178,13 +178,19 @@ def _silent_bars(advance: Callable[[float], None]) -> type[Any]:
     return Bar
 
 
+def transport_errors() -> tuple[type[Exception], ...]:
+    """What a hub that cannot be reached, or refuses, raises."""
+    from huggingface_hub import errors
+
+    # HfHubHTTPError inherits from the root of whatever HTTP library this version of huggingface_hub uses, and OSError.
+    return cast("tuple[type[Exception], ...]", errors.HfHubHTTPError.__bases__)
+
+
 @contextmanager
 def _explained(source: str, revision: str | None) -> Iterator[None]:
     """Turn what huggingface_hub raises into one line that says what to do."""
     from huggingface_hub import constants, errors
 
-    # HfHubHTTPError inherits from the root of whatever HTTP library this version of huggingface_hub uses, and OSError.
-    transport_errors = cast("tuple[type[Exception], ...]", errors.HfHubHTTPError.__bases__)
     try:
         yield
     except errors.HFValidationError:
@@ -200,7 +206,7 @@ def _explained(source: str, revision: str | None) -> Iterator[None]:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise HubError(f"{source} has no revision {revision!r}, expected a branch, tag or commit") from error
-    except transport_errors as error:
+    except transport_errors() as error:
         raise HubError(_transport_problem(source, error)) from error
 
 

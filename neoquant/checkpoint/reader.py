@@ -163,6 +163,10 @@ class Checkpoint:
             self._open_files[path] = path.open("rb", buffering=0)
         return self._open_files[path]
 
+    def weight_files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return sorted({entry.file for entry in self._stored.values()})
+
     def companions(self) -> list[Path]:
         """The files that travel with the weights: tokenizer, generation defaults, license."""
         return companion_files(self._need_folder())

@@ -19,7 +19,21 @@ from typing import Annotated, Any
 import typer
 
 import neoquant
-from neoquant.cli import bench, chat, compare, convert, eval, generate, info, inspect, plan, quantize, report, sweep
+from neoquant.cli import (
+    bench,
+    chat,
+    compare,
+    convert,
+    eval,
+    generate,
+    info,
+    inspect,
+    plan,
+    push,
+    quantize,
+    report,
+    sweep,
+)
 from neoquant.cli.options import Debug, Quiet
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import NeoquantError
@@ -45,6 +59,7 @@ for name, verb, purpose in (
     ("generate", generate.generate, "Continue a text."),
     ("chat", chat.chat, "Go on with a text together, turn by turn."),
     ("bench", bench.bench, "Measure speed and memory, beside other programs."),
+    ("push", push.push, "Send a model to the hub."),
     ("info", info.info, "Say what a model is, or what this machine has."),
 ):
     app.command(name, short_help=purpose)(verb)

@@ -5,18 +5,15 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import re
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import constants
+from hub_stand_in import COMMIT, OLD_COMMIT, StandIn, go_offline
 from safetensors.torch import save
 
 from neoquant.checkpoint import hub, open_checkpoint
@@ -25,112 +22,17 @@ from neoquant.progress import Progress
 
 CONFIG = json.dumps({"model_type": "gpt_neo", "hidden_size": 64}).encode()
 TENSORS = {f"transformer.h.{n}.mlp.c_fc.weight": torch.full((256, 64), float(n)) for n in range(8)}
-COMMIT, OLD_COMMIT = "c" * 40, "0" * 40
-
-
-class StandIn(ThreadingHTTPServer):
-    """A hub with one model, `user/neo`, and what is said of others in `refusals`: name -> (status, error code)."""
-
-    daemon_threads = True
-
-    def __init__(self, files: dict[str, bytes]) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files = files
-        self.refusals: dict[str, tuple[int, str]] = {}
-        self.revisions = {"main": COMMIT, COMMIT: COMMIT, "v1": OLD_COMMIT, OLD_COMMIT: OLD_COMMIT}
-        self.sent: dict[str, int] = {}
-        self.tokens: set[str | None] = set()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: StandIn
-
-    def do_GET(self) -> None:
-        path = self.path.split("?")[0]
-        api = re.fullmatch(r"/api/models/(?P<model>[^/]+/[^/]+)(/(?P<what>revision|tree)/(?P<revision>[^/]+))?", path)
-        file = re.fullmatch(r"/(?P<model>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)", path)
-        match = api or file
-        if match is None:
-            return self.answer(404)
-        self.server.tokens.add(self.headers.get("Authorization"))
-        if match["model"] in self.server.refusals:
-            status, code = self.server.refusals[match["model"]]
-            return self.answer(status, headers={"X-Error-Code": code})
-        if match["model"] != "user/neo":
-            return self.answer(404, headers={"X-Error-Code": "RepoNotFound"})
-        commit = self.server.revisions.get(match["revision"] or "main")
-        if commit is None:
-            return self.answer(404, headers={"X-Error-Code": "RevisionNotFound"})
-        if file is not None:
-            return self.send_file(file["file"], commit)
-        return self.answer(200, self.listing(match["what"], commit))
-
-    do_HEAD = do_GET  # noqa: N815
-
-    def listing(self, what: str | None, commit: str) -> bytes:
-        files = self.server.files.items()
-        if what == "tree":
-            tree = [{"type": "file", "path": n, "size": len(c), "oid": hashlib.sha1(c).hexdigest()} for n, c in files]
-            return json.dumps(tree).encode()
-        siblings = [{"rfilename": name, "size": len(content)} for name, content in files]
-        return json.dumps({"id": "user/neo", "sha": commit, "siblings": siblings}).encode()
-
-    def send_file(self, name: str, commit: str) -> None:
-        if name not in self.server.files:
-            return self.answer(404, headers={"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
-        content = self.server.files[name]
-        headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        status = 200
-        if wanted:
-            status, size = 206, len(content)
-            content = content[int(wanted[1]) : int(wanted[2] or size) + 1]
-            headers["Content-Range"] = f"bytes {wanted[1]}-{int(wanted[1]) + len(content) - 1}/{size}"
-        if self.command == "GET":
-            self.server.sent[name] = self.server.sent.get(name, 0) + len(content)
-        return self.answer(status, content, headers)
-
-    def answer(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 @pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
-    files = {"config.json": CONFIG, "tokenizer.json": b"{}", "README.md": b"# card", "model.safetensors": save(TENSORS)}
-    server = StandIn(files)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    for name, value in {
-        "ENDPOINT": server.url,
-        "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_ETAG_TIMEOUT": 5,
-    }.items():
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.chdir(tmp_path)
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def go_offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+def stand_in(bare_hub: StandIn) -> StandIn:
+    bare_hub.files = {
+        "config.json": CONFIG,
+        "tokenizer.json": b"{}",
+        "README.md": b"# card",
+        "model.safetensors": save(TENSORS),
+    }
+    return bare_hub
 
 
 def shards() -> dict[str, bytes]:

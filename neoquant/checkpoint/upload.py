@@ -1,0 +1,206 @@
+"""Send a model folder to the Hugging Face hub, in one commit: what is there is the old model or the new one.
+
+huggingface_hub is imported when first needed. It honours HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, cast
+
+from neoquant.checkpoint import hub
+from neoquant.checkpoint.reader import Checkpoint, open_checkpoint
+from neoquant.errors import CheckpointError, HubError, RequestError
+from neoquant.progress import SILENT, Progress
+
+CARD = "README.md"
+GATED = ("auto", "manual")
+
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_BESIDE = ("config.json", CARD, "neoquant.json", "calibration.json")
+_WEIGHTS = ("*.safetensors", "*.bin", *_INDEXES)
+
+
+@dataclass(frozen=True)
+class Push:
+    """What is sent, or would be: file -> bytes. `left_out` are files of the folder that are no part of a model,
+    `removed` old weight files on the hub that the new ones take the place of."""
+
+    folder: Path
+    repo: str
+    revision: str
+    files: Mapping[str, int]
+    left_out: tuple[str, ...]
+    removed: tuple[str, ...] = ()
+    commit: str | None = None
+    url: str | None = None
+    """None of a dry run."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for `--json`."""
+        return {
+            "folder": str(self.folder),
+            "repo": self.repo,
+            "revision": self.revision,
+            "files": dict(self.files),
+            "left_out": list(self.left_out),
+            "removed": list(self.removed),
+            "commit": self.commit,
+            "url": self.url,
+        }
+
+
+def push(
+    folder: str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    gated: str | None = None,
+    revision: str = "main",
+    message: str | None = None,
+    dry_run: bool = False,
+    progress: Progress = SILENT,
+) -> Push:
+    """Send the model in `folder` to `repo` ("user/name"), which is made if it is not there.
+
+    Args:
+        folder: a whole model folder, with its card README.md. Of its files, the weights, configuration, tokenizer,
+            licence, card and neoquant's records are sent; others are left out, and named.
+        repo: on the hub; HF_TOKEN, or a token that was stored before, must be allowed to write there.
+        private: make it private; a public one that is there already is refused, not published to.
+        gated: "auto" or "manual": people must ask for access, and get it at once or by hand.
+        revision: the branch, made from main if it is not there.
+        message: of the commit.
+        dry_run: send nothing, ask nobody; say what would be sent.
+        progress: told of the sending.
+
+    Raises:
+        CheckpointError: the folder is no whole model, or has no card.
+        RequestError: an illegal name or option.
+        HubError: offline, no token, not allowed, refused, or not to be reached.
+    """
+    if not hub.is_model_id(repo) or "/" not in repo:
+        raise RequestError(f"{repo!r} is no name on the hub: expected user/name")
+    if gated is not None and gated not in GATED:
+        raise RequestError(f"gated is {gated!r}; legal are {' and '.join(GATED)}")
+    planned = _plan(Path(folder), repo, revision)
+    return planned if dry_run else _send(planned, private, gated, message, progress)
+
+
+def _plan(folder: Path, repo: str, revision: str) -> Push:
+    """What is to be sent, of a folder that is read as far as its headers."""
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {str(folder)!r}")
+    with open_checkpoint(folder) as checkpoint:
+        needed = _needed(checkpoint)
+    if not (folder / CARD).is_file():
+        raise CheckpointError(
+            f"{folder} holds no {CARD}, the model card, and nobody would know what it is: "
+            "`neoquant quantize` and `neoquant convert` write one"
+        )
+    names = sorted(path.name for path in folder.iterdir())
+    sizes = {name: (folder / name).stat().st_size for name in names if name in needed}
+    return Push(folder, repo, revision, sizes, tuple(name for name in names if name not in needed))
+
+
+def _needed(checkpoint: Checkpoint) -> set[str]:
+    """The names of the files that are the model's: weights in use, and what describes them and travels with them."""
+    weights = {path.name for path in checkpoint.weight_files()}
+    assert checkpoint.folder is not None
+    kind = ".bin" if any(name.endswith(".bin") for name in weights) else ".safetensors"
+    indexes = {name for name in _INDEXES if f"{kind}.index" in name and len(weights) > 1}
+    return weights | indexes | set(_BESIDE) | {path.name for path in checkpoint.companions()}
+
+
+def _send(planned: Push, private: bool, gated: str | None, message: str | None, progress: Progress) -> Push:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    repo, revision = planned.repo, planned.revision
+    if constants.HF_HUB_OFFLINE:
+        raise HubError(f"HF_HUB_OFFLINE is set, so nothing can be sent to {repo}; unset it")
+    if get_token() is None:
+        raise HubError(
+            f"no token: set HF_TOKEN to one that may write to {repo} (from {constants.ENDPOINT}/settings/tokens)"
+        )
+    api = HfApi()
+    with _explained(repo), _quietly():
+        try:
+            there = api.model_info(repo)
+        except RepositoryNotFoundError:
+            api.create_repo(repo, private=private or None, repo_type="model")
+            there = None
+        if there is not None and private and not there.private:
+            raise HubError(f"{repo} is there already, and public: make it private on the hub, or name another")
+        if gated is not None:
+            api.update_repo_settings(repo, gated=cast("Any", gated))
+        if revision != "main":
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        held = {file.rfilename for file in api.model_info(repo, revision=revision).siblings or []}
+        stale = sorted(name for name in held - planned.files.keys() if _is_weights(name))
+        operations: list[Any] = [CommitOperationDelete(name) for name in stale]
+        operations += [CommitOperationAdd(name, planned.folder / name) for name in planned.files]
+        with progress.task(f"sending {sum(planned.files.values()) / 1e6:,.1f} MB to {repo}", total=None):
+            done = api.create_commit(
+                repo, operations, commit_message=message or f"Upload {planned.folder.resolve().name}", revision=revision
+            )
+    return Push(
+        planned.folder, repo, revision, planned.files, planned.left_out, tuple(stale), done.oid, done.commit_url
+    )
+
+
+def _is_weights(name: str) -> bool:
+    """Whether a file in the uppermost folder is one that a reader might take for the model's weights."""
+    return "/" not in name and any(fnmatchcase(name, pattern) for pattern in _WEIGHTS)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the library's own bars and warnings."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
+
+
+@contextmanager
+def _explained(repo: str) -> Iterator[None]:
+    """Turn what huggingface_hub raises into one line that says what to do."""
+    from huggingface_hub import constants, errors
+
+    try:
+        yield
+    except (errors.HFValidationError, ValueError) as error:
+        if isinstance(error, errors.HfHubHTTPError):
+            raise HubError(_refusal(repo, error)) from error
+        raise HubError(f"{repo}: {' '.join(str(error).split())}") from error
+    except errors.HfHubHTTPError as error:
+        raise HubError(_refusal(repo, error)) from error
+    except (*hub.transport_errors(), RuntimeError) as error:  # the last is what the hub's own storage library raises
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise HubError(
+            f"the hub at {constants.ENDPOINT} cannot be reached ({reason}); nothing was published"
+        ) from error
+
+
+def _refusal(repo: str, error: Any) -> str:
+    """What a hub's refusal means."""
+    from huggingface_hub import constants
+
+    status = error.response.status_code if error.response is not None else None
+    said = " ".join((error.server_message or "").split())
+    because = f" ({said})" if said else ""
+    if status == 401:
+        return f"the hub at {constants.ENDPOINT} does not know the token{because}: set HF_TOKEN to a valid one"
+    if status in (403, 404):
+        return f"the token may not write to {repo}{because}: check the name, and that the token may write"
+    return f"the hub at {constants.ENDPOINT} answered {status} for {repo}{because}; nothing was published"
