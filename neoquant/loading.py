@@ -27,6 +27,7 @@ from neoquant.model.generation_config import GenerationConfig
 from neoquant.model.gpt_neo import GPTNeoForCausalLM
 from neoquant.model.pretrained import LoadReport, PreTrainedModel
 from neoquant.model.tokenizer import Tokenizer
+from neoquant.placement import Placement, place, unit_of
 from neoquant.progress import SILENT, Progress
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
@@ -81,6 +82,7 @@ def load_model(
     revision: str | None = None,
     dtype: torch.dtype | str | None = None,
     device: object = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
     attn_implementation: str = "sdpa",
     activations: str = "exact",
     progress: Progress = SILENT,
@@ -91,7 +93,9 @@ def load_model(
         source: a folder, or an id on the hub at `revision`.
         dtype: what activations are computed in and plain weights are held in: a torch type, its name, "auto" (the
             checkpoint's own), or None: float32 on a CPU, float16 on a GPU. Quantized weights stay as they are stored.
-        device: "cpu", "cuda", "cuda:1", 1, a torch device, "auto" (a GPU if there is one) or None (the same).
+        device: "cpu", "cuda", "cuda:1", 1, a torch device, or None (a GPU if there is one); "auto" (GPUs, then memory,
+            then disk, as they have room) or a mapping of parts to devices: see `placement`.
+        max_memory: for "auto", device number or "cpu" -> bytes, or a text like "2GB".
         attn_implementation: "sdpa", "eager", "flex_attention", or "flash_attention_2" (the package flash-attn on CUDA).
         activations: "exact", or "int8": what quantized weights are multiplied with is rounded as well, which is faster
             for many tokens, and loses a little.
@@ -112,6 +116,7 @@ def load_model(
             cls,
             dtype=dtype,
             device=device,
+            max_memory=max_memory,
             attn_implementation=attn_implementation,
             activations=activations,
             progress=progress,
@@ -141,6 +146,7 @@ def read_model(
     *,
     dtype: torch.dtype | str | None = None,
     device: object = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
     attn_implementation: str = "sdpa",
     activations: str = "exact",
     compute_dtype: torch.dtype | None = None,
@@ -149,21 +155,23 @@ def read_model(
     """`load_model` on a checkpoint that is open; `compute_dtype` instead of the one it states for quantized weights."""
     with locate(f"{checkpoint.source}/config.json"):
         config = GPTNeoConfig.from_dict(checkpoint.config)
-    target = resolve_device(device)
-    kind = resolve_dtype(dtype, config, target)
     if activations not in ACTIVATIONS:
         raise RequestError(f"activations are {activations!r}; legal are {' and '.join(ACTIVATIONS)}")
-    if reason := why_not(attn_implementation, kind, target):
-        raise RequestError(f"attn_implementation {attn_implementation!r} is not possible here: {reason}")
     with torch.device("meta"), _Undrawn():
         model = cls(config, attn_implementation)
+    places = place(device, max_memory, _sizes(checkpoint, model, dtype), bool(model.tied_weights()))
+    kind = resolve_dtype(dtype, config, places.first)
+    if reason := why_not(attn_implementation, kind, places.first):
+        raise RequestError(f"attn_implementation {attn_implementation!r} is not possible here: {reason}")
     with locate(str(checkpoint.source)):
         format = formats.detect(checkpoint.config, checkpoint.headers)
         if format is None and activations != "exact":
             raise RequestError(f"no weight is quantized, so that {activations} activations would meet none")
         if compute_dtype is None and format is not None:
             compute_dtype = format.compute_dtype(checkpoint.config.get("quantization_config") or {})
-        _Filling(checkpoint, model, format, kind, target, compute_dtype).run(progress)
+        _Filling(checkpoint, model, format, kind, places, compute_dtype).run(progress)
+    if len(set(places.units.values())) > 1:
+        model.hf_device_map = places.describe()
     if activations != "exact":
         for module in model.modules():
             if isinstance(module, QuantLinear):
@@ -173,6 +181,22 @@ def read_model(
         for fault in faults:
             warnings.warn(f"{checkpoint.source}/generation_config.json: {fault}; left out", LoadWarning, stacklevel=2)
     return model.eval()
+
+
+def _sizes(checkpoint: Readable, model: PreTrainedModel, dtype: torch.dtype | str | None) -> dict[str, int]:
+    """Bytes of each unit of the model, in the order of computing: quantized weights as stored, others in their type."""
+    kind = resolve_dtype(dtype, model.config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    format = formats.detect(checkpoint.config, checkpoint.headers)
+    layers = format.quantized(checkpoint.headers) if format else {}
+    spelled = {layer + suffix for layer, suffixes in layers.items() for suffix in suffixes}
+    tied, stored_base = bool(model.tied_weights()), _has_base_prefix(checkpoint.headers)
+    units = [unit_of(name, tied) for name in dict(model.named_parameters(remove_duplicate=False))]
+    sizes = dict.fromkeys(units, 0)
+    for name, header in checkpoint.headers.items():
+        unit = unit_of(_named(name, stored_base, model), tied)
+        if unit in sizes:
+            sizes[unit] += header.nbytes if name in spelled else header.numel * kind.itemsize
+    return sizes
 
 
 class _Undrawn(TorchFunctionMode):
@@ -196,11 +220,11 @@ class _Filling:
         model: PreTrainedModel,
         format: Format | None,
         dtype: torch.dtype,
-        device: torch.device,
+        places: Placement,
         compute_dtype: torch.dtype | None,
     ) -> None:
         self.checkpoint, self.model, self.format = checkpoint, model, format
-        self.dtype, self.device, self.compute_dtype = dtype, device, compute_dtype
+        self.dtype, self.places, self.compute_dtype = dtype, places, compute_dtype
         self.layers = format.quantized(checkpoint.headers) if format else {}
         spelled = {layer + suffix for layer, suffixes in self.layers.items() for suffix in suffixes}
         self.plain = [name for name in checkpoint.headers if name not in spelled]
@@ -231,13 +255,7 @@ class _Filling:
         self._report(missing, [name for name in unexpected if name not in tied])
 
     def _here(self, name: str, stored_base: bool) -> str:
-        """A stored name as this model calls it: a bare GPTNeoModel's tensors have no `transformer.` before them."""
-        wanted_base = bool(self.model.base_model_prefix)
-        if stored_base and not wanted_base:
-            return name.removeprefix(BASE)
-        if wanted_base and not stored_base:
-            return BASE + name
-        return name
+        return _named(name, stored_base, self.model)
 
     def _refuse_missing(self, missing: list[str]) -> None:
         """Only the small heads for other tasks may be drawn anew; without the network itself there is no model."""
@@ -252,12 +270,17 @@ class _Filling:
             raise CheckpointError(f"tensor {stored!r} is {list(header.shape)}, but config.json says {list(slot.shape)}")
         if not header.dtype.is_floating_point:
             raise CheckpointError(f"tensor {stored!r} is {header.dtype}, a weight is floating-point")
-        _set_parameter(self.model, name, nn.Parameter(self._plain(stored)))
+        _set_parameter(self.model, name, nn.Parameter(self._plain(stored, name)))
 
-    def _plain(self, stored: str) -> Tensor:
+    def _plain(self, stored: str, name: str) -> Tensor:
         """A tensor in the model's type, where it belongs: in the file's own memory, if that is both already."""
         tensor = self.checkpoint.view(stored)
-        placed = _cast(tensor, self.dtype, stored).to(self.device)
+        if tensor.dtype != self.dtype and self.places.is_mapped(name):
+            raise RequestError(
+                f"{name} is to stay on disk, where it is {dtype_name(tensor.dtype)}: {dtype_name(self.dtype)} would be "
+                "a copy in memory, so load it with dtype='auto'"
+            )
+        placed = _cast(tensor, self.dtype, stored).to(self.places.of(name))
         if placed is not tensor:
             self.checkpoint.forget(stored)
         return placed
@@ -274,9 +297,14 @@ class _Filling:
         linear = self.model.get_submodule(layer)
         if not isinstance(linear, nn.Linear | nn.Embedding) or self.format is None:
             raise CheckpointError(f"{stored} is quantized, but only linear layers and embeddings can be")
+        if self.places.is_mapped(f"{layer}.weight"):
+            raise RequestError(
+                f"{layer} is to stay on disk, but quantized weights are held in memory, as kernels want them"
+            )
         with locate(stored):
             tensors = {suffix: self.checkpoint.view(stored + suffix) for suffix in self.layers[stored]}
-            q = self.format.decode(tensors, tuple(linear.weight.shape), self.dtype).to(self.device)
+            q = self.format.decode(tensors, tuple(linear.weight.shape), self.dtype)
+            q = q.to(self.places.of(f"{layer}.weight"))
             if isinstance(linear, nn.Embedding):
                 self.model.set_submodule(layer, QuantEmbedding(q, self.dtype))
                 return
@@ -284,7 +312,7 @@ class _Filling:
             if linear.bias is not None:
                 if f"{stored}.bias" not in self.checkpoint.headers:
                     raise CheckpointError("lacks its bias")
-                bias = self._plain(f"{stored}.bias")
+                bias = self._plain(f"{stored}.bias", f"{layer}.bias")
                 if bias.shape != linear.bias.shape:
                     raise CheckpointError(f"its bias is {list(bias.shape)}, config.json says {list(linear.bias.shape)}")
             self.model.set_submodule(layer, QuantLinear(q, bias, compute_dtype=self.compute_dtype))
@@ -294,7 +322,7 @@ class _Filling:
     def _draw(self, names: list[str]) -> None:
         for name in names:
             slot = self.model.get_parameter(name)
-            drawn = torch.empty(slot.shape, dtype=self.dtype, device=self.device)
+            drawn = torch.empty(slot.shape, dtype=self.dtype, device=self.places.of(name))
             std = 0.0 if name.endswith(".bias") else self.model.config.initializer_range
             _set_parameter(self.model, name, nn.Parameter(nn.init.normal_(drawn, 0.0, std)))
 
@@ -362,28 +390,6 @@ def save_model(model: PreTrainedModel, folder: str | Path, *, force: bool = Fals
         sink.finish(config, files=files)
 
 
-def resolve_device(device: object) -> torch.device:
-    """A device from what a user may say. Raises RequestError for what is not one, or is not there."""
-    if device is None or device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if isinstance(device, Mapping):
-        places = set(device.values())
-        if len(places) != 1:
-            raise RequestError(f"device_map names {len(places)} devices; one device for the whole model is legal")
-        device = places.pop()
-    if isinstance(device, int) or (isinstance(device, str) and device.isdecimal()):
-        device = f"cuda:{device}"
-    try:
-        found: torch.device = torch.device(device)  # type: ignore[call-overload]
-    except (RuntimeError, TypeError):
-        raise RequestError(f"device is {device!r}; legal are auto, cpu, cuda, cuda:N, N") from None
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise RequestError(f"device is {str(found)!r}, but this machine has {torch.cuda.device_count()} CUDA devices")
-    if found.type not in ("cpu", "cuda"):
-        raise RequestError(f"device is {str(found)!r}; legal are auto, cpu, cuda, cuda:N, N")
-    return found
-
-
 def resolve_dtype(dtype: torch.dtype | str | None, config: GPTNeoConfig, device: torch.device) -> torch.dtype:
     """A type from what a user may say. Raises RequestError for one that a model cannot compute in."""
     if dtype is None:
@@ -410,6 +416,16 @@ def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 def _folder(checkpoint: Readable) -> Path:
     assert checkpoint.folder is not None, "opened with its files"
     return checkpoint.folder
+
+
+def _named(name: str, stored_base: bool, model: PreTrainedModel) -> str:
+    """A stored name as this model calls it: a bare GPTNeoModel's tensors have no `transformer.` before them."""
+    wanted_base = bool(model.base_model_prefix)
+    if stored_base and not wanted_base:
+        return name.removeprefix(BASE)
+    if wanted_base and not stored_base:
+        return BASE + name
+    return name
 
 
 def _has_base_prefix(names: Iterable[str]) -> bool:

@@ -12,6 +12,7 @@ Module names are Hugging Face's, so that tensor names are, too. Shapes: B batch,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,6 +74,11 @@ class AttentionMasks:
             window = self.window if local else None
             self._made[local] = attention_mask(self.T, self.S, window, self.keep, self.device)
         return self._made[local]
+
+    def to(self, device: torch.device) -> AttentionMasks:
+        """The same, to be made on another device."""
+        keep = None if self.keep is None else self.keep.to(device)
+        return AttentionMasks(self.T, self.S, self.window, keep, device)
 
     def window_mask(self, T: int, S: int) -> Tensor | None:
         """The mask of the last T of S positions of a local layer without padding."""
@@ -254,10 +260,13 @@ class GPTNeoModel(PreTrainedModel):
         masks = AttentionMasks(T, past + T, self.config.window_size, keep, x.device)
         seen: tuple[Tensor, ...] = (x,)
         for block in self.h:
+            device = next(block.parameters()).device
+            if x.device != device:  # the blocks are spread over devices
+                x, masks = x.to(device), masks.to(device)
             x = block(x, masks, past_key_values)
             if output_hidden_states:
                 seen += (x,)
-        x = self.ln_f(x)
+        x = self.ln_f(x.to(self.ln_f.weight.device))
         # transformers' convention: the last entry is after the final norm
         return BaseModelOutput(x, past_key_values, (*seen[:-1], x) if output_hidden_states else None)
 
@@ -329,13 +338,17 @@ class GPTNeoForCausalLM(PreTrainedModel):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
         )
-        logits = self.lm_head(base.last_hidden_state[:, -logits_to_keep:])
+        hidden = base.last_hidden_state[:, -logits_to_keep:]
+        logits = self.lm_head(hidden.to(self._head_device()))
         loss = None
         if labels is not None:
             shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
             shifted = shifted[:, -logits_to_keep:]
-            loss = F.cross_entropy(logits.float().flatten(0, 1), shifted.flatten())
+            loss = F.cross_entropy(logits.float().flatten(0, 1), shifted.flatten().to(logits.device))
         return CausalLMOutput(loss, logits, base.past_key_values, base.hidden_states)
+
+    def _head_device(self) -> torch.device:
+        return next(chain(self.lm_head.parameters(), self.lm_head.buffers())).device  # quantized, it has only buffers
 
     def generate(
         self,

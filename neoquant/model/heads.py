@@ -41,7 +41,7 @@ class GPTNeoForSequenceClassification(PreTrainedModel):
         be told from padding.
         """
         base = self.transformer(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        scores = self.score(base.last_hidden_state)  # [B, T, labels]
+        scores = self.score(base.last_hidden_state.to(self.score.weight.device))  # [B, T, labels]
         rows = torch.arange(scores.shape[0], device=scores.device)
         logits = scores[rows, self._last(input_ids, scores)]
         loss = self._loss(logits, labels) if labels is not None else None
@@ -97,7 +97,7 @@ class GPTNeoForTokenClassification(PreTrainedModel):
     ) -> TokenClassifierOutput:
         """`logits[B, T, labels]`; `labels[B, T]`, -100 where a position does not count."""
         base = self.transformer(input_ids, attention_mask, **kwargs)
-        logits = self.classifier(self.dropout(base.last_hidden_state))
+        logits = self.classifier(self.dropout(base.last_hidden_state.to(self.classifier.weight.device)))
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits.view(-1, self.num_labels), labels.to(logits.device).view(-1))
@@ -123,7 +123,7 @@ class GPTNeoForQuestionAnswering(PreTrainedModel):
     ) -> QuestionAnsweringModelOutput:
         """`start_logits[B, T]` and `end_logits[B, T]`; positions `[B]`, those outside the text do not count."""
         base = self.transformer(input_ids, attention_mask, **kwargs)
-        start, end = self.qa_outputs(base.last_hidden_state).unbind(-1)
+        start, end = self.qa_outputs(base.last_hidden_state.to(self.qa_outputs.weight.device)).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = (_span_loss(start, start_positions) + _span_loss(end, end_positions)) / 2

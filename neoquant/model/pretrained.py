@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ class PreTrainedModel(nn.Module):
 
     config: GPTNeoConfig
     load_report = LoadReport()
+    hf_device_map: dict[str, int | str]
+    """Where each part lies, by transformers' name; there is none while all of it is on one device."""
     base_model_prefix = "transformer"
 
     def __init__(self, config: GPTNeoConfig, attn_implementation: str = "sdpa") -> None:
@@ -91,20 +94,24 @@ class PreTrainedModel(nn.Module):
         revision: str | None = None,
         dtype: torch.dtype | str | None = None,
         device_map: Any = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
         attn_implementation: str = "sdpa",
         quantization_config: Any = None,
     ) -> Self:
         """Load a checkpoint, plain or quantized, from a folder or by its id on the hub.
 
         `dtype` is the type activations are computed in: a torch type, its name, `"auto"` (the checkpoint's own) or
-        None (float32 on a CPU, float16 on a GPU). `device_map` is a device or `"auto"`. With `quantization_config`, a
-        BitsAndBytesConfig or GPTQConfig (neoquant's or transformers'), their values or a Recipe, a plain checkpoint is
-        quantized on the way.
+        None (float32 on a CPU, float16 on a GPU). `device_map` is a device, `"auto"`, or a mapping of parts of the
+        model to devices or `"disk"`; `max_memory` says what `"auto"` may take of each (0 or "cpu" -> "2GB"). With
+        `quantization_config`, a BitsAndBytesConfig or GPTQConfig (neoquant's or transformers'), their values or a
+        Recipe, a plain checkpoint is quantized on the way.
 
         Raises CheckpointError, HubError or RequestError; a tensor that is missing or unexpected is one of the first.
         """
         # Imports upwards: a checkpoint may hold quantized weights, or become so, of which this package knows nothing.
-        options: dict[str, Any] = {"dtype": dtype, "device": device_map, "attn_implementation": attn_implementation}
+        options: dict[str, Any] = {
+            "dtype": dtype, "device": device_map, "max_memory": max_memory, "attn_implementation": attn_implementation
+        }  # fmt: skip
         if quantization_config is not None:
             from neoquant.onload import load_quantized
 
