@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from neoquant.checkpoint import open_checkpoint
-from neoquant.errors import locate
+from neoquant.checkpoint import find_companions
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.gpt_neo import GPTNeoForCausalLM, GPTNeoModel
 from neoquant.model.heads import (
@@ -74,13 +73,11 @@ class AutoConfig:
 
     @staticmethod
     def from_pretrained(source: str | Path, *, revision: str | None = None) -> GPTNeoConfig:
-        """The configuration of a folder, or of an id on the hub, of which only kilobytes are fetched.
+        """The configuration of a folder, or of an id on the hub, of which no weights are fetched.
 
         Raises CheckpointError (ConfigError for one that is no legal GPT-Neo's) or HubError.
         """
-        opened = open_checkpoint(source, revision=revision, headers_only=True)
-        with opened as checkpoint, locate(f"{source}/config.json"):
-            return GPTNeoConfig.from_dict(checkpoint.config)
+        return GPTNeoConfig.from_pretrained(find_companions(source, revision=revision))
 
 
 class AutoTokenizer:

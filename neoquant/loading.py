@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from neoquant import formats
-from neoquant.checkpoint import CheckpointWriter, TensorHeader, companion_files, open_checkpoint
+from neoquant.checkpoint import CheckpointWriter, TensorHeader, companion_files, find_companions, open_checkpoint
 from neoquant.demo import MODEL
 from neoquant.errors import CheckpointError, RequestError, locate
 from neoquant.formats import Format
@@ -70,9 +70,8 @@ def load(
 
 
 def load_tokenizer(source: str | Path | None = None, *, revision: str | None = None) -> Tokenizer:
-    """The tokenizer of a folder or hub id. Raises CheckpointError where there is none."""
-    with open_checkpoint(MODEL if source is None else source, revision=revision) as checkpoint:
-        return Tokenizer.from_folder(_folder(checkpoint))
+    """The tokenizer of a folder, or of a hub id without its weights. Raises CheckpointError where there is none."""
+    return Tokenizer.from_folder(find_companions(MODEL if source is None else source, revision=revision))
 
 
 def load_model(

@@ -1,7 +1,7 @@
 """Files and tensors: read a checkpoint, write one. Knows nothing of quantization."""
 
 from neoquant.checkpoint.headers import TensorHeader
-from neoquant.checkpoint.reader import Checkpoint, companion_files, open_checkpoint
+from neoquant.checkpoint.reader import Checkpoint, companion_files, find_companions, open_checkpoint
 from neoquant.checkpoint.upload import Push, push
 from neoquant.checkpoint.writer import SHARD_SIZE, CheckpointWriter, check_output, expected_size, free_bytes
 
@@ -14,6 +14,7 @@ __all__ = [
     "check_output",
     "companion_files",
     "expected_size",
+    "find_companions",
     "free_bytes",
     "open_checkpoint",
     "push",

@@ -84,17 +84,17 @@ def fetch_headers(model: HubModel) -> list[tuple[TensorHeader, str, int]] | None
         return [(header, file, begin) for file in files for header, begin in _fetch_header(model, file)]
 
 
-def fetch_files(model: HubModel, progress: Progress) -> None:
-    """Bring what `model.folder` lacks into it: one kind of weights, and what travels with them.
+def fetch_files(model: HubModel, progress: Progress, *, weights: bool = True) -> None:
+    """Bring what `model.folder` lacks into it: one kind of `weights`, and what travels with them.
 
     Raises:
         HubError: the hub cannot be reached, or the disk has no room.
     """
     if model.sizes is None:
         return
-    weights = _weights_among(model.sizes, model.source)
+    large = _weights_among(model.sizes, model.source) if weights else []
     small = [name for name in model.sizes if any(fnmatch(name, pattern) for pattern in _SMALL_FILES)]
-    missing = {name: model.sizes[name] for name in (*small, *weights) if not (model.folder / name).exists()}
+    missing = {name: model.sizes[name] for name in (*small, *large) if not (model.folder / name).exists()}
     if missing:
         with _explained(model.source, model.commit):
             _download(model.source, model.commit, missing, progress)

@@ -205,17 +205,9 @@ def open_checkpoint(
         HubError: the hub does not have it or cannot be reached.
         RequestError: a revision of a folder.
     """
-    folder = Path(source)
-    with _reading(folder):
-        is_folder, exists = folder.is_dir(), folder.exists()
-    if is_folder:
-        if revision is not None:
-            raise RequestError(f"{source} is a folder, and only models on the hub have revisions (got {revision!r})")
+    folder = _local(source, revision)
+    if folder is not None:
         return _open_folder(str(source), folder, None)
-    if exists:
-        raise CheckpointError(f"{source} is a file, expected a model folder (perhaps {folder.parent})")
-    if not hub.is_model_id(str(source)):
-        raise CheckpointError(f"there is no folder {str(source)!r}, and it cannot be a model on the hub (`user/name`)")
     model = hub.find(str(source), revision)
     config = _read_config(model.folder)  # before gigabytes are fetched of something else than a GPT-Neo
     tensors = hub.fetch_headers(model) if headers_only else None
@@ -224,6 +216,35 @@ def open_checkpoint(
         return Checkpoint(str(source), model.commit, None, config, stored, model.sizes)
     hub.fetch_files(model, progress)
     return _open_folder(str(source), model.folder, model.commit)
+
+
+def find_companions(source: str | Path, *, revision: str | None = None) -> Path:
+    """A folder with what travels with a model's weights: a folder itself, or what is fetched from the hub without them.
+
+    Raises what `open_checkpoint` does, but for what is wrong inside the folder.
+    """
+    folder = _local(source, revision)
+    if folder is not None:
+        return folder
+    model = hub.find(str(source), revision)
+    hub.fetch_files(model, SILENT, weights=False)
+    return model.folder
+
+
+def _local(source: str | Path, revision: str | None) -> Path | None:
+    """The folder that `source` names; None for an id on the hub. Raises CheckpointError for what is neither."""
+    folder = Path(source)
+    with _reading(folder):
+        is_folder, exists = folder.is_dir(), folder.exists()
+    if is_folder:
+        if revision is not None:
+            raise RequestError(f"{source} is a folder, and only models on the hub have revisions (got {revision!r})")
+        return folder
+    if exists:
+        raise CheckpointError(f"{source} is a file, expected a model folder (perhaps {folder.parent})")
+    if not hub.is_model_id(str(source)):
+        raise CheckpointError(f"there is no folder {str(source)!r}, and it cannot be a model on the hub (`user/name`)")
+    return None
 
 
 def _open_folder(source: str, folder: Path, revision: str | None) -> Checkpoint:

@@ -91,8 +91,6 @@ def test_a_saved_tokenizer_is_read_alike_by_both(tokenizers: tuple[Any, Any], tm
     ours.padding_side = "left"
     ours.save_pretrained(tmp_path)
     again, theirs = neoquant.AutoTokenizer.from_pretrained, transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / name).symlink_to(MODEL / name)
     for read in (again(tmp_path), theirs):
         assert (read.pad_token, read.padding_side, read.model_max_length) == (ours.eos_token, "left", 512)
         assert read(TEXTS, padding=True)["input_ids"] == ours(TEXTS, padding=True)["input_ids"]

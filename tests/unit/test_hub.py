@@ -71,6 +71,15 @@ def test_one_kind_of_weights_is_fetched(stand_in: StandIn) -> None:
     assert set(stand_in.sent) == {"config.json", "tokenizer.json", "model.safetensors"}
 
 
+def test_a_tokenizer_and_a_configuration_need_no_weights(stand_in: StandIn) -> None:
+    from neoquant.auto import AutoConfig
+    from neoquant.checkpoint import find_companions
+
+    assert (find_companions("user/neo") / "tokenizer.json").is_file()
+    assert AutoConfig.from_pretrained("user/neo", revision="v1").num_layers >= 1
+    assert set(stand_in.sent) == {"config.json", "tokenizer.json"}
+
+
 @pytest.mark.parametrize("revision", [None, "v1"])
 def test_headers_are_kilobytes(stand_in: StandIn, revision: str | None) -> None:
     stand_in.files["model.safetensors"] = save({**TENSORS, "large": torch.zeros(500_000)})
