@@ -48,8 +48,9 @@ test: $(VENV)/.installed-test  ## the whole test suite
 test-gpu: $(VENV)/.installed-test  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
+# Each program runs once or twice: optimizing it takes longer than it saves.
 test-jax: $(VENV)/.installed-jax  ## the tests of the JAX models
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/unit/test_jax.py
+	OMP_NUM_THREADS=1 JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/unit/test_jax.py
 
 check: $(VENV)/.installed-check  ## formatting, lint and types
 	$(BIN)/ruff format --check .
