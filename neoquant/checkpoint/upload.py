@@ -177,6 +177,8 @@ def _explained(repo: str) -> Iterator[None]:
     """Turn what huggingface_hub raises into one line that says what to do."""
     from huggingface_hub import constants, errors
 
+    # The last is what the hub's own storage library raises.
+    unreachable: tuple[type[BaseException], ...] = (*hub.transport_errors(), RuntimeError)
     try:
         yield
     except (errors.HFValidationError, ValueError) as error:
@@ -185,7 +187,7 @@ def _explained(repo: str) -> Iterator[None]:
         raise HubError(f"{repo}: {' '.join(str(error).split())}") from error
     except errors.HfHubHTTPError as error:
         raise HubError(_refusal(repo, error)) from error
-    except (*hub.transport_errors(), RuntimeError) as error:  # the last is what the hub's own storage library raises
+    except unreachable as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise HubError(
             f"the hub at {constants.ENDPOINT} cannot be reached ({reason}); nothing was published"

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import neoquant
+from neoquant.conversion import convert
 from neoquant.demo import MODEL
 from neoquant.errors import ContextError, RequestError
 
@@ -237,6 +238,22 @@ def test_a_model_that_is_loaded_serves_as_well() -> None:
     assert ours("import", max_new_tokens=2, do_sample=False) == neoquant.pipeline("text-generation")(
         "import", max_new_tokens=2, do_sample=False
     )
+
+
+@pytest.mark.parametrize("task", ["text-generation", "text-classification", "token-classification"])
+@pytest.mark.filterwarnings("ignore::neoquant.LoadWarning")
+def test_quantized_weights_serve_as_plain_ones_do(tmp_path: Path, task: str) -> None:
+    """Quantized on the way, or from a folder: the results are those of transformers on the values they stand for."""
+    said = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    ours = neoquant.pipeline(task, MODEL, device="cpu", model_kwargs={"quantization_config": said})
+    ours.model.save_pretrained(tmp_path / "nf4")
+    ours.tokenizer.save_pretrained(tmp_path / "nf4")
+    convert(tmp_path / "nf4", tmp_path / "plain", dequantize=True, dtype="float32")
+    options = {"max_new_tokens": 8, "do_sample": False} if task == "text-generation" else {}
+    theirs = transformers.pipeline(task, str(tmp_path / "plain"), dtype=torch.float32, device="cpu")
+    assert ours(PROMPTS[0], **options) == near(theirs(PROMPTS[0], **options))
+    again = neoquant.pipeline(task, tmp_path / "nf4", device="cpu")
+    assert again(PROMPTS, **options) == ours(PROMPTS, **options)
 
 
 @pytest.mark.parametrize(
