@@ -25,7 +25,6 @@ _FIXED: Mapping[str, Any] = {
     "output_attentions": False,
     "output_hidden_states": False,
     "no_repeat_ngram_size": 0,
-    "min_length": 0,
     "typical_p": 1.0,
     "length_penalty": 1.0,
     "early_stopping": False,
@@ -38,7 +37,8 @@ _NO_WISHES = ("bos_token_id", "decoder_start_token_id", "transformers_version", 
 class GenerationConfig:
     """How a text is continued; None leaves it to the default, which is transformers'.
 
-    `max_length` counts the prompt, `max_new_tokens` does not and has precedence; without either, 20 new tokens.
+    `max_length` and `min_length` count the prompt, `max_new_tokens` and `min_new_tokens` do not and have precedence;
+    without either maximum, 20 new tokens.
     `do_sample=False` takes the likeliest token; `temperature`, `top_k`, `top_p`, `repetition_penalty` and `seed` are
     `Sampling`'s. `num_return_sequences` rows come of each prompt. Rows end at `eos_token_id`, or behind one of
     `stop_strings`, and are filled up with `pad_token_id`.
@@ -47,6 +47,7 @@ class GenerationConfig:
     max_new_tokens: int | None = None
     max_length: int | None = None
     min_new_tokens: int | None = None
+    min_length: int | None = None
     do_sample: bool | None = None
     temperature: float | None = None
     top_k: int | None = None
@@ -120,14 +121,16 @@ class GenerationConfig:
             raise RequestError(f"num_return_sequences is {count}; legal is {what}")
         return count
 
-    def sampling(self, eos: int | Sequence[int] | None) -> Sampling:
-        """The same for `stream`; `eos` is the model's own end of text, for where none is stated."""
+    def sampling(self, eos: int | Sequence[int] | None, prompt: int) -> Sampling:
+        """The same for `stream`, behind a prompt of that many tokens; `eos` is the model's own end of text."""
         ends = eos if self.eos_token_id is None else self.eos_token_id
         stated = {
             name: getattr(self, name)
             for name in ("top_p", "repetition_penalty", "seed", "pad_token_id", "min_new_tokens")
             if getattr(self, name) is not None
         }
+        if self.min_length is not None:
+            stated.setdefault("min_new_tokens", max(0, self.min_length - prompt))
         if self.do_sample:
             stated["temperature"] = 1.0 if self.temperature is None else self.temperature
             if stated["temperature"] <= 0:

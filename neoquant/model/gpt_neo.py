@@ -355,6 +355,7 @@ class GPTNeoForCausalLM(PreTrainedModel):
         input_ids: Tensor | Sequence[Sequence[int]] | Sequence[int] | None = None,
         attention_mask: Tensor | None = None,
         *,
+        inputs: Tensor | Sequence[Sequence[int]] | Sequence[int] | None = None,
         generation_config: Any = None,
         tokenizer: Tokenizer | None = None,
         streamer: Streamer | None = None,
@@ -369,6 +370,7 @@ class GPTNeoForCausalLM(PreTrainedModel):
         Args:
             input_ids: the prompts; None begins with the end-of-text token.
             attention_mask: `[B, T]`, 0 on padding, which may be on either side.
+            inputs: transformers' other name for `input_ids`.
             generation_config: ours or transformers'.
             tokenizer: needed for `stop_strings`.
             streamer: told of the prompt and of each new id; transformers' streamers serve.
@@ -377,11 +379,13 @@ class GPTNeoForCausalLM(PreTrainedModel):
             ContextError: the result would not fit into the context.
             RequestError: an illegal value, or something that is not done here.
         """
+        if inputs is not None and input_ids is not None:
+            raise RequestError("input_ids and inputs are two names of the same: give one of them")
+        input_ids = inputs if input_ids is None else input_ids
         config = self.generation_config
         if generation_config is not None:
             config = config.but(GenerationConfig.of(generation_config))
         config = config.but(GenerationConfig.of(asked))
-        sampling = config.sampling(self.config.eos_token_id)
         start = self.config.bos_token_id if self.config.bos_token_id is not None else 0
         ids = as_ids([[start]] if input_ids is None else input_ids)
         copies = config.copies()
@@ -393,7 +397,7 @@ class GPTNeoForCausalLM(PreTrainedModel):
             ids,
             attention_mask=attention_mask,
             max_new_tokens=config.new_tokens(ids.shape[1]),
-            sampling=sampling,
+            sampling=config.sampling(self.config.eos_token_id, ids.shape[1]),
             stop=ends_with(config.stops(), tokenizer),
             streamer=streamer,
         )

@@ -154,6 +154,7 @@ GENERATED: list[dict[str, Any]] = [
     {"do_sample": True, "top_k": 0, "top_p": 0.8, "num_return_sequences": 3, "max_new_tokens": 12},
     {"max_new_tokens": 30, "eos_token_id": 199, "pad_token_id": 7},
     {"max_new_tokens": 30, "min_new_tokens": 12, "eos_token_id": [199, 200], "num_beams": 1},
+    {"max_new_tokens": 30, "min_length": 20, "eos_token_id": [199, 200]},
     {"max_new_tokens": 60, "stop_strings": ["\n", "return"]},
 ]
 
@@ -170,6 +171,9 @@ def test_generate_gives_transformers_ids(
     expected = theirs.generate(**inputs, **options, **readers[1])
     torch.manual_seed(5)
     assert ours.generate(**inputs, **options, **readers[0]).tolist() == expected.tolist()
+    other_name = {"inputs": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    torch.manual_seed(5)
+    assert ours.generate(**other_name, **options, **readers[0]).tolist() == expected.tolist()
     torch.manual_seed(5)
     config = neoquant.GenerationConfig(**{k: v for k, v in options.items() if k != "num_beams"})
     assert ours.generate(**inputs, generation_config=config, **readers[0]).tolist() == expected.tolist()

@@ -64,6 +64,7 @@ def generators() -> tuple[Any, Any]:
     "options",
     [
         {},
+        {"do_sample": True, "min_length": 50, "max_new_tokens": 60},
         {"max_new_tokens": 12, "do_sample": False},
         {"max_length": 20, "do_sample": False, "return_full_text": False},
         {"max_new_tokens": 9, "do_sample": False, "return_tensors": True},
