@@ -136,7 +136,7 @@ class Walk:
         if weigh:
             outputs |= output_moments(attention, (block.ln_1(x) for x in self.x.pieces()), len(self.x))
         settle(0, lambda: (block.ln_1(x) for x in self.x.pieces()))
-        kept.replace(self._attended(block))
+        kept.replace(attention.context(block.ln_1(x), self.masks, None) for x in self.x.pieces())
         settle(1, kept.pieces)
         self.x.replace(x.add_(attention.out_proj(y)) for x, y in zip(self.x.pieces(), kept.pieces(), strict=True))
         kept.close()
@@ -145,13 +145,3 @@ class Walk:
         shown = inner if activations is None else activations.__iter__
         settle(3, shown)
         self.x.replace(x.add_(mlp.c_proj(y)) for x, y in zip(self.x.pieces(), shown(), strict=True))
-
-    def _attended(self, block: Block) -> Iterator[Tensor]:
-        """What out_proj sees."""
-        attention = block.attn.attention
-        seen: list[Tensor] = []
-        hook = attention.out_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-        for x in self.x.pieces():
-            attention(block.ln_1(x), self.masks, None)
-            yield seen.pop()
-        hook.remove()

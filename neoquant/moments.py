@@ -25,7 +25,7 @@ from torch import Tensor
 from neoquant.model.gpt_neo import SelfAttention
 
 POSITIONS = 512  # queries that are looked at; twice as many change little
-LEAST = 16  # of them in a row that is looked at at all
+LEAST = 32  # of them in a row that is looked at at all
 
 
 def output_moments(attention: SelfAttention, inputs: Iterable[Tensor], rows: int) -> dict[str, Tensor]:

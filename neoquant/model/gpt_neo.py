@@ -115,12 +115,16 @@ class SelfAttention(nn.Module):
         self.resid_dropout = config.resid_dropout
 
     def forward(self, x: Tensor, masks: AttentionMasks, cache: KVCache | None) -> Tensor:
+        y: Tensor = self.out_proj(self.context(x, masks, cache))
+        return F.dropout(y, self.resid_dropout) if self.training else y
+
+    def context(self, x: Tensor, masks: AttentionMasks, cache: KVCache | None) -> Tensor:
+        """What the heads give, side by side, [B, T, C]: what out_proj sees."""
         query, key, value = (self._split(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if cache is not None:
             key, value = cache.update(self.layer, key, value)
         y = self.attend(query, key, value, masks)  # [B, H, T, D]
-        y = self.out_proj(y.transpose(1, 2).flatten(2))  # [B, T, C]
-        return F.dropout(y, self.resid_dropout) if self.training else y
+        return y.transpose(1, 2).flatten(2)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)  # [B, T, C] -> [B, H, T, D]

@@ -126,7 +126,7 @@ class Gptq(Quantizer):
         codes = feed_back(single.T[sequence], factor.upper, columns, sequence, fitting, across)
         q = QuantizedTensor(codes, grid, columns.params, None if order is None else order.int(), w.dtype)
 
-        H = seen.matrix if order is None else seen.matrix[order][:, order]
+        H = seen.matrix if order is None else seen.matrix[order[:, None], order]
         weighing = outputs if across is not None else None
         rows = slice(None, None, max(1, len(w) // MEASURED) if weighing is None else 1)
         single, nearest, decoded = single[rows], nearest[rows], grid.decode(q.codes, q.params)[rows]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from neoquant.errors import FormatError, RequestError
 
-STRIP = 512  # columns of a symmetric update: only strips at and right of the diagonal are computed
+STRIP = 256  # columns of a matrix of which only one triangle is computed
 LEGAL_DAMPING = "legal is more than 0, at most 1 (a part of the mean diagonal)"
 STEPS = 4  # how often the damping is raised tenfold before giving up
 
@@ -113,7 +113,7 @@ class Across:
             turn = diagonal.argsort(descending=True, stable=True)
             damped = K.clone()
             damped.diagonal()[diagonal == 0] = mean
-            upper = _factor(damped[turn][:, turn], mean, damping).upper
+            upper = _factor(damped[turn[:, None], turn], mean, damping).upper
             units.append(upper / upper.diagonal()[:, None])
             turns.append(turn)
         return Across(torch.stack(units), torch.stack(turns))
@@ -142,6 +142,9 @@ def inverse_factor(H: Tensor) -> Tensor | None:
         return None
     turned = lower.flip(0, 1)
     del lower  # a matrix of the largest layers takes 268 MB at 1.3B
-    identity = torch.eye(len(H), dtype=H.dtype, device=H.device)
-    upper = torch.linalg.solve_triangular(turned, identity, upper=True, out=identity)
+    upper = torch.eye(len(H), dtype=H.dtype, device=H.device)
+    for start in range(0, len(H), STRIP):  # below the diagonal nothing is to be computed
+        stop = min(start + STRIP, len(H))
+        strip = upper[:stop, start:stop]
+        strip.copy_(torch.linalg.solve_triangular(turned[:stop, :stop], strip, upper=True))
     return upper if bool(upper.diagonal().sum().isfinite()) else None
