@@ -10,7 +10,7 @@ DEMO   := .demo
 PYTEST_FLAGS ?= --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-jax check fix bench clean
+.PHONY: help demo test test-gpu test-jax check docs fix bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -31,6 +31,10 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 $(VENV)/.installed-check: $(VENV)/.installed
 	$(PIP) --editable '.[check]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) --editable '.[docs]'
 	@touch $@
 
 demo: $(VENV)/.installed  ## quantize the bundled model to NF4, compare it with the original, generate some text
@@ -63,6 +67,9 @@ fix: $(VENV)/.installed-check  ## format, and mend what lint can mend
 
 bench: $(VENV)/.installed-test  ## the measurements behind the README's figures
 	@for script in eval/bench/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+docs: $(VENV)/.installed-docs  ## the API reference, from the docstrings: build/api/neoquant.html
+	$(BIN)/pdoc --output-directory build/api neoquant
 
 clean:  ## remove the environment and everything made
 	rm -rf $(VENV) $(DEMO) build dist *.egg-info neoquant/native/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

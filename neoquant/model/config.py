@@ -88,6 +88,7 @@ class GPTNeoConfig:
 
     @property
     def head_dim(self) -> int:
+        """Outputs of one attention head."""
         return self.hidden_size // self.num_heads
 
     @property

@@ -306,6 +306,7 @@ class GPTNeoForCausalLM(PreTrainedModel):
         self.tie_weights()
 
     def tied_weights(self) -> dict[str, str]:
+        """Weights that are another's, by name: the head's, where the configuration ties it to the embedding."""
         return {"lm_head.weight": "transformer.wte.weight"} if self.config.tie_word_embeddings else {}
 
     def tie_weights(self) -> None:
