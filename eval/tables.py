@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "eval" / "results" / "demo.json"
 LAYERS = ROOT / "eval" / "results" / "demo-layers.json"
 BENCH = ROOT / "eval" / "results" / "quantize-1.3b.json"
+CALIBRATED = {shape: ROOT / "eval" / "results" / f"calibrated-{shape}.json" for shape in ("125m", "1.3b")}
 FEEDBACK = ROOT / "eval" / "results" / "feedback-neo-8m.json"
 FEEDBACK_DEMO = ROOT / "eval" / "results" / "feedback-demo.json"
 CROSS_LOAD = ROOT / "eval" / "results" / "cross-load.json"
@@ -113,6 +114,24 @@ def bench_1p3b() -> str:
     )
 
 
+def calibrated() -> str:
+    """Time and memory of error feedback, beside llm-compressor where it was run."""
+    lines = ["| shapes | text | | work, s | peak memory, MB |", "| --- | --- | --- | --: | --: |"]
+    notes = []
+    for shape, path in CALIBRATED.items():
+        result = json.loads(path.read_text("utf-8"))
+        for tool, median in result["median"].items():
+            text = f"{result['rows']} x {result['length']}"
+            lines.append(f"| {shape} | {text} | {tool} | {median['work_s']:.1f} | {median['peak_rss_mb']:,.0f} |")
+        made, repeats = result["provenance"], len(result["runs"]["neoquant"])
+        peer = "".join(f", {name} {version}" for name, version in result.get("peer", {}).items() if name != "torch")
+        runs = f"medians of {repeats} in turn" if repeats > 1 else "one run"
+        notes.append(
+            f"{shape}: {runs}, {made['cores']} cores of an {made['cpu']}, torch {made['versions']['torch']}{peer}"
+        )
+    return "\n".join([*lines, "", "; ".join(notes) + "."])
+
+
 def feedback(path: Path) -> str:
     """Each tool's GPTQ on each grid, and ours as a part of the best peer's divergence."""
     result = json.loads(path.read_text("utf-8"))
@@ -174,6 +193,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo-subsets": demo_subsets,
     "demo-layers": demo_layers,
     "bench-1p3b": bench_1p3b,
+    "calibrated": calibrated,
     "feedback-neo-8m": lambda: feedback(FEEDBACK),
     "feedback-demo": lambda: feedback(FEEDBACK_DEMO),
     "cross-load": cross_load,

@@ -17,6 +17,8 @@ from neoquant.model.gpt_neo import AttentionMasks, Block
 from neoquant.moments import output_moments
 from neoquant.states import States
 
+ROWS, LENGTH = 128, 2048  # of text, where nothing else is asked for; a row is never longer than the context
+
 SHARING = (  # layers of a block that see the same inputs, in the order in which they are quantized
     ("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"),
     ("attn.attention.out_proj",),

@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 import torch
 
 from neoquant.calibrated import Quantized, embed, needs_calibration, quantize_blocks
-from neoquant.calibration import Calibration, draw, hash_texts
+from neoquant.calibration import LENGTH, ROWS, Calibration, draw, hash_texts
 from neoquant.checkpoint import Checkpoint, TensorHeader, open_checkpoint
 from neoquant.costs import foresee
 from neoquant.errors import RequestError, locate
-from neoquant.evaluation.calibration import LENGTH, ROWS, load_calibration
+from neoquant.evaluation.calibration import load_calibration
 from neoquant.formats import Format, detect
 from neoquant.loading import read_model
 from neoquant.model.config import GPTNeoConfig

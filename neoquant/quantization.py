@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from neoquant.calibrated import block_of, embed, needs_calibration, quantize_blocks, require_calibration
-from neoquant.calibration import Calibration
+from neoquant.calibration import LENGTH, ROWS, Calibration
 from neoquant.card import render_card
 from neoquant.checkpoint import (
     SHARD_SIZE,
@@ -78,7 +78,7 @@ def plan(
     revision: str | None = None,
     shard_size: int = SHARD_SIZE,
     name: str = "out",
-    calibration_rows: int = 128,
+    calibration_rows: int = ROWS,
     calibration_length: int | None = None,
     max_memory: int | None = None,
     progress: Progress = SILENT,
@@ -107,7 +107,7 @@ def plan(
     if not needs_calibration(planned):
         return planned
     config = GPTNeoConfig.from_dict(dict(planned.config))
-    length = calibration_length or min(2048, config.max_position_embeddings)
+    length = calibration_length or min(LENGTH, config.max_position_embeddings)
     return replace(planned, calibrating=foresee(config, calibration_rows, length, max_memory))
 
 
@@ -224,7 +224,7 @@ def _whole_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: int, name: s
     if needs_calibration(planned):
         error = 0.012345678901234567
         report = Report("attention", "range", 0.01, 0, False, 0, error, error, 0.0).to_dict()
-        seen = {"source": "about so long", "sha256": _NO_DIGEST, "rows": 128, "length": 2048, "seed": 0}
+        seen = {"source": "about so long", "sha256": _NO_DIGEST, "rows": ROWS, "length": LENGTH, "seed": 0}
         calibrated = [row for row in planned.rows if row.quantizer is not None and row.quantizer.needs_calibration]
         layers = {row.layer: report for row in calibrated}
         written.append(_json({"calibration": seen, "layers": layers}))

@@ -13,10 +13,9 @@ a share of what a plain sum over memory reads on as many threads.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -26,12 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neoquant import __version__, native
+from neoquant import native
 from neoquant.grids import Grid, load_bitsandbytes, make_grid
 from neoquant.layer import QuantLinear
 from neoquant.quantizers import Nearest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from provenance import ROOT, provenance
+
 SHAPES = {"125m": 768, "1.3b": 2048}
 GRIDS: dict[str, Grid] = {
     "nf4": make_grid(4, "nf4"),
@@ -52,14 +53,14 @@ def main() -> None:
     parser.add_argument("--grids", choices=GRIDS, nargs="+", default=list(GRIDS))
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 128, 1024])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path, default=REPOSITORY / "eval" / "results" / "products.json")
+    parser.add_argument("--json", type=Path, default=ROOT / "eval" / "results" / "products.json")
     args = parser.parse_args()
     bandwidth = memory_bandwidth()
     print(f"{torch.get_num_threads()} threads read {bandwidth / 1e9:.1f} GB/s; {native.active().reason}", flush=True)
     found = {shape: bench(SHAPES[shape], args, bandwidth) for shape in args.shape}
     result = {
         "what": "products with the linear layers of GPT-Neo blocks, weights beyond the processor's cache",
-        "provenance": provenance(),
+        "provenance": {**provenance(("neoquant", "torch")), "native": native.active().reason},
         "repeats": args.repeats,
         "read_gb_per_s": round(bandwidth / 1e9, 2),
         "shapes": found,
@@ -154,19 +155,6 @@ def memory_bandwidth() -> float:
         memory.sum()
         times.append(time.perf_counter() - started)
     return memory.nbytes / min(times)
-
-
-def provenance() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "neoquant": __version__,
-        "torch": torch.__version__,
-        "native": native.active().reason,
-        "threads": torch.get_num_threads(),
-        "processor": names[0] if names else platform.machine(),
-    }
 
 
 if __name__ == "__main__":

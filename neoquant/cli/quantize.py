@@ -155,8 +155,9 @@ def _calibration(
     """The rows to calibrate on, as long as the model's context unless `length` is stated; None if none are named."""
     if name is None:
         return None
+    from neoquant.calibration import LENGTH
     from neoquant.checkpoint import open_checkpoint
-    from neoquant.evaluation.calibration import LENGTH, load_calibration
+    from neoquant.evaluation.calibration import load_calibration
     from neoquant.loading import load_tokenizer
     from neoquant.model.config import GPTNeoConfig
 

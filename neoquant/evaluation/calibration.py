@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from neoquant.calibration import Calibration, draw, drawn_from, hash_texts
+from neoquant.calibration import LENGTH, ROWS, Calibration, draw, drawn_from, hash_texts
 from neoquant.errors import RequestError
 from neoquant.evaluation.corpus import Tokenizer
 from neoquant.evaluation.documents import read_documents
 from neoquant.evaluation.suite import FileData, StdlibData, Suite, load_suite, suite_names
 from neoquant.progress import SILENT, Progress
-
-ROWS, LENGTH = 128, 2048
 
 # Of the bundled model's kind, and none of what the suite `demo` holds out.
 _DEMO = StdlibData(
