@@ -22,6 +22,7 @@ import jax.numpy as jnp  # noqa: E402
 from flax import nnx  # noqa: E402
 
 import neoquant  # noqa: E402
+from neoquant import demo  # noqa: E402
 from neoquant.errors import CheckpointError, ContextError, RequestError  # noqa: E402
 from neoquant.grids import Affine, Codebook, legal_pairs, make_grid  # noqa: E402
 from neoquant.jax import FlaxGPTNeoForCausalLM, FlaxGPTNeoModel  # noqa: E402
@@ -89,6 +90,24 @@ def test_the_logits_are_transformers_on_padded_batches(source: Path, model: Flax
             kept = None if mask is None else torch.tensor(mask)
             expected = theirs(torch.tensor(IDS), attention_mask=kept).logits
         assert_close(model(IDS, mask).logits, expected, mask)
+
+
+def test_trained_weights_in_both_classes() -> None:
+    """The bundled model beside transformers, one row padded on the left: beyond its local layers' window."""
+    transformers = pytest.importorskip("transformers")
+    folder = demo.MODEL
+    ids = np.random.default_rng(1).integers(0, 1000, (2, 300))
+    mask = np.ones_like(ids)
+    mask[0, :40] = 0
+    given = torch.tensor(ids), torch.tensor(mask)
+    with torch.no_grad():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        position_ids = (given[1].cumsum(1) - 1).clamp(min=0)
+        logits = theirs(given[0], attention_mask=given[1], position_ids=position_ids).logits
+        states = theirs.transformer(given[0], attention_mask=given[1], position_ids=position_ids).last_hidden_state
+    at = {"position_ids": position_ids.numpy()}
+    assert_close(FlaxGPTNeoForCausalLM.from_pretrained(folder)(ids, mask, **at).logits, logits, mask)
+    assert_close(FlaxGPTNeoModel.from_pretrained(folder)(ids, mask, **at).last_hidden_state, states, mask)
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
