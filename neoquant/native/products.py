@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
-from typing import Any
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -32,17 +31,35 @@ class Weight:
     """A packed weight [O, I] as the library sees it; it holds the tensors whose addresses it knows."""
 
     def __init__(
-        self, shape: tuple[int, ...], kind: int, bits: int, group: int | None, **tensors: Tensor | None
+        self,
+        shape: tuple[int, ...],
+        kind: int,
+        bits: int,
+        group: int | None,
+        *,
+        groups: int = 0,
+        level_step: float = 1.0,
+        **tensors: Tensor | None,
     ) -> None:
         """`tensors` by the names of the struct's pointers; `group` columns share a scale, None for a whole row."""
         self.rows, self.columns = shape
-        self.tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        fields: dict[str, Any] = {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
-        fields |= {"rows": shape[0], "columns": shape[1], "kind": kind, "bits": bits}
-        fields["group_bits"] = _WHOLE_ROW if group is None else group.bit_length() - 1
-        fields["level_step"] = 1.0
-        self.struct = _Struct(**fields)
+        self.tensors = tensors
+        group_bits = _WHOLE_ROW if group is None else group.bit_length() - 1
+        addresses = tuple([(name, tensor.data_ptr()) for name, tensor in tensors.items() if tensor is not None])
+        self.struct = _struct(addresses, self.rows, self.columns, groups, kind, bits, group_bits, level_step)
         self.address = ctypes.addressof(self.struct)
+
+
+@lru_cache(maxsize=1 << 12)
+def _struct(
+    addresses: tuple[tuple[str, int], ...],
+    rows: int, columns: int, groups: int, kind: int, bits: int, group_bits: int, level_step: float,
+) -> _Struct:  # fmt: skip
+    """Nothing but its arguments, so that what it was made for may be gone: making it takes longer than a small product."""
+    return _Struct(
+        **dict(addresses), rows=rows, columns=columns, groups=groups, kind=kind, bits=bits, group_bits=group_bits,
+        level_step=level_step,
+    )  # fmt: skip
 
 
 def codebook(
@@ -57,9 +74,7 @@ def codebook(
     scales: dict[str, Tensor] = {"absmax": absmax}
     if nested is not None:
         scales = {"stored": absmax, "nested": nested[0], "nested_table": nested[1], "offset": nested[2]}
-    w = Weight(shape, 0, 4, block_size, codes=packed, table=table, levels=levels, **scales)
-    w.struct.level_step = level_step
-    return w
+    return Weight(shape, 0, 4, block_size, level_step=level_step, codes=packed, table=table, levels=levels, **scales)
 
 
 def int8_rows(codes: Tensor, scb: Tensor, shape: tuple[int, ...]) -> Weight:
@@ -76,9 +91,7 @@ def affine(
     a power of two from 16 on, or None for whole rows.
     """
     tables = {"table": _numbers(bits), "levels": _levels(bits)}
-    w = Weight(shape, 2, bits, group, codes=packed, scales=scale, zeros=zero, **tables)
-    w.struct.groups = scale.shape[1]
-    return w
+    return Weight(shape, 2, bits, group, groups=scale.shape[1], codes=packed, scales=scale, zeros=zero, **tables)
 
 
 def multiply(x: Tensor, w: Weight, bias: Tensor | None, int8: bool = False) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from neoquant.errors import FormatError, RequestError
 
 STRIP = 256  # columns of a matrix of which only one triangle is computed
+TALL_STRIP = 1024  # rows of it that are multiplied together
 LEGAL_DAMPING = "legal is more than 0, at most 1 (a part of the mean diagonal)"
 STEPS = 4  # how often the damping is raised tenfold before giving up
 
@@ -81,8 +82,10 @@ class Hessian:
             mean = float(diagonal.mean()) or 1.0
             H.diagonal()[diagonal == 0] = mean
             if ordered:
-                order = self.order()
-                H = H[order[:, None], order]
+                turn = self.order().flip(0)
+                H = H[turn[:, None], turn]
+            else:
+                H = H.flip(0, 1)
             self._factors[ordered, damping] = _factor(H, mean, damping)
         return self._factors[ordered, damping]
 
@@ -111,20 +114,20 @@ class Across:
             diagonal = K.diagonal()
             mean = float(diagonal.mean()) or 1.0
             turn = diagonal.argsort(descending=True, stable=True)
-            damped = K.clone()
+            damped, back = K.clone(), turn.flip(0)
             damped.diagonal()[diagonal == 0] = mean
-            upper = _factor(damped[turn[:, None], turn], mean, damping).upper
+            upper = _factor(damped[back[:, None], back], mean, damping).upper
             units.append(upper / upper.diagonal()[:, None])
             turns.append(turn)
         return Across(torch.stack(units), torch.stack(turns))
 
 
-def _factor(H: Tensor, mean: float, damping: float) -> Factor:
-    """Of H float32[I, I], which is used up: a copy less, and at 1.3B one takes 268 MB."""
-    diagonal = H.diagonal().clone()
+def _factor(turned: Tensor, mean: float, damping: float) -> Factor:
+    """Of H, float32[I, I] with its rows and columns in reverse, which is used up."""
+    diagonal = turned.diagonal().clone()
     for retries in range(STEPS):
         for dtype in (torch.float32, torch.float64):
-            damped = H.to(dtype)
+            damped = turned.to(dtype)
             damped.diagonal().copy_(diagonal.to(dtype) + damping * mean)
             upper = inverse_factor(damped)
             if upper is not None:
@@ -133,20 +136,33 @@ def _factor(H: Tensor, mean: float, damping: float) -> Factor:
     raise RequestError(f"the inputs' second moments are not positive definite, even with damping {damping / 10:g}")
 
 
-def inverse_factor(H: Tensor) -> Tensor | None:
-    """Upper triangular U with H**-1 = Uᵀ U, or None if H is not positive definite in its precision.
+def inverse_factor(turned: Tensor) -> Tensor | None:
+    """Upper triangular U[I, I] with H**-1 = Uᵀ U, in the memory of `turned`, which is H with its rows and columns in
+    reverse; or None, and nothing changed, if H is not positive definite in its precision.
 
-    With rows and columns turned round, H = R Rᵀ for an upper triangular R, and U = R**-1: one Cholesky factor and one
-    triangular inverse, where inverting H first takes two of each.
+    A Cholesky factor of `turned`, turned back, is R with H = R Rᵀ, and U = R**-1: one factor and one triangular
+    inverse, where inverting H first takes two of each. Of the largest layers a matrix takes 268 MB at 1.3B, so there is
+    but one beside this one at any time.
     """
-    lower, info = torch.linalg.cholesky_ex(H.flip(0, 1))
+    lower, info = torch.linalg.cholesky_ex(turned)
     if int(info):
         return None
-    turned = lower.flip(0, 1)
-    del lower  # a matrix of the largest layers takes 268 MB at 1.3B
-    upper = torch.eye(len(H), dtype=H.dtype, device=H.device)
-    for start in range(0, len(H), STRIP):  # below the diagonal nothing is to be computed
-        stop = min(start + STRIP, len(H))
-        strip = upper[:stop, start:stop]
-        strip.copy_(torch.linalg.solve_triangular(turned[:stop, :stop], strip, upper=True))
+    upper = turned
+    for start in range(0, len(upper), STRIP):
+        upper[start : start + STRIP] = lower[max(0, len(upper) - start - STRIP) : len(upper) - start].flip(0, 1)
+    del lower
+    _invert_triangle(upper)
     return upper if bool(upper.diagonal().sum().isfinite()) else None
+
+
+def _invert_triangle(upper: Tensor) -> None:
+    """An upper triangular matrix, in place, a strip of columns after the other: behind the inverse A of what is left
+    of it and above, [B; C] becomes [-A B C**-1; C**-1]."""
+    for start in range(0, len(upper), STRIP):
+        stop = min(start + STRIP, len(upper))
+        corner = upper[start:stop, start:stop]
+        corner.copy_(torch.linalg.solve_triangular(corner, torch.eye(stop - start).to(corner), upper=True))
+        above = upper[:start, start:stop] @ corner
+        for top in range(0, start, TALL_STRIP):  # what is left of A's diagonal is zero
+            bottom = min(top + TALL_STRIP, start)
+            upper[top:bottom, start:stop] = (upper[top:bottom, top:start] @ above[top:]).neg_()
