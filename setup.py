@@ -10,9 +10,15 @@ import os
 from setuptools import Extension, setup
 
 ISAS = ("portable", "avx2", "avx512", "avx512vnni", "neon")
-NAMES = ("feedback", "multiply", "parallel", "quantize", *(f"products_{isa}" for isa in ISAS))
+NAMES = ("feedback", "multiply", "parallel", "quantize", "step", *(f"products_{isa}" for isa in ISAS))
 SOURCES = [f"neoquant/native/{name}.c" for name in NAMES]
-HEADERS = ["cpu.h", "weight.h", "products.inc.h", *(f"simd_{isa}.h" for isa in ("portable", "avx2", "avx512", "neon"))]
+HEADERS = [
+    "cpu.h",
+    "weight.h",
+    "products.inc.h",
+    "step.inc.h",
+    *(f"simd_{isa}.h" for isa in ("portable", "avx2", "avx512", "neon")),
+]
 
 # No contraction to fused multiply-add: where a rounding decides a byte, it is bitsandbytes' rounding.
 FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"]

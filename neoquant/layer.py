@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neoquant.kernels import Kernel, choose
+from neoquant.kernels import Kernel, State, choose
 from neoquant.tensor import QuantizedTensor
 
 
@@ -51,37 +51,39 @@ class QuantLinear(nn.Module):
     @property
     def qweight(self) -> Tensor:
         """One of the tensors that hold the weight, which tells where it lies; the name is the one PEFT looks for."""
-        return next(iter(self._state().values()))
+        return next(iter(self.state.values()))
 
     @property
     def quantized(self) -> QuantizedTensor:
         """The weight as it was given, bit for bit."""
-        return self.kernel.unpack(self._state(), self.grid, self.shape, self.dtype)
+        return self.kernel.unpack(self.state, self.grid, self.shape, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         inside = x if self.compute_dtype is None else x.to(self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(inside.dtype)
-        return self.kernel.linear(inside, self._state(), self.grid, self.shape, bias).to(x.dtype)
+        return self.kernel.linear(inside, self.state, self.grid, self.shape, bias).to(x.dtype)
 
     def set_activations(self, activations: str) -> None:
         """What may be done to x: "exact" is nothing, "int8" rounds it in runs of inputs, which is faster."""
-        device = next(iter(self._state().values())).device
+        device = next(iter(self.state.values())).device
         self._take(choose(self.grid, self.shape, device, self.ordered, activations))
 
     def embedding(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of the weight, ids[...] -> dtype[..., I]."""
-        return self.kernel.embedding(ids, self._state(), self.grid, self.shape, dtype)
+        return self.kernel.embedding(ids, self.state, self.grid, self.shape, dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.grid}, kernel={self.kernel.name}"
 
-    def _state(self) -> dict[str, Tensor]:
+    @property
+    def state(self) -> State:
+        """What the kernel holds of the weight, by its names."""
         return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        stored = self._state()
+        stored = self.state
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own is not typed
-        for name, tensor in self._state().items():
+        for name, tensor in self.state.items():
             if tensor.dtype != stored[name].dtype:  # fn casts: move the stored bits instead
                 self._buffers[name] = stored[name].to(tensor.device)
         self._choose_again()
@@ -89,7 +91,7 @@ class QuantLinear(nn.Module):
 
     def _choose_again(self) -> None:
         """Where the kernel cannot run on the device the layer has moved to, take one that can."""
-        state = self._state()
+        state = self.state
         device = next(iter(state.values())).device
         if device.type == "meta" or self.kernel.refuse(self.grid, self.shape, device, self.ordered) is None:
             return
@@ -97,7 +99,7 @@ class QuantLinear(nn.Module):
 
     def _take(self, kernel: Kernel) -> None:
         """Hand the weight to another kernel; one that holds it alike takes it as it lies."""
-        held, self.kernel, former = self._state(), kernel, self.kernel
+        held, self.kernel, former = self.state, kernel, self.kernel
         if isinstance(kernel, type(former)) or isinstance(former, type(kernel)):
             return
         q = former.unpack(held, self.grid, self.shape, self.dtype)

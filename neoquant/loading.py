@@ -24,11 +24,12 @@ from neoquant.model.attention import why_not
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.generation_config import FILE as GENERATION_FILE
 from neoquant.model.generation_config import GenerationConfig
-from neoquant.model.gpt_neo import GPTNeoForCausalLM
+from neoquant.model.gpt_neo import Block, GPTNeoForCausalLM
 from neoquant.model.pretrained import LoadReport, PreTrainedModel
 from neoquant.model.tokenizer import Tokenizer
 from neoquant.placement import Placement, place, unit_of
 from neoquant.progress import SILENT, Progress
+from neoquant.step import native_step
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
@@ -175,6 +176,9 @@ def read_model(
         for module in model.modules():
             if isinstance(module, QuantLinear):
                 module.set_activations(activations)
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.step = native_step
     if isinstance(model, GPTNeoForCausalLM):
         model.generation_config, faults = GenerationConfig.from_folder(_folder(checkpoint))
         for fault in faults:

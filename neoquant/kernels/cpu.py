@@ -54,6 +54,10 @@ class Cpu(Kernel):
         params = {name: state[name] for name in grid.param_shapes(shape)}
         return QuantizedTensor(codes, grid, params, state.get("order"), dtype)
 
+    def native(self, state: State, grid: Grid, shape: tuple[int, ...]) -> products.Weight:
+        """The weight as the library sees it; it must not have an activation order."""
+        return _weight(state, grid, shape)
+
     def linear(self, x: Tensor, state: State, grid: Grid, shape: tuple[int, ...], bias: Tensor | None) -> Tensor:
         if "order" in state:
             x = x.index_select(-1, state["order"])

@@ -27,21 +27,34 @@ class KVCache:
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Append `key` and `value` `[B, H, T, D]`; returns views of all positions so far, `[B, H, length + T, D]`."""
         end = self.length + key.shape[2]
-        keys = self._keys[layer] = self._room(self._keys[layer], key, end)
-        values = self._values[layer] = self._room(self._values[layer], value, end)
+        keys, values = self.room(layer, tuple(key.shape), key)
         keys[:, :, self.length : end] = key
         values[:, :, self.length : end] = value
-        if layer == self.num_layers - 1:
-            self.length = end
+        self.advance(layer, key.shape[2])
         return keys[:, :, :end], values[:, :, :end]
 
-    def _room(self, buffer: Tensor | None, like: Tensor, end: int) -> Tensor:
+    def room(self, layer: int, shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's buffers `[B, H, capacity, D]`, in which the next positions, `shape` = (B, H, T, D), have room.
+
+        They are of the type and on the device of `like`; what is written there counts from `advance` on.
+        """
+        keys = self._keys[layer] = self._grown(self._keys[layer], shape, like)
+        values = self._values[layer] = self._grown(self._values[layer], shape, like)
+        return keys, values
+
+    def advance(self, layer: int, positions: int) -> None:
+        """So many positions were written to the layer's buffers."""
+        if layer == self.num_layers - 1:
+            self.length += positions
+
+    def _grown(self, buffer: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        B, H, T, D = shape
+        end = self.length + T
         if buffer is not None and buffer.shape[2] >= end:
             return buffer
         capacity = self.capacity
         while capacity < end:
             capacity *= 2
-        B, H, _, D = like.shape
         grown = torch.empty(B, H, capacity, D, dtype=like.dtype, device=like.device)
         if buffer is not None:
             grown[:, :, : self.length] = buffer[:, :, : self.length]

@@ -91,6 +91,10 @@ class AttentionMasks:
         return self.keep is None and self.T == self.S and (not local or self.window >= self.S)
 
 
+Step = Callable[["Block", Tensor, AttentionMasks, KVCache], Tensor | None]
+"""x[B, 1, C] through a block to [B, 1, C], its keys and values added to the cache; None where it does not do that."""
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention of one layer, global or local. No bias on q, k and v."""
 
@@ -102,6 +106,7 @@ class SelfAttention(nn.Module):
         self.window_size = config.window_size
         self.num_heads = config.num_heads
         self.dropout = config.attention_dropout
+        self.implementation = attn_implementation
         self.attend = {
             "sdpa": self._sdpa,
             "eager": self._eager,
@@ -191,7 +196,8 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.hidden_size, config.inner_size)
         self.c_proj = nn.Linear(config.inner_size, config.hidden_size)
-        self.act = ACTIVATION[config.activation_function]
+        self.activation = config.activation_function
+        self.act = ACTIVATION[self.activation]
         self.dropout = nn.Dropout(config.resid_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -202,6 +208,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: attention and MLP, each behind a norm and beside a residual."""
 
+    step: Step | None = None
+    """What takes one new position through the block at once, where something does."""
+
     def __init__(self, config: GPTNeoConfig, layer: int, attn_implementation: str) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
@@ -210,6 +219,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, masks: AttentionMasks, cache: KVCache | None = None) -> Tensor:
+        if self.step is not None and cache is not None and masks.T == 1:
+            stepped = self.step(self, x, masks, cache)
+            if stepped is not None:
+                return stepped
         attended: Tensor = self.attn(self.ln_1(x), masks, cache)
         x = x + attended
         thought: Tensor = self.mlp(self.ln_2(x))

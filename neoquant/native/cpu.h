@@ -7,6 +7,7 @@
 #ifndef NEOQUANT_CPU_H
 #define NEOQUANT_CPU_H
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -35,7 +36,7 @@ void nq_parallel(int threads, int64_t n, int64_t grain, nq_range run, void *job)
 
 /* Memory of this thread for as long as it lives, aligned to 64 bytes; the next call with the same name may reuse it.
  * Never 0: without memory the program ends. */
-enum nq_scratch_name { NQ_SHARED = 0, NQ_OWN = 1 };
+enum nq_scratch_name { NQ_SHARED = 0, NQ_OWN = 1, NQ_STEP = 2, NQ_SCRATCHES = 3 };
 void *nq_scratch(enum nq_scratch_name name, size_t bytes);
 
 NQ_INLINE uint32_t nq_bits(float value) {

@@ -3,7 +3,7 @@
 
 enum { WEIGHTS_A_PIECE = 1 << 15, MOST_ROWS = 480 };
 
-static const struct nq_kernels *kernels_of(int isa) {
+const struct nq_kernels *nq_kernels_of(int isa) {
 #ifdef NQ_X86
     if (isa == NQ_ISA_AVX2) return &nq_kernels_avx2;
     if (isa == NQ_ISA_AVX512) return &nq_kernels_avx512;
@@ -29,19 +29,23 @@ static void multiply(const struct nq_way *way, struct nq_product p, int64_t coun
     }
 }
 
-/* x[count, columns] times the weight's transpose, plus bias[rows] (or 0): y[count, rows], in float32. */
-NQ_EXPORT void nq_multiply(
-    const struct nq_weight *w, const float *x, int64_t count, const float *bias, float *y, int isa, int threads) {
-    const struct nq_kernels *kernels = kernels_of(isa);
+void nq_product(
+    const struct nq_kernels *kernels, const struct nq_weight *w, const float *x, int64_t count, const float *bias,
+    float *y, int int8, int threads) {
     struct nq_product p = {w, x, bias, y, 0, 0};
-    multiply(count <= kernels->few_most && nq_is_regular(w) ? &kernels->few : &kernels->many, p, count, threads);
+    const struct nq_way *way = int8 ? &kernels->int8 : &kernels->many;
+    if (!int8 && count <= kernels->few_most && nq_is_regular(w)) way = &kernels->few;
+    multiply(way, p, count, threads);
 }
 
-/* The same with x rounded to int8 in runs of inputs; codebooks of rows that are no multiple of 8 are not known. */
+NQ_EXPORT void nq_multiply(
+    const struct nq_weight *w, const float *x, int64_t count, const float *bias, float *y, int isa, int threads) {
+    nq_product(nq_kernels_of(isa), w, x, count, bias, y, 0, threads);
+}
+
 NQ_EXPORT void nq_multiply_int8(
     const struct nq_weight *w, const float *x, int64_t count, const float *bias, float *y, int isa, int threads) {
-    struct nq_product p = {w, x, bias, y, 0, 0};
-    multiply(&kernels_of(isa)->int8, p, count, threads);
+    nq_product(nq_kernels_of(isa), w, x, count, bias, y, 1, threads);
 }
 
 struct decoding {

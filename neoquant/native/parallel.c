@@ -69,10 +69,9 @@ static pthread_once_t scratch_once = PTHREAD_ONCE_INIT;
 static pthread_key_t scratch_key;
 
 static void free_scratch(void *argument) {
-    struct scratch *both = argument;
-    free(both[NQ_SHARED].memory);
-    free(both[NQ_OWN].memory);
-    free(both);
+    struct scratch *all = argument;
+    for (int name = 0; name < NQ_SCRATCHES; name++) free(all[name].memory);
+    free(all);
 }
 
 static void make_scratch_key(void) {
@@ -81,12 +80,12 @@ static void make_scratch_key(void) {
 
 void *nq_scratch(enum nq_scratch_name name, size_t bytes) {
     pthread_once(&scratch_once, make_scratch_key);
-    struct scratch *both = pthread_getspecific(scratch_key);
-    if (!both) {
-        both = calloc(2, sizeof *both);
-        if (!both || pthread_setspecific(scratch_key, both)) abort();
+    struct scratch *all = pthread_getspecific(scratch_key);
+    if (!all) {
+        all = calloc(NQ_SCRATCHES, sizeof *all);
+        if (!all || pthread_setspecific(scratch_key, all)) abort();
     }
-    struct scratch *one = &both[name];
+    struct scratch *one = &all[name];
     if (one->bytes < bytes) {
         free(one->memory);
         one->bytes = (bytes + 4095) & ~(size_t)4095;
@@ -97,7 +96,7 @@ void *nq_scratch(enum nq_scratch_name name, size_t bytes) {
 }
 
 /* Of the signatures of every exported function: the loader refuses a library whose number is not its own. */
-NQ_EXPORT int nq_version(void) { return 5; }
+NQ_EXPORT int nq_version(void) { return 6; }
 
 /* The address of torch's GOMP_parallel, or 0 for threads of our own. */
 NQ_EXPORT void nq_use_team(void *gomp_parallel) { team = (team_function)gomp_parallel; }

@@ -615,9 +615,14 @@ static void int8_run(void *argument, int64_t begin, int64_t end) {
     }
 }
 
+#include "step.inc.h"
+
 const struct nq_kernels NAME(nq_kernels) = {
     .few_most = FEW_MOST,
     .few = {few_size, few_lay, few_run, 1, 4},
     .many = {many_size, many_lay, many_run, TILE, PANEL},
     .int8 = {int8_size, int8_lay, int8_run, TILE8, PANEL},
+    .attend = attend,
+    .norm = norm,
+    .activate = activate,
 };

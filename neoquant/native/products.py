@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from functools import cache, lru_cache
 
 import torch
@@ -36,10 +37,9 @@ class Weight:
         kind: int,
         bits: int,
         group: int | None,
-        *,
+        tensors: Mapping[str, Tensor | None],
         groups: int = 0,
         level_step: float = 1.0,
-        **tensors: Tensor | None,
     ) -> None:
         """`tensors` by the names of the struct's pointers; `group` columns share a scale, None for a whole row."""
         self.rows, self.columns = shape
@@ -55,7 +55,7 @@ def _struct(
     addresses: tuple[tuple[str, int], ...],
     rows: int, columns: int, groups: int, kind: int, bits: int, group_bits: int, level_step: float,
 ) -> _Struct:  # fmt: skip
-    """Nothing but its arguments, so that what it was made for may be gone: making it takes longer than a small product."""
+    """Nothing but its arguments, so that it may be kept: making it takes longer than a small product."""
     return _Struct(
         **dict(addresses), rows=rows, columns=columns, groups=groups, kind=kind, bits=bits, group_bits=group_bits,
         level_step=level_step,
@@ -74,12 +74,13 @@ def codebook(
     scales: dict[str, Tensor] = {"absmax": absmax}
     if nested is not None:
         scales = {"stored": absmax, "nested": nested[0], "nested_table": nested[1], "offset": nested[2]}
-    return Weight(shape, 0, 4, block_size, level_step=level_step, codes=packed, table=table, levels=levels, **scales)
+    tables = {"table": table, "levels": levels}
+    return Weight(shape, 0, 4, block_size, {"codes": packed, **tables, **scales}, level_step=level_step)
 
 
 def int8_rows(codes: Tensor, scb: Tensor, shape: tuple[int, ...]) -> Weight:
     """Codes int8[O, I] times scb float32[O] / 127."""
-    return Weight(shape, 1, 8, None, codes=codes, scb=scb, table=_numbers(8), levels=_levels(8))
+    return Weight(shape, 1, 8, None, {"codes": codes, "scb": scb, "table": _numbers(8), "levels": _levels(8)})
 
 
 def affine(
@@ -91,7 +92,8 @@ def affine(
     a power of two from 16 on, or None for whole rows.
     """
     tables = {"table": _numbers(bits), "levels": _levels(bits)}
-    return Weight(shape, 2, bits, group, groups=scale.shape[1], codes=packed, scales=scale, zeros=zero, **tables)
+    tensors = {"codes": packed, "scales": scale, "zeros": zero, **tables}
+    return Weight(shape, 2, bits, group, tensors, groups=scale.shape[1])
 
 
 def multiply(x: Tensor, w: Weight, bias: Tensor | None, int8: bool = False) -> Tensor:

@@ -46,11 +46,33 @@ struct nq_way {
     int tile, panel;                           /* rows of x in a tile, rows of the weight handled together */
 };
 
+/* One new position of every row looks back: heads [begin, end) of all rows' are done at once. */
+struct nq_attention {
+    const float *query;        /* [count, heads, size] */
+    const float *keys, *values; /* [count, heads, capacity, size] */
+    const uint8_t *keep;       /* [count, keep_stride], 0 on padding; or 0: there is none */
+    float *y;                  /* [count, heads, size] */
+    int64_t heads, size, capacity, length, window, keep_stride; /* `window` 0: everything is seen */
+};
+
+enum nq_activation { NQ_GELU_TANH = 0, NQ_RELU = 1 };
+
 /* What there is for one instruction set. */
 struct nq_kernels {
     int few_most; /* rows of x up to which `few` is the faster */
     struct nq_way few, many, int8;
+    nq_range attend;
+    void (*norm)(const float *x, const float *weight, const float *bias, int64_t n, float epsilon, float *to);
+    void (*activate)(float *x, int64_t n, int activation);
 };
+
+const struct nq_kernels *nq_kernels_of(int isa);
+
+/* x[count, columns] times the weight's transpose, plus bias[rows] (or 0): y[count, rows], in float32. With `int8`, x is
+ * rounded to int8 in runs of inputs; codebooks of rows that are no multiple of 8 are not known then. */
+void nq_product(
+    const struct nq_kernels *kernels, const struct nq_weight *w, const float *x, int64_t count, const float *bias,
+    float *y, int int8, int threads);
 
 extern const struct nq_kernels nq_kernels_portable, nq_kernels_avx2, nq_kernels_avx512, nq_kernels_avx512vnni,
     nq_kernels_neon;

@@ -1,0 +1,228 @@
+"""One position through a block in one call: as the block itself does it, and left alone where it would differ."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from switch import forced
+from torch import Tensor
+
+from neoquant import native
+from neoquant.grids import Affine, Codebook, Grid, Int8Rows
+from neoquant.kernels import Kernel, Reference
+from neoquant.layer import QuantLinear
+from neoquant.model.cache import KVCache
+from neoquant.model.config import GPTNeoConfig
+from neoquant.model.gpt_neo import GPTNeoModel
+from neoquant.quantizers import Nearest
+from neoquant.step import native_step
+
+GRIDS = [
+    Codebook(),
+    Codebook("fp4", 128, False),
+    Int8Rows(),
+    Affine(4, 64),
+    Affine(3, 16, True),
+    Affine(2, 32),
+    Affine(8),
+]
+LINEARS = [f"attn.attention.{name}_proj" for name in ("q", "k", "v", "out")] + ["mlp.c_fc", "mlp.c_proj"]
+every_isa = pytest.mark.parametrize("isa", native.ISAS)
+
+
+def make(grid: Grid = GRIDS[0], kernel: Kernel | None = None, stepping: bool = True, **asked: Any) -> GPTNeoModel:
+    """A network of two blocks, one of them local, with quantized layers."""
+    values = {"hidden_size": 40, "num_heads": 2, "intermediate_size": 72, "window_size": 3, "seed": 0} | asked
+    seed = values.pop("seed")
+    config = GPTNeoConfig(
+        vocab_size=17, max_position_embeddings=40, num_layers=2, attention_types=[[["global", "local"], 1]], **values
+    )
+    model = GPTNeoModel(config).init_weights(seed=seed).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6).add_(0.05 * torch.randn(parameter.shape))
+    for block in model.h:
+        for name in LINEARS:
+            linear = block.get_submodule(name)
+            q = Nearest().quantize(linear.weight.detach(), grid)
+            bias = None if linear.bias is None else linear.bias.detach()
+            block.set_submodule(name, QuantLinear(q, bias, kernel))
+        block.step = native_step if stepping else None
+    return model
+
+
+def twin(model: GPTNeoModel, dtype: torch.dtype = torch.float64) -> GPTNeoModel:
+    """The same values in plain torch, without steps."""
+    plain = copy.deepcopy(model).to(dtype)
+    for block in plain.h:
+        for name in LINEARS:
+            layer = block.get_submodule(name)
+            block.set_submodule(name, QuantLinear(layer.quantized, layer.bias, Reference()))
+        block.step = None
+    return plain
+
+
+def generate(model: GPTNeoModel, ids: Tensor, prompt: int, keep: Tensor | None = None) -> tuple[Tensor, KVCache]:
+    """Hidden states of ids[B, T], of which the first are read at once and the others one by one."""
+    cache, seen = KVCache(len(model.h), capacity=3), []
+    positions = None if keep is None else (keep.cumsum(1) - 1).clamp(min=0)
+    for begin, end in [(0, prompt), *((i, i + 1) for i in range(prompt, ids.shape[1]))]:
+        mask, at = (None, None) if keep is None else (keep[:, :end], positions[:, begin:end])
+        out = model(ids[:, begin:end], mask, position_ids=at, past_key_values=cache)
+        seen.append(out.last_hidden_state)
+    return torch.cat(seen, 1), cache
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each block that was asked took the step."""
+    taken: list[bool] = []
+    real = native_step
+
+    def told(*arguments: Any) -> Tensor | None:
+        y = real(*arguments)
+        taken.append(y is not None)
+        return y
+
+    monkeypatch.setitem(globals(), "native_step", told)
+    return taken
+
+
+@every_isa
+@pytest.mark.parametrize("threads", [1, 3])
+@settings(deadline=None, max_examples=12)
+@given(data=st.data())
+def test_steps_are_what_the_block_does(isa: str, threads: int, data: st.DataObject) -> None:
+    heads, size = data.draw(st.sampled_from([1, 3])), data.draw(st.sampled_from([1, 8, 13, 16, 40]))
+    model = make(
+        data.draw(st.sampled_from(GRIDS)), seed=data.draw(st.integers(0, 99)),
+        num_heads=heads, hidden_size=heads * size,
+        intermediate_size=data.draw(st.sampled_from([8, 50, 96])), window_size=data.draw(st.integers(1, 12)),
+        activation_function=data.draw(st.sampled_from(["gelu_new", "gelu_pytorch_tanh", "relu"])),
+    )  # fmt: skip
+    rows = data.draw(st.sampled_from([1, 2, 5, 9]))
+    ids = torch.randint(0, 17, (rows, 12), generator=torch.Generator().manual_seed(rows))
+    keep = torch.arange(12) >= torch.arange(rows)[:, None] if data.draw(st.booleans()) else None
+    with forced(isa, threads), torch.inference_mode():
+        found, cache = generate(model, ids, 4, keep)
+    with torch.inference_mode():
+        expected, held = generate(twin(model), ids, 4, keep)
+        plain, _ = generate(twin(model, torch.float32), ids, 4, keep)
+    kept = torch.ones(rows, 12, dtype=torch.bool) if keep is None else keep
+    usual = (plain.double() - expected)[kept].abs().max()  # what float32 loses: scores are large, and may lose much
+    assert (found.double() - expected)[kept].abs().max() <= 8 * usual + 1e-5 * expected.abs().max()
+    assert cache.length == held.length == 12
+
+
+@every_isa
+@pytest.mark.parametrize("stepping", [True, False])
+def test_a_step_is_taken(isa: str, stepping: bool, steps: list[bool]) -> None:
+    model = make(stepping=False)
+    for block in model.h:
+        block.step = native_step if stepping else None
+    with forced(isa), torch.inference_mode():
+        generate(model, torch.arange(8)[None], 5)
+    assert steps == [True] * 6 * stepping
+
+
+def change_type(model: GPTNeoModel) -> None:
+    model.bfloat16()
+
+
+def train(model: GPTNeoModel) -> None:
+    model.train()
+
+
+def listen(model: GPTNeoModel) -> None:
+    for block in model.h:
+        block.mlp.c_fc.register_forward_hook(lambda *arguments: None)
+
+
+def replace(model: GPTNeoModel) -> None:
+    for block in model.h:
+        q = block.mlp.c_fc.quantized
+        block.mlp.c_fc = torch.nn.Linear(40, 72)
+        assert q.shape == (72, 40)
+
+
+def other_kernel(model: GPTNeoModel) -> None:
+    for block in model.h:
+        block.attn.attention.q_proj._take(Reference())
+
+
+def ordered(model: GPTNeoModel) -> None:
+    for block in model.h:
+        block.mlp.c_fc.register_buffer("order", torch.arange(40).flip(0))
+
+
+@pytest.mark.parametrize("change", [change_type, train, listen, replace, other_kernel, ordered])
+def test_what_a_step_does_not_do_goes_the_ordinary_way(
+    change: Callable[[GPTNeoModel], None], steps: list[bool]
+) -> None:
+    model = make()
+    change(model)
+    with torch.inference_mode():
+        found, _ = generate(model, torch.arange(8)[None], 5)
+        for block in model.h:
+            block.step = None
+        expected, _ = generate(model, torch.arange(8)[None], 5)
+    assert not any(steps) and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("asked", [{"activation_function": "silu"}, {"window_size": 3}], ids=["silu", "gradients"])
+def test_unknown_activations_and_gradients(asked: dict[str, Any], steps: list[bool]) -> None:
+    model = make(**asked)
+    with torch.inference_mode("activation_function" in asked):
+        found, _ = generate(model, torch.arange(8)[None], 5)
+    assert not any(steps)
+    assert found.requires_grad == ("window_size" in asked)
+
+
+def test_every_implementation_but_sdpa_stays_itself(steps: list[bool]) -> None:
+    model = make()
+    for block in model.h:
+        block.attn.attention.implementation = "eager"
+        block.attn.attention.attend = block.attn.attention._eager
+    with torch.inference_mode():
+        generate(model, torch.arange(8)[None], 5)
+    assert steps and not any(steps)
+
+
+def test_whole_numbers_for_activations(steps: list[bool]) -> None:
+    """Rounding activations must not be lost on the way."""
+    model = make(Affine(4, 16))
+    with torch.inference_mode():
+        exact, _ = generate(model, torch.arange(8)[None], 5)
+        for module in model.modules():
+            if isinstance(module, QuantLinear):
+                module.set_activations("int8")
+        rounded, _ = generate(model, torch.arange(8)[None], 5)
+        for block in model.h:
+            block.step = None
+        expected, _ = generate(model, torch.arange(8)[None], 5)
+    assert all(steps) and not torch.equal(rounded, exact)
+    assert torch.allclose(rounded, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_weights_may_move_and_models_be_copied(steps: list[bool]) -> None:
+    """Nothing is remembered of where the weights lay."""
+    model = make()
+    ids = torch.arange(8)[None]
+    with torch.inference_mode():
+        expected, _ = generate(model, ids, 5)
+        other = copy.deepcopy(model)
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.clone()
+        assert torch.equal(generate(model, ids, 5)[0], expected)
+        with torch.no_grad():
+            other.h[0].ln_1.weight.mul_(2)
+        assert not torch.equal(generate(other, ids, 5)[0], expected)
+        assert torch.equal(generate(model, ids, 5)[0], expected)
+    assert all(steps)
