@@ -34,6 +34,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     _check(codes, bits)
     if bits == 8:
         return codes.contiguous()
+    if codes.numel() and rounding.refuse_bytes(codes) is None:
+        return rounding.pack(codes, bits)
     n = codes.shape[-1]
     groups = (n + 7) // 8
     if n % 8:
@@ -55,6 +57,8 @@ def unpack(words: Tensor, bits: int, n: int) -> Tensor:
         raise ValueError(f"{n} codes of {bits} bits take {row_bytes(n, bits)} bytes, got {words.shape[-1]}")
     if bits == 8:
         return words.contiguous()
+    if words.numel() and rounding.refuse_bytes(words) is None:
+        return rounding.unpack(words, bits, n)
     groups = (n + 7) // 8
     if words.shape[-1] != groups * bits:
         words = torch.nn.functional.pad(words, (0, groups * bits - words.shape[-1]))

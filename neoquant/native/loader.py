@@ -34,6 +34,8 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "nq_affine": (_POINTER, _INT, *(_LONG,) * 3, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT),
     "nq_pack_nibbles": (_POINTER, _POINTER, _LONG, _INT),
     "nq_unpack_nibbles": (_POINTER, _POINTER, _LONG, _INT),
+    "nq_pack": (_POINTER, _POINTER, _LONG, _LONG, _INT, _INT),
+    "nq_unpack": (_POINTER, _POINTER, _LONG, _LONG, _INT, _INT),
     "nq_feed_back": (*(_POINTER,) * 3, *(_LONG,) * 3, *_LEVELS, *(_POINTER,) * 2, _LONG, *(_POINTER,) * 2, _INT, _INT),
     "nq_multiply": (_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT),
     "nq_multiply_int8": (_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT),

@@ -489,3 +489,79 @@ NQ_EXPORT void nq_unpack_nibbles(const uint8_t *bytes, uint8_t *codes, int64_t n
     struct nibbles job = {bytes, codes, n};
     nq_parallel(threads, n, 1 << 16, unpack_range, &job);
 }
+
+/* Codes of n bits ------------------------------------------------------------------------------------------------- */
+
+struct packing {
+    const uint8_t *from;
+    uint8_t *to;
+    int64_t n;
+    int bits;
+};
+
+/* Eight codes, or the `count` that are left of a row, in the lowest bits of a word of `bits` bytes, and back. */
+NQ_INLINE void pack_eight(const uint8_t *codes, uint8_t *bytes, int count, const int bits) {
+    uint64_t word = 0;
+    for (int k = 0; k < count; k++) word |= (uint64_t)codes[k] << (k * bits);
+    for (int k = 0; k < (count * bits + 7) / 8; k++) bytes[k] = (uint8_t)(word >> (8 * k));
+}
+
+NQ_INLINE void unpack_eight(const uint8_t *bytes, uint8_t *codes, int count, const int bits) {
+    uint64_t word = 0;
+    for (int k = 0; k < (count * bits + 7) / 8; k++) word |= (uint64_t)bytes[k] << (8 * k);
+    for (int k = 0; k < count; k++) codes[k] = word >> (k * bits) & ((1 << bits) - 1);
+}
+
+NQ_INLINE void pack_rows(const struct packing *job, int64_t begin, int64_t end, const int bits) {
+    const int64_t n = job->n, bytes = (n * bits + 7) / 8, eights = n / 8;
+    for (int64_t row = begin; row < end; row++) {
+        const uint8_t *from = job->from + row * n;
+        uint8_t *to = job->to + row * bytes;
+        if (bits == 4) /* no byte depends on another: compilers make vectors of it */
+            for (int64_t i = 0; i < eights * 4; i++) to[i] = (uint8_t)(from[2 * i] | from[2 * i + 1] << 4);
+        else
+            for (int64_t i = 0; i < eights; i++) pack_eight(from + 8 * i, to + bits * i, 8, bits);
+        if (n % 8) pack_eight(from + 8 * eights, to + bits * eights, (int)(n % 8), bits);
+    }
+}
+
+NQ_INLINE void unpack_rows(const struct packing *job, int64_t begin, int64_t end, const int bits) {
+    const int64_t n = job->n, bytes = (n * bits + 7) / 8, eights = n / 8;
+    for (int64_t row = begin; row < end; row++) {
+        const uint8_t *from = job->from + row * bytes;
+        uint8_t *to = job->to + row * n;
+        if (bits == 4)
+            for (int64_t i = 0; i < eights * 4; i++) {
+                to[2 * i] = from[i] & 15;
+                to[2 * i + 1] = from[i] >> 4;
+            }
+        else
+            for (int64_t i = 0; i < eights; i++) unpack_eight(from + bits * i, to + 8 * i, 8, bits);
+        if (n % 8) unpack_eight(from + bits * eights, to + 8 * eights, (int)(n % 8), bits);
+    }
+}
+
+#define OF_BITS(rows)                                                                                                 \
+    const struct packing *job = argument;                                                                             \
+    if (job->bits == 2) rows(job, begin, end, 2);                                                                     \
+    else if (job->bits == 3) rows(job, begin, end, 3);                                                                \
+    else if (job->bits == 4) rows(job, begin, end, 4);                                                                \
+    else rows(job, begin, end, job->bits);
+
+static void pack_bits_range(void *argument, int64_t begin, int64_t end) { OF_BITS(pack_rows) }
+static void unpack_bits_range(void *argument, int64_t begin, int64_t end) { OF_BITS(unpack_rows) }
+
+static void in_rows(nq_range run, const uint8_t *from, uint8_t *to, int64_t rows, int64_t n, int bits, int threads) {
+    struct packing job = {from, to, n, bits};
+    nq_parallel(threads, rows, (1 << 16) / n + 1, run, &job);
+}
+
+/* codes[rows, n] of `bits` bits -> bytes[rows, ceil(n * bits / 8)], low bits first, every row on a byte. */
+NQ_EXPORT void nq_pack(const uint8_t *codes, uint8_t *bytes, int64_t rows, int64_t n, int bits, int threads) {
+    in_rows(pack_bits_range, codes, bytes, rows, n, bits, threads);
+}
+
+/* The inverse. */
+NQ_EXPORT void nq_unpack(const uint8_t *bytes, uint8_t *codes, int64_t rows, int64_t n, int bits, int threads) {
+    in_rows(unpack_bits_range, bytes, codes, rows, n, bits, threads);
+}

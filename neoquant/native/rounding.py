@@ -128,6 +128,23 @@ def unpack_nibbles(words: Tensor) -> Tensor:
     return codes
 
 
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """uint8[..., n] below 2**bits into uint8[..., ceil(n * bits / 8)], low bits first, every row on a byte."""
+    codes = codes.contiguous()
+    n = codes.shape[-1]
+    words = torch.empty(*codes.shape[:-1], (n * bits + 7) // 8, dtype=torch.uint8)
+    active().call("nq_pack", codes.data_ptr(), words.data_ptr(), codes.numel() // n, n, bits, threads())
+    return words
+
+
+def unpack(words: Tensor, bits: int, n: int) -> Tensor:
+    """The inverse of `pack`."""
+    words = words.contiguous()
+    codes = torch.empty(*words.shape[:-1], n, dtype=torch.uint8)
+    active().call("nq_unpack", words.data_ptr(), codes.data_ptr(), codes.numel() // n, n, bits, threads())
+    return codes
+
+
 @cache
 def _code_of_step(table: Tensor) -> Tensor:
     """The code nearest to each of 65536 even steps from -1 to 1, uint8[65536]; `table` is a cached tensor."""

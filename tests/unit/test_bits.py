@@ -6,21 +6,33 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from switch import forced
 
 from neoquant.bits import pack, pack_nibbles, row_bytes, unpack, unpack_nibbles
 
 
+@pytest.mark.parametrize("isa", ["off", "portable"])
 @settings(deadline=None, max_examples=60)
 @given(bits=st.integers(1, 8), rows=st.integers(1, 5), n=st.integers(1, 40), seed=st.integers(0, 99))
-def test_unpack_undoes_pack(bits: int, rows: int, n: int, seed: int) -> None:
+def test_unpack_undoes_pack(isa: str, bits: int, rows: int, n: int, seed: int) -> None:
     codes = torch.randint(2**bits, (rows, n), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    words = pack(codes, bits)
-    assert words.shape == (rows, row_bytes(n, bits))
-    assert torch.equal(unpack(words, bits, n), codes)
+    with forced(isa):
+        words = pack(codes, bits)
+        assert words.shape == (rows, row_bytes(n, bits))
+        assert torch.equal(unpack(words, bits, n), codes)
     # the definition: a row is one number in base 2**bits, least significant code and byte first
     for row, stored in zip(codes.tolist(), words.tolist(), strict=True):
         number = sum(code << (bits * place) for place, code in enumerate(row))
         assert bytes(stored) == number.to_bytes(row_bytes(n, bits), "little")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 7])
+def test_many_rows_on_many_threads(bits: int) -> None:
+    codes = torch.randint(2**bits, (301, 700), dtype=torch.uint8)
+    with forced("off"):
+        expected = pack(codes, bits)
+    with forced("portable", threads=3):
+        assert torch.equal(pack(codes, bits), expected) and torch.equal(unpack(expected, bits, 700), codes)
 
 
 def test_four_bits_put_the_first_code_low() -> None:
