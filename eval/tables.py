@@ -10,6 +10,7 @@ eval/README.md says which script makes which result anew.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -24,7 +25,8 @@ ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "eval" / "results" / "demo.json"
 LAYERS = ROOT / "eval" / "results" / "demo-layers.json"
 BENCH = ROOT / "eval" / "results" / "quantize-1.3b.json"
-CALIBRATED = {shape: ROOT / "eval" / "results" / f"calibrated-{shape}.json" for shape in ("125m",)}
+CALIBRATED = {shape: ROOT / "eval" / "results" / f"calibrated-{shape}.json" for shape in ("125m", "1.3b")}
+RUN = {shape: ROOT / "eval" / "results" / f"run-{shape}.json" for shape in ("125m", "1.3b")}
 FEEDBACK = ROOT / "eval" / "results" / "feedback-neo-8m.json"
 FEEDBACK_DEMO = ROOT / "eval" / "results" / "feedback-demo.json"
 CROSS_LOAD = ROOT / "eval" / "results" / "cross-load.json"
@@ -132,6 +134,63 @@ def calibrated() -> str:
     return "\n".join([*lines, "", "; ".join(notes) + "."])
 
 
+RUN_NAMES = {
+    "nf4": "NF4, embedding in float16",
+    "nf4-int8-embedding": "NF4, embedding in int8",
+    "affine4-g64-int8-embedding": "affine, groups of 64, embedding in int8",
+}
+
+
+def run(shape: str) -> str:
+    """Tokens a second and peak memory of running a model's shapes, by program."""
+    result = json.loads(RUN[shape].read_text("utf-8"))
+    found: dict[str, dict[str, Any]] = {}
+    for part in ("decode", "prefill"):
+        for program in result[part]["programs"]:
+            found.setdefault(_run_label(program["tool"], program["label"]), {})[part] = program["median"]
+    for label, rate in result["evaluate"]["median"].items():
+        tool, _, source = label.partition(": ")
+        found.setdefault(_run_label(tool, f"{tool}: {source}"), {})["evaluate"] = rate
+    lines = [
+        "| | load, s | decode, tokens/s | of the bandwidth limit | prefill of 1,024, tokens/s | evaluate, tokens/s "
+        "| peak while generating, MB |",
+        "| --- | --: | --: | --: | --: | --: | --: |",
+    ]
+    read = {RUN_NAMES.get(name, name): size for name, size in result["decode"]["bytes_a_token"].items()}
+    for label, parts in found.items():
+        decode, prefill = parts.get("decode"), parts.get("prefill")
+        size = read.get(label.removeprefix("neoquant: "))
+        part = decode and size and decode["decode_tokens_per_s"] * size / result["decode"]["bandwidth_gb_per_s"] / 1e9
+        cells = [
+            f"{decode['load_s']:.1f}" if decode else "",
+            f"{decode['decode_tokens_per_s']:.1f}" if decode else "",
+            f"{100 * part:.0f} %" if part else "",
+            f"{prefill['prefill_tokens_per_s']:.0f}" if prefill else "",
+            f"{parts['evaluate']:.0f}" if "evaluate" in parts else "",
+            f"{decode['peak_rss_bytes'] / 1e6:,.0f}" if decode else "",
+        ]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    made, decode = result["decode"]["provenance"], result["decode"]
+    versions = {name: found for program in decode["programs"] for name, found in program["versions"].items()}
+    shown = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "bitsandbytes", "openvino"))
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"GPT-Neo {shape} shapes, random weights, in float32; medians of {decode['repeats']} runs in turn, "
+            f"{decode['threads']} threads of an {made['cpu']}, {decode['bandwidth_gb_per_s']:.0f} GB/s read; {shown}.",
+        ]
+    )
+
+
+def _run_label(tool: str, label: str) -> str:
+    source = label.partition(": ")[2]
+    if tool == "neoquant":
+        return f"neoquant: {RUN_NAMES.get(source, source)}"
+    named = {"transformers": "transformers: float32", "openvino": "OpenVINO: int4, groups of 64, embedding in int8"}
+    return named.get(tool, "transformers + bitsandbytes: NF4")
+
+
 def feedback(path: Path) -> str:
     """Each tool's GPTQ on each grid, and ours as a part of the best peer's divergence."""
     result = json.loads(path.read_text("utf-8"))
@@ -194,6 +253,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo-layers": demo_layers,
     "bench-1p3b": bench_1p3b,
     "calibrated": calibrated,
+    **{f"run-{shape}": functools.partial(run, shape) for shape in RUN},
     "feedback-neo-8m": lambda: feedback(FEEDBACK),
     "feedback-demo": lambda: feedback(FEEDBACK_DEMO),
     "cross-load": cross_load,

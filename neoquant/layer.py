@@ -1,4 +1,4 @@
-"""Layers on a quantized weight: buffers and a kernel."""
+"""Layers on a quantized weight, which are buffers and a kernel, and on a plain one that stays as it is stored."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neoquant import native
 from neoquant.kernels import Kernel, State, choose
+from neoquant.native import products
 from neoquant.tensor import QuantizedTensor
 
 
@@ -107,6 +109,31 @@ class QuantLinear(nn.Module):
             del self._buffers[name]
         for name, tensor in kernel.pack(q).items():
             self.register_buffer(name, tensor)
+
+
+class StoredLinear(nn.Linear):
+    """A plain layer that computes in x's type whatever type its weight is held in, half of float32's memory for one.
+
+    The values are those of the weight cast to x's type, but where the native library runs, nothing is cast beforehand.
+    """
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
+        """`weight`[O, I] and `bias`[O] are taken as they are."""
+        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        self.weight, self.bias = weight, bias  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if x.dtype == torch.float32 != self.weight.dtype and not torch.is_grad_enabled() and is_native(self.weight):
+            y = products.multiply(x.reshape(-1, x.shape[-1]), products.plain(self.weight.detach()), bias)
+            return y.view(*x.shape[:-1], self.out_features)
+        return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+
+
+def is_native(weight: Tensor) -> bool:
+    """Whether the native library multiplies with this plain weight where it lies."""
+    kind = weight.dtype in (torch.float32, torch.float16, torch.bfloat16) and weight.device.type == "cpu"
+    return kind and weight.is_contiguous() and native.active().library is not None
 
 
 class QuantEmbedding(nn.Module):

@@ -19,7 +19,7 @@ from neoquant.errors import CheckpointError, RequestError, locate
 from neoquant.formats import Format
 from neoquant.formats.base import dtype_name
 from neoquant.kernels import ACTIVATIONS
-from neoquant.layer import QuantEmbedding, QuantLinear
+from neoquant.layer import QuantEmbedding, QuantLinear, StoredLinear, is_native
 from neoquant.model.attention import why_not
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.generation_config import FILE as GENERATION_FILE
@@ -274,6 +274,7 @@ class _Filling:
         if not header.dtype.is_floating_point:
             raise CheckpointError(f"tensor {stored!r} is {header.dtype}, a weight is floating-point")
         _set_parameter(self.model, name, nn.Parameter(self._plain(stored, name)))
+        self._let_compute(name.rpartition(".")[0])
 
     def _plain(self, stored: str, name: str) -> Tensor:
         """A tensor in the model's type, where it belongs: in the file's own memory, if that is both already."""
@@ -283,10 +284,19 @@ class _Filling:
                 f"{name} is to stay on disk, where it is {dtype_name(tensor.dtype)}: {dtype_name(self.dtype)} would be "
                 "a copy in memory, so load it with dtype='auto'"
             )
+        if self._stays_half(name, tensor):
+            return tensor
         placed = _cast(tensor, self.dtype, stored).to(self.places.of(name))
         if placed is not tensor:
             self.checkpoint.forget(stored)
         return placed
+
+    def _stays_half(self, name: str, tensor: Tensor) -> bool:
+        """Whether an embedding or a head that a quantized checkpoint keeps in half precision stays so, though the model
+        computes in float32: it may be the largest weight by far, and reading it decides how fast tokens are made."""
+        last = name.removeprefix(BASE) in ("wte.weight", "lm_head.weight")
+        here = self.places.of(name).type == "cpu" and self.dtype == torch.float32
+        return last and here and self.format is not None and tensor.dtype != self.dtype and is_native(tensor)
 
     def _tie(self, layer: str, source: str) -> None:
         """Let one layer have another's weight, quantized or not."""
@@ -295,6 +305,14 @@ class _Filling:
             self.model.set_submodule(layer, module.table)
         else:
             _set_parameter(self.model, f"{layer}.weight", self.model.get_parameter(f"{source}.weight"))
+        self._let_compute(layer)
+
+    def _let_compute(self, layer: str) -> None:
+        """A linear layer whose weight stayed in half precision must know of it."""
+        module = self.model.get_submodule(layer)
+        weight = module._parameters.get("weight")
+        if type(module) is nn.Linear and weight is not None and weight.dtype != self.dtype and not weight.is_meta:
+            self.model.set_submodule(layer, StoredLinear(weight))
 
     def _put_quantized(self, layer: str, stored: str) -> None:
         linear = self.model.get_submodule(layer)

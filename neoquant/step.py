@@ -1,4 +1,4 @@
-"""One new position of each row through a block of quantized layers, in one call of the native library.
+"""One new position of each row through a block, in one call of the native library.
 
 Generating is hundreds of such steps, and in each the operations between a block's products (norms, attention to what is
 held, the activation) take longer to be called one by one than to be done. `native_step` is what `Block.step` becomes
@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from neoquant.kernels import Cpu
-from neoquant.layer import QuantLinear
+from neoquant.layer import QuantLinear, StoredLinear, is_native
 from neoquant.model.cache import KVCache
 from neoquant.model.gpt_neo import AttentionMasks, Block
+from neoquant.native import products
 from neoquant.native.step import ACTIVATIONS, Packed, step
 
 
 def native_step(block: Block, x: Tensor, masks: AttentionMasks, cache: KVCache) -> Tensor | None:
     """x[B, 1, C] through `block`: [B, 1, C], with its keys and values added to `cache`; or None, and nothing done.
 
-    None is given unless all six linear layers are quantized and run by the native library in float32, nobody listens
-    in (hooks, adapters, gradients), and attention is the ordinary one.
+    None is given unless the native library runs all six linear layers in float32, nobody listens in (hooks, adapters,
+    gradients), and attention is the ordinary one.
     """
     attention, mlp = block.attn.attention, block.mlp
     linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, mlp.c_fc, mlp.c_proj)
@@ -55,6 +56,9 @@ def native_step(block: Block, x: Tensor, masks: AttentionMasks, cache: KVCache) 
 
 def _packed(layer: nn.Module) -> Packed | None:
     """A layer as the library takes it, or None where it is another's."""
+    if isinstance(layer, nn.Linear):
+        ours = type(layer) in (nn.Linear, StoredLinear) and is_native(layer.weight) and _fits(layer.bias)
+        return Packed(products.plain(layer.weight), layer.bias, False) if ours else None
     if type(layer) is not QuantLinear or layer.ordered or not isinstance(layer.kernel, Cpu):
         return None
     if layer.compute_dtype not in (None, torch.float32) or (
@@ -63,6 +67,10 @@ def _packed(layer: nn.Module) -> Packed | None:
         return None
     weight = layer.kernel.native(layer.state, layer.grid, layer.shape)
     return Packed(weight, layer.bias, layer.kernel.activations == "int8")
+
+
+def _fits(bias: Tensor | None) -> bool:
+    return bias is None or bias.dtype == torch.float32
 
 
 def _is_plain(norm: nn.LayerNorm) -> bool:

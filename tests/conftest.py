@@ -57,7 +57,8 @@ def tiny_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         shapes |= {f"{out}.weight": (width, width), f"{out}.bias": (width,)}
         shapes |= {f"{up}.weight": (inner, width), f"{up}.bias": (inner,)}
         shapes |= {f"{down}.weight": (width, inner), f"{down}.bias": (width,)}
-    return shapes | {"transformer.ln_f.weight": (width,), "transformer.ln_f.bias": (width,)}
+    shapes |= {"transformer.ln_f.weight": (width,), "transformer.ln_f.bias": (width,)}
+    return shapes if config["tie_word_embeddings"] else {**shapes, "lm_head.weight": (config["vocab_size"], width)}
 
 
 def write_tokenizer(folder: Path) -> None:

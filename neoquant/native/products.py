@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from neoquant.native.loader import active, threads
+from neoquant.native.rounding import DTYPES
 
 _WHOLE_ROW = 62  # weight.h: so long that every row is one group
 _POINTERS = (
@@ -25,6 +26,7 @@ class _Struct(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("rows", "columns", "groups")),
         *((name, ctypes.c_int32) for name in ("kind", "bits", "group_bits")),
         ("level_step", ctypes.c_float),
+        ("plain", ctypes.c_int32),
     )
 
 
@@ -40,25 +42,26 @@ class Weight:
         tensors: Mapping[str, Tensor | None],
         groups: int = 0,
         level_step: float = 1.0,
+        plain: int = 0,
     ) -> None:
         """`tensors` by the names of the struct's pointers; `group` columns share a scale, None for a whole row."""
         self.rows, self.columns = shape
         self.tensors = tensors
         group_bits = _WHOLE_ROW if group is None else group.bit_length() - 1
         addresses = tuple([(name, tensor.data_ptr()) for name, tensor in tensors.items() if tensor is not None])
-        self.struct = _struct(addresses, self.rows, self.columns, groups, kind, bits, group_bits, level_step)
+        self.struct = _struct(addresses, self.rows, self.columns, groups, kind, bits, group_bits, level_step, plain)
         self.address = ctypes.addressof(self.struct)
 
 
 @lru_cache(maxsize=1 << 12)
 def _struct(
     addresses: tuple[tuple[str, int], ...],
-    rows: int, columns: int, groups: int, kind: int, bits: int, group_bits: int, level_step: float,
+    rows: int, columns: int, groups: int, kind: int, bits: int, group_bits: int, level_step: float, plain: int,
 ) -> _Struct:  # fmt: skip
     """Nothing but its arguments, so that it may be kept: making it takes longer than a small product."""
     return _Struct(
         **dict(addresses), rows=rows, columns=columns, groups=groups, kind=kind, bits=bits, group_bits=group_bits,
-        level_step=level_step,
+        level_step=level_step, plain=plain,
     )  # fmt: skip
 
 
@@ -94,6 +97,12 @@ def affine(
     tables = {"table": _numbers(bits), "levels": _levels(bits)}
     tensors = {"codes": packed, "scales": scale, "zeros": zero, **tables}
     return Weight(shape, 2, bits, group, tensors, groups=scale.shape[1])
+
+
+def plain(weight: Tensor) -> Weight:
+    """A weight that is not quantized, float32, float16 or bfloat16 [O, I], contiguous."""
+    bits = 8 * weight.itemsize
+    return Weight(tuple(weight.shape), 3, bits, None, {"codes": weight}, plain=DTYPES[weight.dtype])
 
 
 def multiply(x: Tensor, w: Weight, bias: Tensor | None, int8: bool = False) -> Tensor:

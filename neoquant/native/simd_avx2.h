@@ -54,6 +54,8 @@ NQ_INLINE vi vi_or(vi a, vi b) { return _mm256_or_si256(a, b); }
 NQ_INLINE vi vi_xor(vi a, vi b) { return _mm256_xor_si256(a, b); }
 NQ_INLINE vi vi_srl(vi a, int n) { return _mm256_srli_epi32(a, n); }
 NQ_INLINE vi vi_sll(vi a, int n) { return _mm256_slli_epi32(a, n); }
+NQ_INLINE vf vf_cast(vi a) { return _mm256_castsi256_ps(a); }
+NQ_INLINE vi vi_cast(vf a) { return _mm256_castps_si256(a); }
 NQ_INLINE vf vf_of(vi a) { return _mm256_cvtepi32_ps(a); }
 NQ_INLINE vf vf_of_byte(vi a, int k) { return vf_of(_mm256_srai_epi32(vi_sll(a, 24 - 8 * k), 24)); }
 NQ_INLINE void vi_transpose(vi a[LANES]) {

@@ -46,6 +46,8 @@ NQ_INLINE vi vi_or(vi a, vi b) { return _mm512_or_si512(a, b); }
 NQ_INLINE vi vi_xor(vi a, vi b) { return _mm512_xor_si512(a, b); }
 NQ_INLINE vi vi_srl(vi a, int n) { return _mm512_srli_epi32(a, (unsigned)n); }
 NQ_INLINE vi vi_sll(vi a, int n) { return _mm512_slli_epi32(a, (unsigned)n); }
+NQ_INLINE vf vf_cast(vi a) { return _mm512_castsi512_ps(a); }
+NQ_INLINE vi vi_cast(vf a) { return _mm512_castps_si512(a); }
 NQ_INLINE vf vf_of(vi a) { return _mm512_cvtepi32_ps(a); }
 NQ_INLINE vf vf_of_byte(vi a, int k) { return vf_of(_mm512_srai_epi32(vi_sll(a, 24 - 8 * k), 24)); }
 NQ_INLINE void vi_transpose(vi a[LANES]) {

@@ -52,6 +52,8 @@ NQ_INLINE vi vi_or(vi a, vi b) { return vorrq_s32(a, b); }
 NQ_INLINE vi vi_xor(vi a, vi b) { return veorq_s32(a, b); }
 NQ_INLINE vi vi_srl(vi a, int n) { return vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(a), vdupq_n_s32(-n))); }
 NQ_INLINE vi vi_sll(vi a, int n) { return vshlq_s32(a, vdupq_n_s32(n)); }
+NQ_INLINE vf vf_cast(vi a) { return vreinterpretq_f32_s32(a); }
+NQ_INLINE vi vi_cast(vf a) { return vreinterpretq_s32_f32(a); }
 NQ_INLINE vf vf_of(vi a) { return vcvtq_f32_s32(a); }
 NQ_INLINE vf vf_of_byte(vi a, int k) { return vf_of(vshrq_n_s32(vi_sll(a, 24 - 8 * k), 24)); }
 NQ_INLINE void vi_transpose(vi a[LANES]) {

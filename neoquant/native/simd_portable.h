@@ -57,6 +57,8 @@ NQ_INLINE vi vi_or(vi a, vi b) { return a | b; }
 NQ_INLINE vi vi_xor(vi a, vi b) { return a ^ b; }
 NQ_INLINE vi vi_srl(vi a, int n) { return (vi)((vu)a >> n); }
 NQ_INLINE vi vi_sll(vi a, int n) { return (vi)((vu)a << n); }
+NQ_INLINE vf vf_cast(vi a) { return (vf)a; }
+NQ_INLINE vi vi_cast(vf a) { return (vi)a; }
 NQ_INLINE vf vf_of(vi a) { return __builtin_convertvector(a, vf); }
 NQ_INLINE vf vf_of_byte(vi a, int k) { return vf_of(vi_sll(a, 24 - 8 * k) >> 24); }
 NQ_INLINE void vi_transpose(vi a[LANES]) {

@@ -3,14 +3,15 @@
  * value = (table[code] - zero) * scale
  *
  * A run of columns shares scale and zero: 2**group_bits columns of a row, or of the flattened weight for codebooks.
- * Codes are packed low bits first, every row on a byte; those of codebooks high half first, rows without a gap.
+ * Codes are packed low bits first, every row on a byte; those of codebooks high half first, rows without a gap. Plain
+ * weights are the values themselves, of the nq_dtype that `plain` says.
  */
 #ifndef NEOQUANT_WEIGHT_H
 #define NEOQUANT_WEIGHT_H
 
 #include "cpu.h"
 
-enum nq_kind { NQ_CODEBOOK = 0, NQ_INT8 = 1, NQ_AFFINE = 2 };
+enum nq_kind { NQ_CODEBOOK = 0, NQ_INT8 = 1, NQ_AFFINE = 2, NQ_PLAIN = 3 };
 enum { NQ_WHOLE_ROW = 62, NESTED_BLOCK_BITS = 8 };
 
 struct nq_weight { /* as `Weight` in products.py */
@@ -28,6 +29,7 @@ struct nq_weight { /* as `Weight` in products.py */
     int64_t rows, columns, groups;
     int32_t kind, bits, group_bits;
     float level_step;
+    int32_t plain;
 };
 
 /* What a product is asked for. */
@@ -60,7 +62,7 @@ enum nq_activation { NQ_GELU_TANH = 0, NQ_RELU = 1 };
 /* What there is for one instruction set. */
 struct nq_kernels {
     int few_most; /* rows of x up to which `few` is the faster */
-    struct nq_way few, many, int8;
+    struct nq_way few, many, int8, plain; /* `plain`: few rows of x and a plain weight */
     nq_range attend;
     void (*norm)(const float *x, const float *weight, const float *bias, int64_t n, float epsilon, float *to);
     void (*activate)(float *x, int64_t n, int activation);
@@ -118,6 +120,19 @@ NQ_INLINE float nq_half(uint16_t half) {
     return nq_from_bits(nq_bits((float)rest * 0x1p-24f) | sign); /* subnormal: exact in float */
 }
 
+/* One value of a plain weight. */
+NQ_INLINE float nq_plain(const struct nq_weight *w, int64_t row, int64_t column) {
+    const uint8_t *at = w->codes + (row * w->columns + column) * (w->bits / 8);
+    uint16_t half;
+    uint32_t whole;
+    if (w->plain == NQ_FLOAT32) {
+        memcpy(&whole, at, 4);
+        return nq_from_bits(whole);
+    }
+    memcpy(&half, at, 2);
+    return w->plain == NQ_FLOAT16 ? nq_half(half) : nq_from_bits((uint32_t)half << 16);
+}
+
 NQ_INLINE float nq_absmax(const struct nq_weight *w, int64_t block) {
     if (w->absmax) return w->absmax[block];
     return w->nested_table[w->stored[block]] * w->nested[block >> NESTED_BLOCK_BITS] + *w->offset;
@@ -136,6 +151,10 @@ NQ_INLINE float nq_scale(const struct nq_weight *w, int64_t row, int64_t column,
 /* Columns [column, column + n) of a row, one by one. */
 NQ_INLINE void nq_decode_run(const struct nq_weight *w, int64_t row, int64_t column, int64_t n, float *to) {
     int64_t origin = w->kind == NQ_CODEBOOK ? row * w->columns : 0; /* where groups are counted from */
+    if (w->kind == NQ_PLAIN) {
+        for (int64_t i = 0; i < n; i++) to[i] = nq_plain(w, row, column + i);
+        return;
+    }
     for (int64_t i = 0; i < n;) {
         int64_t at = origin + column + i;
         int64_t stop = nq_min(n, i + (((at >> w->group_bits) + 1) << w->group_bits) - at);

@@ -1,8 +1,8 @@
 /* Runs the products of the native library on cases from standard input: for machines that are only emulated.
  *
- * A case is eleven int64 (isa, threads, int8, count, rows, columns, groups, kind, bits, group_bits, level_step's bits)
- * and the arrays of struct nq_weight in its order, then x and the bias, each an int64 of bytes and the bytes; none is
- * 0 bytes. The answer is y and the decoded weight. */
+ * A case is twelve int64 (isa, threads, int8, count, rows, columns, groups, kind, bits, group_bits, level_step's bits,
+ * plain) and the arrays of struct nq_weight in its order, then x and the bias, each an int64 of bytes and the bytes;
+ * none is 0 bytes. The answer is y and the decoded weight. */
 #include "weight.h"
 
 #include <stdio.h>
@@ -22,11 +22,12 @@ static const void *read_array(void) {
 }
 
 int main(void) {
-    int64_t said[11];
-    while (fread(said, 8, 11, stdin) == 11) {
+    int64_t said[12];
+    while (fread(said, 8, 12, stdin) == 12) {
         struct nq_weight w = {.rows = said[4], .columns = said[5], .groups = said[6], .kind = (int32_t)said[7],
                               .bits = (int32_t)said[8], .group_bits = (int32_t)said[9]};
         w.level_step = nq_from_bits((uint32_t)said[10]);
+        w.plain = (int32_t)said[11];
         const void **arrays[] = {
             (const void **)&w.codes, (const void **)&w.table, (const void **)&w.levels, (const void **)&w.absmax,
             (const void **)&w.stored, (const void **)&w.nested, (const void **)&w.nested_table,

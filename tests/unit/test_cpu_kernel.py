@@ -17,6 +17,7 @@ from neoquant import native
 from neoquant.grids import BLOCK_SIZES, GROUP_SIZES, Affine, Codebook, Grid, Int8Rows
 from neoquant.kernels import Cpu, cpu
 from neoquant.layer import QuantLinear
+from neoquant.native import products
 from neoquant.quantizers import Nearest
 from neoquant.tensor import QuantizedTensor
 
@@ -173,3 +174,42 @@ def test_a_layer_that_moves_where_its_kernel_cannot_follow_takes_another(monkeyp
         assert layer.quantized.equals(q)
         x = torch.randn(3, 96, generator=torch.Generator().manual_seed(1))
         require_close(layer(x).detach(), x, q.dequantize(torch.float64), torch.ones(40))
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@settings(deadline=None, max_examples=25)
+@given(
+    rows=st.integers(1, 70), columns=st.integers(1, 150) | st.sampled_from([512, 777, 1100]),
+    count=st.integers(1, 13), threads=st.sampled_from([1, 3]), biased=st.booleans(),
+)  # fmt: skip
+def test_plain_weights(
+    isa: str, dtype: torch.dtype, rows: int, columns: int, count: int, threads: int, biased: bool
+) -> None:
+    weight, x = torch.randn(rows, columns).to(dtype), torch.randn(count, columns)
+    bias = torch.randn(rows) if biased else None
+    with forced(isa, threads):
+        w = products.plain(weight)
+        require_close(products.multiply(x, w, bias), x, weight.double(), None if bias is None else bias.double())
+        chosen = torch.randint(0, rows, (5,))
+        assert torch.equal(products.decode_rows(w, chosen), weight[chosen].float())
+
+
+@every_isa
+def test_every_half_is_itself(isa: str) -> None:
+    """Subnormals, infinities and NaN included, in vectors and alone."""
+    bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        values = bits.view(dtype)
+        with forced(isa, 1):
+            for columns in (1, 64):
+                weight = values.view(-1, columns)
+                decoded = products.decode_rows(products.plain(weight), torch.arange(len(weight)))
+                assert torch.equal(decoded.nan_to_num(7), weight.float().nan_to_num(7))
+            alone = products.multiply(torch.ones(1, 1), products.plain(values.view(-1, 1)), None)[0]
+            many = products.multiply(torch.eye(64), products.plain(values.nan_to_num(0, 0, 0).view(-1, 64)), None)
+        expected = values.float()
+        if dtype == torch.bfloat16:  # multiplied by one, the smallest are what the processor makes of them
+            expected = torch.where(expected.abs() < 1.2e-38, alone, expected)
+        assert torch.equal(alone.nan_to_num(7), expected.nan_to_num(7))
+        assert torch.equal(many.T.reshape(-1), values.nan_to_num(0, 0, 0).float())

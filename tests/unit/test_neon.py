@@ -46,12 +46,13 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def message(isa: str, int8: bool, x: Tensor, w: products.Weight, bias: Tensor | None) -> bytes:
     s = w.struct
     step = struct.unpack("<I", struct.pack("<f", s.level_step))[0]
-    said = (native.ISAS.index(isa), 2, int8, len(x), w.rows, w.columns, s.groups, s.kind, s.bits, s.group_bits, step)
+    said = (native.ISAS.index(isa), 2, int8, len(x), w.rows, w.columns)
+    said += (s.groups, s.kind, s.bits, s.group_bits, step, s.plain)
     arrays = [w.tensors.get(name) for name in TABLES] + [x, bias]
     raw = [
         b"" if array is None else array.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for array in arrays
     ]
-    return struct.pack("<11q", *said) + b"".join(struct.pack("<q", len(data)) + data for data in raw)
+    return struct.pack("<12q", *said) + b"".join(struct.pack("<q", len(data)) + data for data in raw)
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["exact", "int8"])
@@ -78,4 +79,23 @@ def test_products_on_aarch64(driver: list[str], isa: str, int8: bool) -> None:
         length = x.double().norm(dim=1, keepdim=True) * w.norm(dim=1) + bias.abs()
         bound = 8 * torch.finfo(torch.float32).eps * q.shape[1] ** 0.5 * length
         assert ((y.view(exact.shape) - exact).abs() <= bound).all(), (q.grid, q.shape, len(x))
+    assert len(answer) == 0
+
+
+@pytest.mark.parametrize("isa", ["portable", "neon"])
+def test_plain_products_on_aarch64(driver: list[str], isa: str) -> None:
+    cases, sent = [], b""
+    for dtype, shape, count in itertools.product((torch.float32, torch.float16, torch.bfloat16), SHAPES, COUNTS):
+        weight, x = make_weight(shape, dtype, "normal"), make_weight((count, shape[1]), torch.float32, "normal", 2)
+        sent += message(isa, False, x, products.plain(weight), None)
+        cases.append((weight, x))
+    done = subprocess.run(driver, input=sent, stdout=subprocess.PIPE, check=True)
+    answer = torch.frombuffer(bytearray(done.stdout), dtype=torch.float32)
+    for weight, x in cases:
+        y, values, answer = torch.tensor_split(answer, [len(x) * len(weight), len(x) * len(weight) + weight.numel()])
+        assert torch.equal(values.view(weight.shape), weight.float())
+        exact = x.double() @ weight.double().T
+        length = x.double().norm(dim=1, keepdim=True) * weight.double().norm(dim=1)
+        bound = 8 * torch.finfo(torch.float32).eps * weight.shape[1] ** 0.5 * length
+        assert ((y.view(exact.shape) - exact).abs() <= bound).all(), (weight.dtype, weight.shape, len(x))
     assert len(answer) == 0

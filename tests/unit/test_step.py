@@ -16,7 +16,7 @@ from torch import Tensor
 from neoquant import native
 from neoquant.grids import Affine, Codebook, Grid, Int8Rows
 from neoquant.kernels import Kernel, Reference
-from neoquant.layer import QuantLinear
+from neoquant.layer import QuantLinear, StoredLinear
 from neoquant.model.cache import KVCache
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.gpt_neo import GPTNeoModel
@@ -144,11 +144,13 @@ def listen(model: GPTNeoModel) -> None:
         block.mlp.c_fc.register_forward_hook(lambda *arguments: None)
 
 
+class Adapted(torch.nn.Linear):
+    """Somebody's own layer."""
+
+
 def replace(model: GPTNeoModel) -> None:
     for block in model.h:
-        q = block.mlp.c_fc.quantized
-        block.mlp.c_fc = torch.nn.Linear(40, 72)
-        assert q.shape == (72, 40)
+        block.mlp.c_fc = Adapted(40, 72)
 
 
 def other_kernel(model: GPTNeoModel) -> None:
@@ -182,6 +184,21 @@ def test_unknown_activations_and_gradients(asked: dict[str, Any], steps: list[bo
         found, _ = generate(model, torch.arange(8)[None], 5)
     assert not any(steps)
     assert found.requires_grad == ("window_size" in asked)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_plain_layers_take_part(dtype: torch.dtype, steps: list[bool]) -> None:
+    model = make()
+    for block in model.h:
+        layer = block.mlp.c_fc
+        weight = torch.nn.Parameter(layer.quantized.dequantize(dtype))
+        block.mlp.c_fc = StoredLinear(weight, layer.bias)
+    with torch.inference_mode():
+        found, _ = generate(model, torch.arange(8)[None], 5)
+        for block in model.h:
+            block.step = None
+        expected, _ = generate(model, torch.arange(8)[None], 5)
+    assert steps and all(steps) and torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_every_implementation_but_sdpa_stays_itself(steps: list[bool]) -> None:
