@@ -130,6 +130,18 @@ class StoredLinear(nn.Linear):
         return nn.functional.linear(x, self.weight.to(x.dtype), bias)
 
 
+class StoredEmbedding(nn.Embedding):
+    """Rows in the type that the model is cast to, of a table [V, C] that is held in another."""
+
+    def __init__(self, weight: nn.Parameter, dtype: torch.dtype) -> None:
+        super().__init__(*weight.shape, device="meta")
+        self.weight = weight
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device=weight.device), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids).to(self.get_buffer("like").dtype)
+
+
 def is_native(weight: Tensor) -> bool:
     """Whether the native library multiplies with this plain weight where it lies."""
     kind = weight.dtype in (torch.float32, torch.float16, torch.bfloat16) and weight.device.type == "cpu"

@@ -19,7 +19,7 @@ from neoquant.errors import CheckpointError, RequestError, locate
 from neoquant.formats import Format
 from neoquant.formats.base import dtype_name
 from neoquant.kernels import ACTIVATIONS
-from neoquant.layer import QuantEmbedding, QuantLinear, StoredLinear, is_native
+from neoquant.layer import QuantEmbedding, QuantLinear, StoredEmbedding, StoredLinear, is_native
 from neoquant.model.attention import why_not
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.generation_config import FILE as GENERATION_FILE
@@ -308,11 +308,15 @@ class _Filling:
         self._let_compute(layer)
 
     def _let_compute(self, layer: str) -> None:
-        """A linear layer whose weight stayed in half precision must know of it."""
+        """A layer whose weight stayed in half precision must know of it."""
         module = self.model.get_submodule(layer)
         weight = module._parameters.get("weight")
-        if type(module) is nn.Linear and weight is not None and weight.dtype != self.dtype and not weight.is_meta:
+        if weight is None or weight.dtype == self.dtype or weight.is_meta:
+            return
+        if type(module) is nn.Linear:
             self.model.set_submodule(layer, StoredLinear(weight))
+        elif type(module) is nn.Embedding:
+            self.model.set_submodule(layer, StoredEmbedding(weight, self.dtype))
 
     def _put_quantized(self, layer: str, stored: str) -> None:
         linear = self.model.get_submodule(layer)

@@ -34,8 +34,8 @@ void nq_product(
     float *y, int int8, int threads) {
     struct nq_product p = {w, x, bias, y, 0, 0};
     const struct nq_way *way = int8 ? &kernels->int8 : &kernels->many;
-    if (!int8 && count <= kernels->few_most && nq_is_regular(w))
-        way = w->kind == NQ_PLAIN ? &kernels->plain : &kernels->few;
+    if (count <= kernels->few_most && nq_is_regular(w))
+        way = int8 ? &kernels->few8 : w->kind == NQ_PLAIN ? &kernels->plain : &kernels->few;
     multiply(way, p, count, threads);
 }
 

@@ -62,7 +62,7 @@ enum nq_activation { NQ_GELU_TANH = 0, NQ_RELU = 1 };
 /* What there is for one instruction set. */
 struct nq_kernels {
     int few_most; /* rows of x up to which `few` is the faster */
-    struct nq_way few, many, int8, plain; /* `plain`: few rows of x and a plain weight */
+    struct nq_way few, many, int8, few8, plain; /* `few8`: int8 and few rows of x; `plain`: a plain weight and few rows */
     nq_range attend;
     void (*norm)(const float *x, const float *weight, const float *bias, int64_t n, float epsilon, float *to);
     void (*activate)(float *x, int64_t n, int activation);

@@ -1,4 +1,4 @@
-"""An embedding that a quantized checkpoint keeps in half precision stays so in memory, and computes as if it did not."""
+"""An embedding that a quantized checkpoint keeps in half precision stays so in memory, and computes as ever."""
 
 from __future__ import annotations
 
@@ -61,6 +61,8 @@ def test_what_is_kept_in_half_precision_stays_so(make_model: MakeModel, tmp_path
     assert type(whole.lm_head) is nn.Linear and whole.get_parameter(TABLE).dtype == torch.float32
     with torch.inference_mode():
         assert torch.allclose(model(IDS).logits, whole(IDS).logits, rtol=1e-4, atol=1e-4)
+        rows = model.get_submodule("transformer.wte")(IDS)
+        assert rows.dtype == torch.float32 and torch.equal(rows, whole.get_submodule("transformer.wte")(IDS))
         assert torch.equal(model.generate(IDS, max_new_tokens=9), whole.generate(IDS, max_new_tokens=9))
         loss = model.bfloat16()(IDS, labels=IDS).loss
     assert loss is not None and loss.isfinite()
