@@ -159,7 +159,7 @@ def run(shape: str) -> str:
     read = {RUN_NAMES.get(name, name): size for name, size in result["decode"]["bytes_a_token"].items()}
     for label, parts in found.items():
         decode, prefill = parts.get("decode"), parts.get("prefill")
-        size = read.get(label.removeprefix("neoquant: "))
+        size = read.get(label.removeprefix("neoquant: ").removesuffix(", int8 activations"))
         part = decode and size and decode["decode_tokens_per_s"] * size / result["decode"]["bandwidth_gb_per_s"] / 1e9
         cells = [
             f"{decode['load_s']:.1f}" if decode else "",
@@ -184,9 +184,9 @@ def run(shape: str) -> str:
 
 
 def _run_label(tool: str, label: str) -> str:
-    source = label.partition(": ")[2]
+    source, *rest = label.partition(": ")[2].split(", ")
     if tool == "neoquant":
-        return f"neoquant: {RUN_NAMES.get(source, source)}"
+        return ", ".join([f"neoquant: {RUN_NAMES.get(source, source)}", *rest])
     named = {"transformers": "transformers: float32", "openvino": "OpenVINO: int4, groups of 64, embedding in int8"}
     return named.get(tool, "transformers + bitsandbytes: NF4")
 

@@ -119,8 +119,10 @@ class StoredLinear(nn.Linear):
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         """`weight`[O, I] and `bias`[O] are taken as they are."""
-        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        self.weight, self.bias = weight, bias  # type: ignore[assignment]
+        nn.Module.__init__(self)  # a weight of nn.Linear's own would be drawn first
+        self.out_features, self.in_features = weight.shape
+        self.weight = weight
+        self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -134,7 +136,10 @@ class StoredEmbedding(nn.Embedding):
     """Rows in the type that the model is cast to, of a table [V, C] that is held in another."""
 
     def __init__(self, weight: nn.Parameter, dtype: torch.dtype) -> None:
-        super().__init__(*weight.shape, device="meta")
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0  # what nn.Embedding looks at
+        self.scale_grad_by_freq, self.sparse = False, False
         self.weight = weight
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=weight.device), persistent=False)
 

@@ -46,11 +46,11 @@ def main() -> None:
     parser.add_argument("--without", nargs="+", default=(), choices=("transformers", "openvino"))
     parser.add_argument("--temp", type=Path, help="where the models are written, and deleted afterwards")
     parser.add_argument("--json", type=Path, help="default: eval/results/run-SHAPE.json; parts not run are kept")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        tool, source, windows = args.child
-        print(json.dumps(evaluate(tool, source, int(windows), args.threads)))
+        tool, source, windows, activations = args.child
+        print(json.dumps(evaluate(tool, source, int(windows), activations, args.threads)))
         return
     target = args.json or ROOT / "eval" / "results" / f"run-{args.shape}.json"
     with tempfile.TemporaryDirectory(prefix="neoquant-bench-", dir=args.temp) as temp:
@@ -80,7 +80,7 @@ def bench(args: argparse.Namespace, temp: Path) -> dict[str, Any]:
             prompt, new = lengths[part]
             request = Request(
                 list(map(str, models)), peers, base=str(plain), prompt=prompt, new=new,
-                repeats=args.repeats, threads=args.threads, pythons=pythons,
+                repeats=args.repeats, threads=args.threads, pythons=pythons, activations=("exact", "int8"),
             )  # fmt: skip
             found = measure(request).model_dump(mode="json")
             for program in found["programs"]:
@@ -133,22 +133,23 @@ def timed(work: Callable[[], object]) -> float:
 
 def evaluations(models: list[Path], plain: Path, args: argparse.Namespace, peers: list[str]) -> dict[str, Any]:
     """Tokens a second of scoring the same windows, in turn."""
-    lanes = [("neoquant", model) for model in models]
+    lanes = [("neoquant", model, kind) for model in models for kind in ("exact", "int8")]
     if "transformers" in peers:
-        lanes.append(("transformers", plain))
-    runs: dict[str, list[float]] = {f"{tool}: {source.name}": [] for tool, source in lanes}
+        lanes.append(("transformers", plain, "exact"))
+    runs: dict[str, list[float]] = {}
     for repeat in range(args.repeats):
-        for tool, source in lanes if repeat % 2 == 0 else lanes[::-1]:
+        for tool, source, kind in lanes if repeat % 2 == 0 else lanes[::-1]:
             command = [sys.executable, __file__, "--threads", str(args.threads)]
-            command += ["--child", tool, str(source), str(args.windows)]
+            command += ["--child", tool, str(source), str(args.windows), kind]
             done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=True)
-            runs[f"{tool}: {source.name}"].append(json.loads(done.stdout.splitlines()[-1])["tokens_per_s"])
+            label = f"{tool}: {source.name}" + ("" if kind == "exact" else f", {kind} activations")
+            runs.setdefault(label, []).append(json.loads(done.stdout.splitlines()[-1])["tokens_per_s"])
     median = {label: round(statistics.median(found), 2) for label, found in runs.items()}
     print("evaluate", median)
     return {"windows": args.windows, "context": CONTEXT, "tokens_per_s": runs, "median": median}
 
 
-def evaluate(tool: str, source: str, windows: int, threads: int) -> dict[str, float]:
+def evaluate(tool: str, source: str, windows: int, activations: str, threads: int) -> dict[str, float]:
     """Score windows of random tokens: with neoquant's evaluation, or as transformers' users do, window by window."""
     import torch
 
@@ -161,7 +162,7 @@ def evaluate(tool: str, source: str, windows: int, threads: int) -> dict[str, fl
         from neoquant.model.gpt_neo import GPTNeoForCausalLM
         from neoquant.progress import SILENT
 
-        model = load_model(source, GPTNeoForCausalLM, device="cpu")
+        model = load_model(source, GPTNeoForCausalLM, device="cpu", activations=activations)
 
         def corpus(rows: torch.Tensor) -> Corpus:
             units = tuple(Unit(str(row), "random", rows.shape[1] - 1, 1) for row in range(len(rows)))

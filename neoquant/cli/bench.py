@@ -50,6 +50,12 @@ def bench(
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="TYPE", help="Compute in float32, float16 or bfloat16.")
     ] = "float32",
+    activations: Annotated[
+        str,
+        typer.Option(
+            "--activations", metavar="A", help="exact, int8, or both with a comma: what neoquant may do to activations."
+        ),
+    ] = "exact",
     json: options.Json = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -83,13 +89,14 @@ def bench(
     chosen: list[str | None] = [*models] if models else [None]
     request = Request(
         models=[str(find_model(model, terminal, "bench")) for model in chosen],
-        against=[name.strip() for name in (against or "").split(",") if name.strip()],
+        against=_names(against or ""),
         base=None if base is None else str(find_model(base, terminal, "bench")),
         prompt=prompt_tokens,
         new=new_tokens,
         repeats=repeats,
         threads=threads,
         dtype=dtype,
+        activations=_names(activations),
         pythons={name: path for name, _, path in pythons},
     )
     result = measure(request, progress=terminal.progress)
@@ -98,3 +105,7 @@ def bench(
     terminal.show(speed_table(result))
     if json is not None:
         write_text(json, result.to_json() + "\n", terminal)
+
+
+def _names(listed: str) -> list[str]:
+    return [name.strip() for name in listed.split(",") if name.strip()]

@@ -17,6 +17,7 @@ from neoquant.checkpoint import open_checkpoint
 from neoquant.errors import RequestError
 from neoquant.evaluation.result import Record
 from neoquant.formats import detect
+from neoquant.kernels import ACTIVATIONS
 from neoquant.progress import SILENT, Progress
 
 RUNNER = Path(__file__).with_name("speed_runner.py")
@@ -64,6 +65,7 @@ class Speed(Record):
 class Request:
     """What to run: `models`, folders or hub ids. `base` is the plain model, for peers that cannot run one of these.
 
+    `activations`: what may be done to them, each of "exact" and "int8" a run of its own of every quantized model.
     `pythons`: peer -> the interpreter that has it, where that is not this one.
     """
 
@@ -75,6 +77,7 @@ class Request:
     repeats: int = 3
     threads: int = 1
     dtype: str = "float32"
+    activations: Sequence[str] = ("exact",)
     pythons: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -84,6 +87,9 @@ class Request:
         for peer in (*self.against, *self.pythons):
             if peer not in PEERS:
                 raise RequestError(f"there is no peer {peer!r}; there are {', '.join(PEERS)}")
+        for kind in self.activations or ("none",):
+            if kind not in ACTIVATIONS:
+                raise RequestError(f"activations are {kind!r}; legal are {' and '.join(ACTIVATIONS)}")
         if self.dtype not in ("float32", "float16", "bfloat16"):
             raise RequestError(f"dtype is {self.dtype!r}; legal are float32, float16 and bfloat16")
 
@@ -96,6 +102,7 @@ class _Lane:
     tool: str
     source: str
     python: str
+    activations: str = "exact"
     versions: dict[str, str] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
 
@@ -117,6 +124,7 @@ def measure(request: Request, progress: Progress = SILENT) -> Speed:
                 for lane in lanes[:] if repeat % 2 == 0 else lanes[::-1]:
                     job = {"step": "run", "tool": lane.tool, "source": lane.source, "threads": request.threads}
                     job |= {"prompt": request.prompt, "new": request.new, "dtype": request.dtype}
+                    job |= {"activations": lane.activations}
                     try:
                         lane.runs.append(Run(**_child(lane, job, request.threads)))
                     except RequestError as error:
@@ -146,7 +154,12 @@ def _lanes(request: Request) -> list[_Lane]:
         if request.prompt + request.new > limit:
             raise RequestError(f"{request.prompt} + {request.new} tokens; the context of {model} is {limit}")
         name = Path(model).resolve().name if Path(model).exists() else model
-        lanes.append(_Lane(f"neoquant: {name}", "neoquant", model, sys.executable))
+        for kind in request.activations:
+            label = f"neoquant: {name}" + ("" if kind == "exact" else f", {kind} activations")
+            if kind == "exact" or format is not None:
+                lanes.append(_Lane(label, "neoquant", model, sys.executable, kind))
+            elif len(request.activations) == 1:
+                raise RequestError(f"no weight of {name} is quantized, so that {kind} activations would meet none")
         if format is None:
             plain = plain or model
         elif format.family == "bitsandbytes":

@@ -96,7 +96,8 @@ def _neoquant(job: dict[str, Any]) -> Callable[[], tuple[Generate, int]]:
     torch.set_num_threads(job["threads"])
 
     def load() -> tuple[Generate, int]:
-        model = load_model(job["source"], GPTNeoForCausalLM, dtype=job["dtype"], device="cpu")
+        said = {"dtype": job["dtype"], "activations": job["activations"]}
+        model = load_model(job["source"], GPTNeoForCausalLM, device="cpu", **said)
 
         def generate(ids: Any, new: int) -> Iterator[None]:
             for _ in stream(model, ids, max_new_tokens=new):

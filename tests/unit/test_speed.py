@@ -52,6 +52,14 @@ def test_programs_take_turns_and_medians_are_told(
     assert Speed.model_validate_json(result.to_json()) == result
 
 
+def test_each_kind_of_activations_is_a_program(tiny_model: Path, tmp_path: Path) -> None:
+    quantize(tiny_model, tmp_path / "nf4", Recipe.simple(4, "nf4"))
+    models = [str(tmp_path / "nf4"), str(tiny_model)]
+    result = measure(Request(models, prompt=3, new=2, repeats=1, activations=("exact", "int8")))
+    plain = f"neoquant: {tiny_model.name}"
+    assert [found.label for found in result.programs] == ["neoquant: nf4", "neoquant: nf4, int8 activations", plain]
+
+
 def test_a_peer_that_fails_is_left_out_and_named(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(lane: Any, job: Any, threads: int) -> dict[str, Any]:
         if job["step"] == "run" and lane.tool == "transformers":
@@ -67,7 +75,8 @@ def test_a_peer_that_fails_is_left_out_and_named(tiny_model: Path, monkeypatch: 
 
 def test_the_runner_really_runs_a_model(tiny_model: Path) -> None:
     """A run of the script itself; and the loop that peers are driven by gives what our own generation gives."""
-    job = {"step": "run", "tool": "neoquant", "source": str(tiny_model), "threads": 1, "dtype": "float32"}
+    job = {"step": "run", "tool": "neoquant", "source": str(tiny_model), "threads": 1, "dtype": "float32",
+           "activations": "exact"}  # fmt: skip
     command = [sys.executable, str(speed.RUNNER), json.dumps(job | {"prompt": 5, "new": 6})]
     found = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
     assert found.keys() == Run.model_fields.keys()
@@ -92,6 +101,8 @@ def test_the_peers_loop_generates_greedily(tiny_model: Path) -> None:
         ({"new": 1}, "new is 1; legal is at least 2"),
         ({"prompt": 4000}, "4000 \\+ 64 tokens; the context of .* is 32"),
         ({"dtype": "int8"}, "dtype is 'int8'; legal are"),
+        ({"activations": ["int4"]}, "activations are 'int4'; legal are exact and int8"),
+        ({"activations": ["int8"], "prompt": 4, "new": 4}, "no weight of .* is quantized"),
         ({"against": ["openvino"], "pythons": {"openvino": "/nowhere/python"}, "prompt": 4, "new": 4}, "cannot be run"),
     ],
 )
@@ -110,7 +121,8 @@ def test_a_format_that_only_we_read_needs_the_plain_model_for_peers(tiny_model: 
 
 def test_a_program_that_fails_says_why(tmp_path: Path) -> None:
     lane = speed._Lane("neoquant: gone", "neoquant", str(tmp_path / "gone"), sys.executable)
-    job = {"step": "run", "tool": "neoquant", "source": lane.source, "threads": 1, "dtype": "float32"}
+    job = {"step": "run", "tool": "neoquant", "source": lane.source, "threads": 1, "dtype": "float32",
+           "activations": "exact"}  # fmt: skip
     with pytest.raises(RequestError, match=r"neoquant: gone failed: .*there is no folder"):
         speed._child(lane, job | {"prompt": 3, "new": 2}, 1)
 

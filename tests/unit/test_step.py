@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -227,6 +228,18 @@ def test_whole_numbers_for_activations(steps: list[bool]) -> None:
     assert torch.allclose(rounded, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("change", [train, listen, replace, other_kernel, ordered])
+def test_a_change_between_two_steps_is_seen(change: Callable[[GPTNeoModel], None], steps: list[bool]) -> None:
+    model = make()
+    with torch.inference_mode():
+        generate(model, torch.arange(8)[None], 5)
+        assert steps and all(steps)
+        steps.clear()
+        change(model)
+        generate(model, torch.arange(8)[None], 5)
+    assert steps and not any(steps)
+
+
 def test_weights_may_move_and_models_be_copied(steps: list[bool]) -> None:
     """Nothing is remembered of where the weights lay."""
     model = make()
@@ -239,7 +252,17 @@ def test_weights_may_move_and_models_be_copied(steps: list[bool]) -> None:
                 module._buffers[name] = None if buffer is None else buffer.clone()
         assert torch.equal(generate(model, ids, 5)[0], expected)
         with torch.no_grad():
-            other.h[0].ln_1.weight.mul_(2)
+            other.h[0].ln_1.weight.data = other.h[0].ln_1.weight * 2  # the same parameter in another place
         assert not torch.equal(generate(other, ids, 5)[0], expected)
         assert torch.equal(generate(model, ids, 5)[0], expected)
     assert all(steps)
+
+
+def test_models_may_be_pickled() -> None:
+    """Before and behind steps; addresses stay out of it."""
+    model, ids = make(), torch.arange(8)[None]
+    with torch.inference_mode():
+        expected, _ = generate(model, ids, 5)
+        again = pickle.loads(pickle.dumps(model))
+        del model
+        assert torch.equal(generate(again, ids, 5)[0], expected)
