@@ -35,6 +35,7 @@ from neoquant.formats import Format
 from neoquant.formats.base import dtype_name
 from neoquant.grids import Grid
 from neoquant.model.config import GPTNeoConfig
+from neoquant.native import leaving_cores
 from neoquant.planning import EMBEDDING, IN_FLIGHT_BYTES, Plan, PlanRow, make_plan
 from neoquant.progress import SILENT, Progress
 from neoquant.quantizers import Quantizer
@@ -280,6 +281,7 @@ def _write_tensors(
     with (
         progress.task("quantizing", total=planned.source_bytes) as advance,
         torch.inference_mode(),
+        leaving_cores(2),
         _thread("hashing") as hashing,
         _thread("writing") as writing,
     ):

@@ -6,7 +6,8 @@
 Random float16 weights of the model's exact shapes are written once. Then, `--repeats` times and in turn, each tool
 quantizes them in a process of its own, and so does a plain copy of the file, for scale. Measured are the seconds from
 the start of the process to its end (imports included), the seconds of the work alone, and the peak of resident memory.
-The source is in the page cache for all of them. neoquant waits until the disk has its result; transformers does not.
+The source is in the page cache for all of them. neoquant waits until the disk has its result, and so does the copy;
+transformers does not, and neoquant is also run without waiting (`neoquant-unsynced`), to be compared with that.
 The tensors of both results are compared byte by byte.
 """
 
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from provenance import ROOT, provenance
 
 SHAPES = {"125m": (12, 768, 12), "1.3b": (24, 2048, 16)}  # layers, hidden, heads
-TOOLS = ("neoquant", "transformers", "copy")
+TOOLS = ("neoquant", "neoquant-unsynced", "transformers", "copy")
 PACKAGES = ("neoquant", "torch", "transformers", "bitsandbytes", "safetensors", "accelerate")
 
 
@@ -62,16 +63,19 @@ def bench(shape: str, repeats: int, temp: Path) -> dict[str, Any]:
         # The order alternates, so that no tool always runs behind the same neighbour.
         for tool in TOOLS if repeat % 2 == 0 else TOOLS[::-1]:
             runs[tool].append(child(tool, source, temp / tool))
-            print(f"{repeat + 1}/{repeats} {tool:13}", describe(runs[tool][-1]), flush=True)
+            print(f"{repeat + 1}/{repeats} {tool:17}", describe(runs[tool][-1]), flush=True)
         if repeat == 0:
             same = child("same", temp / "neoquant", temp / "transformers")["same"]
             print("the same tensors, byte by byte" if same else "THE RESULTS DIFFER", flush=True)
         for tool in TOOLS:
             shutil.rmtree(temp / tool)
     median = {tool: {key: statistics.median(run[key] for run in runs[tool]) for key in runs[tool][0]} for tool in TOOLS}
-    ratios = {key: round(theirs / median["neoquant"][key], 3) for key, theirs in median["transformers"].items()}
+    ratios, unsynced = (
+        {key: round(theirs / median[tool][key], 3) for key, theirs in median["transformers"].items()}
+        for tool in TOOLS[:2]
+    )
     for tool in TOOLS:
-        print(f"median {tool:13}", describe(median[tool]))
+        print(f"median {tool:17}", describe(median[tool]))
     print(f"neoquant is {ratios['wall_s']:.2f} times as fast and takes {1 / ratios['peak_rss_mb']:.3f} of the memory")
     return {
         "what": f"GPT-Neo {shape} shapes, random float16 weights, to NF4 with double quantization, disk to disk",
@@ -81,6 +85,7 @@ def bench(shape: str, repeats: int, temp: Path) -> dict[str, Any]:
         "runs": runs,
         "median": median,
         "transformers_over_neoquant": ratios,
+        "transformers_over_neoquant_unsynced": unsynced,
         "neoquant_over_copy_work_s": round(median["neoquant"]["work_s"] / median["copy"]["work_s"], 2),
     }
 
@@ -111,6 +116,7 @@ def run_child(step: str, *arguments: str) -> dict[str, Any]:
         return {"same": same_tensors(Path(arguments[0]), Path(arguments[1]))}
     tools: dict[str, Callable[[str, str], None]] = {
         "neoquant": run_neoquant,
+        "neoquant-unsynced": run_unsynced,
         "transformers": run_transformers,
         "copy": run_copy,
     }
@@ -129,6 +135,11 @@ def run_neoquant(source: str, out: str) -> None:
     from neoquant.recipe import Recipe
 
     quantize(source, out, Recipe.load("nf4"))
+
+
+def run_unsynced(source: str, out: str) -> None:
+    os.fsync = lambda descriptor: None
+    run_neoquant(source, out)
 
 
 def run_transformers(source: str, out: str) -> None:

@@ -32,12 +32,18 @@ from provenance import ROOT, provenance
 
 PARTS = ("decode", "prefill", "evaluate")
 CONTEXT = 1024
+RECIPES: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {  # arguments of Recipe.simple
+    "nf4": ((4, "nf4"), {}),
+    "nf4-int8-embedding": ((4, "nf4"), {"embeddings": "int8"}),
+    "affine4-g64-int8-embedding": ((4, "affine"), {"group_size": 64, "embeddings": "int8"}),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="125m")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--models", nargs="+", choices=RECIPES, default=tuple(RECIPES), help="of those made")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=64, help="generated for the decoding rate")
     parser.add_argument("--windows", type=int, default=4, help=f"of {CONTEXT} tokens, evaluated")
@@ -68,7 +74,7 @@ def bench(args: argparse.Namespace, temp: Path) -> dict[str, Any]:
     print(f"making {args.shape}-shaped checkpoints ...", flush=True)
     plain = temp / "plain"
     make_source(args.shape, plain)
-    models = quantized(plain, temp)
+    models = quantized(plain, temp, args.models)
     peers = [peer for peer in ("transformers", "openvino") if peer not in args.without]
     pythons = {"openvino": args.openvino_python} if args.openvino_python and "openvino" in peers else {}
     lengths = {"decode": (32, args.new_tokens), "prefill": (CONTEXT, 2)}
@@ -91,17 +97,12 @@ def bench(args: argparse.Namespace, temp: Path) -> dict[str, Any]:
     return results
 
 
-def quantized(plain: Path, temp: Path) -> list[Path]:
+def quantized(plain: Path, temp: Path, names: list[str]) -> list[Path]:
     """The folders that neoquant runs, named for what they hold."""
     from neoquant.quantization import quantize
     from neoquant.recipe import Recipe
 
-    recipes = {
-        "nf4": Recipe.simple(4, "nf4"),
-        "nf4-int8-embedding": Recipe.simple(4, "nf4", embeddings="int8"),
-        "affine4-g64-int8-embedding": Recipe.simple(4, "affine", group_size=64, embeddings="int8"),
-    }
-    return [quantize(plain, temp / name, recipe).folder for name, recipe in recipes.items()]
+    return [quantize(plain, temp / name, Recipe.simple(*RECIPES[name][0], **RECIPES[name][1])).folder for name in names]
 
 
 def bytes_a_token(folders: list[Path]) -> dict[str, int]:

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from neoquant.errors import RequestError
 from neoquant.grids.base import Columns, Grid, Params, ParamShapes, count_pieces, require_finite, spans
-from neoquant.native import rounding
+from neoquant.native import rounding, team_size
 from neoquant.native.feedback import Levels
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE = 256  # how many absmax share a scale under double quantization
 CELLS = 1024  # cells between 0 and 1 when the nearest value is looked up
 SEARCHED = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 1.04, 1.08)  # parts of the absmax that a scale search tries
+SUMMED_ALONE = 32768  # numbers that torch adds up on one thread
 SMALLEST_SCALE = 1e-38  # what bitsandbytes divides by where a block is all zero
 
 # QLoRA, appendix E: quantiles of the normal distribution, with an exact zero, scaled to [-1, 1].
@@ -201,7 +202,7 @@ class Codebook(Grid):
         """Round float32 absmax[blocks] to the type they are stored in, with bitsandbytes' bytes."""
         if not self.double_quant:
             return {"absmax": absmax}
-        offset = absmax.mean()  # as in bitsandbytes; its last bit can depend on how many threads torch has
+        offset = _mean(absmax, team_size())
         if rounding.refuse_nested(absmax) is None:
             stored, coarse = rounding.round_nested(absmax - offset, double_quant_table(absmax.device))
             return {"absmax": stored, "nested_absmax": coarse, "nested_offset": offset}
@@ -212,6 +213,18 @@ class Codebook(Grid):
         """Pieces of `n` weights: (which weights, which blocks). Only the last may end in a short block."""
         for span in spans(n):
             yield span, slice(span.start // self.block_size, count_pieces(span.stop, self.block_size))
+
+
+def _mean(absmax: Tensor, threads: int) -> Tensor:
+    """The mean of absmax[n] as torch, and with it bitsandbytes, has it on so many threads, whose number its last bit
+    depends on: each adds up as long a part, of so many numbers at least."""
+    parts = min(threads, count_pieces(absmax.numel(), SUMMED_ALONE))
+    if absmax.device.type != "cpu" or torch.get_num_threads() == threads or parts == 1:
+        return absmax.mean()
+    sums = absmax.new_zeros(threads)
+    for part, piece in enumerate(torch.split(absmax, count_pieces(absmax.numel(), parts))):
+        sums[part] = piece.sum()
+    return sums.sum() / absmax.numel()
 
 
 @cache

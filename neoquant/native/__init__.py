@@ -7,6 +7,6 @@ loader.py finds the library, the other modules give it tensors. It knows nothing
 
 from __future__ import annotations
 
-from neoquant.native.loader import ISAS, SWITCH, Native, active, runnable
+from neoquant.native.loader import ISAS, SWITCH, Native, active, leaving_cores, runnable, team_size
 
-__all__ = ["ISAS", "SWITCH", "Native", "active", "runnable"]
+__all__ = ["ISAS", "SWITCH", "Native", "active", "leaving_cores", "runnable", "team_size"]

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -97,6 +99,31 @@ def _runnable(library: ctypes.CDLL) -> list[str]:
 def threads() -> int:
     """How many threads a call may use: as many as torch does."""
     return torch.get_num_threads()
+
+
+@contextmanager
+def leaving_cores(count: int) -> Iterator[None]:
+    """Inside, torch and the library leave so many cores to others of our threads, as far as there are more than one.
+
+    A team of threads stays awake for a while after each of torch's operations, and would take them away.
+    """
+    global _whole
+    before, outer = torch.get_num_threads(), _whole
+    torch.set_num_threads(max(1, before - count))
+    _whole = before
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        _whole = outer
+
+
+def team_size() -> int:
+    """How many threads torch has, or had outside `leaving_cores`."""
+    return torch.get_num_threads() if _whole is None else _whole
+
+
+_whole: int | None = None
 
 
 @cache
