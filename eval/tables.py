@@ -1,5 +1,5 @@
-"""Write the measured tables into README.md, docs/report.md, eval/README.md and the bundled model's card, from the
-committed results.
+"""Write the measured tables into README.md, the docs, eval/README.md and the bundled model's card, from the committed
+results.
 
     python eval/tables.py            # rewrite what stands between the markers
     python eval/tables.py --check    # exit 1 where a text is not what the results say
@@ -32,6 +32,14 @@ FEEDBACK_DEMO = ROOT / "eval" / "results" / "feedback-demo.json"
 CROSS_LOAD = ROOT / "eval" / "results" / "cross-load.json"
 CHOOSING = ROOT / "docs" / "choosing.md"
 CARD = ROOT / "neoquant" / "demo" / "neoquant-demo" / "README.md"
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "docs" / "report.md",
+    ROOT / "docs" / "speed.md",
+    CHOOSING,
+    ROOT / "eval" / "README.md",
+    CARD,
+)
 
 
 def demo_totals() -> str:
@@ -292,11 +300,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where something would change")
     check = parser.parse_args().check
-    stale = [
-        path
-        for path in (ROOT / "README.md", ROOT / "docs" / "report.md", ROOT / "eval" / "README.md", CHOOSING, CARD)
-        if rendered(path) != path.read_text("utf-8")
-    ]
+    stale = [path for path in PAGES if rendered(path) != path.read_text("utf-8")]
     for path in stale:
         if not check:
             path.write_text(rendered(path), "utf-8")

@@ -5,7 +5,7 @@
 
 Random float16 weights of the model's exact shapes are written once. Then, `--repeats` times and in turn, each tool
 quantizes them in a process of its own, and so does a plain copy of the file, for scale. Measured are the seconds from
-the start of the process to its end (imports included), the seconds of the work alone, and the peak of resident memory.
+the start of the process to its end (imports included), the seconds of the work behind the imports, and the peak of resident memory.
 The source is in the page cache for all of them. neoquant waits until the disk has its result, and so does the copy;
 transformers does not, and neoquant is also run without waiting (`neoquant-unsynced`), to be compared with that.
 The tensors of both results are compared byte by byte.
@@ -114,35 +114,37 @@ def run_child(step: str, *arguments: str) -> dict[str, Any]:
         return {}
     if step == "same":
         return {"same": same_tensors(Path(arguments[0]), Path(arguments[1]))}
-    tools: dict[str, Callable[[str, str], None]] = {
-        "neoquant": run_neoquant,
-        "neoquant-unsynced": run_unsynced,
-        "transformers": run_transformers,
-        "copy": run_copy,
+    tools: dict[str, Callable[[], Callable[[str, str], object]]] = {
+        "neoquant": neoquant_tool,
+        "neoquant-unsynced": unsynced_tool,
+        "transformers": transformers_tool,
+        "copy": lambda: copy,
     }
-    work_s = timed(tools[step], *arguments)
+    work_s = timed(tools[step](), *arguments)
     return {"work_s": round(work_s, 3), "peak_rss_mb": round(peak_rss_mb(), 1)}
 
 
-def timed(tool: Callable[[str, str], None], source: str, out: str) -> float:
+def timed(tool: Callable[[str, str], object], source: str, out: str) -> float:
     started = time.perf_counter()
     tool(source, out)
     return time.perf_counter() - started
 
 
-def run_neoquant(source: str, out: str) -> None:
+def neoquant_tool() -> Callable[[str, str], object]:
     from neoquant.quantization import quantize
     from neoquant.recipe import Recipe
 
-    quantize(source, out, Recipe.load("nf4"))
+    recipe = Recipe.load("nf4")
+    return lambda source, out: quantize(source, out, recipe)
 
 
-def run_unsynced(source: str, out: str) -> None:
+def unsynced_tool() -> Callable[[str, str], object]:
     os.fsync = lambda descriptor: None
-    run_neoquant(source, out)
+    return neoquant_tool()
 
 
-def run_transformers(source: str, out: str) -> None:
+def transformers_tool() -> Callable[[str, str], object]:
+    import bitsandbytes  # noqa: F401 (transformers would import it while it works)
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -152,11 +154,15 @@ def run_transformers(source: str, out: str) -> None:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float16,
     )
-    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=asked, device_map="cpu", dtype="auto")
-    model.save_pretrained(out)
+
+    def run(source: str, out: str) -> None:
+        model = AutoModelForCausalLM.from_pretrained(source, quantization_config=asked, device_map="cpu", dtype="auto")
+        model.save_pretrained(out)
+
+    return run
 
 
-def run_copy(source: str, out: str) -> None:
+def copy(source: str, out: str) -> None:
     shutil.copytree(source, out)
     with (Path(out) / "model.safetensors").open("rb") as file:
         os.fsync(file.fileno())
