@@ -5,10 +5,10 @@
 
 Random float16 weights of the model's exact shapes are written once. Then, `--repeats` times and in turn, each tool
 quantizes them in a process of its own, and so does a plain copy of the file, for scale. Measured are the seconds from
-the start of the process to its end (imports included), the seconds of the work behind the imports, and the peak of resident memory.
-The source is in the page cache for all of them. neoquant waits until the disk has its result, and so does the copy;
-transformers does not, and neoquant is also run without waiting (`neoquant-unsynced`), to be compared with that.
-The tensors of both results are compared byte by byte.
+the start of the process to its end (imports included), the seconds of the work behind the imports, and the peak of
+resident memory. The source is in the page cache for all of them. neoquant waits until the disk has its result, and so
+does the copy; transformers does not, and neoquant is also run without waiting (`neoquant-unsynced`), to be compared
+with that. The tensors of both results are compared byte by byte.
 """
 
 from __future__ import annotations
