@@ -185,12 +185,14 @@ def run(shape: str) -> str:
         lines.append(f"| {label} | {' | '.join(cells)} |")
     made, decode = result["decode"]["provenance"], result["decode"]
     versions = {name: found for program in decode["programs"] for name, found in program["versions"].items()}
+    evaluated = len(next(iter(result["evaluate"]["tokens_per_s"].values())))
+    fewer = f" (evaluating: {evaluated})" if evaluated != decode["repeats"] else ""
     shown = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "bitsandbytes", "openvino"))
     return "\n".join(
         [
             *lines,
             "",
-            f"GPT-Neo {shape} shapes, random weights, in float32; medians of {decode['repeats']} runs in turn, "
+            f"GPT-Neo {shape} shapes, random weights, in float32; medians of {decode['repeats']} runs in turn{fewer}, "
             f"{decode['threads']} threads of an {made['cpu']}, {decode['bandwidth_gb_per_s']:.0f} GB/s read; {shown}.",
         ]
     )

@@ -126,10 +126,15 @@ class StoredLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if x.dtype == torch.float32 != self.weight.dtype and not torch.is_grad_enabled() and is_native(self.weight):
+        if x.dtype != self.weight.dtype and self._is_native_for(x):
             y = products.multiply(x.reshape(-1, x.shape[-1]), products.plain(self.weight.detach()), bias)
             return y.view(*x.shape[:-1], self.out_features)
         return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+
+    def _is_native_for(self, x: Tensor) -> bool:
+        if x.dtype != torch.float32 or x.device.type != "cpu" or x.shape[-1] != self.in_features:
+            return False
+        return not (torch.is_grad_enabled() or is_traced()) and is_native(self.weight)
 
 
 class StoredEmbedding(nn.Embedding):
@@ -145,6 +150,11 @@ class StoredEmbedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         return super().forward(ids).to(self.get_buffer("like").dtype)
+
+
+def is_traced() -> bool:
+    """Whether a compiler writes down what is done, which must then be torch's own operations."""
+    return torch.compiler.is_compiling() or bool(torch._C._get_tracing_state())
 
 
 def is_native(weight: Tensor) -> bool:

@@ -314,7 +314,7 @@ class _Filling:
         if weight is None or weight.dtype == self.dtype or weight.is_meta:
             return
         if type(module) is nn.Linear:
-            self.model.set_submodule(layer, StoredLinear(weight))
+            self.model.set_submodule(layer, StoredLinear(weight, module._parameters.get("bias")))
         elif type(module) is nn.Embedding:
             self.model.set_submodule(layer, StoredEmbedding(weight, self.dtype))
 

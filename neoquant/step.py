@@ -7,14 +7,14 @@ where a model is loaded; it gives None for everything that it does not do, and t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from neoquant.kernels import Cpu
-from neoquant.layer import QuantLinear, StoredLinear, is_native
+from neoquant.layer import QuantLinear, StoredLinear, is_native, is_traced
 from neoquant.model.cache import KVCache
 from neoquant.model.gpt_neo import AttentionMasks, Block
 from neoquant.native import products
@@ -25,26 +25,49 @@ def native_step(block: Block, x: Tensor, masks: AttentionMasks, cache: KVCache) 
     """x[B, 1, C] through `block`: [B, 1, C], with its keys and values added to `cache`; or None, and nothing done.
 
     None is given unless the native library runs all six linear layers in float32, nobody listens in (hooks, adapters,
-    gradients), and attention is the ordinary one.
+    gradients, compilers), attention is the ordinary one, and the cache holds what float32 on the CPU left there.
     """
-    if x.dtype != torch.float32 or x.device.type != "cpu" or block.training or torch.is_grad_enabled():
+    if not _is_ordinary(block, x, masks):
+        _PREPARED.pop(block, None)  # it may be all that keeps weights in memory that were replaced
         return None
     prepared = _PREPARED.get(block)
-    if prepared is None or not prepared.holds():
+    if prepared is None or not prepared.holds(block):
+        _PREPARED.pop(block, None)
         prepared = _prepare(block)
         if prepared is None:
             return None
         _PREPARED[block] = prepared
     rows, layer, heads = x.shape[0], prepared.layer, prepared.heads
-    keys, values = cache.room(layer, (rows, heads, 1, x.shape[2] // heads), x)
+    shape = (rows, heads, 1, prepared.width // heads)
+    if x.shape[2] != prepared.width:
+        return None
+    keys, values = cache.room(layer, shape, x)
+    if not (_has_room(keys, shape) and _has_room(values, shape)):
+        return None
     keep = None if masks.keep is None else _by_rows(masks.keep.expand(rows, -1))
     y = prepared.native.step(x, keys, values, cache.length, keep)
     cache.advance(layer, 1)
     return y
 
 
+def _is_ordinary(block: Block, x: Tensor, masks: AttentionMasks) -> bool:
+    """Whether the block is asked for a result and nothing else, in float32 on the CPU."""
+    if x.dtype != torch.float32 or x.device.type != "cpu" or block.training or torch.is_grad_enabled():
+        return False
+    if is_traced() or torch.is_autocast_enabled("cpu"):
+        return False
+    return masks.keep is None or masks.keep.device.type == "cpu"
+
+
+def _has_room(buffer: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a cache's buffer [B, H, capacity, D] is as the library takes it: it may be another model's, or type's."""
+    fits = buffer.dtype == torch.float32 and buffer.device.type == "cpu" and buffer.is_contiguous()
+    return fits and (*buffer.shape[:2], buffer.shape[3]) == (*shape[:2], shape[3])
+
+
 class _Prepared:
-    """A block's description for the library, and everything that it rests on, to be looked at again at every step.
+    """A block's description for the library, and what it rests on, to be looked at again at every step: the modules,
+    their hooks and kernels, where their tensors lie. What a module is made with, as its number of heads, is fixed.
 
     Asking each tensor where it lies takes a microsecond; describing the block takes as long as computing with it.
     """
@@ -52,6 +75,8 @@ class _Prepared:
     def __init__(self, block: Block, native: NativeBlock, modules: list[nn.Module]) -> None:
         attention = block.attn.attention
         self.layer, self.heads, self.native = attention.layer, attention.num_heads, native
+        self.width = native.layers[0].weight.columns
+        self._said = _said(block)
         self._modules = [
             (parent._modules, name, module)
             for parent in (block, *modules)
@@ -59,30 +84,40 @@ class _Prepared:
             if module in modules
         ]
         self._kernels = [
-            (layer, layer.kernel, layer.compute_dtype, len(layer._buffers))
-            for layer in modules
-            if isinstance(layer, QuantLinear)
+            (layer, layer.kernel, layer.compute_dtype) for layer in modules if isinstance(layer, QuantLinear)
         ]
+        held = [tensors for module in modules for tensors in (module._parameters, module._buffers)]
+        self._counts = [(tensors, len(tensors)) for tensors in held]
         self._tensors = [
-            (held, name, tensor, tensor.data_ptr())
-            for module in modules
-            for held in (module._parameters, module._buffers)
-            for name, tensor in held.items()
-            if tensor is not None
+            (tensors, name, tensor, None if tensor is None else tensor.data_ptr())
+            for tensors in held
+            for name, tensor in tensors.items()
         ]
 
-    def holds(self) -> bool:
+    def holds(self, block: Block) -> bool:
         """Whether nothing has changed."""
+        if self._said != _said(block):
+            return False
         for modules, name, module in self._modules:
             if modules.get(name) is not module or module._forward_hooks or module._forward_pre_hooks:
                 return False
-        for layer, kernel, dtype, buffers in self._kernels:
-            if layer.kernel is not kernel or layer.compute_dtype != dtype or len(layer._buffers) != buffers:
+        for layer, kernel, dtype in self._kernels:
+            if layer.kernel is not kernel or layer.compute_dtype != dtype:
                 return False
-        for held, name, tensor, address in self._tensors:
-            if held.get(name) is not tensor or tensor.data_ptr() != address:
+        for tensors, count in self._counts:
+            if len(tensors) != count:
+                return False
+        for tensors, name, tensor, address in self._tensors:
+            if tensors.get(name) is not tensor or (tensor is not None and tensor.data_ptr() != address):
                 return False
         return True
+
+
+def _said(block: Block) -> tuple[object, ...]:
+    """What of a block's settings the description holds."""
+    attention, mlp = block.attn.attention, block.mlp
+    window = attention.window_size if attention.local else None
+    return attention.implementation, attention.num_heads, window, mlp.activation, block.ln_1.eps, block.ln_2.eps
 
 
 # Not in the blocks, which may be copied and pickled.
@@ -98,8 +133,14 @@ def _prepare(block: Block) -> _Prepared | None:
     activation = ACTIVATIONS.get(mlp.activation)
     if activation is None or attention.implementation != "sdpa" or _is_watched(modules):
         return None
-    layers = list(_packed(linears))
-    if len(layers) < len(linears) or not all(map(_is_plain, norms)):
+    if not all(map(_is_taken, linears)):
+        return None
+    layers = [_packed(linear) for linear in linears]
+    width, inner = layers[0].weight.columns, layers[4].weight.rows
+    shapes = [(layer.weight.rows, layer.weight.columns) for layer in layers]
+    if shapes != [(width, width)] * 4 + [(inner, width), (width, inner)] or width % attention.num_heads:
+        return None
+    if not all(_is_plain(norm, width) for norm in norms):
         return None
     native = NativeBlock(
         layers,
@@ -112,23 +153,35 @@ def _prepare(block: Block) -> _Prepared | None:
     return _Prepared(block, native, modules)
 
 
-def _packed(layers: Sequence[nn.Module]) -> Iterator[Packed]:
-    """Layers as the library takes them, without those that are another's."""
-    for layer in layers:
-        bias = layer._parameters.get("bias")
-        if bias is not None and bias.dtype != torch.float32:
-            continue
-        if isinstance(layer, QuantLinear):
-            exact = layer.compute_dtype in (None, torch.float32)
-            if isinstance(layer.kernel, Cpu) and exact and not layer.ordered:
-                packed = layer.kernel.native(layer.state, layer.grid, layer.shape)
-                yield Packed(packed, bias, layer.kernel.activations == "int8")
-        elif type(layer) in (nn.Linear, StoredLinear) and is_native(weight := layer.get_parameter("weight")):
-            yield Packed(products.plain(weight), bias, False)
+def _is_taken(layer: nn.Module) -> bool:
+    """Whether the library takes a layer, or it is another's."""
+    if isinstance(layer, QuantLinear):
+        exact = layer.compute_dtype in (None, torch.float32)
+        taken = isinstance(layer.kernel, Cpu) and exact and not layer.ordered and layer.qweight.device.type == "cpu"
+    else:
+        taken = type(layer) in (nn.Linear, StoredLinear) and is_native(layer.get_parameter("weight"))
+    bias = layer._parameters.get("bias")
+    return taken and (bias is None or _is_vector(bias, layer.out_features))  # type: ignore[arg-type]
 
 
-def _is_plain(norm: nn.LayerNorm) -> bool:
-    return type(norm) is nn.LayerNorm and norm.weight.dtype == torch.float32
+def _packed(layer: nn.Module) -> Packed:
+    """A layer as the library takes it."""
+    bias = layer._parameters.get("bias")
+    if isinstance(layer, QuantLinear) and isinstance(layer.kernel, Cpu):
+        weight = layer.kernel.native(layer.state, layer.grid, layer.shape)
+        return Packed(weight, bias, layer.kernel.activations == "int8")
+    return Packed(products.plain(layer.get_parameter("weight")), bias, False)
+
+
+def _is_plain(norm: nn.LayerNorm, width: int) -> bool:
+    return type(norm) is nn.LayerNorm and _is_vector(norm.weight, width) and _is_vector(norm.bias, width)
+
+
+def _is_vector(tensor: Tensor | None, length: int) -> bool:
+    """Whether a tensor is float32[length], lying in one line on the CPU."""
+    if tensor is None or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        return False
+    return tensor.shape == (length,) and tensor.is_contiguous()
 
 
 def _is_watched(modules: Sequence[nn.Module]) -> bool:

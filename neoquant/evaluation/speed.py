@@ -87,7 +87,9 @@ class Request:
         for peer in (*self.against, *self.pythons):
             if peer not in PEERS:
                 raise RequestError(f"there is no peer {peer!r}; there are {', '.join(PEERS)}")
-        for kind in self.activations or ("none",):
+        if not self.activations:
+            raise RequestError(f"no activations are named; legal are {' and '.join(ACTIVATIONS)}")
+        for kind in self.activations:
             if kind not in ACTIVATIONS:
                 raise RequestError(f"activations are {kind!r}; legal are {' and '.join(ACTIVATIONS)}")
         if self.dtype not in ("float32", "float16", "bfloat16"):
@@ -154,11 +156,11 @@ def _lanes(request: Request) -> list[_Lane]:
         if request.prompt + request.new > limit:
             raise RequestError(f"{request.prompt} + {request.new} tokens; the context of {model} is {limit}")
         name = Path(model).resolve().name if Path(model).exists() else model
-        for kind in request.activations:
+        for kind in dict.fromkeys(request.activations):
             label = f"neoquant: {name}" + ("" if kind == "exact" else f", {kind} activations")
             if kind == "exact" or format is not None:
                 lanes.append(_Lane(label, "neoquant", model, sys.executable, kind))
-            elif len(request.activations) == 1:
+            elif set(request.activations) == {kind}:
                 raise RequestError(f"no weight of {name} is quantized, so that {kind} activations would meet none")
         if format is None:
             plain = plain or model

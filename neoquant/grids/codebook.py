@@ -221,10 +221,14 @@ def _mean(absmax: Tensor, threads: int) -> Tensor:
     parts = min(threads, count_pieces(absmax.numel(), SUMMED_ALONE))
     if absmax.device.type != "cpu" or torch.get_num_threads() == threads or parts == 1:
         return absmax.mean()
-    sums = absmax.new_zeros(threads)
-    for part, piece in enumerate(torch.split(absmax, count_pieces(absmax.numel(), parts))):
-        sums[part] = piece.sum()
-    return sums.sum() / absmax.numel()
+    sums, running = absmax.new_zeros(threads), torch.get_num_threads()
+    torch.set_num_threads(1)  # else a long part would be shared out itself
+    try:
+        for part, piece in enumerate(torch.split(absmax, count_pieces(absmax.numel(), parts))):
+            sums[part] = piece.sum()
+        return sums.sum() / absmax.numel()
+    finally:
+        torch.set_num_threads(running)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Kernels that round activations to int8 too: faster where many rows meet the weight, and not exact.
+"""Kernels that round activations to int8 too: faster, most of all where many rows meet the weight, and not exact.
 
 A row of activations is cut into runs of inputs, each of which is rounded to whole steps of a scale of its own, its
 largest magnitude / 127. A run is as long as what shares a scale in every row of the weight, at most 128 inputs: an

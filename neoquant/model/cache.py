@@ -36,7 +36,8 @@ class KVCache:
     def room(self, layer: int, shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
         """A layer's buffers `[B, H, capacity, D]`, in which the next positions, `shape` = (B, H, T, D), have room.
 
-        They are of the type and on the device of `like`; what is written there counts from `advance` on.
+        They are made in the type and on the device of `like`, and stay as they are; what is written there counts from
+        `advance` on.
         """
         keys = self._keys[layer] = self._grown(self._keys[layer], shape, like)
         values = self._values[layer] = self._grown(self._values[layer], shape, like)

@@ -105,12 +105,13 @@ def threads() -> int:
 def leaving_cores(count: int) -> Iterator[None]:
     """Inside, torch and the library leave so many cores to others of our threads, as far as there are more than one.
 
-    A team of threads stays awake for a while after each of torch's operations, and would take them away.
+    A team of threads stays awake for a while after each of torch's operations, and would take them away. How many
+    threads torch has is one setting of the process: where several of its threads enter, the last one to leave says.
     """
     global _whole
     before, outer = torch.get_num_threads(), _whole
     torch.set_num_threads(max(1, before - count))
-    _whole = before
+    _whole = before if outer is None else outer
     try:
         yield
     finally:

@@ -14,7 +14,7 @@
 enum nq_kind { NQ_CODEBOOK = 0, NQ_INT8 = 1, NQ_AFFINE = 2, NQ_PLAIN = 3 };
 enum { NQ_WHOLE_ROW = 62, NESTED_BLOCK_BITS = 8 };
 
-struct nq_weight { /* as `Weight` in products.py */
+struct nq_weight { /* as `_Struct` in products.py */
     const uint8_t *codes;
     const float *table;        /* [16] values of codes below 8 bits; for affine grids code - middle */
     const int8_t *levels;      /* [16] the same in whole steps of level_step, for products with int8 activations */

@@ -145,14 +145,14 @@ def inverse_factor(turned: Tensor) -> Tensor | None:
     but one beside this one at any time.
     """
     lower, info = torch.linalg.cholesky_ex(turned)
-    if int(info):
+    if int(info) or not bool(lower.diagonal().reciprocal().sum().isfinite()):  # the diagonal that U will have
         return None
     upper = turned
     for start in range(0, len(upper), STRIP):
         upper[start : start + STRIP] = lower[max(0, len(upper) - start - STRIP) : len(upper) - start].flip(0, 1)
     del lower
     _invert_triangle(upper)
-    return upper if bool(upper.diagonal().sum().isfinite()) else None
+    return upper
 
 
 def _invert_triangle(upper: Tensor) -> None:

@@ -231,17 +231,19 @@ def test_a_wheel_carries_the_library_where_it_can(tmp_path: Path, environment: d
     assert bool(list((tmp_path / "built" / "neoquant" / "native").glob("_cpu*.so"))) == compiled
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("threads", [1, 2, 3, 4, 6, 8])
 def test_cores_are_left_to_others_and_bytes_stay_the_same(threads: int) -> None:
     before, random = torch.get_num_threads(), torch.Generator().manual_seed(threads)
     try:
         torch.set_num_threads(threads)
-        for blocks in (100, 32768, 32769, 65537, 160001):  # on either side of where torch shares a sum out
+        for blocks in (100, 32768, 32769, 65537, 160001, 262145):  # on either side of where torch shares a sum out
             w = torch.randn(blocks * 32 + 5, 1, generator=random)
             _, params = Codebook("nf4", 32).nearest(w)
             with native.leaving_cores(2):
                 assert (torch.get_num_threads(), native.team_size()) == (max(1, threads - 2), threads)
                 _, found = Codebook("nf4", 32).nearest(w)
+                with native.leaving_cores(1):
+                    assert native.team_size() == threads
             assert (torch.get_num_threads(), native.team_size()) == (threads, threads)
             assert all(torch.equal(params[name], found[name]) for name in params), blocks
     finally:

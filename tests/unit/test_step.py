@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 from collections.abc import Callable
@@ -34,6 +35,7 @@ GRIDS = [
     Affine(8),
 ]
 LINEARS = [f"attn.attention.{name}_proj" for name in ("q", "k", "v", "out")] + ["mlp.c_fc", "mlp.c_proj"]
+needs_native = pytest.mark.skipif(native.active().library is None, reason=native.active().reason)
 every_isa = pytest.mark.parametrize("isa", native.ISAS)
 
 
@@ -187,6 +189,7 @@ def test_unknown_activations_and_gradients(asked: dict[str, Any], steps: list[bo
     assert found.requires_grad == ("window_size" in asked)
 
 
+@needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_plain_layers_take_part(dtype: torch.dtype, steps: list[bool]) -> None:
     model = make()
@@ -212,6 +215,7 @@ def test_every_implementation_but_sdpa_stays_itself(steps: list[bool]) -> None:
     assert steps and not any(steps)
 
 
+@needs_native
 def test_whole_numbers_for_activations(steps: list[bool]) -> None:
     """Rounding activations must not be lost on the way."""
     model = make(Affine(4, 16))
@@ -228,6 +232,7 @@ def test_whole_numbers_for_activations(steps: list[bool]) -> None:
     assert torch.allclose(rounded, expected, rtol=1e-3, atol=1e-3)
 
 
+@needs_native
 @pytest.mark.parametrize("change", [train, listen, replace, other_kernel, ordered])
 def test_a_change_between_two_steps_is_seen(change: Callable[[GPTNeoModel], None], steps: list[bool]) -> None:
     model = make()
@@ -240,6 +245,7 @@ def test_a_change_between_two_steps_is_seen(change: Callable[[GPTNeoModel], None
     assert steps and not any(steps)
 
 
+@needs_native
 def test_weights_may_move_and_models_be_copied(steps: list[bool]) -> None:
     """Nothing is remembered of where the weights lay."""
     model = make()
@@ -266,3 +272,53 @@ def test_models_may_be_pickled() -> None:
         again = pickle.loads(pickle.dumps(model))
         del model
         assert torch.equal(generate(again, ids, 5)[0], expected)
+
+
+def other_batch(model: GPTNeoModel, cache: KVCache) -> Tensor:
+    return torch.tensor([[1], [2]])
+
+
+def other_type(model: GPTNeoModel, cache: KVCache) -> Tensor:
+    cache._keys = [None if keys is None else keys.bfloat16() for keys in cache._keys]
+    return torch.tensor([[1]])
+
+
+@needs_native
+@pytest.mark.parametrize("spoil", [other_batch, other_type])
+def test_a_cache_of_something_else_is_not_written_to(
+    spoil: Callable[[GPTNeoModel, KVCache], Tensor], steps: list[bool]
+) -> None:
+    model = make()
+    with torch.inference_mode():
+        cache = generate(model, torch.arange(5)[None], 5)[1]
+        ids = spoil(model, cache)
+        with contextlib.suppress(RuntimeError):  # what torch says of it
+            model(ids, past_key_values=cache)
+    assert steps and not any(steps)
+
+
+@needs_native
+def test_autocast_and_pruned_heads_go_the_ordinary_way(steps: list[bool]) -> None:
+    model = make(stepping=True)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        generate(model, torch.arange(8)[None], 5)
+    for block in model.h:
+        block.mlp.c_fc = torch.nn.Linear(40, 24)
+    with torch.inference_mode(), pytest.raises(RuntimeError):
+        generate(model, torch.arange(8)[None], 7)
+    assert not any(steps)
+
+
+@needs_native
+def test_a_bias_that_comes_later_is_seen(steps: list[bool]) -> None:
+    model, ids = make(), torch.arange(8)[None]
+    with torch.inference_mode():
+        before, _ = generate(model, ids, 5)
+        for block in model.h:
+            block.attn.attention.q_proj.bias = torch.nn.Parameter(torch.ones(40))
+        after, _ = generate(model, ids, 5)
+        for block in model.h:
+            block.step = None
+        expected, _ = generate(model, ids, 5)
+    assert all(steps) and not torch.equal(before, after)
+    assert torch.allclose(after, expected, rtol=1e-3, atol=1e-3)

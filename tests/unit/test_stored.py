@@ -103,3 +103,9 @@ def test_other_heads_have_the_embedding_alone(make_model: MakeModel, tmp_path: P
     assert model.get_parameter(TABLE).dtype == torch.float16
     with torch.inference_mode():
         assert model(IDS).logits.dtype == torch.float32
+
+
+def test_another_width_is_refused_as_ever() -> None:
+    layer = StoredLinear(nn.Parameter(torch.randn(5, 8).half()))
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="shapes"):
+        layer(torch.randn(2, 7))
