@@ -126,10 +126,10 @@ def test_steps_are_what_the_block_does(isa: str, threads: int, data: st.DataObje
 @every_isa
 @pytest.mark.parametrize("stepping", [True, False])
 def test_a_step_is_taken(isa: str, stepping: bool, steps: list[bool]) -> None:
-    model = make(stepping=False)
-    for block in model.h:
-        block.step = native_step if stepping else None
     with forced(isa), torch.inference_mode():
+        model = make(stepping=False)
+        for block in model.h:
+            block.step = native_step if stepping else None
         generate(model, torch.arange(8)[None], 5)
     assert steps == [True] * 6 * stepping
 
