@@ -1,8 +1,9 @@
-"""One new position of each row through a block, in one call of the native library.
+"""New positions through a block, in one call of the native library.
 
-Generating is hundreds of such steps, and in each the operations between a block's products (norms, attention to what is
-held, the activation) take longer to be called one by one than to be done. `native_step` is what `Block.step` becomes
-where a model is loaded; it gives None for everything that it does not do, and the block goes its ordinary way.
+Generating is hundreds of steps of one position, and in each the operations between a block's products (norms, attention
+to what is held, the activation) take longer to be called one by one than to be done. Where many positions are read, the
+same operations take less memory, a piece of the rows at a time. `native_step` is what `Block.step` becomes where a model
+is loaded; it gives None for everything that it does not do, and the block goes its ordinary way.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from neoquant.native import products
 from neoquant.native.step import ACTIVATIONS, NativeBlock, Packed
 
 
-def native_step(block: Block, x: Tensor, masks: AttentionMasks, cache: KVCache) -> Tensor | None:
-    """x[B, 1, C] through `block`: [B, 1, C], with its keys and values added to `cache`; or None, and nothing done.
+def native_step(block: Block, x: Tensor, masks: AttentionMasks, cache: KVCache | None) -> Tensor | None:
+    """x[B, T, C] through `block`: [B, T, C], with its keys and values added to `cache`; or None, and nothing done.
 
     None is given unless the native library runs all six linear layers in float32, nobody listens in (hooks, adapters,
     gradients, compilers), attention is the ordinary one, and the cache holds what float32 on the CPU left there.
@@ -37,16 +38,18 @@ def native_step(block: Block, x: Tensor, masks: AttentionMasks, cache: KVCache) 
         if prepared is None:
             return None
         _PREPARED[block] = prepared
-    rows, layer, heads = x.shape[0], prepared.layer, prepared.heads
-    shape = (rows, heads, 1, prepared.width // heads)
-    if x.shape[2] != prepared.width:
-        return None
-    keys, values = cache.room(layer, shape, x)
-    if not (_has_room(keys, shape) and _has_room(values, shape)):
+    (rows, positions, width), heads = x.shape, prepared.heads
+    shape = (rows, heads, positions, prepared.width // heads)
+    if width != prepared.width or x.numel() == 0:
         return None
     keep = None if masks.keep is None else _by_rows(masks.keep.expand(rows, -1))
+    if cache is None:
+        return prepared.native.step(x, x.new_empty(shape), x.new_empty(shape), 0, keep)
+    keys, values = cache.room(prepared.layer, shape, x)
+    if not (_has_room(keys, shape) and _has_room(values, shape)):
+        return None
     y = prepared.native.step(x, keys, values, cache.length, keep)
-    cache.advance(layer, 1)
+    cache.advance(prepared.layer, positions)
     return y
 
 

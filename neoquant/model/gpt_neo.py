@@ -92,8 +92,8 @@ class AttentionMasks:
         return self.keep is None and self.T == self.S and (not local or self.window >= self.S)
 
 
-Step = Callable[["Block", Tensor, AttentionMasks, KVCache], Tensor | None]
-"""x[B, 1, C] through a block to [B, 1, C], its keys and values added to the cache; None where it does not do that."""
+Step = Callable[["Block", Tensor, AttentionMasks, KVCache | None], Tensor | None]
+"""x[B, T, C] through a block to [B, T, C], its keys and values added to the cache; None where it does not do that."""
 
 
 class SelfAttention(nn.Module):
@@ -210,7 +210,7 @@ class Block(nn.Module):
     """One layer: attention and MLP, each behind a norm and beside a residual."""
 
     step: Step | None = None
-    """What takes one new position through the block at once, where something does."""
+    """What takes new positions through the block in one call, where something does."""
 
     def __init__(self, config: GPTNeoConfig, layer: int, attn_implementation: str) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, masks: AttentionMasks, cache: KVCache | None = None) -> Tensor:
-        if self.step is not None and cache is not None and masks.T == 1:
+        if self.step is not None:
             stepped = self.step(self, x, masks, cache)
             if stepped is not None:
                 return stepped

@@ -1,7 +1,7 @@
 /* Products with packed weights, and decoding them: what is called from outside. */
 #include "weight.h"
 
-enum { WEIGHTS_A_PIECE = 1 << 15, MOST_ROWS = 480 };
+enum { WEIGHTS_A_PIECE = 1 << 15 };
 
 const struct nq_kernels *nq_kernels_of(int isa) {
 #ifdef NQ_X86
@@ -15,14 +15,14 @@ const struct nq_kernels *nq_kernels_of(int isa) {
     return &nq_kernels_portable;
 }
 
-/* Rows of x at a time, so that what is laid out of them stays small; the weight is decoded once for each. */
+/* NQ_MOST_ROWS of x at a time; the weight is decoded once for each. */
 static void multiply(const struct nq_way *way, struct nq_product p, int64_t count, int threads) {
     const int64_t columns = p.w->columns, piece = nq_ceil(WEIGHTS_A_PIECE, columns * way->panel) * way->panel;
-    for (int64_t m = 0; m < count; m += MOST_ROWS) {
+    for (int64_t m = 0; m < count; m += NQ_MOST_ROWS) {
         struct nq_product part = p;
         part.x += m * columns;
         part.y += m * p.w->rows;
-        part.count = nq_min(MOST_ROWS, count - m);
+        part.count = nq_min(NQ_MOST_ROWS, count - m);
         part.laid = nq_scratch(NQ_SHARED, way->size(&part));
         nq_parallel(threads, nq_ceil(part.count, way->tile), 8, way->lay, &part);
         nq_parallel(threads, p.w->rows, piece, way->run, &part);

@@ -411,8 +411,9 @@ struct corner {
     int64_t stride;
 };
 
-/* y[m, PANEL] += the tile times the panel. */
-NQ_INLINE void multiply_tile(const float *x, const float *panel, int64_t depth, struct corner at, const int m) {
+/* y[m, PANEL] += the tile times the panel; from a number of x to the row's next, and to the next row's, it is so far. */
+NQ_INLINE void multiply_tile(
+    const float *x, int64_t across, int64_t down, const float *panel, int64_t depth, struct corner at, const int m) {
     vf sum[TILE * 2];
     _Pragma("GCC unroll 12") for (int i = 0; i < m; i++) {
         sum[2 * i] = vf_load(at.start + i * at.start_stride);
@@ -421,7 +422,7 @@ NQ_INLINE void multiply_tile(const float *x, const float *panel, int64_t depth, 
     for (int64_t k = 0; k < depth; k++) {
         const vf first = vf_load(panel + k * PANEL), second = vf_load(panel + k * PANEL + LANES);
         _Pragma("GCC unroll 12") for (int i = 0; i < m; i++) {
-            const vf value = vf_set1(x[k * TILE + i]);
+            const vf value = vf_set1(x[k * across + i * down]);
             sum[2 * i] = vf_fma(value, first, sum[2 * i]);
             sum[2 * i + 1] = vf_fma(value, second, sum[2 * i + 1]);
         }
@@ -450,7 +451,7 @@ NQ_INLINE void multiply_tile(const float *x, const float *panel, int64_t depth, 
     }
 
 static void multiply_rows(const float *x, const float *panel, int64_t depth, struct corner at, int64_t m) {
-#define CALL(M) if ((M) <= TILE) multiply_tile(x, panel, depth, at, M)
+#define CALL(M) if ((M) <= TILE) multiply_tile(x, TILE, 1, panel, depth, at, M)
     OF_ROWS(CALL, m)
 #undef CALL
 }

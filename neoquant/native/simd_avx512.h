@@ -89,7 +89,11 @@ NQ_INLINE vi vb_sub(vi a, vi b) { return _mm512_sub_epi8(a, b); }
 /* The instruction wants one side without a sign: activations are stored 128 too high, which every sum starts less. */
 #define NAME(name) name##_avx512vnni
 #define X_FLIP 0x80
-NQ_INLINE vi vi_dot4(vi acc, vi x, vi w) { return _mm512_dpbusd_epi32(acc, x, w); }
+/* Not the intrinsic: compilers copy its accumulators to and fro where a loop has many. */
+NQ_INLINE vi vi_dot4(vi acc, vi x, vi w) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));
+    return acc;
+}
 #else
 #define NAME(name) name##_avx512
 #define X_FLIP 0

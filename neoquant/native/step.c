@@ -1,6 +1,7 @@
-/* One new position of each row through a whole block: what generating does over and over.
+/* New positions of each sequence through a whole block: what reading a prompt is, and generating over and over.
  *
- * Between two products lie operations of microseconds, which take longer to be called one by one than to be done.
+ * Between two products lie operations that take longer to be called one by one than to be done, and tensors that are
+ * larger than they need to be. Here NQ_MOST_ROWS of them are in memory at once.
  */
 #include "weight.h"
 
@@ -16,59 +17,102 @@ struct nq_block { /* as `_Block` in step.py */
     int32_t activation, int8; /* bits of `int8`: for which weights x is rounded to int8 */
 };
 
-struct activating {
-    void (*activate)(float *, int64_t, int);
-    float *x;
-    int activation;
+struct step {
+    const struct nq_block *b;
+    const struct nq_kernels *kernels;
+    const float *x; /* [rows, C], row r being new position r % positions of sequence r / positions */
+    float *y;
+    float *normed, *query, *key, *value, *wide; /* [rows of a piece, C] and [.., inner], those from `begin` on */
+    float *keys, *values;                       /* [sequences, heads, capacity, size] */
+    int64_t C, inner, size, capacity, held, positions, begin;
 };
 
-static void activate_range(void *argument, int64_t begin, int64_t end) {
-    const struct activating *a = argument;
-    a->activate(a->x + begin, end - begin, a->activation);
+static void norm_rows(void *argument, int64_t begin, int64_t end) {
+    const struct step *s = argument;
+    for (int64_t i = begin; i < end; i++)
+        s->kernels->norm(
+            s->x + (s->begin + i) * s->C, s->b->norms[0], s->b->norms[1], s->C, s->b->epsilons[0], s->normed + i * s->C);
 }
 
-/* [count, heads, size] to position `at` of [count, heads, capacity, size]. */
-static void store(const float *from, float *to, int64_t heads, int64_t size, int64_t capacity, int64_t at) {
-    for (int64_t h = 0; h < heads; h++)
-        memcpy(to + (h * capacity + at) * size, from + h * size, (size_t)size * sizeof(float));
+/* Keys and values to where they are held. */
+static void hold_rows(void *argument, int64_t begin, int64_t end) {
+    const struct step *s = argument;
+    const int64_t heads = s->b->heads, size = s->size;
+    for (int64_t i = begin; i < end; i++) {
+        const int64_t sequence = (s->begin + i) / s->positions, at = s->held + (s->begin + i) % s->positions;
+        for (int64_t h = 0; h < heads; h++) {
+            const int64_t from = i * s->C + h * size, to = ((sequence * heads + h) * s->capacity + at) * size;
+            memcpy(s->keys + to, s->key + from, (size_t)size * sizeof(float));
+            memcpy(s->values + to, s->value + from, (size_t)size * sizeof(float));
+        }
+    }
 }
 
 static void add(float *to, const float *from, int64_t n) {
     for (int64_t i = 0; i < n; i++) to[i] += from[i];
 }
 
-/* x[count, C] through the block: y[count, C]. Keys and values of the new position are added behind the `held` ones, to
- * keys and values [count, heads, capacity, C / heads]. keep[count, keep_stride] is 0 on padding; or 0: there is none. */
-NQ_EXPORT void nq_step(
-    const struct nq_block *b, const float *x, int64_t count, float *keys, float *values, int64_t capacity, int64_t held,
-    const uint8_t *keep, int64_t keep_stride, float *y, int isa, int threads) {
-    const struct nq_kernels *kernels = nq_kernels_of(isa);
-    const int64_t C = b->weights[QUERY]->columns, inner = b->weights[FC]->rows, n = count * C, size = C / b->heads;
-    float *normed = nq_scratch(NQ_STEP, (size_t)(4 * n + count * inner) * sizeof(float));
-    float *query = normed + n, *key = query + n, *value = key + n, *wide = value + n;
-#define PRODUCT(which, from, to)                                                                                      \
-    nq_product(kernels, b->weights[which], from, count, b->biases[which], to, b->int8 >> which & 1, threads)
-    for (int64_t m = 0; m < count; m++)
-        kernels->norm(x + m * C, b->norms[0], b->norms[1], C, b->epsilons[0], normed + m * C);
-    PRODUCT(QUERY, normed, query);
-    PRODUCT(KEY, normed, key);
-    PRODUCT(VALUE, normed, value);
-    for (int64_t m = 0; m < count; m++) {
-        store(key + m * C, keys + m * capacity * C, b->heads, size, capacity, held);
-        store(value + m * C, values + m * capacity * C, b->heads, size, capacity, held);
+/* What attention gave beside x, and the norm behind it. */
+static void attended_rows(void *argument, int64_t begin, int64_t end) {
+    const struct step *s = argument;
+    for (int64_t i = begin; i < end; i++) {
+        const int64_t at = (s->begin + i) * s->C;
+        add(s->y + at, s->x + at, s->C);
+        s->kernels->norm(s->y + at, s->b->norms[2], s->b->norms[3], s->C, s->b->epsilons[1], s->normed + i * s->C);
     }
+}
+
+static void activate_rows(void *argument, int64_t begin, int64_t end) {
+    const struct step *s = argument;
+    s->kernels->activate(s->wide + begin * s->inner, (end - begin) * s->inner, s->b->activation);
+}
+
+/* And what the MLP gave. */
+static void thought_rows(void *argument, int64_t begin, int64_t end) {
+    const struct step *s = argument;
+    add(s->y + (s->begin + begin) * s->C, s->query + begin * s->C, (end - begin) * s->C);
+}
+
+/* Rows [begin, begin + n) of x. */
+static void step_rows(const struct step *s, int64_t n, const uint8_t *keep, int64_t keep_stride, int threads) {
+    const struct nq_block *b = s->b;
+    const int64_t grain = nq_ceil(AT_ONCE, s->C), sequence = s->begin / s->positions, held = s->held + s->positions;
     struct nq_attention attention = {
-        .query = query, .keys = keys, .values = values, .keep = keep, .y = normed, .heads = b->heads, .size = size,
-        .capacity = capacity, .length = held + 1, .window = b->window, .keep_stride = keep_stride};
-    nq_parallel(threads, count * b->heads, nq_ceil(AT_ONCE, (held + 1) * size), kernels->attend, &attention);
-    PRODUCT(OUT, normed, y);
-    add(y, x, n);
-    for (int64_t m = 0; m < count; m++)
-        kernels->norm(y + m * C, b->norms[2], b->norms[3], C, b->epsilons[1], normed + m * C);
-    PRODUCT(FC, normed, wide);
-    struct activating activating = {kernels->activate, wide, b->activation};
-    nq_parallel(threads, count * inner, AT_ONCE, activate_range, &activating);
-    PRODUCT(PROJ, wide, query);
-    add(y, query, n);
+        .query = s->query, .keys = s->keys, .values = s->values, .keep = keep, .y = s->normed, .begin = s->begin,
+        .end = s->begin + n, .positions = s->positions, .held = s->held, .heads = b->heads, .size = s->size,
+        .capacity = s->capacity, .window = b->window, .keep_stride = keep_stride};
+    const int64_t items = (nq_ceil(s->begin + n, s->positions) - sequence) * b->heads;
+    const int64_t work = nq_min(n, s->positions) * held * s->size;
+#define PRODUCT(which, from, to)                                                                                      \
+    nq_product(s->kernels, b->weights[which], from, n, b->biases[which], to, b->int8 >> which & 1, threads)
+    nq_parallel(threads, n, grain, norm_rows, (void *)s);
+    PRODUCT(QUERY, s->normed, s->query);
+    PRODUCT(KEY, s->normed, s->key);
+    PRODUCT(VALUE, s->normed, s->value);
+    nq_parallel(threads, n, grain, hold_rows, (void *)s);
+    nq_parallel(threads, items, nq_ceil(AT_ONCE, work), s->kernels->attend, &attention);
+    PRODUCT(OUT, s->normed, s->y + s->begin * s->C);
+    nq_parallel(threads, n, grain, attended_rows, (void *)s);
+    PRODUCT(FC, s->normed, s->wide);
+    nq_parallel(threads, n, nq_ceil(AT_ONCE, s->inner), activate_rows, (void *)s);
+    PRODUCT(PROJ, s->wide, s->query);
+    nq_parallel(threads, n, grain, thought_rows, (void *)s);
 #undef PRODUCT
+}
+
+/* x[sequences, positions, C] through the block: y of the same shape. Keys and values of the new positions are added
+ * behind the `held` ones, to keys and values [sequences, heads, capacity, C / heads]. keep[sequences, keep_stride] is 0
+ * on padding; or 0: there is none. */
+NQ_EXPORT void nq_step(
+    const struct nq_block *b, const float *x, int64_t sequences, int64_t positions, float *keys, float *values,
+    int64_t capacity, int64_t held, const uint8_t *keep, int64_t keep_stride, float *y, int isa, int threads) {
+    const int64_t C = b->weights[QUERY]->columns, inner = b->weights[FC]->rows, rows = sequences * positions;
+    const int64_t most = nq_min(NQ_MOST_ROWS, rows);
+    float *scratch = nq_scratch(NQ_STEP, (size_t)(most * (4 * C + inner)) * sizeof(float));
+    struct step s = {
+        .b = b, .kernels = nq_kernels_of(isa), .x = x, .y = y, .normed = scratch, .query = scratch + most * C,
+        .key = scratch + 2 * most * C, .value = scratch + 3 * most * C, .wide = scratch + 4 * most * C, .keys = keys,
+        .values = values, .C = C, .inner = inner, .size = C / b->heads, .capacity = capacity, .held = held,
+        .positions = positions};
+    for (; s.begin < rows; s.begin += most) step_rows(&s, nq_min(most, rows - s.begin), keep, keep_stride, threads);
 }

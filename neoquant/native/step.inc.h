@@ -1,6 +1,6 @@
-/* What lies between the products of a block, for one new position a row: norms, attention, activations.
+/* What lies between the products of a block: norms, attention, activations.
  *
- * These loops are short. Where no simd_*.h operation is named they are plain C that compilers make vectors of.
+ * Where no simd_*.h operation is named they are plain C that compilers make vectors of.
  */
 
 /* e**x for x <= 0: 2**n times a polynomial of what is left, off by one unit at most; 0 below the smallest normal. */
@@ -59,24 +59,30 @@ NQ_INLINE float dot(const float *a, const float *b, int64_t n) {
     return sum + vf_sum(sums);
 }
 
-/* One head of one row: scores are not scaled. A position that would see nothing, for all is padding, sees itself. */
-static void attend_head(const struct nq_attention *a, int64_t row, int64_t head, float *scores) {
-    const int64_t at = row * a->heads + head, size = a->size;
-    const float *query = a->query + at * size, *keys = a->keys + at * a->capacity * size;
-    const float *values = a->values + at * a->capacity * size;
-    const uint8_t *keep = a->keep ? a->keep + row * a->keep_stride : 0;
-    float *y = a->y + at * size, highest = -INFINITY, total = 0;
-    int64_t first = a->window && a->window < a->length ? a->length - a->window : 0, seen = 0;
-    for (int64_t j = first; j < a->length; j++) seen += !keep || keep[j];
-    if (!seen) first = a->length - 1, keep = 0;
-    for (int64_t j = first; j < a->length; j++) {
+/* Where the keys and values of a head begin. */
+NQ_INLINE int64_t head_of(const struct nq_attention *a, int64_t sequence, int64_t head) {
+    return (sequence * a->heads + head) * a->capacity * a->size;
+}
+
+/* One position: scores are not scaled. One that would see nothing, for all is padding, sees itself. */
+static void attend_one(const struct nq_attention *a, int64_t sequence, int64_t head, int64_t row, float *scores) {
+    const int64_t size = a->size, at = ((row - a->begin) * a->heads + head) * size;
+    const int64_t stop = a->held + row - sequence * a->positions + 1;
+    const float *query = a->query + at, *keys = a->keys + head_of(a, sequence, head);
+    const float *values = a->values + head_of(a, sequence, head);
+    const uint8_t *keep = a->keep ? a->keep + sequence * a->keep_stride : 0;
+    float *y = a->y + at, highest = -INFINITY, total = 0;
+    int64_t first = a->window && a->window < stop ? stop - a->window : 0, seen = 0;
+    for (int64_t j = first; j < stop; j++) seen += !keep || keep[j];
+    if (!seen) first = stop - 1, keep = 0;
+    for (int64_t j = first; j < stop; j++) {
         scores[j] = !keep || keep[j] ? dot(query, keys + j * size, size) : -INFINITY;
         highest = scores[j] > highest ? scores[j] : highest;
     }
-    for (int64_t j = first; j < a->length; j++) scores[j] = exp_of(scores[j] - highest);
-    for (int64_t j = first; j < a->length; j++) total += scores[j];
+    for (int64_t j = first; j < stop; j++) scores[j] = exp_of(scores[j] - highest);
+    for (int64_t j = first; j < stop; j++) total += scores[j];
     memset(y, 0, (size_t)size * sizeof(float));
-    for (int64_t j = first; j < a->length; j++) {
+    for (int64_t j = first; j < stop; j++) {
         const vf weight = vf_set1(scores[j]);
         const float *value = values + j * size;
         int64_t i = 0;
@@ -87,8 +93,90 @@ static void attend_head(const struct nq_attention *a, int64_t row, int64_t head,
     for (int64_t i = 0; i < size; i++) y[i] /= total;
 }
 
+/* Many positions: PANEL of them lie beside each other, and all they meet is multiplied with the whole panel. So a key's
+ * scores are a row, and what is done to them is done to vectors. */
+enum {
+    TOGETHER = TILE < 8 ? 4 : 8, /* rows that meet a panel at once */
+    FEW_POSITIONS = 4,           /* up to which each is looked at by itself */
+    KEYS_AT_ONCE = 128,          /* whose scores stay in cache while they meet the values */
+};
+
+/* to[n, PANEL] = (`more`: +=) x[n, depth] times panel[depth, PANEL], with x as multiply_tile has it. */
+NQ_INLINE void times_panel(
+    const float *x, int64_t across, int64_t down, int64_t n, const float *panel, int64_t depth, int more, float *to) {
+    static const float zeros[PANEL];
+    int64_t i = 0;
+#define TIMES(M)                                                                                                      \
+    for (; i + (M) <= n; i += (M)) {                                                                                  \
+        float *y = to + i * PANEL;                                                                                    \
+        const struct corner at = {more ? y : zeros, more ? PANEL : 0, y, PANEL};                                      \
+        multiply_tile(x + i * down, across, down, panel, depth, at, M);                                               \
+    }
+    TIMES(TOGETHER)
+    TIMES(1)
+#undef TIMES
+}
+
+/* Scores of keys[first, stop) that a position may not see, or that are padding, become -infinity: scores[keys, PANEL]. */
+static void hide(const struct nq_attention *a, const uint8_t *keep, int64_t at, int64_t n, int64_t first, int64_t stop, float *scores) {
+    for (int64_t j = first; j < stop; j++, scores += PANEL) {
+        const int64_t from = j - at, to = a->window ? from + a->window : PANEL; /* places of those that see it */
+        const int kept = !keep || keep[j];
+        if (kept && from <= 0 && to >= n) continue;
+        for (int64_t q = 0; q < PANEL; q++) scores[q] = kept && q >= from && q < to ? scores[q] : -INFINITY;
+    }
+}
+
+/* scores[keys, PANEL] to their powers of e, less the highest of each position; their sums to total[PANEL]. */
+static void powers(float *scores, int64_t keys, const float *highest, float *total) {
+    for (int q = 0; q < PANEL; q++) total[q] = 0;
+    for (int64_t j = 0; j < keys; j++, scores += PANEL)
+        for (int q = 0; q < PANEL; q++) {
+            scores[q] = exp_of(scores[q] - highest[q]);
+            total[q] += scores[q];
+        }
+}
+
+/* `n` positions from `row` on, at most PANEL; the scratch holds a panel of queries, one of sums, and one of scores. */
+static void attend_panel(const struct nq_attention *a, int64_t sequence, int64_t head, int64_t row, int64_t n, float *scratch) {
+    const int64_t size = a->size, width = a->heads * size, at = a->held + row - sequence * a->positions;
+    const int64_t first = a->window && a->window <= at ? at - a->window + 1 : 0, keys = at + n - first;
+    const int64_t origin = head_of(a, sequence, head) + first * size;
+    const int64_t offset = (row - a->begin) * width + head * size;
+    const uint8_t *keep = a->keep ? a->keep + sequence * a->keep_stride : 0;
+    float *queries = scratch, *sums = queries + size * PANEL, *scores = sums + size * PANEL;
+    float highest[PANEL], total[PANEL];
+    for (int64_t q = 0; q < PANEL; q++)
+        for (int64_t i = 0; i < size; i++)
+            queries[i * PANEL + q] = q < n ? a->query[offset + q * width + i] : 0;
+    times_panel(a->keys + origin, 1, size, keys, queries, size, 0, scores);
+    hide(a, keep, at, n, first, first + keys, scores);
+    for (int q = 0; q < PANEL; q++) highest[q] = -INFINITY;
+    for (int64_t j = 0; j < keys; j++)
+        for (int q = 0; q < PANEL; q++)
+            highest[q] = scores[j * PANEL + q] > highest[q] ? scores[j * PANEL + q] : highest[q];
+    for (int64_t q = 0; q < PANEL; q++) /* who would see nothing sees itself */
+        if (highest[q] == -INFINITY) highest[q] = scores[(q < n ? at + q - first : 0) * PANEL + q] = 0;
+    powers(scores, keys, highest, total);
+    for (int64_t j = 0; j < keys; j += KEYS_AT_ONCE) {
+        const int64_t count = nq_min(KEYS_AT_ONCE, keys - j);
+        times_panel(a->values + origin + j * size, size, 1, size, scores + j * PANEL, count, j > 0, sums);
+    }
+    for (int64_t q = 0; q < n; q++)
+        for (int64_t i = 0; i < size; i++) a->y[offset + q * width + i] = sums[i * PANEL + q] / total[q];
+}
+
 static void attend(void *argument, int64_t begin, int64_t end) {
     const struct nq_attention *a = argument;
-    float *scores = nq_scratch(NQ_OWN, (size_t)a->length * sizeof(float));
-    for (int64_t at = begin; at < end; at++) attend_head(a, at / a->heads, at % a->heads, scores);
+    const size_t panels = (size_t)(2 * a->size + a->held + a->positions) * PANEL * sizeof(float);
+    float *scratch = nq_scratch(NQ_OWN, panels);
+    for (int64_t item = begin; item < end; item++) {
+        const int64_t sequence = a->begin / a->positions + item / a->heads, head = item % a->heads;
+        const int64_t start = sequence * a->positions;
+        const int64_t stop = nq_min(start + a->positions, a->end);
+        int64_t row = start < a->begin ? a->begin : start;
+        if (stop - row <= FEW_POSITIONS)
+            for (; row < stop; row++) attend_one(a, sequence, head, row, scratch);
+        for (; row < stop; row += PANEL) attend_panel(a, sequence, head, row, nq_min(PANEL, stop - row), scratch);
+    }
 }

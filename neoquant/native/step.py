@@ -1,4 +1,4 @@
-"""One new position of each row through a whole block, in C. All is float32 on the CPU; the caller sees to shapes."""
+"""New positions of each row through a whole block, in C. All is float32 on the CPU; the caller sees to shapes."""
 
 from __future__ import annotations
 
@@ -71,16 +71,16 @@ class NativeBlock:
         self.address = ctypes.addressof(self.struct)
 
     def step(self, x: Tensor, keys: Tensor, values: Tensor, held: int, keep: Tensor | None) -> Tensor:
-        """x[B, 1, C] to [B, 1, C]; key and value of the position are added at `held`.
+        """x[B, T, C] to [B, T, C]; keys and values of the positions are added from `held` on.
 
-        `keys` and `values` [B, H, capacity, D] are contiguous; `keep` bool[B, held + 1] is False on padding, and its
+        `keys` and `values` [B, H, capacity, D] are contiguous; `keep` bool[B, held + T] is False on padding, and its
         rows are contiguous.
         """
         x = x.contiguous()
         y = torch.empty_like(x)
         native = active()
         native.call(
-            "nq_step", self.address, x.data_ptr(), x.shape[0], keys.data_ptr(), values.data_ptr(), keys.shape[2], held,
+            "nq_step", self.address, x.data_ptr(), *x.shape[:2], keys.data_ptr(), values.data_ptr(), keys.shape[2], held,
             None if keep is None else keep.data_ptr(), 0 if keep is None else keep.stride(0), y.data_ptr(), native.isa,
             threads(),
         )  # fmt: skip

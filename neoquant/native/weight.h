@@ -48,13 +48,14 @@ struct nq_way {
     int tile, panel;                           /* rows of x in a tile, rows of the weight handled together */
 };
 
-/* One new position of every row looks back: heads [begin, end) of all rows' are done at once. */
+/* New positions look back, each at those of its sequence up to itself: all heads of the rows [begin, end), where row r is
+ * new position r % positions of sequence r / positions. Items of work are sequences times heads. */
 struct nq_attention {
-    const float *query;        /* [count, heads, size] */
-    const float *keys, *values; /* [count, heads, capacity, size] */
-    const uint8_t *keep;       /* [count, keep_stride], 0 on padding; or 0: there is none */
-    float *y;                  /* [count, heads, size] */
-    int64_t heads, size, capacity, length, window, keep_stride; /* `window` 0: everything is seen */
+    const float *query;         /* [end - begin, heads, size] */
+    const float *keys, *values; /* [sequences, heads, capacity, size]: `held` of before, then the new ones */
+    const uint8_t *keep;        /* [sequences, keep_stride], 0 on padding; or 0: there is none */
+    float *y;                   /* [end - begin, heads, size] */
+    int64_t begin, end, positions, held, heads, size, capacity, window, keep_stride; /* `window` 0: everything is seen */
 };
 
 enum nq_activation { NQ_GELU_TANH = 0, NQ_RELU = 1 };
@@ -67,6 +68,9 @@ struct nq_kernels {
     void (*norm)(const float *x, const float *weight, const float *bias, int64_t n, float epsilon, float *to);
     void (*activate)(float *x, int64_t n, int activation);
 };
+
+/* Rows of x that are multiplied at once, so that what is laid out of them stays small. */
+enum { NQ_MOST_ROWS = 480 };
 
 const struct nq_kernels *nq_kernels_of(int isa);
 

@@ -1,4 +1,4 @@
-"""One position through a block in one call: as the block itself does it, and left alone where it would differ."""
+"""Positions through a block in one call: as the block itself does it, and left alone where it would differ."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ every_isa = pytest.mark.parametrize("isa", native.ISAS)
 def make(grid: Grid = GRIDS[0], kernel: Kernel | None = None, stepping: bool = True, **asked: Any) -> GPTNeoModel:
     """A network of two blocks, one of them local, with quantized layers."""
     values = {"hidden_size": 40, "num_heads": 2, "intermediate_size": 72, "window_size": 3, "seed": 0} | asked
-    seed = values.pop("seed")
+    seed, context = values.pop("seed"), values.pop("context", 40)
     config = GPTNeoConfig(
-        vocab_size=17, max_position_embeddings=40, num_layers=2, attention_types=[[["global", "local"], 1]], **values
+        vocab_size=17, max_position_embeddings=context, num_layers=2, attention_types=[[["global", "local"], 1]], **values
     )
     model = GPTNeoModel(config).init_weights(seed=seed).eval()
     with torch.no_grad():
@@ -71,11 +71,14 @@ def twin(model: GPTNeoModel, dtype: torch.dtype = torch.float64) -> GPTNeoModel:
     return plain
 
 
-def generate(model: GPTNeoModel, ids: Tensor, prompt: int, keep: Tensor | None = None) -> tuple[Tensor, KVCache]:
-    """Hidden states of ids[B, T], of which the first are read at once and the others one by one."""
+def generate(
+    model: GPTNeoModel, ids: Tensor, prompt: int, keep: Tensor | None = None, at_once: int = 1
+) -> tuple[Tensor, KVCache]:
+    """Hidden states of ids[B, T], of which the first are read at once and the others one by one, or so many."""
     cache, seen = KVCache(len(model.h), capacity=3), []
     positions = None if keep is None else (keep.cumsum(1) - 1).clamp(min=0)
-    for begin, end in [(0, prompt), *((i, i + 1) for i in range(prompt, ids.shape[1]))]:
+    behind = [(i, i + at_once) for i in range(prompt, ids.shape[1], at_once)]
+    for begin, end in [(0, prompt), *behind] if prompt else behind:
         mask, at = (None, None) if keep is None else (keep[:, :end], positions[:, begin:end])
         out = model(ids[:, begin:end], mask, position_ids=at, past_key_values=cache)
         seen.append(out.last_hidden_state)
@@ -118,9 +121,45 @@ def test_steps_are_what_the_block_does(isa: str, threads: int, data: st.DataObje
         expected, held = generate(twin(model), ids, 4, keep)
         plain, _ = generate(twin(model, torch.float32), ids, 4, keep)
     kept = torch.ones(rows, 12, dtype=torch.bool) if keep is None else keep
-    usual = (plain.double() - expected)[kept].abs().max()  # what float32 loses: scores are large, and may lose much
-    assert (found.double() - expected)[kept].abs().max() <= 16 * usual + 1e-4 * expected.abs().max()
+    assert_as_exact(found[kept], plain[kept], expected[kept])
     assert cache.length == held.length == 12
+
+
+def assert_as_exact(found: Tensor, plain: Tensor, expected: Tensor) -> None:
+    """Within a few times what torch's float32 loses of float64: scores are large, and may lose much."""
+    usual = (plain.double() - expected).abs().max()
+    assert (found.double() - expected).abs().max() <= 16 * usual + 1e-4 * expected.abs().max()
+
+
+@every_isa
+@settings(deadline=None, max_examples=12)
+@given(data=st.data())
+def test_many_positions_are_what_the_block_does(isa: str, data: st.DataObject) -> None:
+    """Around the sizes of panels and pieces; behind positions that are held, and without a cache; with padding anywhere."""
+    heads, size = data.draw(st.sampled_from([1, 2])), data.draw(st.sampled_from([3, 8, 13, 24]))
+    rows, held = data.draw(st.sampled_from([1, 2, 3])), data.draw(st.sampled_from([0, 1, 33]))
+    new = data.draw(st.sampled_from([2, 5, 31, 33, 64, 90, 250, 500]))
+    model = make(
+        data.draw(st.sampled_from(GRIDS)), seed=data.draw(st.integers(0, 99)), context=600,
+        num_heads=heads, hidden_size=heads * size, intermediate_size=24,
+        window_size=data.draw(st.sampled_from([1, 7, 32, 200, 1000])),
+    )  # fmt: skip
+    random = torch.Generator().manual_seed(new + rows)
+    ids = torch.randint(0, 17, (rows, held + new), generator=random)
+    keep = torch.rand(ids.shape, generator=random) < 0.8 if data.draw(st.booleans()) else None
+    cached = held > 0 or data.draw(st.booleans())
+
+    def read(network: GPTNeoModel) -> Tensor:
+        if cached:
+            return generate(network, ids, held, keep, at_once=new)[0]
+        positions = None if keep is None else (keep.cumsum(1) - 1).clamp(min=0)
+        return network(ids, keep, position_ids=positions).last_hidden_state
+
+    with forced(isa, data.draw(st.sampled_from([1, 3]))), torch.inference_mode():
+        found = read(model)
+    with torch.inference_mode():
+        expected, plain = read(twin(model)), read(twin(model, torch.float32))
+    assert_as_exact(found, plain, expected)
 
 
 @every_isa
@@ -131,7 +170,7 @@ def test_a_step_is_taken(isa: str, stepping: bool, steps: list[bool]) -> None:
         for block in model.h:
             block.step = native_step if stepping else None
         generate(model, torch.arange(8)[None], 5)
-    assert steps == [True] * 6 * stepping
+    assert steps == [True] * 8 * stepping  # of the prompt and three positions, in two blocks
 
 
 def change_type(model: GPTNeoModel) -> None:
@@ -291,6 +330,7 @@ def test_a_cache_of_something_else_is_not_written_to(
     model = make()
     with torch.inference_mode():
         cache = generate(model, torch.arange(5)[None], 5)[1]
+        steps.clear()
         ids = spoil(model, cache)
         with contextlib.suppress(RuntimeError):  # what torch says of it
             model(ids, past_key_values=cache)
