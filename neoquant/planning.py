@@ -49,7 +49,7 @@ HEADS = ("lm_head", "score", "classifier", "qa_outputs")
 _RESIDENT_BYTES = 400_000_000
 _WORK_BYTES_PER_WEIGHT = 3
 
-IN_FLIGHT_BYTES = 1 << 23
+IN_FLIGHT_BYTES = 1 << 26
 """Bytes of the source that may wait to be hashed and written while a tensor is quantized, beside the one before it."""
 
 _Targets = Mapping[str, tuple[Grid, tuple[int, int]]]  # layer to quantize -> its grid and shape

@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -271,19 +271,19 @@ def _write_tensors(
 ) -> tuple[Plan, str]:
     """Carry out every row; return the plan with the tensors as they were stored, and the hash of the source's.
 
-    Hashing the source and writing the output have a thread each, and quantizing this one: all three leave Python's lock
-    alone while they work, so that the longest of them takes the time. Two tensors are alive, the one at hand and the
-    one before it, and of earlier ones at most `IN_FLIGHT_BYTES`.
+    Hashing the source has two threads, writing the output one, and quantizing this one: all leave Python's lock alone
+    while they work. Hashing takes longest, and would hold up the others on a thread of its own. Two tensors are alive,
+    the one at hand and the one before it, and of earlier ones at most `IN_FLIGHT_BYTES`.
     """
-    digest = hashlib.sha256()
     rows: list[PlanRow] = []
+    hashes: list[Future[bytes]] = []
     behind: deque[tuple[int, Future[None]]] = deque()
     with (
         progress.task("quantizing", total=planned.source_bytes) as advance,
         torch.inference_mode(),
         leaving_cores(2),
-        _thread("hashing") as hashing,
-        _thread("writing") as writing,
+        _threads("hashing", 2) as hashing,
+        _threads("writing", 1) as writing,
     ):
         for row in planned.rows:
             while sum(size for size, _ in list(behind)[:-1]) > IN_FLIGHT_BYTES:
@@ -292,21 +292,21 @@ def _write_tensors(
                 advance(size)
             with locate(checkpoint.source), locate(row.name):
                 weight = checkpoint.view(row.name)
-                hashed = hashing.submit(_add_to_digest, digest.update, row.source, weight)
+                hashes.append(hashing.submit(_hash, row.source, weight))
                 tensors = made_of(weight, row, checkpoint, planned.format)
             rows.append(replace(row, stored=_headers(tensors)))
-            written = writing.submit(_write_behind, row.name, tensors, hashed, checkpoint, sink)
+            written = writing.submit(_write_behind, row.name, tensors, hashes[-1], checkpoint, sink)
             behind.append((row.source.nbytes, written))
         for size, written in behind:
             written.result()
             advance(size)
-    return replace(planned, rows=tuple(rows)), digest.hexdigest()
+    return replace(planned, rows=tuple(rows)), _joined([hashed.result() for hashed in hashes])
 
 
 @contextmanager
-def _thread(name: str) -> Iterator[ThreadPoolExecutor]:
-    """A thread that does what it is handed, in order; what an error or Ctrl-C leaves undone is dropped."""
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+def _threads(name: str, count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that begin what they are handed in order; what an error or Ctrl-C leaves undone is dropped."""
+    pool = ThreadPoolExecutor(max_workers=count, thread_name_prefix=name)
     try:
         yield pool
     finally:
@@ -314,7 +314,7 @@ def _thread(name: str) -> Iterator[ThreadPoolExecutor]:
 
 
 def _write_behind(
-    name: str, tensors: dict[str, torch.Tensor], hashed: Future[None], checkpoint: Checkpoint, sink: CheckpointWriter
+    name: str, tensors: dict[str, torch.Tensor], hashed: Future[bytes], checkpoint: Checkpoint, sink: CheckpointWriter
 ) -> None:
     """Write what was made of a tensor of the source, which is let go of once it is hashed as well."""
     for stored, tensor in tensors.items():
@@ -333,11 +333,10 @@ def _write_calibrated(
     progress: Progress,
 ) -> tuple[Plan, str, dict[str, Any], dict[str, float]]:
     """The same block after block, with a record of every layer, and how long those took that this run did."""
-    digest = hashlib.sha256()
-    for row in planned.rows:  # in the file's order, which need not be the blocks'
-        _add_to_digest(digest.update, row.source, checkpoint.read(row.name))
+    # in the file's order, which need not be the blocks'
+    digest = _joined([_hash(row.source, checkpoint.read(row.name)) for row in planned.rows])
     config = GPTNeoConfig.from_dict(checkpoint.config)
-    unfinished.begin(_identity(checkpoint, planned, calibration, digest.hexdigest()), config.num_layers)
+    unfinished.begin(_identity(checkpoint, planned, calibration, digest), config.num_layers)
     stored: dict[str, tuple[TensorHeader, ...]] = {}
     layers: dict[str, Any] = {}
     took: dict[str, float] = {}
@@ -379,7 +378,7 @@ def _write_calibrated(
             unfinished.keep(number, block, states)
         states.close()
     done = replace(planned, rows=tuple(replace(row, stored=stored[row.name]) for row in planned.rows))
-    return done, digest.hexdigest(), layers, took
+    return done, digest, layers, took
 
 
 def _identity(checkpoint: Checkpoint, planned: Plan, calibration: Calibration, digest: str) -> dict[str, Any]:
@@ -448,6 +447,8 @@ def converted(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if not weight.is_floating_point() or weight.numel() == 0:
         return weight.to(dtype)
     _require_finite(weight)
+    if weight.dtype == dtype:
+        return weight
     converted = weight.to(dtype)
     if not _is_finite(converted):
         largest = max(abs(float(edge)) for edge in weight.aminmax())
@@ -469,10 +470,15 @@ def _is_finite(weight: torch.Tensor) -> bool:
     return weight.numel() == 0 or all(bool(edge.isfinite()) for edge in weight.aminmax())
 
 
-def _add_to_digest(update: Callable[[memoryview], None], header: TensorHeader, weight: torch.Tensor) -> None:
-    """Names and shapes count as well as values: `name dtype [shape]`, a line end, then the tensor's bytes."""
-    update(memoryview(f"{header.name} {dtype_name(header.dtype)} {list(header.shape)}\n".encode()))
-    update(weight.reshape(-1).view(torch.uint8).numpy().data)
+def _hash(header: TensorHeader, weight: torch.Tensor) -> bytes:
+    """A tensor's line in the hash of the source: `name dtype [shape] SHA-256 of its bytes`."""
+    digest = hashlib.sha256(weight.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+    return f"{header.name} {dtype_name(header.dtype)} {list(header.shape)} {digest}\n".encode()
+
+
+def _joined(lines: Iterable[bytes]) -> str:
+    """The hash of the source, `source_sha256`: SHA-256 of every tensor's line, in the order of the file."""
+    return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
 def _own_files(done: Plan, digest: str, name: str, layers: Layers) -> dict[str, str]:
