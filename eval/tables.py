@@ -203,6 +203,8 @@ def _run_label(tool: str, label: str) -> str:
     if tool == "neoquant":
         return ", ".join([f"neoquant: {RUN_NAMES.get(source, source)}", *rest])
     named = {"transformers": "transformers: float32", "openvino": "OpenVINO: int4, groups of 64, embedding in int8"}
+    if tool == "bitsandbytes-without-bf16":
+        return "transformers + bitsandbytes: NF4, as without bf16 instructions"
     return named.get(tool, "transformers + bitsandbytes: NF4")
 
 

@@ -1,9 +1,9 @@
 """New positions through a block, in one call of the native library.
 
-Generating is hundreds of steps of one position, and in each the operations between a block's products (norms, attention
-to what is held, the activation) take longer to be called one by one than to be done. Where many positions are read, the
-same operations take less memory, a piece of the rows at a time. `native_step` is what `Block.step` becomes where a model
-is loaded; it gives None for everything that it does not do, and the block goes its ordinary way.
+Generating is hundreds of steps of one position, and in each the operations between a block's products (norms,
+attention to what is held, the activation) take longer to be called one by one than to be done. Where many positions are
+read, they take less memory and time, for the rows go through them a piece at a time. `native_step` is what `Block.step`
+becomes where a model is loaded; it gives None for everything that it does not do, and the block goes its ordinary way.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
 
 Random float16 weights of the model's exact shapes are written once and quantized to NF4 as bitsandbytes stores it, and
 in neoquant's own format, with an int8 embedding, to NF4 and to affine groups of 64 with 4 bits. transformers runs the
-plain weights in float32 and the bitsandbytes folder; OpenVINO runs the plain weights in int4 (asymmetric, groups of 64,
+plain weights in float32 and the bitsandbytes folder, that also as on a CPU without bf16 instructions, which
+bitsandbytes' fused product needs; OpenVINO runs the plain weights in int4 (asymmetric, groups of 64,
 8-bit embedding), as optimum-intel exports them. All run in turn, each in a process of its own, `--repeats` times;
 figures are medians. The bandwidth limit of decoding is what a sum over a large tensor reads a second, divided by the
 bytes of weights that a token needs: all but the rows of the embeddings that are not looked up, the head's once.
@@ -87,6 +88,7 @@ def bench(args: argparse.Namespace, temp: Path) -> dict[str, Any]:
             request = Request(
                 list(map(str, models)), peers, base=str(plain), prompt=prompt, new=new,
                 repeats=args.repeats, threads=args.threads, pythons=pythons, activations=("exact", "int8"),
+                without_bf16=True,
             )  # fmt: skip
             found = measure(request).model_dump(mode="json")
             for program in found["programs"]:

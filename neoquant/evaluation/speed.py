@@ -67,6 +67,8 @@ class Request:
 
     `activations`: what may be done to them, each of "exact" and "int8" a run of its own of every quantized model.
     `pythons`: peer -> the interpreter that has it, where that is not this one.
+    `without_bf16`: whether transformers runs bitsandbytes' weights once more as on a CPU without bf16 instructions,
+    which bitsandbytes' fused product needs; without it weights are decoded for each product.
     """
 
     models: Sequence[str]
@@ -79,6 +81,7 @@ class Request:
     dtype: str = "float32"
     activations: Sequence[str] = ("exact",)
     pythons: Mapping[str, str] = field(default_factory=dict)
+    without_bf16: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("prompt", 1), ("new", 2), ("repeats", 1), ("threads", 1)):
@@ -165,13 +168,17 @@ def _lanes(request: Request) -> list[_Lane]:
         if format is None:
             plain = plain or model
         elif format.family == "bitsandbytes":
-            readable.append((f"transformers + bitsandbytes: {name}", model))
+            readable.append((name, model))
         else:
             unread = format.name
     for peer in request.against:
         python = request.pythons.get(peer, sys.executable)
         if peer == "transformers":
-            lanes += [_Lane(label, "bitsandbytes", model, python) for label, model in readable]
+            for name, model in readable:
+                lanes.append(_Lane(f"transformers + bitsandbytes: {name}", "bitsandbytes", model, python))
+                if request.without_bf16:
+                    label = f"transformers + bitsandbytes without bf16 instructions: {name}"
+                    lanes.append(_Lane(label, "bitsandbytes-without-bf16", model, python))
         if plain is not None:
             how = "int4" if peer == "openvino" else request.dtype
             lanes.append(_Lane(f"{peer}: {how}", peer, plain, python))

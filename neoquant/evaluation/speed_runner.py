@@ -24,6 +24,7 @@ NEEDS = {
     "neoquant": ("neoquant",),
     "transformers": ("transformers", "torch"),
     "bitsandbytes": ("transformers", "torch", "bitsandbytes", "accelerate"),
+    "bitsandbytes-without-bf16": ("transformers", "torch", "bitsandbytes", "accelerate"),
     "openvino": ("optimum.intel", "openvino", "nncf"),
 }
 """What a tool must be able to import."""
@@ -63,6 +64,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "neoquant": _neoquant,
         "transformers": _transformers,
         "bitsandbytes": _transformers,
+        "bitsandbytes-without-bf16": _transformers,
         "openvino": _openvino,
     }[job["tool"]](job)
     imported = time.perf_counter()
@@ -113,10 +115,14 @@ def _transformers(job: dict[str, Any]) -> Callable[[], tuple[Generate, int]]:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(job["threads"])
+    if job["tool"] == "bitsandbytes-without-bf16":
+        import bitsandbytes.nn.modules
+
+        bitsandbytes.nn.modules.has_avx512bf16 = lambda: False  # what each layer asks when it is made
 
     def load() -> tuple[Generate, int]:
         # transformers does not run a quantized folder in another type than the one it is stored in.
-        dtype = "auto" if job["tool"] == "bitsandbytes" else getattr(torch, job["dtype"])
+        dtype = getattr(torch, job["dtype"]) if job["tool"] == "transformers" else "auto"
         model = AutoModelForCausalLM.from_pretrained(job["source"], dtype=dtype, device_map="cpu")
         model.train(False)
         return _greedy(model, logits_to_keep=1), model.config.vocab_size

@@ -118,7 +118,9 @@ NQ_INLINE void times_panel(
 }
 
 /* Scores of keys[first, stop) that a position may not see, or that are padding, become -infinity: scores[keys, PANEL]. */
-static void hide(const struct nq_attention *a, const uint8_t *keep, int64_t at, int64_t n, int64_t first, int64_t stop, float *scores) {
+static void hide(
+    const struct nq_attention *a, const uint8_t *keep, int64_t at, int64_t n, int64_t first, int64_t stop,
+    float *scores) {
     for (int64_t j = first; j < stop; j++, scores += PANEL) {
         const int64_t from = j - at, to = a->window ? from + a->window : PANEL; /* places of those that see it */
         const int kept = !keep || keep[j];
@@ -138,7 +140,8 @@ static void powers(float *scores, int64_t keys, const float *highest, float *tot
 }
 
 /* `n` positions from `row` on, at most PANEL; the scratch holds a panel of queries, one of sums, and one of scores. */
-static void attend_panel(const struct nq_attention *a, int64_t sequence, int64_t head, int64_t row, int64_t n, float *scratch) {
+static void attend_panel(
+    const struct nq_attention *a, int64_t sequence, int64_t head, int64_t row, int64_t n, float *scratch) {
     const int64_t size = a->size, width = a->heads * size, at = a->held + row - sequence * a->positions;
     const int64_t first = a->window && a->window <= at ? at - a->window + 1 : 0, keys = at + n - first;
     const int64_t origin = head_of(a, sequence, head) + first * size;

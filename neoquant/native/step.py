@@ -80,8 +80,8 @@ class NativeBlock:
         y = torch.empty_like(x)
         native = active()
         native.call(
-            "nq_step", self.address, x.data_ptr(), *x.shape[:2], keys.data_ptr(), values.data_ptr(), keys.shape[2], held,
-            None if keep is None else keep.data_ptr(), 0 if keep is None else keep.stride(0), y.data_ptr(), native.isa,
-            threads(),
+            "nq_step", self.address, x.data_ptr(), *x.shape[:2], keys.data_ptr(), values.data_ptr(), keys.shape[2],
+            held, None if keep is None else keep.data_ptr(), 0 if keep is None else keep.stride(0), y.data_ptr(),
+            native.isa, threads(),
         )  # fmt: skip
         return y

@@ -60,6 +60,34 @@ def test_each_kind_of_activations_is_a_program(tiny_model: Path, tmp_path: Path)
     assert [found.label for found in result.programs] == ["neoquant: nf4", "neoquant: nf4, int8 activations", plain]
 
 
+UNFUSED = """
+import gc, json, sys
+sys.path.insert(0, sys.argv[1])
+import speed_runner
+generate, _ = speed_runner._transformers(json.loads(sys.argv[2]))()
+import bitsandbytes
+layers = [found for found in gc.get_objects() if isinstance(found, bitsandbytes.nn.Linear4bit)]
+print(len(layers), any(layer.support_avx512bf16_for_cpu for layer in layers))
+"""
+
+
+def test_bitsandbytes_as_without_bf16_instructions(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program of its own, whose layers do without the product that needs them."""
+    quantize(tiny_model, tmp_path / "nf4", Recipe.simple(4, "nf4"))
+    with monkeypatch.context() as patched:
+        patched.setattr(speed, "_child", fake_child)
+        result = measure(Request([str(tmp_path / "nf4")], ("transformers",), prompt=3, new=2, without_bf16=True))
+    tools = [program.tool for program in result.programs]
+    assert tools == ["neoquant", "bitsandbytes", "bitsandbytes-without-bf16"]
+    pytest.importorskip("transformers")
+    job = {"tool": tools[-1], "source": str(tmp_path / "nf4"), "threads": 1, "dtype": "float32"}
+    command = [sys.executable, "-c", UNFUSED, str(speed.RUNNER.parent), json.dumps(job)]
+    said = subprocess.run(command, capture_output=True, check=True, text=True).stdout.split()
+    assert int(said[0]) > 0 and said[1] == "False"
+
+
 def test_a_peer_that_fails_is_left_out_and_named(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(lane: Any, job: Any, threads: int) -> dict[str, Any]:
         if job["step"] == "run" and lane.tool == "transformers":

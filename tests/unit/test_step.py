@@ -44,7 +44,11 @@ def make(grid: Grid = GRIDS[0], kernel: Kernel | None = None, stepping: bool = T
     values = {"hidden_size": 40, "num_heads": 2, "intermediate_size": 72, "window_size": 3, "seed": 0} | asked
     seed, context = values.pop("seed"), values.pop("context", 40)
     config = GPTNeoConfig(
-        vocab_size=17, max_position_embeddings=context, num_layers=2, attention_types=[[["global", "local"], 1]], **values
+        vocab_size=17,
+        max_position_embeddings=context,
+        num_layers=2,
+        attention_types=[[["global", "local"], 1]],
+        **values,
     )
     model = GPTNeoModel(config).init_weights(seed=seed).eval()
     with torch.no_grad():
@@ -135,7 +139,7 @@ def assert_as_exact(found: Tensor, plain: Tensor, expected: Tensor) -> None:
 @settings(deadline=None, max_examples=12)
 @given(data=st.data())
 def test_many_positions_are_what_the_block_does(isa: str, data: st.DataObject) -> None:
-    """Around the sizes of panels and pieces; behind positions that are held, and without a cache; with padding anywhere."""
+    """Around the sizes of panels and pieces, behind positions that are held, without a cache, with padding anywhere."""
     heads, size = data.draw(st.sampled_from([1, 2])), data.draw(st.sampled_from([3, 8, 13, 24]))
     rows, held = data.draw(st.sampled_from([1, 2, 3])), data.draw(st.sampled_from([0, 1, 33]))
     new = data.draw(st.sampled_from([2, 5, 31, 33, 64, 90, 250, 500]))
