@@ -153,8 +153,11 @@ class StoredEmbedding(nn.Embedding):
 
 
 def is_traced() -> bool:
-    """Whether a compiler writes down what is done, which must then be torch's own operations."""
-    return torch.compiler.is_compiling() or bool(torch._C._get_tracing_state())
+    """Whether somebody writes down or takes over what is done (a compiler, a counter, tensors without values), which
+    must then be torch's own operations."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state():
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_native(weight: Tensor) -> bool:

@@ -273,34 +273,40 @@ def _write_tensors(
 
     Hashing the source has two threads, writing the output one, and quantizing this one: all leave Python's lock alone
     while they work. Hashing takes longest, and would hold up the others on a thread of its own. Two tensors are alive,
-    the one at hand and the one before it, and of earlier ones at most `IN_FLIGHT_BYTES`.
+    the one at hand and the one before it, and of earlier ones, with what was made of them, at most `IN_FLIGHT_BYTES`.
     """
     rows: list[PlanRow] = []
     hashes: list[Future[bytes]] = []
-    behind: deque[tuple[int, Future[None]]] = deque()
+    behind: deque[tuple[PlanRow, Future[None]]] = deque()
     with (
         progress.task("quantizing", total=planned.source_bytes) as advance,
         torch.inference_mode(),
-        leaving_cores(2),
+        leaving_cores(2),  # where there are but two, four threads share them: none of them waits awake
         _threads("hashing", 2) as hashing,
         _threads("writing", 1) as writing,
     ):
         for row in planned.rows:
-            while sum(size for size, _ in list(behind)[:-1]) > IN_FLIGHT_BYTES:
-                size, written = behind.popleft()
+            while sum(map(_bytes_waiting, list(behind)[:-1])) > IN_FLIGHT_BYTES:
+                before, written = behind.popleft()
                 written.result()
-                advance(size)
+                advance(before.source.nbytes)
             with locate(checkpoint.source), locate(row.name):
                 weight = checkpoint.view(row.name)
                 hashes.append(hashing.submit(_hash, row.source, weight))
                 tensors = made_of(weight, row, checkpoint, planned.format)
             rows.append(replace(row, stored=_headers(tensors)))
             written = writing.submit(_write_behind, row.name, tensors, hashes[-1], checkpoint, sink)
-            behind.append((row.source.nbytes, written))
-        for size, written in behind:
+            behind.append((rows[-1], written))
+        for before, written in behind:
             written.result()
-            advance(size)
+            advance(before.source.nbytes)
     return replace(planned, rows=tuple(rows)), _joined([hashed.result() for hashed in hashes])
+
+
+def _bytes_waiting(entry: tuple[PlanRow, Future[None]]) -> int:
+    """Of a tensor of the source and of what was made of it, until that is written."""
+    row, _ = entry
+    return row.source.nbytes + sum(header.nbytes for header in row.stored)
 
 
 @contextmanager

@@ -8,18 +8,18 @@ becomes where a model is loaded; it gives None for everything that it does not d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from neoquant.kernels import Cpu
 from neoquant.layer import QuantLinear, StoredLinear, is_native, is_traced
 from neoquant.model.cache import KVCache
 from neoquant.model.gpt_neo import AttentionMasks, Block
 from neoquant.native import products
-from neoquant.native.step import ACTIVATIONS, NativeBlock, Packed
+from neoquant.native.step import ACTIVATIONS, NativeBlock, Packed, outruns_torch
 
 
 def native_step(block: Block, x: Tensor, masks: AttentionMasks, cache: KVCache | None) -> Tensor | None:
@@ -40,7 +40,9 @@ def native_step(block: Block, x: Tensor, masks: AttentionMasks, cache: KVCache |
         _PREPARED[block] = prepared
     (rows, positions, width), heads = x.shape, prepared.heads
     shape = (rows, heads, positions, prepared.width // heads)
-    if width != prepared.width or x.numel() == 0:
+    if width != prepared.width or not _belongs(masks, rows, positions, 0 if cache is None else cache.length):
+        return None
+    if prepared.plain and rows * positions > FEW and not outruns_torch():
         return None
     keep = None if masks.keep is None else _by_rows(masks.keep.expand(rows, -1))
     if cache is None:
@@ -53,8 +55,21 @@ def native_step(block: Block, x: Tensor, masks: AttentionMasks, cache: KVCache |
     return y
 
 
+def _belongs(masks: AttentionMasks, rows: int, positions: int, held: int) -> bool:
+    """Whether the masks are of so many new positions behind so many held ones, of which there are some."""
+    if rows == 0 or positions == 0 or (positions, held + positions) != (masks.T, masks.S):
+        return False
+    return masks.keep is None or (
+        masks.keep.dtype == torch.bool and masks.keep.shape in ((rows, masks.S), (1, masks.S))
+    )
+
+
 def _is_ordinary(block: Block, x: Tensor, masks: AttentionMasks) -> bool:
     """Whether the block is asked for a result and nothing else, in float32 on the CPU."""
+    if type(x) is not Tensor or x.ndim != 3 or _has_any_global_hook():  # type: ignore[no-untyped-call]
+        return False
+    if block.attn.attention.training or block.mlp.training:
+        return False
     if x.dtype != torch.float32 or x.device.type != "cpu" or block.training or torch.is_grad_enabled():
         return False
     if is_traced() or torch.is_autocast_enabled("cpu"):
@@ -79,6 +94,7 @@ class _Prepared:
         attention = block.attn.attention
         self.layer, self.heads, self.native = attention.layer, attention.num_heads, native
         self.width = native.layers[0].weight.columns
+        self.plain = not any(isinstance(module, QuantLinear) for module in modules)
         self._said = _said(block)
         self._modules = [
             (parent._modules, name, module)
@@ -102,7 +118,7 @@ class _Prepared:
         if self._said != _said(block):
             return False
         for modules, name, module in self._modules:
-            if modules.get(name) is not module or module._forward_hooks or module._forward_pre_hooks:
+            if modules.get(name) is not module or _is_watched(module):
                 return False
         for layer, kernel, dtype in self._kernels:
             if layer.kernel is not kernel or layer.compute_dtype != dtype:
@@ -123,6 +139,8 @@ def _said(block: Block) -> tuple[object, ...]:
     return attention.implementation, attention.num_heads, window, mlp.activation, block.ln_1.eps, block.ln_2.eps
 
 
+FEW = 8  # rows that meet a plain weight faster here than in torch, whatever the instruction set
+
 # Not in the blocks, which may be copied and pickled.
 _PREPARED: WeakKeyDictionary[Block, _Prepared] = WeakKeyDictionary()
 
@@ -134,7 +152,7 @@ def _prepare(block: Block) -> _Prepared | None:
     norms = [block.ln_1, block.ln_2]
     modules = [block.attn, attention, mlp, *linears, *norms]
     activation = ACTIVATIONS.get(mlp.activation)
-    if activation is None or attention.implementation != "sdpa" or _is_watched(modules):
+    if activation is None or attention.implementation != "sdpa" or any(map(_is_watched, modules)):
         return None
     if not all(map(_is_taken, linears)):
         return None
@@ -187,8 +205,10 @@ def _is_vector(tensor: Tensor | None, length: int) -> bool:
     return tensor.shape == (length,) and tensor.is_contiguous()
 
 
-def _is_watched(modules: Sequence[nn.Module]) -> bool:
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody listens in, or has it do something else."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooked) or "forward" in module.__dict__
 
 
 def _by_rows(keep: Tensor) -> Tensor:

@@ -848,6 +848,7 @@ const struct nq_kernels NAME(nq_kernels) = {
     .few8 = {few8_size, few8_lay, few8_run, 1, 4},
     .plain = {nothing_size, nothing_lay, plain_run, 1, 1},
     .attend = attend,
+    .panel = PANEL,
     .norm = norm,
     .activate = activate,
 };

@@ -91,7 +91,7 @@ NQ_INLINE vi vb_sub(vi a, vi b) { return _mm512_sub_epi8(a, b); }
 #define X_FLIP 0x80
 /* Not the intrinsic: compilers copy its accumulators to and fro where a loop has many. */
 NQ_INLINE vi vi_dot4(vi acc, vi x, vi w) {
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));
+    __asm__("vpdpbusd {%2, %1, %0|%0, %1, %2}" : "+v"(acc) : "v"(x), "v"(w));
     return acc;
 }
 #else

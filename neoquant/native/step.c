@@ -1,7 +1,7 @@
 /* New positions of each sequence through a whole block: what reading a prompt is, and generating over and over.
  *
  * Between two products lie operations that take longer to be called one by one than to be done, and tensors that are
- * larger than they need to be. Here NQ_MOST_ROWS of them are in memory at once.
+ * larger than they need to be. Here NQ_MOST_ROWS rows of them are in memory at once.
  */
 #include "weight.h"
 
@@ -52,8 +52,8 @@ static void add(float *to, const float *from, int64_t n) {
     for (int64_t i = 0; i < n; i++) to[i] += from[i];
 }
 
-/* What attention gave beside x, and the norm behind it. */
-static void attended_rows(void *argument, int64_t begin, int64_t end) {
+/* x beside what attention gave, y, and the norm of their sum. */
+static void add_and_norm_rows(void *argument, int64_t begin, int64_t end) {
     const struct step *s = argument;
     for (int64_t i = begin; i < end; i++) {
         const int64_t at = (s->begin + i) * s->C;
@@ -67,8 +67,8 @@ static void activate_rows(void *argument, int64_t begin, int64_t end) {
     s->kernels->activate(s->wide + begin * s->inner, (end - begin) * s->inner, s->b->activation);
 }
 
-/* And what the MLP gave. */
-static void thought_rows(void *argument, int64_t begin, int64_t end) {
+/* What the MLP gave beside that. */
+static void add_rows(void *argument, int64_t begin, int64_t end) {
     const struct step *s = argument;
     add(s->y + (s->begin + begin) * s->C, s->query + begin * s->C, (end - begin) * s->C);
 }
@@ -76,13 +76,15 @@ static void thought_rows(void *argument, int64_t begin, int64_t end) {
 /* Rows [begin, begin + n) of x. */
 static void step_rows(const struct step *s, int64_t n, const uint8_t *keep, int64_t keep_stride, int threads) {
     const struct nq_block *b = s->b;
-    const int64_t grain = nq_ceil(AT_ONCE, s->C), sequence = s->begin / s->positions, held = s->held + s->positions;
+    const int64_t grain = nq_ceil(AT_ONCE, s->C), sequence = s->begin / s->positions;
+    const int64_t together = nq_min(n, s->positions); /* rows of one sequence */
     struct nq_attention attention = {
         .query = s->query, .keys = s->keys, .values = s->values, .keep = keep, .y = s->normed, .begin = s->begin,
         .end = s->begin + n, .positions = s->positions, .held = s->held, .heads = b->heads, .size = s->size,
-        .capacity = s->capacity, .window = b->window, .keep_stride = keep_stride};
-    const int64_t items = (nq_ceil(s->begin + n, s->positions) - sequence) * b->heads;
-    const int64_t work = nq_min(n, s->positions) * held * s->size;
+        .capacity = s->capacity, .window = b->window, .keep_stride = keep_stride,
+        .panels = nq_ceil(together, s->kernels->panel)};
+    const int64_t items = (nq_ceil(s->begin + n, s->positions) - sequence) * b->heads * attention.panels;
+    const int64_t work = nq_min(together, s->kernels->panel) * (s->held + s->positions) * s->size;
 #define PRODUCT(which, from, to)                                                                                      \
     nq_product(s->kernels, b->weights[which], from, n, b->biases[which], to, b->int8 >> which & 1, threads)
     nq_parallel(threads, n, grain, norm_rows, (void *)s);
@@ -92,11 +94,11 @@ static void step_rows(const struct step *s, int64_t n, const uint8_t *keep, int6
     nq_parallel(threads, n, grain, hold_rows, (void *)s);
     nq_parallel(threads, items, nq_ceil(AT_ONCE, work), s->kernels->attend, &attention);
     PRODUCT(OUT, s->normed, s->y + s->begin * s->C);
-    nq_parallel(threads, n, grain, attended_rows, (void *)s);
+    nq_parallel(threads, n, grain, add_and_norm_rows, (void *)s);
     PRODUCT(FC, s->normed, s->wide);
     nq_parallel(threads, n, nq_ceil(AT_ONCE, s->inner), activate_rows, (void *)s);
     PRODUCT(PROJ, s->wide, s->query);
-    nq_parallel(threads, n, grain, thought_rows, (void *)s);
+    nq_parallel(threads, n, grain, add_rows, (void *)s);
 #undef PRODUCT
 }
 

@@ -3,7 +3,8 @@
  * Where no simd_*.h operation is named they are plain C that compilers make vectors of.
  */
 
-/* e**x for x <= 0: 2**n times a polynomial of what is left, off by one unit at most; 0 below the smallest normal. */
+/* e**x for x <= 0: 2**n times a polynomial of what is left, off by one unit at most; 0 below the smallest normal, and
+ * NaN for NaN. */
 NQ_INLINE float exp_of(float x) {
     const float shifted = x * 0x1.715476p0f + ROUNDING, n = shifted - ROUNDING;
     const float r = x - n * 0x1.62e4p-1f - n * 0x1.7f7d1cp-20f; /* ln 2 in two parts: the product with the first is exact */
@@ -15,7 +16,7 @@ NQ_INLINE float exp_of(float x) {
     y = y * r + 1.0f;
     y = y * r + 1.0f;
     const float scaled = nq_from_bits(nq_bits(y) + (nq_bits(shifted) << 23));
-    return x < -87.0f ? 0.0f : scaled;
+    return x < -87.0f ? 0.0f : x <= 0 ? scaled : x - x;
 }
 
 /* Layer normalization: the mean first, then what is left. */
@@ -117,16 +118,22 @@ NQ_INLINE void times_panel(
 #undef TIMES
 }
 
-/* Scores of keys[first, stop) that a position may not see, or that are padding, become -infinity: scores[keys, PANEL]. */
+/* Scores of keys[first, stop) that a position may not see, or that are padding, become -infinity: scores[keys, PANEL]. A
+ * position that would see nothing sees itself. */
 static void hide(
     const struct nq_attention *a, const uint8_t *keep, int64_t at, int64_t n, int64_t first, int64_t stop,
     float *scores) {
+    int32_t seen[PANEL] = {0};
+    float *const of_first = scores;
     for (int64_t j = first; j < stop; j++, scores += PANEL) {
         const int64_t from = j - at, to = a->window ? from + a->window : PANEL; /* places of those that see it */
         const int kept = !keep || keep[j];
+        for (int64_t q = 0; q < PANEL; q++) seen[q] |= kept && q >= from && q < to;
         if (kept && from <= 0 && to >= n) continue;
         for (int64_t q = 0; q < PANEL; q++) scores[q] = kept && q >= from && q < to ? scores[q] : -INFINITY;
     }
+    for (int64_t q = 0; q < n; q++)
+        if (!seen[q]) of_first[(at + q - first) * PANEL + q] = 0;
 }
 
 /* scores[keys, PANEL] to their powers of e, less the highest of each position; their sums to total[PANEL]. */
@@ -158,8 +165,6 @@ static void attend_panel(
     for (int64_t j = 0; j < keys; j++)
         for (int q = 0; q < PANEL; q++)
             highest[q] = scores[j * PANEL + q] > highest[q] ? scores[j * PANEL + q] : highest[q];
-    for (int64_t q = 0; q < PANEL; q++) /* who would see nothing sees itself */
-        if (highest[q] == -INFINITY) highest[q] = scores[(q < n ? at + q - first : 0) * PANEL + q] = 0;
     powers(scores, keys, highest, total);
     for (int64_t j = 0; j < keys; j += KEYS_AT_ONCE) {
         const int64_t count = nq_min(KEYS_AT_ONCE, keys - j);
@@ -174,12 +179,12 @@ static void attend(void *argument, int64_t begin, int64_t end) {
     const size_t panels = (size_t)(2 * a->size + a->held + a->positions) * PANEL * sizeof(float);
     float *scratch = nq_scratch(NQ_OWN, panels);
     for (int64_t item = begin; item < end; item++) {
-        const int64_t sequence = a->begin / a->positions + item / a->heads, head = item % a->heads;
-        const int64_t start = sequence * a->positions;
-        const int64_t stop = nq_min(start + a->positions, a->end);
-        int64_t row = start < a->begin ? a->begin : start;
-        if (stop - row <= FEW_POSITIONS)
-            for (; row < stop; row++) attend_one(a, sequence, head, row, scratch);
-        for (; row < stop; row += PANEL) attend_panel(a, sequence, head, row, nq_min(PANEL, stop - row), scratch);
+        const int64_t panel = item % a->panels, head = item / a->panels % a->heads;
+        const int64_t sequence = a->begin / a->positions + item / a->panels / a->heads;
+        const int64_t start = sequence * a->positions, stop = nq_min(start + a->positions, a->end);
+        int64_t row = (start < a->begin ? a->begin : start) + panel * PANEL;
+        const int64_t n = nq_min(PANEL, stop - row);
+        if (n > FEW_POSITIONS) attend_panel(a, sequence, head, row, n, scratch);
+        else for (; row < stop; row++) attend_one(a, sequence, head, row, scratch);
     }
 }

@@ -49,13 +49,14 @@ struct nq_way {
 };
 
 /* New positions look back, each at those of its sequence up to itself: all heads of the rows [begin, end), where row r is
- * new position r % positions of sequence r / positions. Items of work are sequences times heads. */
+ * new position r % positions of sequence r / positions. An item of work is a panel of a head of a sequence. */
 struct nq_attention {
     const float *query;         /* [end - begin, heads, size] */
     const float *keys, *values; /* [sequences, heads, capacity, size]: `held` of before, then the new ones */
     const uint8_t *keep;        /* [sequences, keep_stride], 0 on padding; or 0: there is none */
     float *y;                   /* [end - begin, heads, size] */
     int64_t begin, end, positions, held, heads, size, capacity, window, keep_stride; /* `window` 0: everything is seen */
+    int64_t panels;             /* of `panel` rows, that the most rows of a sequence make */
 };
 
 enum nq_activation { NQ_GELU_TANH = 0, NQ_RELU = 1 };
@@ -65,6 +66,7 @@ struct nq_kernels {
     int few_most; /* rows of x up to which `few` is the faster */
     struct nq_way few, many, int8, few8, plain; /* `few8`: int8 and few rows of x; `plain`: a plain weight and few rows */
     nq_range attend;
+    int panel; /* new positions of a sequence that `attend` looks at together */
     void (*norm)(const float *x, const float *weight, const float *bias, int64_t n, float epsilon, float *to);
     void (*activate)(float *x, int64_t n, int activation);
 };

@@ -66,6 +66,9 @@ def test_adapters_learn_on_a_quantized_model(tmp_path: Path) -> None:
     ids = tokenizer(
         "Two roads diverged in a yellow wood, and sorry I could not travel both", return_tensors="pt"
     ).input_ids
+    packed = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    for block in model.transformer.h:
+        block.step = None  # which adapters stop: what is computed otherwise is not the same to the last bit
     with torch.no_grad():
         before = model(ids).logits
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "c_fc"], task_type="CAUSAL_LM", init_lora_weights=True)
@@ -84,7 +87,9 @@ def test_adapters_learn_on_a_quantized_model(tmp_path: Path) -> None:
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.7 * losses[0]
     with torch.no_grad(), adapted.disable_adapter():
-        assert torch.equal(adapted(ids).logits, before)  # the quantized weights are what they were
+        assert torch.equal(adapted(ids).logits, before)
+    held = {name.replace("base_layer.", ""): buffer for name, buffer in model.named_buffers()}
+    assert held.keys() == packed.keys() and all(torch.equal(held[name], packed[name]) for name in packed)
     assert adapted.generate(ids, max_new_tokens=2).shape == (1, ids.shape[1] + 2)
     adapted.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").stat().st_size < 500_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import filecmp
+import hashlib
 import json
 import shutil
 import subprocess
@@ -165,8 +166,29 @@ def test_the_source_hash_is_of_its_tensors(make_model: MakeModel, tmp_path: Path
     first = quantize(source, tmp_path / "first", NF4).source_sha256
     (source / "tokenizer.json").unlink()
     assert quantize(source, tmp_path / "second", Recipe.simple(8, "int8")).source_sha256 == first
+    lines = []
+    with open_checkpoint(source) as checkpoint:
+        for name, header in checkpoint.headers.items():
+            stored = checkpoint.read(name).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            kind = str(header.dtype).removeprefix("torch.")
+            lines.append(f"{name} {kind} {list(header.shape)} {hashlib.sha256(stored).hexdigest()}\n")
+    assert first == hashlib.sha256("".join(lines).encode()).hexdigest()
     damage(source, "transformer.ln_f.bias", 1.0)
     assert quantize(source, tmp_path / "third", NF4).source_sha256 != first
+
+
+def test_an_error_while_hashing_ends_the_run(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(header: Any, weight: torch.Tensor) -> bytes:
+        if header.name.endswith("ln_f.bias"):
+            raise MemoryError("out of luck")
+        return b""
+
+    monkeypatch.setattr("neoquant.quantization._hash", failing)
+    with pytest.raises(MemoryError, match="out of luck"):
+        quantize(make_model(), tmp_path / "made" / "nf4", NF4)
+    assert list((tmp_path / "made").iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from switch import forced
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from neoquant import native
 from neoquant.grids import Affine, Codebook, Grid, Int8Rows
@@ -21,7 +24,7 @@ from neoquant.kernels import Kernel, Reference
 from neoquant.layer import QuantLinear, StoredLinear
 from neoquant.model.cache import KVCache
 from neoquant.model.config import GPTNeoConfig
-from neoquant.model.gpt_neo import GPTNeoModel
+from neoquant.model.gpt_neo import AttentionMasks, GPTNeoModel
 from neoquant.quantizers import Nearest
 from neoquant.step import native_step
 
@@ -147,6 +150,7 @@ def test_many_positions_are_what_the_block_does(isa: str, data: st.DataObject) -
         data.draw(st.sampled_from(GRIDS)), seed=data.draw(st.integers(0, 99)), context=600,
         num_heads=heads, hidden_size=heads * size, intermediate_size=24,
         window_size=data.draw(st.sampled_from([1, 7, 32, 200, 1000])),
+        activation_function=data.draw(st.sampled_from(["gelu_new", "relu"])),
     )  # fmt: skip
     random = torch.Generator().manual_seed(new + rows)
     ids = torch.randint(0, 17, (rows, held + new), generator=random)
@@ -164,6 +168,116 @@ def test_many_positions_are_what_the_block_does(isa: str, data: st.DataObject) -
     with torch.inference_mode():
         expected, plain = read(twin(model)), read(twin(model, torch.float32))
     assert_as_exact(found, plain, expected)
+
+
+@needs_native
+@pytest.mark.parametrize("activations", ["exact", "int8"])
+@pytest.mark.parametrize("padding", ["none", "one for all", "left", "everywhere"])
+@pytest.mark.parametrize(("rows", "new"), [(3, 161), (2, 241), (1, 481), (482, 1), (161, 3)])
+def test_sequences_across_the_border_of_a_piece(
+    rows: int, new: int, padding: str, activations: str, steps: list[bool]
+) -> None:
+    """480 rows go through a block together: a sequence may be cut, and its last positions come by themselves."""
+    model = make(Affine(4, 16), context=600, window_size=70)
+    ids = torch.randint(0, 17, (rows, 2 + new), generator=torch.Generator().manual_seed(new))
+    keep = {
+        "none": None,
+        "one for all": (torch.arange(2 + new) >= 1)[None],
+        "left": torch.arange(2 + new) >= torch.arange(rows)[:, None] % (2 + new),
+        "everywhere": torch.zeros(rows, 2 + new, dtype=torch.bool),
+    }[padding]
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.set_activations(activations)
+    with torch.inference_mode():
+        found, _ = generate(model, ids, 2, keep, at_once=new)
+        assert steps == [True] * 4
+        for block in model.h:
+            block.step = None
+        expected, _ = generate(model, ids, 2, keep, at_once=new)
+    if activations == "exact":
+        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
+    else:  # a rounding that falls the other way is a whole step
+        assert (found - expected).square().mean().sqrt() < 2e-2 * expected.square().mean().sqrt()
+
+
+@needs_native
+@pytest.mark.parametrize("place", [0, 40])
+def test_what_is_not_a_number_is_seen(place: int) -> None:
+    """By those who look at it, and never by those of an earlier panel; zero times it is not a number either."""
+    model = make(context=100, window_size=100)
+    with torch.inference_mode():
+        x = model.wte(torch.randint(0, 17, (1, 60)))
+        x[0, place] = torch.nan
+        masks = AttentionMasks(60, 60, 100, None, x.device)
+        y = native_step(model.h[0], x, masks, None)
+    assert y is not None
+    assert y[:, : place // 32 * 32].isfinite().all() and not y[:, place:].isfinite().any()
+
+
+@needs_native
+@pytest.mark.parametrize("held", [0, 2])
+def test_masks_of_something_else_are_left_to_the_block(held: int) -> None:
+    model = make()
+    with torch.inference_mode():
+        cache = generate(model, torch.arange(held)[None].expand(2, -1), held)[1] if held else None
+        x = torch.randn(2, 6, 40)
+        for T, S, keep in [
+            (6, held + 6, torch.ones(2, 3, dtype=torch.bool)),
+            (6, held + 6, torch.ones(3, held + 6, dtype=torch.bool)),
+            (6, held + 6, torch.ones(2, held + 6)),
+            (6, held + 9, None),
+            (5, held + 6, None),
+        ]:
+            assert native_step(model.h[0], x, AttentionMasks(T, S, 3, keep, x.device), cache) is None
+        assert native_step(model.h[0], x, AttentionMasks(6, held + 6, 3, None, x.device), cache) is not None
+
+
+def plain() -> GPTNeoModel:
+    """Without a quantized layer: torch does everything that the library does."""
+    model = make(stepping=False)
+    for block in model.h:
+        for name in LINEARS:
+            layer = block.get_submodule(name)
+            linear = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+            linear.weight.data = layer.quantized.dequantize(torch.float32)
+            if layer.bias is not None:
+                linear.bias.data = layer.bias.data
+            block.set_submodule(name, linear)
+        block.step = native_step
+    return model.eval()
+
+
+@needs_native
+def test_who_takes_over_torchs_operations_gets_them(steps: list[bool]) -> None:
+    model, x = plain(), torch.randn(1, 5, 40)
+
+    def run(x: Tensor) -> Tensor:
+        return model.h[0](x, AttentionMasks(5, 5, 3, None, x.device))
+
+    with torch.no_grad():
+        expected = run(x)
+        assert steps == [True]
+        steps.clear()
+        with FlopCounterMode(display=False) as counter:
+            run(x)
+        assert counter.get_total_flops() >= 2 * 5 * 40 * (4 * 40 + 2 * 72)
+        graph = make_fx(run)(torch.zeros(1, 5, 40))
+        assert torch.allclose(graph(x), expected, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(torch.vmap(run)(x[None])[0], expected, rtol=1e-4, atol=1e-4)
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            assert run(fake.from_tensor(x)).shape == (1, 5, 40)
+    assert steps and not any(steps)
+
+
+@needs_native
+def test_many_rows_of_plain_layers_are_multiplied_by_whoever_is_faster(steps: list[bool]) -> None:
+    model, x = plain(), torch.randn(1, 30, 40)
+    for isa, taken in (("portable", [False]), (native.runnable()[-1], [native.runnable()[-1].startswith("avx512")])):
+        steps.clear()
+        with forced(isa), torch.inference_mode():
+            model.h[0](x, AttentionMasks(30, 30, 3, None, x.device))
+        assert steps == taken
 
 
 @every_isa
@@ -209,7 +323,17 @@ def ordered(model: GPTNeoModel) -> None:
         block.mlp.c_fc.register_buffer("order", torch.arange(40).flip(0))
 
 
-@pytest.mark.parametrize("change", [change_type, train, listen, replace, other_kernel, ordered])
+def train_a_part(model: GPTNeoModel) -> None:
+    for block in model.h:
+        block.mlp.train()
+
+
+def patch(model: GPTNeoModel) -> None:
+    for block in model.h:
+        block.mlp.forward = lambda x: x
+
+
+@pytest.mark.parametrize("change", [change_type, train, train_a_part, listen, replace, patch, other_kernel, ordered])
 def test_what_a_step_does_not_do_goes_the_ordinary_way(
     change: Callable[[GPTNeoModel], None], steps: list[bool]
 ) -> None:
@@ -276,7 +400,7 @@ def test_whole_numbers_for_activations(steps: list[bool]) -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("change", [train, listen, replace, other_kernel, ordered])
+@pytest.mark.parametrize("change", [train, train_a_part, listen, replace, patch, other_kernel, ordered])
 def test_a_change_between_two_steps_is_seen(change: Callable[[GPTNeoModel], None], steps: list[bool]) -> None:
     model = make()
     with torch.inference_mode():
@@ -366,3 +490,18 @@ def test_a_bias_that_comes_later_is_seen(steps: list[bool]) -> None:
         expected, _ = generate(model, ids, 5)
     assert all(steps) and not torch.equal(before, after)
     assert torch.allclose(after, expected, rtol=1e-3, atol=1e-3)
+
+
+@needs_native
+def test_whoever_listens_to_all_modules_is_heard(steps: list[bool]) -> None:
+    model = make()
+    heard: list[str] = []
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, *_: heard.append(type(module).__name__)
+    )
+    try:
+        with torch.inference_mode():
+            model(torch.arange(8)[None])
+    finally:
+        handle.remove()
+    assert not any(steps) and heard.count("QuantLinear") == 12
