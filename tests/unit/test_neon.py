@@ -15,7 +15,7 @@ from weights import make_weight
 
 from neoquant import native
 from neoquant.grids import Affine, Codebook, Int8Rows
-from neoquant.kernels import Cpu, CpuInt8, ReferenceInt8, cpu
+from neoquant.kernels import Cpu, ReferenceInt8, cpu
 from neoquant.native import products
 from neoquant.quantizers import Nearest
 
@@ -60,7 +60,7 @@ def message(isa: str, int8: bool, x: Tensor, w: products.Weight, bias: Tensor | 
 def test_products_on_aarch64(driver: list[str], isa: str, int8: bool) -> None:
     cases, sent = [], b""
     for grid, shape, count in itertools.product(GRIDS, SHAPES, COUNTS):
-        if int8 and CpuInt8().refuse(grid, shape, torch.device("cpu")):
+        if int8 and isinstance(grid, Codebook) and shape[1] % 8:  # CpuInt8 refuses it, also where it could run
             continue
         q = Nearest().quantize(make_weight(shape, torch.float16, "normal"), grid)
         x = make_weight((count, shape[1]), torch.float32, "normal", 2)

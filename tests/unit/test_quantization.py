@@ -404,9 +404,11 @@ def test_the_folder_may_be_moved_and_the_source_deleted(make_model: MakeModel, t
 
 PEAK = """
 import sys
+from neoquant import quantization
 from neoquant.quantization import quantize
 from neoquant.recipe import Recipe
 
+quantization.IN_FLIGHT_BYTES = 1 << 23  # a queue that these models fill
 result = quantize(sys.argv[1], sys.argv[2], Recipe.load("nf4"))
 print(result.peak_rss_bytes, result.plan.peak_memory_bytes, result.plan.source_bytes)
 """
