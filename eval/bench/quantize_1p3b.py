@@ -6,9 +6,10 @@
 Random float16 weights of the model's exact shapes are written once. Then, `--repeats` times and in turn, each tool
 quantizes them in a process of its own, and so does a plain copy of the file, for scale. Measured are the seconds from
 the start of the process to its end (imports included), the seconds of the work behind the imports, and the peak of
-resident memory. The source is in the page cache for all of them. neoquant waits until the disk has its result, and so
-does the copy; transformers does not, and neoquant is also run without waiting (`neoquant-unsynced`), to be compared
-with that. The tensors of both results are compared byte by byte.
+resident memory. The source is in the page cache for all of them, and the disk has written what was left by the one
+before. neoquant waits until the disk has its result, and so does the copy; transformers does not, and neoquant is also
+run without waiting (`neoquant-unsynced`), to be compared with that. The tensors of both results are compared byte by
+byte.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ def bench(shape: str, repeats: int, temp: Path) -> dict[str, Any]:
     for repeat in range(repeats):
         # The order alternates, so that no tool always runs behind the same neighbour.
         for tool in TOOLS if repeat % 2 == 0 else TOOLS[::-1]:
+            os.sync()  # what the one before left to be written would be this one's to wait for
             runs[tool].append(child(tool, source, temp / tool))
             print(f"{repeat + 1}/{repeats} {tool:17}", describe(runs[tool][-1]), flush=True)
         if repeat == 0:

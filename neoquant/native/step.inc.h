@@ -128,11 +128,11 @@ static void hide(
     for (int64_t j = first; j < stop; j++, scores += PANEL) {
         const int64_t from = j - at, to = a->window ? from + a->window : PANEL; /* places of those that see it */
         const int kept = !keep || keep[j];
-        for (int64_t q = 0; q < PANEL; q++) seen[q] |= kept && q >= from && q < to;
+        for (int64_t q = 0; keep && q < PANEL; q++) seen[q] |= kept && q >= from && q < to;
         if (kept && from <= 0 && to >= n) continue;
         for (int64_t q = 0; q < PANEL; q++) scores[q] = kept && q >= from && q < to ? scores[q] : -INFINITY;
     }
-    for (int64_t q = 0; q < n; q++)
+    for (int64_t q = 0; keep && q < n; q++)
         if (!seen[q]) of_first[(at + q - first) * PANEL + q] = 0;
 }
 

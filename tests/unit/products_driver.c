@@ -1,25 +1,12 @@
 /* Runs the products of the native library on cases from standard input: for machines that are only emulated.
  *
  * A case is twelve int64 (isa, threads, int8, count, rows, columns, groups, kind, bits, group_bits, level_step's bits,
- * plain) and the arrays of struct nq_weight in its order, then x and the bias, each an int64 of bytes and the bytes;
- * none is 0 bytes. The answer is y and the decoded weight. */
-#include "weight.h"
-
-#include <stdio.h>
-#include <stdlib.h>
+ * plain) and the arrays of struct nq_weight in its order, then x and the bias. The answer is y and the decoded weight. */
+#include "driver.h"
 
 void nq_multiply(const struct nq_weight *, const float *, int64_t, const float *, float *, int, int);
 void nq_multiply_int8(const struct nq_weight *, const float *, int64_t, const float *, float *, int, int);
 void nq_decode(const struct nq_weight *, const int64_t *, int64_t, int64_t, float *, int);
-int nq_runs(int);
-
-static const void *read_array(void) {
-    int64_t bytes;
-    if (fread(&bytes, 8, 1, stdin) != 1) exit(2);
-    void *data = bytes ? malloc((size_t)bytes) : 0;
-    if (bytes && fread(data, 1, (size_t)bytes, stdin) != (size_t)bytes) exit(2);
-    return data;
-}
 
 int main(void) {
     int64_t said[12];

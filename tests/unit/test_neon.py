@@ -33,11 +33,20 @@ TABLES = ("codes", "table", "levels", "absmax", "stored", "nested", "nested_tabl
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return build("products_driver.c", tmp_path_factory.mktemp("aarch64") / "driver")
+
+
+@pytest.fixture(scope="module")
+def between(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return build("between_driver.c", tmp_path_factory.mktemp("aarch64") / "between")
+
+
+def build(driver: str, path: Path) -> list[str]:
+    """Compile a driver with the library; the command that runs it."""
     for program in (COMPILER, EMULATOR):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed")
-    path = tmp_path_factory.mktemp("aarch64") / "driver"
-    sources = [*sorted(NATIVE.glob("*.c")), HERE / "products_driver.c"]
+    sources = [*sorted(NATIVE.glob("*.c")), HERE / driver]
     flags = ["-O1", "-std=gnu11", "-ffp-contract=off", "-Wall", "-Werror", "-static", "-pthread", f"-I{NATIVE}"]
     subprocess.run([COMPILER, *flags, "-o", str(path), *map(str, sources), "-lm"], check=True)
     return [EMULATOR, str(path)]
@@ -52,7 +61,11 @@ def message(isa: str, int8: bool, x: Tensor, w: products.Weight, bias: Tensor | 
     raw = [
         b"" if array is None else array.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for array in arrays
     ]
-    return struct.pack("<12q", *said) + b"".join(struct.pack("<q", len(data)) + data for data in raw)
+    return struct.pack("<12q", *said) + framed(raw)
+
+
+def framed(arrays: list[bytes]) -> bytes:
+    return b"".join(struct.pack("<q", len(data)) + data for data in arrays)
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["exact", "int8"])
@@ -99,3 +112,48 @@ def test_plain_products_on_aarch64(driver: list[str], isa: str) -> None:
         bound = 8 * torch.finfo(torch.float32).eps * weight.shape[1] ** 0.5 * length
         assert ((y.view(exact.shape) - exact).abs() <= bound).all(), (weight.dtype, weight.shape, len(x))
     assert len(answer) == 0
+
+
+@pytest.mark.parametrize("isa", ["portable", "neon"])
+def test_between_products_on_aarch64(between: list[str], isa: str) -> None:
+    """Attention of all of two sequences, and of the rows of a piece that begins and ends within them."""
+    random = torch.Generator().manual_seed(0)
+    cases, sent = [], b""
+    layouts = itertools.product([(0, 1), (9, 1), (0, 21), (7, 40)], [0, 5], [3, 16, 20], [False, True])
+    for (held, new), window, size, padded in layouts:
+        heads, sequences, capacity = 2, 2, held + new + 3
+        begin, end = (0, sequences * new) if new == 1 else (new - 6, 2 * new - 1)
+        query = torch.randn(end - begin, heads, size, generator=random)
+        keys, values = torch.randn(2, sequences, heads, capacity, size, generator=random)
+        keep = torch.rand(sequences, held + new, generator=random) < 0.7 if padded else None
+        said = (native.ISAS.index(isa), begin, end, new, held, heads, size, capacity, window, held + new)
+        arrays = [tensor.numpy().tobytes() for tensor in (query, keys, values)]
+        sent += struct.pack("<10q", *said) + framed([*arrays, b"" if keep is None else keep.numpy().tobytes()])
+        cases.append((query, attention(query, keys, values, begin, new, held, window, keep)))
+    done = subprocess.run(between, input=sent, stdout=subprocess.PIPE, check=True)
+    answer = torch.frombuffer(bytearray(done.stdout), dtype=torch.float32)
+    for query, attended in cases:
+        y, activated, normed, answer = torch.tensor_split(answer, [n * query.numel() for n in (1, 2, 3)])
+        assert torch.allclose(y.view(query.shape).double(), attended, rtol=1e-5, atol=1e-5)
+        gelu = torch.nn.functional.gelu(query.double(), approximate="tanh")
+        assert torch.allclose(activated.view(query.shape).double(), gelu, rtol=1e-5, atol=1e-6)
+        norm = 2 * torch.nn.functional.layer_norm(query.double(), query.shape[2:]) + 1
+        assert torch.allclose(normed.view(query.shape).double(), norm, rtol=1e-4, atol=1e-4)
+    assert len(answer) == 0
+
+
+def attention(
+    query: Tensor, keys: Tensor, values: Tensor, begin: int, new: int, held: int, window: int, keep: Tensor | None
+) -> Tensor:
+    """Row by row, in float64: row begin + i is a new position of a sequence, and sees itself where it sees nothing."""
+    y = torch.empty(query.shape, dtype=torch.float64)
+    for i in range(len(query)):
+        sequence, at = (begin + i) // new, held + (begin + i) % new
+        seen = torch.arange(at + 1) > at - window if window else torch.ones(at + 1, dtype=torch.bool)
+        if keep is not None:
+            seen &= keep[sequence, : at + 1]
+        seen[at] |= not seen.any()
+        scores = (keys[sequence, :, : at + 1].double() @ query[i, :, :, None].double())[..., 0]
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        y[i] = (weights[:, None] @ values[sequence, :, : at + 1].double())[:, 0]
+    return y
