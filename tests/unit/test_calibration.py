@@ -81,7 +81,7 @@ def test_a_folder_is_the_quantizer_applied_block_by_block(model: Path, tmp_path:
     again = quantize(model, tmp_path / "again", GPTQ3, calibration=calibration())
     for name in ("model.safetensors", "config.json", "calibration.json"):
         assert (made.folder / name).read_bytes() == (again.folder / name).read_bytes(), name
-    assert made.source_sha256 == quantize(model, tmp_path / "nf4", Recipe.simple()).source_sha256
+    assert made.source_hash == quantize(model, tmp_path / "nf4", Recipe.simple()).source_hash
     loaded, plain = load_model(made.folder, GPTNeoForCausalLM), load_model(model, GPTNeoForCausalLM)
     with torch.inference_mode():
         walk = Walk(StatesInMemory.of(embedded(plain, calibration().ids)), plain.config.window_size)
