@@ -18,8 +18,8 @@ from xml.sax.saxutils import escape
 
 from neoquant.evaluation import Comparison
 from neoquant.report import charts
+from neoquant.report.formatting import divergence
 from neoquant.report.verdict import DIVERGENCE, TOLERANCE, percent_change, percent_interval, recommended, short_names
-from neoquant.report.words import divergence
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "eval" / "results" / "demo.json"

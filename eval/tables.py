@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from neoquant.evaluation import Comparison, Inspection
-from neoquant.planning import BLOCK_LINEARS
+from neoquant.model.names import BLOCK_LINEARS
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "eval" / "results" / "demo.json"

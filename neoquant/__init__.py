@@ -26,8 +26,13 @@ from neoquant.errors import (
 )
 
 if TYPE_CHECKING:
-    from neoquant.adapters import get_peft_model, load_peft_model
-    from neoquant.auto import (
+    from neoquant.checkpoint.upload import push
+    from neoquant.evaluation.compare import compare
+    from neoquant.evaluation.inspection import inspect
+    from neoquant.evaluation.perplexity import evaluate
+    from neoquant.generation.config import GenerationConfig
+    from neoquant.generation.generate import TextStreamer, generate_text
+    from neoquant.hf.auto import (
         AutoConfig,
         AutoModel,
         AutoModelForCausalLM,
@@ -36,65 +41,63 @@ if TYPE_CHECKING:
         AutoModelForTokenClassification,
         AutoTokenizer,
     )
-    from neoquant.checkpoint.upload import push
-    from neoquant.conversion import convert
-    from neoquant.evaluation.compare import compare
-    from neoquant.evaluation.inspection import inspect
-    from neoquant.evaluation.perplexity import evaluate
-    from neoquant.loading import LoadWarning, load, load_tokenizer
-    from neoquant.model.config import GPTNeoConfig
-    from neoquant.model.generate import TextStreamer, generate_text
-    from neoquant.model.generation_config import GenerationConfig
-    from neoquant.model.gpt_neo import GPTNeoForCausalLM, GPTNeoModel
-    from neoquant.model.heads import (
+    from neoquant.hf.pipelines import pipeline
+    from neoquant.loading.fill import LoadWarning
+    from neoquant.loading.pretrained import (
+        GPTNeoForCausalLM,
         GPTNeoForQuestionAnswering,
         GPTNeoForSequenceClassification,
         GPTNeoForTokenClassification,
+        GPTNeoModel,
+        load,
+        load_tokenizer,
     )
-    from neoquant.model.tokenizer import Tokenizer
-    from neoquant.model.tokenizer import Tokenizer as GPT2Tokenizer
-    from neoquant.pipelines import pipeline
-    from neoquant.quantization import plan, quantize
-    from neoquant.quantization_config import BitsAndBytesConfig, GPTQConfig
-    from neoquant.recipe import Recipe
+    from neoquant.loading.quantization_config import BitsAndBytesConfig, GPTQConfig
+    from neoquant.model.config import GPTNeoConfig
+    from neoquant.nn.lora import get_peft_model, load_peft_model
+    from neoquant.quantization.convert import convert
+    from neoquant.quantization.quantize import plan, quantize
+    from neoquant.quantization.recipe import Recipe
+    from neoquant.tokenizer.tokenizer import Tokenizer
+    from neoquant.tokenizer.tokenizer import Tokenizer as GPT2Tokenizer
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AutoConfig": "neoquant.auto",
-    "AutoModel": "neoquant.auto",
-    "AutoModelForCausalLM": "neoquant.auto",
-    "AutoModelForQuestionAnswering": "neoquant.auto",
-    "AutoModelForSequenceClassification": "neoquant.auto",
-    "AutoModelForTokenClassification": "neoquant.auto",
-    "AutoTokenizer": "neoquant.auto",
-    "BitsAndBytesConfig": "neoquant.quantization_config",
-    "GPT2Tokenizer": "neoquant.model.tokenizer",
+    "AutoConfig": "neoquant.hf.auto",
+    "AutoModel": "neoquant.hf.auto",
+    "AutoModelForCausalLM": "neoquant.hf.auto",
+    "AutoModelForQuestionAnswering": "neoquant.hf.auto",
+    "AutoModelForSequenceClassification": "neoquant.hf.auto",
+    "AutoModelForTokenClassification": "neoquant.hf.auto",
+    "AutoTokenizer": "neoquant.hf.auto",
+    "BitsAndBytesConfig": "neoquant.loading.quantization_config",
+    "GPT2Tokenizer": "neoquant.tokenizer.tokenizer",
     "GPTNeoConfig": "neoquant.model.config",
-    "GPTNeoForCausalLM": "neoquant.model.gpt_neo",
-    "GPTNeoForQuestionAnswering": "neoquant.model.heads",
-    "GPTNeoForSequenceClassification": "neoquant.model.heads",
-    "GPTNeoForTokenClassification": "neoquant.model.heads",
-    "GPTNeoModel": "neoquant.model.gpt_neo",
-    "GPTQConfig": "neoquant.quantization_config",
-    "GenerationConfig": "neoquant.model.generation_config",
-    "LoadWarning": "neoquant.loading",
-    "Recipe": "neoquant.recipe",
-    "TextStreamer": "neoquant.model.generate",
-    "Tokenizer": "neoquant.model.tokenizer",
+    "GPTNeoForCausalLM": "neoquant.loading.pretrained",
+    "GPTNeoForQuestionAnswering": "neoquant.loading.pretrained",
+    "GPTNeoForSequenceClassification": "neoquant.loading.pretrained",
+    "GPTNeoForTokenClassification": "neoquant.loading.pretrained",
+    "GPTNeoModel": "neoquant.loading.pretrained",
+    "GPTQConfig": "neoquant.loading.quantization_config",
+    "GenerationConfig": "neoquant.generation.config",
+    "LoadWarning": "neoquant.loading.fill",
+    "Recipe": "neoquant.quantization.recipe",
+    "TextStreamer": "neoquant.generation.generate",
+    "Tokenizer": "neoquant.tokenizer.tokenizer",
     "compare": "neoquant.evaluation",
-    "convert": "neoquant.conversion",
+    "convert": "neoquant.quantization.convert",
     "evaluate": "neoquant.evaluation",
-    "generate_text": "neoquant.model.generate",
-    "get_peft_model": "neoquant.adapters",
+    "generate_text": "neoquant.generation.generate",
+    "get_peft_model": "neoquant.nn.lora",
     "inspect": "neoquant.evaluation",
-    "load": "neoquant.loading",
-    "load_peft_model": "neoquant.adapters",
-    "load_tokenizer": "neoquant.loading",
-    "pipeline": "neoquant.pipelines",
-    "plan": "neoquant.quantization",
+    "load": "neoquant.loading.pretrained",
+    "load_peft_model": "neoquant.nn.lora",
+    "load_tokenizer": "neoquant.loading.pretrained",
+    "pipeline": "neoquant.hf.pipelines",
+    "plan": "neoquant.quantization.quantize",
     "push": "neoquant.checkpoint.upload",
-    "quantize": "neoquant.quantization",
+    "quantize": "neoquant.quantization.quantize",
 }
 
 __all__ = [

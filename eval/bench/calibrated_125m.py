@@ -106,7 +106,7 @@ def run_neoquant(source: Path, rows: Path, out: Path) -> dict[str, float]:
     import torch
 
     import neoquant
-    from neoquant.calibration import Calibration
+    from neoquant.calibration.dataset import Calibration
 
     recipe = neoquant.Recipe.simple(BITS, "affine", group_size=GROUP_SIZE, quantizer="gptq")
     ids = torch.load(rows, weights_only=True)

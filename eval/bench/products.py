@@ -27,7 +27,7 @@ from torch import Tensor
 
 from neoquant import native
 from neoquant.grids import Grid, load_bitsandbytes, make_grid
-from neoquant.layer import QuantLinear
+from neoquant.nn.linear import QuantLinear
 from neoquant.quantizers import Nearest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -133,8 +133,8 @@ def timed(tool: Callable[[str, str], object], source: str, out: str) -> float:
 
 
 def neoquant_tool() -> Callable[[str, str], object]:
-    from neoquant.quantization import quantize
-    from neoquant.recipe import Recipe
+    from neoquant.quantization.quantize import quantize
+    from neoquant.quantization.recipe import Recipe
 
     recipe = Recipe.load("nf4")
     return lambda source, out: quantize(source, out, recipe)

@@ -70,7 +70,7 @@ def main() -> None:
 
 def bench(args: argparse.Namespace, temp: Path) -> dict[str, Any]:
     """Make the models and run the parts that are asked for; each is given with where and when it was run."""
-    from neoquant.evaluation.speed import Request, measure
+    from neoquant.benchmark.run import Request, measure
 
     print(f"making {args.shape}-shaped checkpoints ...", flush=True)
     plain = temp / "plain"
@@ -101,8 +101,8 @@ def bench(args: argparse.Namespace, temp: Path) -> dict[str, Any]:
 
 def quantized(plain: Path, temp: Path, names: list[str]) -> list[Path]:
     """The folders that neoquant runs, named for what they hold."""
-    from neoquant.quantization import quantize
-    from neoquant.recipe import Recipe
+    from neoquant.quantization.quantize import quantize
+    from neoquant.quantization.recipe import Recipe
 
     return [quantize(plain, temp / name, Recipe.simple(*RECIPES[name][0], **RECIPES[name][1])).folder for name in names]
 
@@ -161,8 +161,8 @@ def evaluate(tool: str, source: str, windows: int, activations: str, threads: in
     if tool == "neoquant":
         from neoquant.evaluation.corpus import Corpus, Unit, Window
         from neoquant.evaluation.scoring import score
-        from neoquant.loading import load_model
-        from neoquant.model.gpt_neo import GPTNeoForCausalLM
+        from neoquant.loading.load import load_model
+        from neoquant.loading.pretrained import GPTNeoForCausalLM
         from neoquant.progress import SILENT
 
         model = load_model(source, GPTNeoForCausalLM, device="cpu", activations=activations)

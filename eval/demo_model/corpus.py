@@ -10,7 +10,7 @@ from typing import Any
 
 import tomllib
 
-from neoquant.evaluation.documents import Document, module_path, stdlib_documents
+from neoquant.data.documents import Document, module_path, stdlib_documents
 
 SUITE = Path(__file__).parents[1] / "suites" / "demo.toml"
 # Tables of character codes and generated opcodes: no prose, and little that deserves the name of source.

@@ -24,8 +24,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from neoquant.loading.pretrained import GPTNeoForCausalLM
 from neoquant.model.config import GPTNeoConfig
-from neoquant.model.gpt_neo import GPTNeoForCausalLM, SelfAttention
+from neoquant.model.gpt_neo import SelfAttention
 
 END_OF_TEXT = "<|endoftext|>"
 CONFIG = GPTNeoConfig(

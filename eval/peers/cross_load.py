@@ -23,13 +23,12 @@ from typing import Any
 import torch
 
 import neoquant
-from neoquant.calibration import Calibration
+from neoquant.calibration.dataset import Calibration, load_calibration
 from neoquant.demo import MODEL
-from neoquant.evaluation.calibration import load_calibration
 from neoquant.grids import Affine
-from neoquant.layer import QuantLinear
-from neoquant.loading import save_model
-from neoquant.model.gpt_neo import GPTNeoForCausalLM
+from neoquant.loading.pretrained import GPTNeoForCausalLM
+from neoquant.loading.save import save_model
+from neoquant.nn.linear import QuantLinear
 from neoquant.quantizers import Gptq
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

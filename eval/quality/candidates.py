@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 import neoquant
-from neoquant.calibration import Calibration
+from neoquant.calibration.dataset import Calibration
 from neoquant.grids import Affine, Grid, make_grid
-from neoquant.layer import QuantLinear
-from neoquant.loading import load_model
+from neoquant.loading.load import load_model
+from neoquant.nn.linear import QuantLinear
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from provenance import ROOT, versions_in

@@ -30,8 +30,8 @@ from texts import DEMO_RULE, RULE, Texts, texts
 
 from neoquant.evaluation import Contestant, ModelInfo, compare
 from neoquant.evaluation.statistics import ratio_interval
-from neoquant.loading import load_tokenizer
-from neoquant.model.tokenizer import Tokenizer
+from neoquant.loading.pretrained import load_tokenizer
+from neoquant.tokenizer.tokenizer import Tokenizer
 
 Row = dict[str, Any]
 

@@ -7,13 +7,13 @@ import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from neoquant.calibration import Calibration, draw, hash_texts
-from neoquant.evaluation.calibration import load_calibration
+from neoquant.calibration.dataset import Calibration, draw, load_calibration
+from neoquant.data.documents import Document, read_documents
+from neoquant.data.fingerprints import hash_texts
+from neoquant.data.suite import Suite, load_suite
 from neoquant.evaluation.corpus import documents_sha256
-from neoquant.evaluation.documents import Document, read_documents
-from neoquant.evaluation.suite import Suite, load_suite
-from neoquant.model.tokenizer import Tokenizer
 from neoquant.progress import SILENT
+from neoquant.tokenizer.tokenizer import Tokenizer
 
 RULE = (
     "in each subset of the file the documents are shuffled, seeded by seed and subset; the first half, rounded down, "

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import mmap
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -19,10 +18,12 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
+from neoquant import demo
 from neoquant.checkpoint import hub, torch_file
 from neoquant.checkpoint.headers import MAX_HEADER_BYTES, TensorHeader, parse_header
 from neoquant.checkpoint.torch_file import Span
 from neoquant.errors import CheckpointError, ConfigError, RequestError, locate
+from neoquant.model.names import is_mask_buffer
 from neoquant.progress import SILENT, Progress
 
 # In order of preference.
@@ -46,10 +47,6 @@ COMPANIONS = (
     "LICENSE*",
     "NOTICE*",
 )
-
-# Checkpoints of old carry the causal mask and the number it was filled with. Only out_proj has a true bias, and it is
-# called attn.attention.out_proj.bias.
-_MASK_BUFFER = re.compile(r"(.*\.)?h\.\d+\.attn\.attention\.(bias|masked_bias)")
 
 
 class Stored(NamedTuple):
@@ -190,12 +187,13 @@ def companion_files(folder: Path) -> list[Path]:
 
 
 def open_checkpoint(
-    source: str | Path, *, revision: str | None = None, headers_only: bool = False, progress: Progress = SILENT
+    source: str | Path | None, *, revision: str | None = None, headers_only: bool = False, progress: Progress = SILENT
 ) -> Checkpoint:
     """Open a GPT-Neo in a folder or on the hub.
 
     Args:
-        source: a folder; or, where no such folder exists, a hub id (`name` or `user/name`).
+        source: a folder; or, where no such folder exists, a hub id (`name` or `user/name`); None or "neoquant-demo" is
+            the bundled model.
         revision: branch, tag or commit on the hub.
         headers_only: fetch some kilobytes of headers from the hub instead of the files.
         progress: told of downloads.
@@ -205,6 +203,7 @@ def open_checkpoint(
         HubError: the hub does not have it or cannot be reached.
         RequestError: a revision of a folder.
     """
+    source = demo.resolve(source)
     folder = _local(source, revision)
     if folder is not None:
         return _open_folder(str(source), folder, None)
@@ -218,11 +217,12 @@ def open_checkpoint(
     return _open_folder(str(source), model.folder, model.commit)
 
 
-def find_companions(source: str | Path, *, revision: str | None = None) -> Path:
+def find_companions(source: str | Path | None, *, revision: str | None = None) -> Path:
     """A folder with what travels with a model's weights: a folder itself, or what is fetched from the hub without them.
 
     Raises what `open_checkpoint` does, but for what is wrong inside the folder.
     """
+    source = demo.resolve(source)
     folder = _local(source, revision)
     if folder is not None:
         return folder
@@ -371,7 +371,7 @@ def _drop_buffers_and_aliases(stored: Iterable[Stored]) -> tuple[dict[str, Store
         where = (place.data_ptr(), place.stride()) if isinstance(place, torch.Tensor) else place
         identity = (file, header.dtype, header.shape, where)
         alias = header.numel > 0 and identity in places  # tensors without elements may share a place by chance
-        if alias or _MASK_BUFFER.fullmatch(header.name):
+        if alias or is_mask_buffer(header.name):
             dropped.append(header.name)
         else:
             kept[header.name] = entry

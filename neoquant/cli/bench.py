@@ -79,8 +79,8 @@ def bench(
         if not path:
             raise RequestError(f"--python {name!r}: write it like transformers=/path/to/python")
 
-    from neoquant.evaluation.speed import Request, measure
-    from neoquant.report.speed import speed_table
+    from neoquant.benchmark.run import Request, measure
+    from neoquant.report.benchmark import speed_table
 
     if threads is None:
         import torch

@@ -17,9 +17,9 @@ from neoquant.cli.terminal import Terminal
 from neoquant.errors import RequestError
 
 if TYPE_CHECKING:
-    from neoquant.model.generate import Sampling
-    from neoquant.model.gpt_neo import GPTNeoForCausalLM
-    from neoquant.model.tokenizer import Tokenizer
+    from neoquant.generation.generate import Sampling
+    from neoquant.loading.pretrained import GPTNeoForCausalLM
+    from neoquant.tokenizer.tokenizer import Tokenizer
 
 HELP = "/again: another continuation · /undo: without the last turn · /reset: begin anew · /show: all of it · /quit"
 
@@ -73,10 +73,10 @@ def chat(
     terminal: Terminal = ctx.obj
     names = _names(roles)
 
-    from neoquant import loading
-    from neoquant.model.generate import Sampling, eos_ids
+    from neoquant.generation.generate import Sampling, eos_ids
+    from neoquant.loading.pretrained import load
 
-    network, tokenizer = loading.load(
+    network, tokenizer = load(
         find_model(model, terminal, "chat"),
         revision=revision,
         device=device,
@@ -172,7 +172,7 @@ class _Chat:
         """Continue everything so far and `typed`, show it as it comes, and remember both."""
         import torch
 
-        from neoquant.model.generate import TextStream, ends_with, stream
+        from neoquant.generation.generate import TextStream, ends_with, stream
 
         context = self.network.config.max_position_embeddings
         ids = self.tokenizer.encode(self.text + typed) or [self.tokenizer.bos_token_id]

@@ -137,7 +137,7 @@ def compare(
 
 
 def _compare_saved(files: list[str], terminal: Terminal) -> Comparison:
-    from neoquant.evaluation.saved import compare_saved, differing_environments, read_result
+    from neoquant.evaluation.saved_results import compare_saved, differing_environments, read_result
 
     result = compare_saved([read_result(file) for file in files], files)
     for note in differing_environments([result.reference, *(c.evaluation for c in result.candidates)]):

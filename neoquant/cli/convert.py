@@ -12,6 +12,7 @@ from neoquant.cli import options
 from neoquant.cli.models import find_model, short_name
 from neoquant.cli.output import check_writable, size_text, write_text
 from neoquant.cli.terminal import Terminal
+from neoquant.sizes import parse_size
 
 
 def convert(
@@ -60,14 +61,15 @@ def convert(
       neoquant convert gpt-neo-nf4 --dequantize --dtype float16 --out gpt-neo-plain
       neoquant convert EleutherAI/gpt-neo-125m --to safetensors --dtype float16
     """
-    from neoquant import conversion
+    from neoquant.quantization.convert import PLAIN
+    from neoquant.quantization.convert import convert as convert_checkpoint
 
     terminal: Terminal = ctx.obj
     check_writable(json_file)
-    largest = options.parse_size(shard_size)
+    largest = parse_size(shard_size, "--shard-size")
     source = find_model(model, terminal, "convert")
-    folder = out or Path(f"{short_name(model)}-{to or conversion.PLAIN}")
-    made = conversion.convert(
+    folder = out or Path(f"{short_name(model)}-{to or PLAIN}")
+    made = convert_checkpoint(
         source,
         folder,
         to,

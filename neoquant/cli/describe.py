@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,10 +17,6 @@ if TYPE_CHECKING:
     from neoquant.evaluation import ModelInfo
     from neoquant.formats import Format
     from neoquant.model.config import GPTNeoConfig
-
-
-TABLES = ("wte", "lm_head")
-"""What of a model may be quantized beside the linears of its blocks."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +35,28 @@ class Description:
     @property
     def grids(self) -> str:
         """The grids in words: counted where neoquant's record lists them, else what config.json says."""
-        from neoquant.grids import Grid
-        from neoquant.report.words import grid_label
+        from neoquant.grids import grid_from_dict
+        from neoquant.report.formatting import grid_label
 
         rows = [row["grid"] for row in self.record.get("tensors", []) if "grid" in row]
         if rows:
-            counted = Counter(grid_label(Grid.from_dict(row)) for row in rows)
+            counted = Counter(grid_label(grid_from_dict(row)) for row in rows)
             return "; ".join(f"{count} weights {grid}" for grid, count in counted.items())
         stated = self.quantization
         if stated.get("load_in_4bit"):
             nested = "double quant" if stated.get("bnb_4bit_use_double_quant") else "no double quant"
             return f"{stated.get('bnb_4bit_quant_type')}, {nested} (as config.json says)"
         return "int8" if stated.get("load_in_8bit") else "not stated"
+
+
+def _is_of_linear(name: str) -> bool:
+    """Whether a tensor holds part of a block linear's weight, however it is packed: all under its name but the bias."""
+    from neoquant.model.names import BLOCK_LINEARS, in_block
+
+    place = in_block(name)
+    if place is None or place[1].endswith(".bias"):
+        return False
+    return place[1].startswith(tuple(f"{linear}." for linear in BLOCK_LINEARS))
 
 
 def describe(checkpoint: Checkpoint) -> Description:
@@ -62,17 +67,19 @@ def describe(checkpoint: Checkpoint) -> Description:
     """
     from neoquant.formats import detect
     from neoquant.model.config import GPTNeoConfig
-    from neoquant.planning import BLOCK_LINEARS
-    from neoquant.quantization import RECORD
+    from neoquant.model.names import TABLES, canonical_layer
+    from neoquant.quantization.quantize import RECORD
 
-    # Whatever a block linear's weight is stored as: everything under the layer's name but the bias.
-    weight = re.compile(rf"(?:.*\.)?h\.\d+\.(?:{'|'.join(map(re.escape, BLOCK_LINEARS))})\.(?!bias$).+")
     config = GPTNeoConfig.from_dict(checkpoint.config)
-    linears = [header for name, header in checkpoint.headers.items() if weight.fullmatch(name)]
+    linears = [header for name, header in checkpoint.headers.items() if _is_of_linear(name)]
     linear_bytes = sum(header.nbytes for header in linears)
     weights = config.num_layers * (4 * config.hidden_size**2 + 2 * config.hidden_size * config.inner_size)
     format = detect(checkpoint.config, checkpoint.headers)
-    tables = [layer for layer in (format.quantized(checkpoint.headers) if format else ()) if layer.endswith(TABLES)]
+    tables = [
+        layer
+        for layer in (format.quantized(checkpoint.headers) if format else ())
+        if canonical_layer(f"{layer}.weight") in TABLES
+    ]
     inside = {header.name for header in linears}
     inside |= {name for name in checkpoint.headers if name.startswith(tuple(f"{table}.weight" for table in tables))}
     others = sum(header.numel for name, header in checkpoint.headers.items() if name not in inside)
@@ -122,7 +129,7 @@ def calibrated_on(source: str | Path, revision: str | None, progress: Progress) 
 
 def calibration_record(checkpoint: Checkpoint) -> dict[str, Any]:
     """What calibration saw and how layers came out, as `calibration.json` says; empty where there is none."""
-    from neoquant.quantization import CALIBRATION
+    from neoquant.quantization.quantize import CALIBRATION
 
     return _read_record(checkpoint.folder, CALIBRATION)
 

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from neoquant.evaluation import Comparison, Contestant, Evaluation, Inspection, Suite
-    from neoquant.evaluation.team import Team
+    from neoquant.evaluation.distributed import Team
     from neoquant.evaluation.thresholds import Condition
-    from neoquant.model.tokenizer import Tokenizer
+    from neoquant.tokenizer.tokenizer import Tokenizer
 
 
 def choose_suite(
@@ -75,7 +75,7 @@ def journal_of(json: Path | None) -> Path | None:
 @contextmanager
 def team_of(terminal: Terminal) -> Iterator[Team]:
     """The processes that share the work; all but the first keep silent unless they fail."""
-    from neoquant.evaluation.team import joined
+    from neoquant.evaluation.distributed import joined
 
     with joined() as team:
         if team.rank:
@@ -137,12 +137,12 @@ def load_contestant(
     activations: str = "exact",
 ) -> tuple[Contestant, Tokenizer]:
     """A model ready to run, what results say of it, and its tokenizer."""
-    from neoquant import loading
     from neoquant.evaluation import Contestant
+    from neoquant.loading.pretrained import load
 
     source = find_model(model, terminal, verb)
     info = model_info(source, revision, short_name(model), terminal.progress)
-    network, tokenizer = loading.load(
+    network, tokenizer = load(
         source,
         revision=info.revision,
         device=device,

@@ -113,12 +113,12 @@ def generate(
 
     import torch
 
-    from neoquant import loading
-    from neoquant.model.generate import Sampling, TextStream, check_room, eos_ids, stream
+    from neoquant.generation.generate import Sampling, TextStream, check_room, eos_ids, stream
+    from neoquant.loading.pretrained import load
 
     seed = random.SystemRandom().randrange(2**31) if seed is None else seed
     source = find_model(model, terminal, "generate")
-    network, tokenizer = loading.load(
+    network, tokenizer = load(
         source, revision=revision, device=device, dtype=dtype, activations=activations, progress=terminal.progress
     )
     sampling = Sampling(
@@ -152,7 +152,7 @@ def _answer(
     task: str, source: str | Path, text: str, question: str | None, where: dict[str, Any], terminal: Terminal
 ) -> None:
     """Print what a task's pipeline says of each line, in the order of the lines."""
-    from neoquant.pipelines import ALIASES, pipeline
+    from neoquant.hf.pipelines import ALIASES, pipeline
 
     inputs: list[Any] = [line for line in text.splitlines() if line.strip()]
     if ALIASES.get(task, task) == "question-answering":

@@ -52,14 +52,14 @@ def info(
         terminal.show_facts(_facts(checkpoint, describe(checkpoint)))
         layers = calibration_record(checkpoint).get("layers")
     if isinstance(layers, dict) and layers:
-        from neoquant.record import remarks
-        from neoquant.report.record import calibration_table
+        from neoquant.calibration.summary import remarks
+        from neoquant.report.calibration import calibration_table
 
         terminal.show(calibration_table(layers), *remarks(layers))
 
 
 def _facts(checkpoint: Checkpoint, found: Description) -> list[tuple[str, str]]:
-    from neoquant.card import LIBRARIES
+    from neoquant.quantization.model_card import LIBRARIES
 
     config, record = found.config, found.record
     local = sum(kind == "local" for kind in config.attention_layers)

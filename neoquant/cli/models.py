@@ -10,7 +10,7 @@ from neoquant.cli.terminal import Terminal
 from neoquant.errors import RequestError
 
 if TYPE_CHECKING:
-    from neoquant.recipe import Recipe
+    from neoquant.quantization.recipe import Recipe
 
 BUNDLED = "neoquant-demo"
 """How the model that comes with neoquant is called on the command line."""
@@ -64,7 +64,7 @@ def choose_recipe(
     Raises:
         RequestError: they contradict each other, or there is no such grid or recipe.
     """
-    from neoquant.recipe import Recipe
+    from neoquant.quantization.recipe import Recipe
 
     whatever = {"format": format, "dtype": dtype, "embeddings": embeddings}
     stated: dict[str, Any] = {key: value for key, value in whatever.items() if value is not None}

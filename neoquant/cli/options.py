@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from neoquant.errors import RequestError
-
 
 def _set_quiet(ctx: typer.Context, asked: bool) -> bool:
     ctx.obj.quiet |= asked
@@ -248,22 +246,3 @@ Protocol = Annotated[
     ),
 ]
 Stride = Annotated[int | None, typer.Option("--stride", metavar="N", help="Tokens scored a window (strided).")]
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_size(text: str, option: str = "--shard-size") -> int:
-    """Bytes of `500MB`, `5GB`, `1.5GiB` or a plain number.
-
-    Raises:
-        RequestError: it is not one of these.
-    """
-    number = text.strip().rstrip("BKMGIbkmgi ")
-    unit = text.strip()[len(number) :].strip().upper()
-    try:
-        size = int(float(number) * _UNITS[unit])
-    except (ValueError, KeyError, OverflowError):
-        size = 0
-    if size < 1:
-        raise RequestError(f"{option} {text!r} is not a size; write it like 500MB, 5GB or 2GiB")
-    return size

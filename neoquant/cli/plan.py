@@ -14,12 +14,13 @@ from neoquant.cli import options
 from neoquant.cli.models import choose_recipe, find_model
 from neoquant.cli.output import check_writable, size_text, write_text
 from neoquant.cli.terminal import Terminal
-from neoquant.report.words import grid_label
+from neoquant.report.formatting import grid_label
+from neoquant.sizes import parse_size
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from neoquant.planning import Plan, PlanRow
+    from neoquant.quantization.plan import Plan, PlanRow
 
 
 def plan(
@@ -61,7 +62,7 @@ def plan(
       neoquant plan EleutherAI/gpt-neo-2.7B --bits 8 --type int8 --keep '*.c_proj'
       neoquant plan my-finetune --recipe my-recipe.toml --json plan.json
     """
-    from neoquant import quantization
+    from neoquant.quantization import quantize as quantization
 
     terminal: Terminal = ctx.obj
     chosen = choose_recipe(
@@ -85,10 +86,10 @@ def plan(
         source,
         chosen,
         revision=revision,
-        shard_size=options.parse_size(shard_size),
+        shard_size=parse_size(shard_size, "--shard-size"),
         calibration_rows=rows,
         calibration_length=length,
-        max_memory=None if max_memory is None else options.parse_size(max_memory, "--max-memory"),
+        max_memory=None if max_memory is None else parse_size(max_memory, "--max-memory"),
         progress=terminal.progress,
     )
     show_plan(made, terminal)
@@ -125,7 +126,7 @@ def show_plan(plan: Plan, terminal: Terminal) -> None:
 def _calibrating_facts(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.calibrating is None:
         return
-    from neoquant.costs import guess_seconds
+    from neoquant.calibration.memory import guess_seconds
     from neoquant.model.config import GPTNeoConfig
 
     need = plan.calibrating

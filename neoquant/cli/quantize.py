@@ -13,9 +13,10 @@ from neoquant.cli.models import BUNDLED, choose_recipe, find_model, short_name, 
 from neoquant.cli.output import size_text
 from neoquant.cli.plan import show_plan
 from neoquant.cli.terminal import Terminal
+from neoquant.sizes import parse_size
 
 if TYPE_CHECKING:
-    from neoquant.calibration import Calibration
+    from neoquant.calibration.dataset import Calibration
 
 
 def quantize(
@@ -71,7 +72,7 @@ def quantize(
       neoquant quantize my-finetune --bits 4 --type nf4 --calibration pile
       neoquant quantize my-finetune --recipe my-recipe.toml --dry-run
     """
-    from neoquant import quantization
+    from neoquant.quantization import quantize as quantization
 
     terminal: Terminal = ctx.obj
     chosen = choose_recipe(
@@ -89,8 +90,8 @@ def quantize(
         embeddings=embeddings,
         recipe=recipe,
     )
-    largest = options.parse_size(shard_size)
-    limit = None if max_memory is None else options.parse_size(max_memory, "--max-memory")
+    largest = parse_size(shard_size, "--shard-size")
+    limit = None if max_memory is None else parse_size(max_memory, "--max-memory")
     source = find_model(model, terminal, "quantize")
     folder = out or Path(f"{short_name(model)}-{chosen.name}")
     if dry_run:
@@ -131,8 +132,8 @@ def quantize(
         f"{made.plan.bits_per_weight_model:.3f} of the whole model, format {made.plan.format.name}"
     )
     if made.layers:
-        from neoquant.record import remarks
-        from neoquant.report.record import calibration_table
+        from neoquant.calibration.summary import remarks
+        from neoquant.report.calibration import calibration_table
 
         terminal.show(calibration_table(made.layers, made.layer_seconds))
         for remark in remarks(made.layers):
@@ -155,10 +156,9 @@ def _calibration(
     """The rows to calibrate on, as long as the model's context unless `length` is stated; None if none are named."""
     if name is None:
         return None
-    from neoquant.calibration import LENGTH
+    from neoquant.calibration.dataset import LENGTH, load_calibration
     from neoquant.checkpoint import open_checkpoint
-    from neoquant.evaluation.calibration import load_calibration
-    from neoquant.loading import load_tokenizer
+    from neoquant.loading.pretrained import load_tokenizer
     from neoquant.model.config import GPTNeoConfig
 
     with open_checkpoint(source, revision=revision, headers_only=True, progress=terminal.progress) as checkpoint:

@@ -88,7 +88,7 @@ def _card(folder: Path, result: Comparison, terminal: Terminal) -> str:
         CheckpointError: it is not a checkpoint's folder.
         RequestError: no candidate has its weights.
     """
-    from neoquant.card import with_measured
+    from neoquant.quantization.model_card import with_measured
     from neoquant.report.markdown import measured_block
 
     candidate = _measured(folder, result, terminal)

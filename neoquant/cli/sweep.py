@@ -22,7 +22,7 @@ from neoquant.errors import DataError, NeoquantError, OutputError, RequestError
 
 if TYPE_CHECKING:
     from neoquant.evaluation import Comparison, Suite
-    from neoquant.evaluation.team import Team
+    from neoquant.evaluation.distributed import Team
 
 FIELDS = {"models": list, "suites": list, "recipes": dict, "documents": int, "context": int}
 STATE = "sweep.json"
@@ -193,7 +193,7 @@ def _saved(file: Path, names: Collection[str]) -> Comparison | None:
 
 def _joined(saved: Comparison | None, fresh: Comparison | None) -> Comparison | None:
     """Both in one; None where there are not two, or the base did not score exactly the same in both."""
-    from neoquant.evaluation.saved import compare_saved
+    from neoquant.evaluation.saved_results import compare_saved
 
     if saved is None or fresh is None:
         return None
@@ -231,7 +231,7 @@ def table(results: list[Comparison]) -> str:
         "| --- | --- | --: | --: | --: | --: | --: | --: | --: |",
     ]
 
-    from neoquant.report.words import agreement, change_interval, divergence, number, perplexity
+    from neoquant.report.formatting import agreement, change_interval, divergence, number, perplexity
 
     for result in results:
         rows = [(result.reference, None), *((c.evaluation, c.total) for c in result.candidates)]

@@ -4,4 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-MODEL = Path(__file__).parent / "neoquant-demo"
+NAME = "neoquant-demo"
+"""What stands for the bundled model wherever a model is named, unless a folder of that name is there."""
+
+MODEL = Path(__file__).parent / NAME
+
+
+def resolve(source: str | Path | None) -> str | Path:
+    """`source`, or the bundled model's folder where that is named, or nothing is."""
+    if source is None or (str(source) == NAME and not Path(source).exists()):
+        return MODEL
+    return source

@@ -10,8 +10,13 @@ from statistics import fmean
 
 import torch
 
+from neoquant.data.suite import Suite
+from neoquant.evaluation.accumulator import SPREADS, SUMS, Tally
 from neoquant.evaluation.corpus import Corpus, Tokenizer, read_corpus
+from neoquant.evaluation.distributed import ALONE, Team
+from neoquant.evaluation.largest_divergences import worst_documents, worst_tokens
 from neoquant.evaluation.perplexity import Contestant, environment, score_kept, summarize
+from neoquant.evaluation.quantile_sketch import quantiles, regroup
 from neoquant.evaluation.result import (
     LN2,
     QUANTILES,
@@ -25,12 +30,7 @@ from neoquant.evaluation.result import (
     Resampling,
     UnitChange,
 )
-from neoquant.evaluation.sketch import quantiles, regroup
 from neoquant.evaluation.statistics import mean_interval, ratio_error, ratio_interval
-from neoquant.evaluation.suite import Suite
-from neoquant.evaluation.tally import SPREADS, SUMS, Tally
-from neoquant.evaluation.team import ALONE, Team
-from neoquant.evaluation.worst import worst_documents, worst_tokens
 from neoquant.progress import SILENT, Progress
 
 

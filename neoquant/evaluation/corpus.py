@@ -11,10 +11,10 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from neoquant.data.documents import Document, Source, open_documents, select
+from neoquant.data.suite import Suite
+from neoquant.data.tasks import last_word, wikitext
 from neoquant.errors import DataError, RequestError
-from neoquant.evaluation.documents import Document, Source, open_documents, select
-from neoquant.evaluation.suite import Suite
-from neoquant.evaluation.tasks import last_word, wikitext
 from neoquant.evaluation.windows import Span, joined, rolling, strided
 from neoquant.progress import Progress
 

@@ -12,16 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neoquant.data.suite import Suite
 from neoquant.errors import RequestError
 from neoquant.evaluation.corpus import Corpus, Tokenizer, Window, read_corpus
-from neoquant.evaluation.layers import Inspection, Layer, Loss
+from neoquant.evaluation.inspection_result import Inspection, Layer, Loss
 from neoquant.evaluation.perplexity import Contestant, data_info, documents_met, environment, flattered
 from neoquant.evaluation.scoring import CPU_PACE, GPU_PACE, batches, check_vocabularies, measures, stacked
 from neoquant.evaluation.statistics import ratio_interval
-from neoquant.evaluation.suite import Suite
-from neoquant.layer import QuantLinear
-from neoquant.model.gpt_neo import AttentionMasks, Block, GPTNeoForCausalLM
-from neoquant.planning import BLOCK_LINEARS
+from neoquant.loading.pretrained import GPTNeoForCausalLM
+from neoquant.model.gpt_neo import AttentionMasks, Block
+from neoquant.model.names import BLOCK_LINEARS
+from neoquant.nn.linear import QuantLinear
 from neoquant.progress import SILENT, Progress
 
 ROWS = 16

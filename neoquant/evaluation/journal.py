@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from neoquant.errors import OutputError
-from neoquant.evaluation.tally import Tally
-from neoquant.evaluation.team import ALONE, Team
+from neoquant.evaluation.accumulator import Tally
+from neoquant.evaluation.distributed import ALONE, Team
 
 INTERVAL = 15.0
 """Seconds between two writings, at least."""

@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 import torch
 
+from neoquant.data.suite import Suite
+from neoquant.evaluation.accumulator import Tally
 from neoquant.evaluation.corpus import Corpus, Tokenizer, read_corpus
+from neoquant.evaluation.distributed import ALONE, Team
 from neoquant.evaluation.journal import Journal
 from neoquant.evaluation.result import DataInfo, Environment, Evaluation, Macro, ModelInfo, Score, UnitScore
 from neoquant.evaluation.scoring import Model, score
-from neoquant.evaluation.suite import Suite
-from neoquant.evaluation.tally import Tally
-from neoquant.evaluation.team import ALONE, Team
 from neoquant.native import active
 from neoquant.progress import SILENT, Progress
 

@@ -11,8 +11,8 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
 
+from neoquant.data.suite import Suite
 from neoquant.errors import DataError
-from neoquant.evaluation.suite import Suite
 
 LN2 = math.log(2)
 QUANTILES = ("0.1", "1", "5", "10", "25", "50", "75", "90", "95", "99", "99.9")  # per cent

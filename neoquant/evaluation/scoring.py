@@ -8,10 +8,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from neoquant.errors import CheckpointError, RequestError
+from neoquant.evaluation.accumulator import Measures, Tally
 from neoquant.evaluation.corpus import Corpus, Window
+from neoquant.evaluation.distributed import ALONE, Team
 from neoquant.evaluation.journal import Journal
-from neoquant.evaluation.tally import Measures, Tally
-from neoquant.evaluation.team import ALONE, Team
 from neoquant.progress import Progress
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from neoquant import bits
+from neoquant import packing
 from neoquant.errors import FormatError, RequestError
 from neoquant.formats.base import (
     Format,
@@ -62,7 +62,7 @@ class Bnb4(Format):
         self._require_holdable(q)
         assert isinstance(q.grid, Codebook)
         tensors = {
-            ".weight": bits.pack_nibbles(q.codes.reshape(-1), pad=q.grid.zero_code).unsqueeze(1),
+            ".weight": packing.pack_nibbles(q.codes.reshape(-1), pad=q.grid.zero_code).unsqueeze(1),
             ".weight.absmax": q.params["absmax"],
             ".weight.quant_map": q.grid.table().clone(),
         }
@@ -102,7 +102,7 @@ class Bnb4(Format):
         assert isinstance(grid, Codebook)
         params = grid.param_shapes(shape)
         layout: Layout = {
-            ".weight": (torch.uint8, (bits.row_bytes(shape[0] * shape[1], 4), 1)),
+            ".weight": (torch.uint8, (packing.row_bytes(shape[0] * shape[1], 4), 1)),
             ".weight.absmax": params["absmax"],
             ".weight.quant_map": (torch.float32, (16,)),
         }
@@ -181,6 +181,6 @@ def _codes(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
     """uint8[O, I] from the stored bytes, which transformers may have written as another type of the same bytes."""
     n = shape[0] * shape[1]
     packed = weight.contiguous().view(-1).view(torch.uint8)
-    if packed.numel() != bits.row_bytes(n, 4):
-        raise FormatError(f"a 4-bit weight {list(shape)} takes {bits.row_bytes(n, 4)} bytes, got {packed.numel()}")
-    return bits.unpack_nibbles(packed, n).view(shape)
+    if packed.numel() != packing.row_bytes(n, 4):
+        raise FormatError(f"a 4-bit weight {list(shape)} takes {packing.row_bytes(n, 4)} bytes, got {packed.numel()}")
+    return packing.unpack_nibbles(packed, n).view(shape)

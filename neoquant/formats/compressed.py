@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from neoquant import bits
+from neoquant import packing
 from neoquant.errors import FormatError, RequestError
 from neoquant.formats.base import Format, Layout, require_shape, require_suffixes, require_tensor, shape_from_json
-from neoquant.formats.words import half_scales, order_of, to_bytes, to_words, word_count
+from neoquant.formats.int32_packing import half_scales, order_of, to_bytes, to_words, word_count
 from neoquant.grids import Affine, Grid
 from neoquant.tensor import QuantizedTensor
 
@@ -178,4 +178,4 @@ def _require(group: str, key: str, found: object, *legal: object) -> None:
 
 def _unpack(words: Tensor, width: int, n: int) -> Tensor:
     """The first `n` codes of each row of int32[R, W]: uint8[R, n]."""
-    return bits.unpack(to_bytes(words)[:, : bits.row_bytes(n, width)].contiguous(), width, n)
+    return packing.unpack(to_bytes(words)[:, : packing.row_bytes(n, width)].contiguous(), width, n)

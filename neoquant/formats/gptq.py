@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from neoquant import bits
+from neoquant import packing
 from neoquant.errors import FormatError, RequestError
 from neoquant.formats.base import Format, Layout, require_shape, require_suffixes, require_tensor
-from neoquant.formats.words import half_scales, order_of, to_bytes, to_words
+from neoquant.formats.int32_packing import half_scales, order_of, to_bytes, to_words
 from neoquant.grids import Affine, Grid
 from neoquant.tensor import QuantizedTensor
 
@@ -90,8 +90,8 @@ class Gptq(Format):
         for suffix, spec in self.layout(grid, (rows, columns)).items():
             if suffix != ".scales":
                 require_tensor(suffix.removeprefix("."), tensors[suffix], *spec)
-        codes = bits.unpack(to_bytes(tensors[".qweight"].T), grid.bits, columns)
-        zeros = bits.unpack(to_bytes(tensors[".qzeros"]), grid.bits, rows)
+        codes = packing.unpack(to_bytes(tensors[".qweight"].T), grid.bits, columns)
+        zeros = packing.unpack(to_bytes(tensors[".qzeros"]), grid.bits, rows)
         if version == V1:
             zeros = self._one_more(tensors[".qzeros"], zeros, grid)
         scale = half_scales("scales", tensors[".scales"], (zeros.shape[0], rows))
@@ -150,7 +150,7 @@ class Gptq(Format):
             if grid.bits == 3:
                 return (stored + 1) & grid.top
             ones = sum(1 << at for at in range(0, 32, grid.bits))
-            return bits.unpack(to_bytes(words + ones), grid.bits, stored.shape[1])
+            return packing.unpack(to_bytes(words + ones), grid.bits, stored.shape[1])
         if bool((stored == grid.top).any()):
             raise FormatError(
                 f"qzeros holds {grid.top} in a v1 checkpoint, which programs read as a zero of 0 or {grid.top + 1}"

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from neoquant import bits
+from neoquant import packing
 from neoquant.errors import FormatError, RequestError
 from neoquant.formats.base import (
     Format,
@@ -26,7 +26,7 @@ from neoquant.formats.base import (
     require_tensor,
     shape_from_json,
 )
-from neoquant.grids import Grid
+from neoquant.grids import Grid, grid_from_dict
 from neoquant.tensor import QuantizedTensor
 
 VERSION = 1
@@ -50,7 +50,7 @@ class Packed(Format):
     def encode(self, q: QuantizedTensor) -> dict[str, Tensor]:
         self._require_holdable(q)
         tensors = {
-            ".weight": bits.pack(q.codes, q.grid.bits),
+            ".weight": packing.pack(q.codes, q.grid.bits),
             HEADER: json_to_tensor(_header(q.grid, q.shape, q.dtype)),
         }
         tensors |= {f".weight.{name}": param for name, param in q.params.items()}
@@ -70,7 +70,7 @@ class Packed(Format):
         layout = self.layout(grid, stored, ordered=order is not None)
         require_suffixes(tensors, layout)
         require_tensor("weight", tensors[".weight"], *layout[".weight"])
-        codes = bits.unpack(tensors[".weight"], grid.bits, stored[1])
+        codes = packing.unpack(tensors[".weight"], grid.bits, stored[1])
         params = {name: tensors[f".weight.{name}"] for name in grid.param_shapes(stored)}
         return QuantizedTensor(codes, grid, params, order, dtype_from_name(header.get("dtype")))
 
@@ -80,7 +80,7 @@ class Packed(Format):
         header = json_to_tensor(_header(grid, shape, dtype))
         order: Layout = {".weight.order": (torch.int32, (shape[1],))} if ordered else {}
         return {
-            ".weight": (torch.uint8, (shape[0], bits.row_bytes(shape[1], grid.bits))),
+            ".weight": (torch.uint8, (shape[0], packing.row_bytes(shape[1], grid.bits))),
             HEADER: (torch.uint8, tuple(header.shape)),
             **{f".weight.{name}": param for name, param in grid.param_shapes(shape).items()},
             **order,
@@ -100,6 +100,6 @@ def _grid(header: dict[str, Any]) -> Grid:
     if not isinstance(described, dict):
         raise FormatError(f"the weight's grid is an object, got {described!r}")
     try:
-        return Grid.from_dict(described)
+        return grid_from_dict(described)
     except RequestError as error:
         raise FormatError(str(error)) from error

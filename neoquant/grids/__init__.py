@@ -49,6 +49,7 @@ __all__ = [
     "ParamShapes",
     "Params",
     "double_quant_table",
+    "grid_from_dict",
     "legal_pairs",
     "load_bitsandbytes",
     "make_grid",
@@ -74,4 +75,17 @@ def make_grid(bits: int, type: str, **fields: int | bool | None) -> Grid:
     if foreign := [name for name in given if name not in cls.options]:
         has = f"its options are {' and '.join(cls.options)}" if cls.options else "it has one scale a row"
         raise RequestError(f"{type} does not know {' and '.join(foreign)}; {has}")
-    return Grid.from_dict({"name": type, **({"bits": bits} if cls is Affine else {}), **given})
+    return grid_from_dict({"name": type, **({"bits": bits} if cls is Affine else {}), **given})
+
+
+def grid_from_dict(described: dict[str, Any]) -> Grid:
+    """The inverse of `Grid.describe`. Raises RequestError for an unknown name or an illegal field."""
+    fields = dict(described)
+    name = fields.pop("name", None)
+    if not isinstance(name, str) or name not in GRIDS:
+        raise RequestError(f"no grid is called {name!r}; there are {', '.join(GRIDS)}")
+    cls = GRIDS[name]
+    try:
+        return cls(kind=name, **fields) if cls is Codebook else cls(**fields)
+    except TypeError as error:
+        raise RequestError(f"{name}: {', '.join(map(repr, fields))} are not its fields") from error

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from neoquant.errors import FormatError, RequestError
+from neoquant.errors import FormatError
 from neoquant.native.feedback import Levels
 
 Params = dict[str, Tensor]
@@ -92,25 +92,10 @@ class Grid(ABC):
                 raise FormatError(f"{name} of a {self.name} weight holds infinity or NaN")
 
     def describe(self) -> dict[str, Any]:
-        """The grid as a JSON object, for headers and records."""
+        """The grid as a JSON object, for headers and records; `grid_from_dict` is the inverse."""
         fields: dict[str, Any] = asdict(self)  # type: ignore[call-overload]  # every concrete grid is a dataclass
         fields.pop("kind", None)
         return {"name": self.name, **fields}
-
-    @staticmethod
-    def from_dict(described: dict[str, Any]) -> Grid:
-        """The inverse of `describe`. Raises RequestError for an unknown name or an illegal field."""
-        from neoquant.grids import GRIDS, Codebook  # they are made of what is here
-
-        fields = dict(described)
-        name = fields.pop("name", None)
-        if not isinstance(name, str) or name not in GRIDS:
-            raise RequestError(f"no grid is called {name!r}; there are {', '.join(GRIDS)}")
-        cls = GRIDS[name]
-        try:
-            return cls(kind=name, **fields) if cls is Codebook else cls(**fields)
-        except TypeError as error:
-            raise RequestError(f"{name}: {', '.join(map(repr, fields))} are not its fields") from error
 
 
 class Columns(ABC):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,11 @@ from flax import nnx
 
 from neoquant.errors import ContextError, RequestError
 from neoquant.jax.cache import FlaxCache
-
-if TYPE_CHECKING:
-    from neoquant.jax.gpt_neo import FlaxGPTNeoForCausalLM
+from neoquant.jax.checks import require_within
 
 
 def generate(
-    model: FlaxGPTNeoForCausalLM,
+    model: nnx.Module,  # a FlaxGPTNeoForCausalLM
     input_ids: Any,
     attention_mask: Any | None,
     *,
@@ -31,8 +29,6 @@ def generate(
     pad_token_id: int | None,
 ) -> Any:
     """`FlaxGPTNeoForCausalLM.generate`."""
-    from neoquant.jax.gpt_neo import require_within
-
     ids = np.asarray(input_ids).astype(np.int32)
     if ids.ndim != 2:
         raise RequestError(f"input_ids is [B, T], got {list(ids.shape)}")

@@ -15,18 +15,18 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from typing_extensions import Self
 
 from neoquant.errors import ContextError, RequestError
 from neoquant.jax.cache import FlaxCache
+from neoquant.jax.checks import require_within
+from neoquant.jax.generate import generate
 from neoquant.jax.outputs import FlaxBaseModelOutput, FlaxCausalLMOutput
 from neoquant.jax.source import Source
 from neoquant.jax.weights import PRECISION
+from neoquant.loading.pretrained import GPTNeoForCausalLM, GPTNeoModel, PreTrainedModel
 from neoquant.model.config import GPTNeoConfig
-from neoquant.model.gpt_neo import GPTNeoForCausalLM, GPTNeoModel
-from neoquant.model.pretrained import PreTrainedModel
 
 _tanh_gelu = partial(jax.nn.gelu, approximate=True)
 ACTIVATION: dict[str, Callable[[Any], Any]] = {
@@ -314,8 +314,6 @@ class FlaxGPTNeoForCausalLM(_PreTrained):
 
         Raises ContextError where prompt and new tokens do not fit into the model's context.
         """
-        from neoquant.jax.generate import generate
-
         return generate(
             self,
             input_ids,
@@ -338,15 +336,6 @@ def _run(
     graph: Any, state: Any, ids: Any, keep: Any | None, positions: Any | None, cache: FlaxCache | None, hidden: bool
 ) -> Any:
     return nnx.merge(graph, state).forward(ids, keep, positions, cache, hidden)
-
-
-def require_within(name: str, ids: Any, limit: int) -> None:
-    """Raise RequestError for ids that a table of `limit` rows does not have: JAX would take the nearest in silence."""
-    if isinstance(ids, jax.core.Tracer) or not np.size(ids):
-        return
-    lowest, highest = int(jnp.min(ids)), int(jnp.max(ids))
-    if lowest < 0 or highest >= limit:
-        raise RequestError(f"{name} are 0 to {limit - 1}, got {lowest} to {highest}")
 
 
 def _float_type(dtype: Any) -> Any:

@@ -14,10 +14,10 @@ from flax import nnx
 from torch import Tensor, nn
 
 from neoquant.jax.weights import LayerNorm, Linear, Weight, to_jax
-from neoquant.layer import QuantEmbedding, QuantLinear
-from neoquant.loading import load_model
+from neoquant.loading.load import load_model
+from neoquant.loading.pretrained import PreTrainedModel
 from neoquant.model.config import GPTNeoConfig
-from neoquant.model.pretrained import PreTrainedModel
+from neoquant.nn.linear import QuantEmbedding, QuantLinear
 from neoquant.tensor import QuantizedTensor
 
 

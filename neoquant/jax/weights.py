@@ -13,7 +13,7 @@ import torch
 from flax import nnx
 from torch import Tensor
 
-from neoquant import bits
+from neoquant import packing
 from neoquant.errors import FormatError
 from neoquant.grids import NESTED_BLOCK_SIZE, Affine, Codebook, Int8Rows, double_quant_table
 from neoquant.tensor import QuantizedTensor
@@ -49,7 +49,7 @@ class Weight(nnx.Module):
         return values.astype(dtype)
 
     def _hold(self, q: QuantizedTensor) -> None:
-        packed = bits.pack(q.codes, q.grid.bits)
+        packed = packing.pack(q.codes, q.grid.bits)
         if q.grid.bits < 8 and (spare := -packed.shape[1] % q.grid.bits):
             packed = torch.nn.functional.pad(packed, (0, spare))  # whole eights of codes, as `unpack` takes them
         self.codes = Packed(to_jax(packed))
@@ -121,7 +121,7 @@ class LayerNorm(nnx.Module):
 
 
 def unpack(packed: Any, width: int, n: int) -> Any:
-    """The inverse of `neoquant.bits.pack`: uint8[..., bytes] into the first `n` codes of `width` bits, uint8[..., n].
+    """The inverse of `packing.pack`: uint8[..., bytes] into the first `n` codes of `width` bits, uint8[..., n].
 
     Rows hold whole eights of codes, which `width` bytes make.
     """

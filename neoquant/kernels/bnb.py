@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from neoquant import bits
+from neoquant import packing
 from neoquant.grids import Codebook, Grid, load_bitsandbytes
 from neoquant.kernels.base import Kernel, State, look_up, require_ids
 from neoquant.tensor import QuantizedTensor
@@ -40,10 +40,10 @@ class Bitsandbytes(Kernel):
 
     def pack(self, q: QuantizedTensor) -> State:
         assert isinstance(q.grid, Codebook)
-        return {"packed": bits.pack_nibbles(q.codes.reshape(-1), pad=q.grid.zero_code), **q.params}
+        return {"packed": packing.pack_nibbles(q.codes.reshape(-1), pad=q.grid.zero_code), **q.params}
 
     def unpack(self, state: State, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype) -> QuantizedTensor:
-        codes = bits.unpack_nibbles(state["packed"], shape[0] * shape[1]).view(shape)
+        codes = packing.unpack_nibbles(state["packed"], shape[0] * shape[1]).view(shape)
         return QuantizedTensor(codes, grid, {name: state[name] for name in grid.param_shapes(shape)}, dtype=dtype)
 
     def linear(self, x: Tensor, state: State, grid: Grid, shape: tuple[int, ...], bias: Tensor | None) -> Tensor:
@@ -54,7 +54,7 @@ class Bitsandbytes(Kernel):
 
     def embedding(self, ids: Tensor, state: State, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         require_ids(ids, shape[0])
-        codes = bits.take_nibbles(state["packed"], ids.reshape(-1), shape[1])
+        codes = packing.take_nibbles(state["packed"], ids.reshape(-1), shape[1])
         return look_up(ids, codes, state, grid, shape, dtype)
 
 
@@ -71,7 +71,7 @@ def decode(state: State, grid: Codebook, shape: tuple[int, ...], dtype: torch.dt
         state["packed"][: body // 2], scales, block, grid.kind, (body // block, block), dtype
     )
     if body < n:
-        codes = bits.unpack_nibbles(state["packed"][body // 2 :], n - body)
+        codes = packing.unpack_nibbles(state["packed"][body // 2 :], n - body)
         rest = grid.table(codes.device).index_select(0, codes.int()).mul_(absmax[-1])
         w = torch.cat([w.view(-1), rest.to(dtype)])
     return w.view(shape)

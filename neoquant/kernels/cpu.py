@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from neoquant import bits, native
+from neoquant import native, packing
 from neoquant.grids import Affine, Codebook, Grid, Int8Rows, double_quant_table
 from neoquant.kernels.base import Kernel, State, require_ids
 from neoquant.native import products
@@ -39,16 +39,16 @@ class Cpu(Kernel):
     def pack(self, q: QuantizedTensor) -> State:
         state = dict(q.params) if q.order is None else {**q.params, "order": q.order}
         if isinstance(q.grid, Codebook):
-            return {"packed": bits.pack_nibbles(q.codes.reshape(-1), pad=q.grid.zero_code), **state}
+            return {"packed": packing.pack_nibbles(q.codes.reshape(-1), pad=q.grid.zero_code), **state}
         if isinstance(q.grid, Affine):
-            return {"packed": bits.pack(q.codes, q.grid.bits), **state}
+            return {"packed": packing.pack(q.codes, q.grid.bits), **state}
         return {"codes": q.codes.contiguous().view(torch.int8), **state}
 
     def unpack(self, state: State, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype) -> QuantizedTensor:
         if isinstance(grid, Codebook):
-            codes = bits.unpack_nibbles(state["packed"], shape[0] * shape[1]).view(shape)
+            codes = packing.unpack_nibbles(state["packed"], shape[0] * shape[1]).view(shape)
         elif isinstance(grid, Affine):
-            codes = bits.unpack(state["packed"], grid.bits, shape[1])
+            codes = packing.unpack(state["packed"], grid.bits, shape[1])
         else:
             codes = state["codes"].view(torch.uint8)
         params = {name: state[name] for name in grid.param_shapes(shape)}

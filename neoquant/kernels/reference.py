@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from neoquant import bits
+from neoquant import packing
 from neoquant.grids import Grid
 from neoquant.kernels.base import Kernel, State, look_up, require_ids
 from neoquant.tensor import QuantizedTensor
@@ -22,21 +22,21 @@ class Reference(Kernel):
         return None
 
     def pack(self, q: QuantizedTensor) -> State:
-        state = {"codes": bits.pack(q.codes, q.grid.bits), **q.params}
+        state = {"codes": packing.pack(q.codes, q.grid.bits), **q.params}
         return state if q.order is None else {**state, "order": q.order}
 
     def unpack(self, state: State, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype) -> QuantizedTensor:
-        codes = bits.unpack(state["codes"], grid.bits, shape[1])
+        codes = packing.unpack(state["codes"], grid.bits, shape[1])
         params = {name: state[name] for name in grid.param_shapes(shape)}
         return QuantizedTensor(codes, grid, params, state.get("order"), dtype)
 
     def linear(self, x: Tensor, state: State, grid: Grid, shape: tuple[int, ...], bias: Tensor | None) -> Tensor:
         if "order" in state:
             x = x.index_select(-1, state["order"])
-        w = grid.decode(bits.unpack(state["codes"], grid.bits, shape[1]), state, x.dtype)
+        w = grid.decode(packing.unpack(state["codes"], grid.bits, shape[1]), state, x.dtype)
         return torch.nn.functional.linear(x, w, bias)
 
     def embedding(self, ids: Tensor, state: State, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         require_ids(ids, shape[0])
-        codes = bits.unpack(state["codes"][ids.reshape(-1)], grid.bits, shape[1])
+        codes = packing.unpack(state["codes"][ids.reshape(-1)], grid.bits, shape[1])
         return look_up(ids, codes, state, grid, shape, dtype)

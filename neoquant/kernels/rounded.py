@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from neoquant import bits
+from neoquant import packing
 from neoquant.grids import Affine, Codebook, Grid
 from neoquant.kernels.base import State
 from neoquant.kernels.cpu import Cpu
@@ -51,7 +51,7 @@ class ReferenceInt8(Reference):
         rounded = round_activations(x.detach().float(), run_length(grid, shape[1]))
         values = x.float() + (rounded - x.float()).detach()  # gradients pass as if nothing were rounded
         leveled = _Leveled(grid.kind, grid.block_size, grid.double_quant) if isinstance(grid, Codebook) else grid
-        w = leveled.decode(bits.unpack(state["codes"], grid.bits, shape[1]), state)
+        w = leveled.decode(packing.unpack(state["codes"], grid.bits, shape[1]), state)
         return torch.nn.functional.linear(values, w, None if bias is None else bias.float()).to(x.dtype)
 
 

@@ -11,10 +11,9 @@ Module names are Hugging Face's, so that tensor names are, too. Shapes: B batch,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +21,10 @@ from torch import Tensor, nn
 
 from neoquant.errors import ContextError, RequestError
 from neoquant.model import attention
+from neoquant.model.base import Network
 from neoquant.model.cache import KVCache
 from neoquant.model.config import GPTNeoConfig
-from neoquant.model.generate import Streamer, as_ids, ends_with, generate
-from neoquant.model.generation_config import GenerationConfig
 from neoquant.model.outputs import BaseModelOutput, CausalLMOutput
-from neoquant.model.pretrained import PreTrainedModel
-
-if TYPE_CHECKING:
-    from neoquant.model.tokenizer import Tokenizer
 
 ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": partial(F.gelu, approximate="tanh"),
@@ -230,7 +224,7 @@ class Block(nn.Module):
         return x + thought
 
 
-class GPTNeoModel(PreTrainedModel):
+class Decoder(Network):
     """The network without a head: token ids to hidden states."""
 
     base_model_prefix = ""
@@ -307,15 +301,12 @@ class GPTNeoModel(PreTrainedModel):
         return position_ids
 
 
-class GPTNeoForCausalLM(PreTrainedModel):
+class CausalLM(Network):
     """GPT-Neo with its language-modelling head, whose weight is the token embedding's unless the config unties it."""
-
-    generation_config = GenerationConfig()
-    """What `generate` does unless it is told otherwise: the folder's generation_config.json."""
 
     def __init__(self, config: GPTNeoConfig, attn_implementation: str = "sdpa") -> None:
         super().__init__(config, attn_implementation)
-        self.transformer = GPTNeoModel(config, attn_implementation)
+        self.transformer = Decoder(config, attn_implementation)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
 
@@ -345,7 +336,7 @@ class GPTNeoForCausalLM(PreTrainedModel):
         """`logits[B, T, V]`, or of the last `logits_to_keep` positions only (0: all).
 
         With `labels[B, T]`, the mean negative log-likelihood in nats of each label given what is before it; -100 is
-        left out. The other arguments are GPTNeoModel's.
+        left out. The other arguments are Decoder's.
         """
         base = self.transformer(
             input_ids,
@@ -368,55 +359,3 @@ class GPTNeoForCausalLM(PreTrainedModel):
 
     def _head_device(self) -> torch.device:
         return next(chain(self.lm_head.parameters(), self.lm_head.buffers())).device  # quantized, it has only buffers
-
-    def generate(
-        self,
-        input_ids: Tensor | Sequence[Sequence[int]] | Sequence[int] | None = None,
-        attention_mask: Tensor | None = None,
-        *,
-        inputs: Tensor | Sequence[Sequence[int]] | Sequence[int] | None = None,
-        generation_config: Any = None,
-        tokenizer: Tokenizer | None = None,
-        streamer: Streamer | None = None,
-        **asked: Any,
-    ) -> Tensor:
-        """`input_ids[B, T]` continued to `[B, T + new]`: greedy, or sampled with `do_sample=True`.
-
-        `asked` are `GenerationConfig`'s fields, with transformers' names and defaults: `max_new_tokens`, `max_length`,
-        `do_sample`, `temperature`, `top_k`, `top_p`, `num_return_sequences`, `stop_strings`, ... They count before
-        `generation_config`, and that before the model's own.
-
-        Args:
-            input_ids: the prompts; None begins with the end-of-text token.
-            attention_mask: `[B, T]`, 0 on padding, which may be on either side.
-            inputs: transformers' other name for `input_ids`.
-            generation_config: ours or transformers'.
-            tokenizer: needed for `stop_strings`.
-            streamer: told of the prompt and of each new id; transformers' streamers serve.
-
-        Raises:
-            ContextError: the result would not fit into the context.
-            RequestError: an illegal value, or something that is not done here.
-        """
-        if inputs is not None and input_ids is not None:
-            raise RequestError("input_ids and inputs are two names of the same: give one of them")
-        input_ids = inputs if input_ids is None else input_ids
-        config = self.generation_config
-        if generation_config is not None:
-            config = config.but(GenerationConfig.of(generation_config))
-        config = config.but(GenerationConfig.of(asked))
-        start = self.config.bos_token_id if self.config.bos_token_id is not None else 0
-        ids = as_ids([[start]] if input_ids is None else input_ids)
-        copies = config.copies()
-        if copies > 1:
-            ids = ids.repeat_interleave(copies, dim=0)
-            attention_mask = None if attention_mask is None else attention_mask.repeat_interleave(copies, dim=0)
-        return generate(
-            self,
-            ids,
-            attention_mask=attention_mask,
-            max_new_tokens=config.new_tokens(ids.shape[1]),
-            sampling=config.sampling(self.config.eos_token_id, ids.shape[1]),
-            stop=ends_with(config.stops(), tokenizer),
-            streamer=streamer,
-        )

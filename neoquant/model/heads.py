@@ -9,21 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neoquant.errors import RequestError
+from neoquant.model.base import Network
 from neoquant.model.config import GPTNeoConfig
-from neoquant.model.gpt_neo import GPTNeoModel
+from neoquant.model.gpt_neo import Decoder
 from neoquant.model.outputs import QuestionAnsweringModelOutput, SequenceClassifierOutput, TokenClassifierOutput
-from neoquant.model.pretrained import PreTrainedModel
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
-class GPTNeoForSequenceClassification(PreTrainedModel):
+class SequenceClassifier(Network):
     """One label, or several, or a number, for a whole text: read off its last token."""
 
     def __init__(self, config: GPTNeoConfig, attn_implementation: str = "sdpa") -> None:
         super().__init__(config, attn_implementation)
         self.num_labels = config.num_labels
-        self.transformer = GPTNeoModel(config, attn_implementation)
+        self.transformer = Decoder(config, attn_implementation)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
 
     def forward(
@@ -77,13 +77,13 @@ class GPTNeoForSequenceClassification(PreTrainedModel):
         return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
 
 
-class GPTNeoForTokenClassification(PreTrainedModel):
+class TokenClassifier(Network):
     """A label for each token."""
 
     def __init__(self, config: GPTNeoConfig, attn_implementation: str = "sdpa") -> None:
         super().__init__(config, attn_implementation)
         self.num_labels = config.num_labels
-        self.transformer = GPTNeoModel(config, attn_implementation)
+        self.transformer = Decoder(config, attn_implementation)
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
@@ -104,12 +104,12 @@ class GPTNeoForTokenClassification(PreTrainedModel):
         return TokenClassifierOutput(loss, logits, base.hidden_states)
 
 
-class GPTNeoForQuestionAnswering(PreTrainedModel):
+class QuestionAnswerer(Network):
     """Where in a text an answer starts and ends."""
 
     def __init__(self, config: GPTNeoConfig, attn_implementation: str = "sdpa") -> None:
         super().__init__(config, attn_implementation)
-        self.transformer = GPTNeoModel(config, attn_implementation)
+        self.transformer = Decoder(config, attn_implementation)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
 
     def forward(

@@ -89,7 +89,7 @@ def int8_rows(codes: Tensor, scb: Tensor, shape: tuple[int, ...]) -> Weight:
 def affine(
     packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int | None, shape: tuple[int, ...]
 ) -> Weight:
-    """Codes of `bits` bits as `neoquant.bits.pack` packs them, uint8[O, ceil(I * bits / 8)].
+    """Codes of `bits` bits as `neoquant.packing.pack` packs them, uint8[O, ceil(I * bits / 8)].
 
     `scale` float16[O, G] and `zero` uint8[O, G], or None where every zero is 2**(bits - 1); groups of `group` columns,
     a power of two from 16 on, or None for whole rows.

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from neoquant.errors import FormatError, RequestError
 from neoquant.grids import Grid
+from neoquant.quantizers.hessian import Hessian
 from neoquant.tensor import QuantizedTensor
+
+
+class LayerReport(Protocol):
+    """What happened to one layer, for records."""
+
+    @property
+    def seconds(self) -> float: ...
+    def to_dict(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -18,7 +28,7 @@ class Quantizer(ABC):
     """Chooses codes and parameters on a grid. A plain value: its fields are the options that a recipe may state."""
 
     name: ClassVar[str]
-    needs_calibration: ClassVar[bool]  # False: weights are enough, and tensors can be streamed one by one
+    needs_calibration: ClassVar[bool] = False  # False: weights are enough, and tensors can be streamed one by one
 
     @classmethod
     def options(cls) -> dict[str, Any]:
@@ -26,8 +36,13 @@ class Quantizer(ABC):
         return {field.name: field.default for field in fields(cls)}
 
     @property
-    def gives_order(self) -> bool:
-        """Whether its results carry an activation order, which not every format holds."""
+    def stores_order(self) -> bool:
+        """Whether its results carry an activation order (`desc_act`), which not every format holds."""
+        return False
+
+    @property
+    def uses_output_hessian(self) -> bool:
+        """Whether it makes use of `output_hessian`."""
         return False
 
     @property
@@ -39,28 +54,44 @@ class Quantizer(ABC):
         """The name and every option as plain values; `make_quantizer` is the inverse."""
         return {"name": self.name, **asdict(self)}
 
-    def observer(self, columns: int, device: torch.device | str = "cpu") -> Any:
-        """What is shown a layer's inputs by `add(x[..., I])` and then given as `seen`; None if nothing is needed."""
+    def refuse(self, grid: Grid) -> str | None:
+        """Why this quantizer cannot round to `grid`, or None."""
         return None
 
-    @property
-    def weighs_outputs(self) -> bool:
-        """Whether it makes use of `outputs`."""
-        return False
+    def observer(self, in_features: int, device: torch.device | str = "cpu") -> Hessian | None:
+        """What is shown a layer's inputs by `add(x[..., I])` and then given as `hessian`; None if nothing is needed."""
+        return None
 
-    @abstractmethod
-    def quantize(self, w: Tensor, grid: Grid, seen: Any = None, outputs: Tensor | None = None) -> QuantizedTensor:
-        """Put w[O, I] on `grid`.
+    def quantize(
+        self, w: Tensor, grid: Grid, hessian: Hessian | None = None, output_hessian: Tensor | None = None
+    ) -> QuantizedTensor:
+        """Round w[O, I] to `grid`.
 
         Args:
-            seen: what calibration gathered about the layer's inputs, if anything.
-            outputs: by how much errors in the rows of each head matter together, float32[heads, O / heads, O / heads].
+            hessian: what calibration gathered about the layer's inputs, if anything.
+            output_hessian: by how much errors in the rows of each head matter together, float32[heads, D, D] with
+                heads * D = O.
 
-        Raises FormatError for a weight that no grid can hold.
+        Raises:
+            FormatError: w is not a floating-point matrix, or no grid can hold it.
+            RequestError: the quantizer refuses this grid, or needs inputs that it was not shown.
         """
+        return self.quantize_with_report(w, grid, hessian, output_hessian)[0]
 
-    def run(
-        self, w: Tensor, grid: Grid, seen: Any = None, outputs: Tensor | None = None
-    ) -> tuple[QuantizedTensor, Any]:
-        """The same, and a report of what happened, with `to_dict()`; None if there is nothing to report."""
-        return self.quantize(w, grid, seen, outputs), None
+    def quantize_with_report(
+        self, w: Tensor, grid: Grid, hessian: Hessian | None = None, output_hessian: Tensor | None = None
+    ) -> tuple[QuantizedTensor, LayerReport | None]:
+        """The same, and a report of what happened; None if there is nothing to report."""
+        if w.dim() != 2 or not w.is_floating_point() or 0 in w.shape:
+            raise FormatError(f"only floating-point matrices can be quantized, got {w.dtype} {list(w.shape)}")
+        if reason := self.refuse(grid):
+            raise RequestError(reason)
+        if self.needs_calibration and (hessian is None or hessian.columns != w.shape[1] or not hessian.rows):
+            raise RequestError(f"{self.name} needs the layer's inputs: observe some first")
+        return self._quantize(w, grid, hessian, output_hessian)
+
+    @abstractmethod
+    def _quantize(
+        self, w: Tensor, grid: Grid, hessian: Hessian | None, output_hessian: Tensor | None
+    ) -> tuple[QuantizedTensor, LayerReport | None]:
+        """`quantize_with_report` of what was checked: w is a floating-point matrix, on a grid that is not refused."""

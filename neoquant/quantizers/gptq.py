@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from neoquant.errors import FormatError, RequestError
+from neoquant.errors import RequestError
 from neoquant.grids import Columns, Grid
 from neoquant.native import feedback
 from neoquant.quantizers.base import Quantizer
@@ -77,7 +77,7 @@ class Gptq(Quantizer):
     needs_calibration: ClassVar[bool] = True
 
     @property
-    def gives_order(self) -> bool:
+    def stores_order(self) -> bool:
         return self.order == "dynamic"
 
     def __post_init__(self) -> None:
@@ -94,40 +94,38 @@ class Gptq(Quantizer):
         return Hessian(columns, device)
 
     @property
-    def weighs_outputs(self) -> bool:
+    def uses_output_hessian(self) -> bool:
         return self.objective == "attention"
 
-    def quantize(self, w: Tensor, grid: Grid, seen: Any = None, outputs: Tensor | None = None) -> QuantizedTensor:
-        return self.run(w, grid, seen, outputs)[0]
-
-    def run(
-        self, w: Tensor, grid: Grid, seen: Any = None, outputs: Tensor | None = None
+    def _quantize(
+        self, w: Tensor, grid: Grid, hessian: Hessian | None, output_hessian: Tensor | None
     ) -> tuple[QuantizedTensor, Report]:
         started = time.perf_counter()
-        if w.dim() != 2 or not w.is_floating_point() or 0 in w.shape:
-            raise FormatError(f"only floating-point matrices can be quantized, got {w.dtype} {list(w.shape)}")
-        if not isinstance(seen, Hessian) or seen.columns != w.shape[1] or not seen.rows:
-            raise RequestError("gptq needs the layer's inputs: observe some first")
-        if outputs is not None and (outputs.dim() != 3 or len(outputs) * outputs.shape[1] != len(w)):
-            raise RequestError(f"output moments {list(outputs.shape)} are not those of {len(w)} rows")
-        factor = seen.factor(self.order != "off", self.damping)
-        across = None if outputs is None or not self.weighs_outputs else Across.of(outputs, self.damping)
-        search, importance = self.scales != "range", seen.diagonal if self.scales == "weighted" else None
+        assert hessian is not None
+        if output_hessian is not None and (
+            output_hessian.dim() != 3 or len(output_hessian) * output_hessian.shape[1] != len(w)
+        ):
+            raise RequestError(f"output Hessian {list(output_hessian.shape)} is not that of {len(w)} rows")
+        factor = hessian.factor(self.order != "off", self.damping)
+        across = (
+            None if output_hessian is None or not self.uses_output_hessian else Across.of(output_hessian, self.damping)
+        )
+        search, importance = self.scales != "range", hessian.diagonal if self.scales == "weighted" else None
         single, order = w.detach().float(), None
         if self.order == "dynamic":
-            order = seen.order()
+            order = hessian.order()
             single = single[:, order]
             importance = None if importance is None else importance[order]
         shape = (w.shape[0], w.shape[1])
         columns = grid.columns(grid.fit(single, search, importance), shape)
         nearest = grid.decode(grid.round(single, columns.params), columns.params)
-        sequence = seen.order() if self.order == "static" else torch.arange(shape[1])
+        sequence = hessian.order() if self.order == "static" else torch.arange(shape[1])
         fitting = None if self.order == "static" else Fitting(search, importance)
         codes = feed_back(single.T[sequence], factor.upper, columns, sequence, fitting, across)
         q = QuantizedTensor(codes, grid, columns.params, None if order is None else order.int(), w.dtype)
 
-        H = seen.matrix if order is None else seen.matrix[order[:, None], order]
-        weighing = outputs if across is not None else None
+        H = hessian.matrix if order is None else hessian.matrix[order[:, None], order]
+        weighing = output_hessian if across is not None else None
         rows = slice(None, None, max(1, len(w) // MEASURED) if weighing is None else 1)
         single, nearest, decoded = single[rows], nearest[rows], grid.decode(q.codes, q.params)[rows]
         size = _square(single, H, weighing) or 1.0
@@ -137,7 +135,7 @@ class Gptq(Quantizer):
             damping=factor.damping,
             retries=factor.retries,
             double=factor.double,
-            dead=int((seen.diagonal == 0).sum()),
+            dead=int((hessian.diagonal == 0).sum()),
             error_nearest=_square(nearest - single, H, weighing) / size,
             error=_square(decoded - single, H, weighing) / size,
             seconds=time.perf_counter() - started,

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from neoquant.evaluation.result import Candidate, Change, Comparison, Distribution, WorstToken
 from neoquant.report import charts
+from neoquant.report.formatting import agreement, change_interval, divergence, perplexity
 from neoquant.report.parts import Chart, chart, unbroken, visible
 from neoquant.report.verdict import percent_change, percent_interval
-from neoquant.report.words import agreement, change_interval, divergence, perplexity
 
 PASSAGES = 8  # shown of each candidate
 SHADED = 0.15  # nats: a token that changed by less has no ground

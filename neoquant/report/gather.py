@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from neoquant.errors import DataError, RequestError
-from neoquant.evaluation.layers import Inspection
+from neoquant.evaluation.inspection_result import Inspection
 from neoquant.evaluation.result import Comparison, Evaluation
 
 

@@ -11,10 +11,10 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from neoquant.evaluation.layers import Inspection, Layer, Loss
-from neoquant.grids import Grid
-from neoquant.planning import BLOCK_LINEARS
-from neoquant.report.words import NONE, divergence, grid_label, nats_interval, share, suite_words
+from neoquant.evaluation.inspection_result import Inspection, Layer, Loss
+from neoquant.grids import grid_from_dict
+from neoquant.model.names import BLOCK_LINEARS
+from neoquant.report.formatting import NONE, divergence, grid_label, nats_interval, share, suite_words
 
 WORST = 10
 
@@ -123,7 +123,7 @@ def worst_table(result: Inspection) -> Table:
 
 def grid_text(layer: Layer) -> str:
     """The layer's grid in words."""
-    return "not quantized" if layer.grid is None else grid_label(Grid.from_dict(layer.grid))
+    return "not quantized" if layer.grid is None else grid_label(grid_from_dict(layer.grid))
 
 
 def _cell(layer: Layer | None, measure: Measure, shade: Callable[[float], float]) -> Text:

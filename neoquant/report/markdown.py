@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from neoquant.evaluation.result import Candidate, Comparison, Evaluation
+from neoquant.report.formatting import NONE, agreement, change_interval, divergence, number, perplexity, suite_words
 from neoquant.report.verdict import percent_change, percent_interval, recommended, remarks, verdict
-from neoquant.report.words import NONE, agreement, change_interval, divergence, number, perplexity, suite_words
 
 
 def markdown_report(result: Comparison) -> str:

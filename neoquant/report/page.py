@@ -7,11 +7,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from neoquant.evaluation.layers import Inspection
+from neoquant.evaluation.inspection_result import Inspection
 from neoquant.evaluation.result import Candidate, Change, Evaluation, ModelInfo
-from neoquant.planning import BLOCK_LINEARS
+from neoquant.model.names import BLOCK_LINEARS
 from neoquant.report import charts
 from neoquant.report.candidate import candidate_part
+from neoquant.report.formatting import (
+    NONE,
+    agreement,
+    change_interval,
+    divergence,
+    nats_interval,
+    number,
+    perplexity,
+    signed,
+    suite_words,
+)
 from neoquant.report.gather import Gathered
 from neoquant.report.layers import Measure, grid_text, measures_of, shades
 from neoquant.report.parts import Cell, Chart, Heat, HeatRow, chart, unbroken, visible
@@ -25,17 +36,6 @@ from neoquant.report.verdict import (
     short_names,
     size_ratio,
     verdict,
-)
-from neoquant.report.words import (
-    NONE,
-    agreement,
-    change_interval,
-    divergence,
-    nats_interval,
-    number,
-    perplexity,
-    signed,
-    suite_words,
 )
 
 

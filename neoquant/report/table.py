@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from neoquant.evaluation.result import Candidate, Comparison, Evaluation, Score
-from neoquant.report.words import NONE, agreement, change_interval, divergence, number, perplexity, suite_words
+from neoquant.report.formatting import NONE, agreement, change_interval, divergence, number, perplexity, suite_words
 
 
 class Column(NamedTuple):

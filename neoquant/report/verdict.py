@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 
 from neoquant.evaluation.result import Candidate, Change, Comparison, ModelInfo
-from neoquant.report.words import divergence, signed
+from neoquant.report.formatting import divergence, signed
 
 TOLERANCE = 0.01
 """A loss of perplexity that is called small."""

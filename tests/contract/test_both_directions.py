@@ -15,7 +15,7 @@ import torch
 from conftest import write_tiny_model
 
 import neoquant
-from neoquant.layer import QuantLinear
+from neoquant.nn.linear import QuantLinear
 
 transformers = pytest.importorskip("transformers")
 

@@ -15,7 +15,7 @@ from neoquant.formats import FORMATS, Format, choose, detect
 from neoquant.grids import Affine, Grid, legal_pairs, make_grid
 from neoquant.kernels import KERNELS, Kernel
 from neoquant.kernels import choose as choose_kernel
-from neoquant.layer import QuantLinear
+from neoquant.nn.linear import QuantLinear
 from neoquant.quantizers import QUANTIZERS
 from neoquant.tensor import QuantizedTensor
 

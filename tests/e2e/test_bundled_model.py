@@ -13,10 +13,10 @@ import torch
 from conftest import REPOSITORY
 
 import neoquant
+from neoquant.data.documents import stdlib_documents
 from neoquant.demo import MODEL
 from neoquant.evaluation import Comparison, Contestant, ModelInfo, load_suite
 from neoquant.evaluation import compare as compare_models
-from neoquant.evaluation.documents import stdlib_documents
 
 BITS_PER_BYTE = 8
 

@@ -12,7 +12,7 @@ import pytest
 
 import neoquant
 from neoquant.cli.chat import _Shown
-from neoquant.pipelines import TASKS
+from neoquant.hf.pipelines import TASKS
 
 Cli = Callable[..., Any]
 

@@ -59,10 +59,10 @@ def test_an_installed_copy_is_whole(tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {path.relative_to(source).as_posix() for path in (source / "neoquant").rglob("*") if path.is_file()}
-    for kept, where in (("eval/suites", "neoquant/evaluation/suites"), ("recipes", "neoquant/recipes")):
+    for kept, where in (("eval/suites", "neoquant/data/suites"), ("recipes", "neoquant/quantization/recipes")):
         expected |= {f"{where}/{path.name}" for path in (source / kept).glob("*.toml")}
     assert expected <= names
-    code = "import neoquant.demo as d, neoquant.evaluation.suite as s; print(d.__file__, s.suite_names())"
+    code = "import neoquant.demo as d, neoquant.data.suite as s; print(d.__file__, s.suite_names())"
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
     done = subprocess.run(
         [sys.executable, "-P", "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True

@@ -11,9 +11,9 @@ import typer
 from conftest import Cli
 
 from neoquant.cli import app
-from neoquant.cli.options import parse_size
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import RequestError
+from neoquant.sizes import parse_size
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 VERBS = ("plan", "quantize", "eval", "compare", "inspect", "report", "generate", "bench", "info")
@@ -118,6 +118,6 @@ def test_illegal_pairs_are_refused_naming_the_legal_ones(
 def test_sizes(text: str, size: int | None) -> None:
     if size is None:
         with pytest.raises(RequestError, match="64k"):
-            parse_size(text)
+            parse_size(text, "--shard-size")
     else:
-        assert parse_size(text) == size
+        assert parse_size(text, "--shard-size") == size

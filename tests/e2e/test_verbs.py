@@ -283,7 +283,7 @@ def test_quantize_with_calibration(cli: Cli, tiny_model: Path, text_file: Path) 
     }  # fmt: skip
     assert cli("plan", tiny_model, *SIMPLE, "--order", "of").error.endswith("legal are static, off, dynamic")
     assert "--recipe decides the grids, so --order" in cli("plan", "--recipe", "nf4", "--order", "off").error
-    assert "name some with --calibration" in cli("quantize", tiny_model, "--type", "gptq", "--out", "x").error
+    assert "name their text with --calibration" in cli("quantize", tiny_model, "--type", "gptq", "--out", "x").error
     unknown = cli("quantize", tiny_model, "--type", "gptq", "--calibration", "nowhere", "--out", "x")
     assert "calibration 'nowhere': give a file of text, or one of pile, demo" in unknown.error
     assert cli("quantize", tiny_model, "--type", "int8", "--recipe", "nf4", *shown, "--out", "x").code == 2

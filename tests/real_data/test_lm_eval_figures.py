@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from neoquant.evaluation import ModelInfo, Suite, evaluate
-from neoquant.loading import load
+from neoquant.loading.pretrained import load
 
 # Line of the sample -> nats, from lm_eval 0.4.13's HFLM(...).loglikelihood_rolling in float32 (transformers 5.23).
 # Lines 4, 60 and 77 are longer than the model's context of 1,024 tokens.

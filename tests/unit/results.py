@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from neoquant.evaluation.layers import Inspection, Layer, Loss
+from neoquant.data.suite import Suite
+from neoquant.evaluation.inspection_result import Inspection, Layer, Loss
 from neoquant.evaluation.result import (
     Candidate,
     Change,
@@ -25,8 +26,7 @@ from neoquant.evaluation.result import (
     WorstDocument,
     WorstToken,
 )
-from neoquant.evaluation.suite import Suite
-from neoquant.planning import BLOCK_LINEARS
+from neoquant.model.names import BLOCK_LINEARS
 
 HOSTILE = "<script>alert('x')</script>&\"\x00\x1b[31m$\\alpha$\u202e\ud800"
 SUBSETS = ("Gutenberg (PG-19)", "ArXiv")

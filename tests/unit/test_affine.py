@@ -12,8 +12,8 @@ from weights import make_weight, weights
 
 from neoquant.errors import FormatError, RequestError
 from neoquant.grids import GROUP_SIZES, Affine, make_grid
-from neoquant.planning import make_plan
-from neoquant.recipe import Recipe
+from neoquant.quantization.plan import make_plan
+from neoquant.quantization.recipe import Recipe
 
 grids = st.builds(Affine, st.sampled_from([2, 3, 4, 8]), st.sampled_from(GROUP_SIZES), st.booleans())
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from neoquant.errors import RequestError
+from neoquant.loading.pretrained import GPTNeoForCausalLM, GPTNeoModel
 from neoquant.model.attention import flash, why_not
 from neoquant.model.config import GPTNeoConfig
-from neoquant.model.gpt_neo import GPTNeoForCausalLM, GPTNeoModel
 
 CONFIG = GPTNeoConfig(
     vocab_size=41, max_position_embeddings=40, hidden_size=16, num_heads=2, num_layers=2, window_size=3,

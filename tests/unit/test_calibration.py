@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from conftest import write_tiny_model
 from torch import Tensor, nn
 
-from neoquant.calibration import SHARING, Calibration, Walk, draw, hash_texts
+from neoquant.calibration.attention_hessian import attention_hessians
+from neoquant.calibration.block_forward import BlockForward
+from neoquant.calibration.dataset import Calibration, draw
+from neoquant.calibration.hidden_states import HiddenStatesInMemory
+from neoquant.calibration.summary import by_projection, remarks
+from neoquant.data.fingerprints import hash_texts
 from neoquant.errors import RequestError
-from neoquant.layer import QuantLinear
-from neoquant.loading import load_model
+from neoquant.loading.load import load_model
+from neoquant.loading.pretrained import GPTNeoForCausalLM
 from neoquant.model.config import GPTNeoConfig
-from neoquant.model.gpt_neo import GPTNeoForCausalLM
-from neoquant.quantization import plan, quantize
+from neoquant.model.names import SHARED_INPUTS
+from neoquant.nn.linear import QuantLinear
+from neoquant.quantization.quantize import plan, quantize
+from neoquant.quantization.recipe import Recipe
 from neoquant.quantizers import Gptq, Hessian
-from neoquant.recipe import Recipe
-from neoquant.record import by_projection, remarks
-from neoquant.states import StatesInMemory
 
 GPTQ3 = Recipe.simple(3, "affine", group_size=32, quantizer="gptq")
 
@@ -41,39 +43,40 @@ def embedded(model: GPTNeoForCausalLM, ids: Tensor) -> Tensor:
     return model.transformer.wte(ids) + model.transformer.wpe(torch.arange(ids.shape[1]))
 
 
-def collect(inputs: Callable[[], Iterator[Tensor]], columns: int) -> Tensor:
-    return torch.cat([piece.reshape(-1, columns) for piece in inputs()])
-
-
-def damaged(name: str, w: Tensor, seen: Any, outputs: Tensor | None) -> Tensor:
+def damaged(w: Tensor) -> Tensor:
     """Stands for a quantizer: anything that changes the weight."""
     return (w * 16).round() / 16
+
+
+def replace_weight(linear: nn.Linear, w: Tensor) -> None:
+    linear.weight = nn.Parameter(w, requires_grad=False)
 
 
 @torch.inference_mode()
 def test_layers_are_shown_what_the_quantized_model_gives_them(model: Path) -> None:
     plain, changed = load_model(model, GPTNeoForCausalLM), load_model(model, GPTNeoForCausalLM)
     ids = calibration().ids
-    walk = Walk(StatesInMemory.of(embedded(plain, ids), 5 * ids.shape[1]), plain.config.window_size)
-    shown: list[Tensor] = []
+    forward = BlockForward(HiddenStatesInMemory.of(embedded(plain, ids), 5 * ids.shape[1]), plain.config.window_size)
     expected: dict[str, Tensor] = {}
-    for block in plain.transformer.h:
-        before = walk.x.whole()
-        shown.clear()
-        walk.through(block, lambda names, inputs, columns: shown.append(collect(inputs, columns)), damaged)
-        twin = changed.transformer.h[list(plain.transformer.h).index(block)]
-        for stage, names in enumerate(SHARING):  # earlier layers of the block changed already, later ones not yet
-            linear = twin.get_submodule(names[0])
+    for block, twin in zip(plain.transformer.h, changed.transformer.h, strict=True):
+        before = forward.hidden.whole()
+        stages = 0
+        for stage in forward.stages(block):  # earlier layers of the block changed already, later ones not yet
+            assert tuple(stage.linears) == SHARED_INPUTS[stages]
+            stages += 1
+            shown = torch.cat([batch.reshape(-1, stage.in_features) for batch in stage.inputs()])
+            linear = twin.get_submodule(next(iter(stage.linears)))
             hook = linear.register_forward_pre_hook(lambda _, given: expected.update(x=given[0]))
-            twin(before, walk.masks)
+            twin(before, forward.masks)
             hook.remove()
-            assert torch.allclose(shown[stage], expected["x"].reshape(shown[stage].shape), atol=1e-5)
-            for name in names:
-                layer = twin.get_submodule(name)
-                assert isinstance(layer, nn.Linear)
-                layer.weight.data = damaged(name, layer.weight.data, None, None)
-                assert torch.equal(layer.weight, block.get_submodule(name).weight)
-        assert torch.allclose(walk.x.whole(), twin(before, walk.masks), atol=1e-5)
+            assert torch.allclose(shown, expected["x"].reshape(shown.shape), atol=1e-5)
+            for name, layer in stage.linears.items():
+                theirs = twin.get_submodule(name)
+                assert isinstance(theirs, nn.Linear) and torch.equal(theirs.weight, layer.weight)
+                replace_weight(layer, damaged(layer.weight))
+                replace_weight(theirs, damaged(theirs.weight))
+        assert stages == len(SHARED_INPUTS)
+        assert torch.allclose(forward.hidden.whole(), twin(before, forward.masks), atol=1e-5)
 
 
 def test_a_folder_is_the_quantizer_applied_block_by_block(model: Path, tmp_path: Path) -> None:
@@ -84,29 +87,22 @@ def test_a_folder_is_the_quantizer_applied_block_by_block(model: Path, tmp_path:
     assert made.source_hash == quantize(model, tmp_path / "nf4", Recipe.simple()).source_hash
     loaded, plain = load_model(made.folder, GPTNeoForCausalLM), load_model(model, GPTNeoForCausalLM)
     with torch.inference_mode():
-        walk = Walk(StatesInMemory.of(embedded(plain, calibration().ids)), plain.config.window_size)
-        for number, block in enumerate(plain.transformer.h):
-            found: dict[str, Tensor] = {}
-
-            def observe(names: tuple[str, ...], inputs: Callable[[], Iterator[Tensor]], columns: int) -> Hessian:
-                hessian = Hessian(columns)
-                for piece in inputs():
-                    hessian.add(piece)
-                return hessian
-
-            def rounded(
-                name: str, w: Tensor, seen: Hessian, outputs: Tensor | None, found: dict[str, Tensor] = found
-            ) -> Tensor:
-                assert (outputs is not None) == name.endswith(("q_proj", "k_proj", "v_proj"))
-                q = Gptq().quantize(w, GPTQ3.rules[0].grid(), seen, outputs)
-                found[name] = q.dequantize(torch.float32)
-                return found[name]
-
-            walk.through(block, observe, rounded, weigh=True)
-            for name, expected in found.items():
-                layer = loaded.transformer.h[number].get_submodule(name)
-                assert isinstance(layer, QuantLinear)
-                assert torch.allclose(layer.quantized.dequantize(torch.float32), expected, atol=1e-6)
+        forward = BlockForward(HiddenStatesInMemory.of(embedded(plain, calibration().ids)), plain.config.window_size)
+        for block, quantized in zip(plain.transformer.h, loaded.transformer.h, strict=True):
+            for stage in forward.stages(block):
+                hessian = Hessian(stage.in_features)
+                for batch in stage.inputs():
+                    hessian.add(batch)
+                weighing: dict[str, Tensor] = {}
+                if len(stage.linears) == 3:
+                    weighing = attention_hessians(block.attn.attention, stage.inputs(), len(calibration().ids))
+                for name, linear in stage.linears.items():
+                    grid, weight = GPTQ3.rules[0].grid(), linear.weight.detach()
+                    q = Gptq().quantize(weight, grid, hessian, weighing.get(name.rpartition(".")[2]))
+                    replace_weight(linear, q.dequantize(torch.float32))
+                    layer = quantized.get_submodule(name)
+                    assert isinstance(layer, QuantLinear)
+                    assert torch.allclose(layer.quantized.dequantize(torch.float32), linear.weight, atol=1e-6)
 
 
 def test_records_and_plans(model: Path, tmp_path: Path) -> None:
@@ -150,8 +146,8 @@ def test_an_activation_order_goes_where_it_can_be_held(
 def test_what_does_not_fit_is_refused(model: Path, tmp_path: Path) -> None:
     positions = GPTNeoConfig.from_pretrained(model).max_position_embeddings
     for recipe, given, message in (
-        (GPTQ3, None, "gptq must see text: name some with --calibration"),
-        (Recipe.simple(), calibration(), "rounding to nearest sees no text"),
+        (GPTQ3, None, "gptq needs calibration samples: name their text with --calibration"),
+        (Recipe.simple(), calibration(), "nearest needs no calibration"),
         (GPTQ3, calibration(length=positions + 1), f"the model has {positions} positions"),
         (GPTQ3, Calibration(torch.full((1, 4), 99999), "", "", 0), "holds token 99999"),
     ):
@@ -207,7 +203,7 @@ def test_a_damping_that_is_not_enough_is_raised_and_remarked() -> None:
     hessian = Hessian(8)
     hessian.add(torch.tensor([[1e4] * 7 + [0.0]]))
     weight = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
-    report = Gptq(damping=1e-18).run(weight, GPTQ3.rules[0].grid(), hessian)[1]
+    report = Gptq(damping=1e-18).quantize_with_report(weight, GPTQ3.rules[0].grid(), hessian)[1]
     assert report.retries > 0 and report.damping == pytest.approx(1e-18 * 10**report.retries)
     assert report.to_dict()["remarks"][0] == "1 inputs were always zero"
     assert f"damping was raised to {report.damping:g}" in report.to_dict()["remarks"]

@@ -15,8 +15,8 @@ import neoquant
 from neoquant.errors import FormatError, RequestError
 from neoquant.formats import FORMATS, CompressedTensors, choose, detect
 from neoquant.grids import Affine, Int8Rows
+from neoquant.quantization.recipe import Recipe
 from neoquant.quantizers import Nearest
-from neoquant.recipe import Recipe
 from neoquant.tensor import QuantizedTensor
 
 FORMAT = FORMATS["compressed-tensors"]

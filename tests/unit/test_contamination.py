@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neoquant import load
-from neoquant.calibration import draw, drawn_from, fingerprint
+from neoquant.calibration.dataset import draw, drawn_from, load_calibration
+from neoquant.data.documents import read_documents
+from neoquant.data.fingerprints import fingerprint
 from neoquant.errors import DataError
 from neoquant.evaluation import Contestant, ModelInfo, Suite, compare, evaluate, load_suite
-from neoquant.evaluation.calibration import load_calibration
-from neoquant.evaluation.documents import read_documents
 from neoquant.progress import SILENT
 
 TEXTS = [f"{letter} text of its own, {number} " * 3 for number, letter in enumerate("abcdef")]

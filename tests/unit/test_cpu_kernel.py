@@ -16,8 +16,8 @@ from weights import make_weight
 from neoquant import native
 from neoquant.grids import BLOCK_SIZES, GROUP_SIZES, Affine, Codebook, Grid, Int8Rows
 from neoquant.kernels import Cpu, cpu
-from neoquant.layer import QuantLinear
 from neoquant.native import products
+from neoquant.nn.linear import QuantLinear
 from neoquant.quantizers import Nearest
 from neoquant.tensor import QuantizedTensor
 

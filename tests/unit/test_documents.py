@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import zstandard
 
+from neoquant.data.documents import Document, Source, read_documents
+from neoquant.data.suite import Suite
 from neoquant.errors import DataError, HubError
-from neoquant.evaluation.documents import Document, Source, read_documents
-from neoquant.evaluation.suite import Suite
 from neoquant.progress import SILENT
 
 

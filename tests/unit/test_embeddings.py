@@ -15,11 +15,12 @@ from neoquant import GPTNeoForCausalLM, GPTNeoModel, RecipeError
 from neoquant.checkpoint import open_checkpoint
 from neoquant.cli.describe import describe
 from neoquant.grids import make_grid
-from neoquant.layer import QuantEmbedding, QuantLinear
-from neoquant.planning import EMBEDDING, EMBEDDING_GRIDS, Plan, PlanRow
-from neoquant.quantization import plan, quantize
+from neoquant.model.names import EMBEDDING
+from neoquant.nn.linear import QuantEmbedding, QuantLinear
+from neoquant.quantization.plan import EMBEDDING_GRIDS, Plan, PlanRow
+from neoquant.quantization.quantize import plan, quantize
+from neoquant.quantization.recipe import Recipe
 from neoquant.quantizers import Nearest
-from neoquant.recipe import Recipe
 
 MakeModel = Callable[..., Path]
 HEAD = "lm_head.weight"

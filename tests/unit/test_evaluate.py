@@ -18,9 +18,9 @@ from neoquant.errors import CheckpointError, DataError, RequestError
 from neoquant.evaluation import Comparison, Contestant, Evaluation, ModelInfo, Suite, compare, evaluate
 from neoquant.evaluation.corpus import byte_offsets, read_corpus
 from neoquant.evaluation.scoring import batches, measures
-from neoquant.layer import QuantLinear
+from neoquant.nn.linear import QuantLinear
 from neoquant.progress import SILENT, Progress
-from neoquant.recipe import Recipe
+from neoquant.quantization.recipe import Recipe
 
 TEXTS = [
     ("code", "def f(x):\n    return x + 1\n" * 3),
@@ -341,7 +341,7 @@ def test_memory_does_not_grow_with_tokens_candidates_or_vocabulary(
     import weakref
 
     from neoquant.evaluation import scoring
-    from neoquant.loading import load
+    from neoquant.loading.pretrained import load
 
     monkeypatch.setattr(scoring, "CPU_PACE", scoring.Pace(positions=64, rows=16))
     model, _ = load(make_model("wide", vocab_size=50257, hidden_size=6, num_heads=1), dtype="float32", device="cpu")

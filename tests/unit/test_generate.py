@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neoquant.errors import ContextError, RequestError
+from neoquant.generation.generate import Sampling, TextStream, filter_logits, generate_text, penalize
+from neoquant.loading.pretrained import GPTNeoForCausalLM
 from neoquant.model.config import GPTNeoConfig
-from neoquant.model.generate import Sampling, TextStream, filter_logits, generate_text, penalize
-from neoquant.model.gpt_neo import GPTNeoForCausalLM
-from neoquant.model.tokenizer import Tokenizer
+from neoquant.tokenizer.tokenizer import Tokenizer
 
 CONFIG = GPTNeoConfig(
     vocab_size=33, max_position_embeddings=24, hidden_size=16, num_heads=2, num_layers=2, window_size=3,

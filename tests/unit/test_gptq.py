@@ -106,7 +106,7 @@ def test_nothing_correlated_is_rounding_to_nearest(grid: Grid, order: str, shape
 def test_better_than_nearest_where_inputs_are_correlated(grid: Grid, order: str, scales: str) -> None:
     w, x = make_weight((48, 128), torch.float16, "normal"), correlated(600, 128)
     chosen, hessian = Gptq(order=order, scales=scales), seen(x)
-    q, report = chosen.run(w, grid, hessian)
+    q, report = chosen.quantize_with_report(w, grid, hessian)
     nearest = rounded(w, grid, chosen, hessian)
     limit = 0.9 if grid.bits < 8 else 1.0
     assert output_error(q, w, x) < limit * output_error(nearest, w, x)
@@ -167,7 +167,7 @@ def test_damping_is_raised_and_reported(monkeypatch: pytest.MonkeyPatch) -> None
         return real(H) if len(calls) > 3 else None
 
     monkeypatch.setattr(hessians, "inverse_factor", stubborn)
-    _, report = Gptq().run(make_weight((8, 32), torch.float32, "normal"), Affine(4, 32), seen(x))
+    _, report = Gptq().quantize_with_report(make_weight((8, 32), torch.float32, "normal"), Affine(4, 32), seen(x))
     assert calls == [torch.float32, torch.float64, torch.float32, torch.float64]
     assert report.damping == pytest.approx(0.1) and report.double
     monkeypatch.setattr(hessians, "inverse_factor", lambda H: None)
@@ -180,7 +180,7 @@ def test_dead_inputs_are_rounded_to_nearest(order: str) -> None:
     w, x = make_weight((16, 64), torch.float32, "normal"), correlated(300, 64)
     x[:, 10:20] = 0
     grid = Affine(4, -1)
-    q, report = Gptq(order=order, scales="range").run(w, grid, seen(x))
+    q, report = Gptq(order=order, scales="range").quantize_with_report(w, grid, seen(x))
     assert report.dead == 10 and report.remarks == ["10 inputs were always zero"]
     error = (q.dequantize(torch.float32) - w)[:, 10:20].abs().amax(1)
     assert (error <= 0.51 * q.params["scale"][:, 0].float()).all()
@@ -258,8 +258,8 @@ def test_better_for_heads_than_without_them(grid: Grid) -> None:
         D = (q.dequantize(torch.float32) - w).view(4, 16, 96).double()
         return float((moments.double() @ D @ hessian.matrix.double()).mul_(D).sum())
 
-    q, report = Gptq().run(w, grid, hessian, moments)
-    alone, plain = Gptq(objective="layer").run(w, grid, hessian, moments)
+    q, report = Gptq().quantize_with_report(w, grid, hessian, moments)
+    alone, plain = Gptq(objective="layer").quantize_with_report(w, grid, hessian, moments)
     assert error(q) < 0.9 * error(alone)
     assert (report.objective, plain.objective) == ("attention", "layer")
     assert report.error / report.error_nearest == pytest.approx(
@@ -273,7 +273,7 @@ def test_heads_that_do_not_count_are_rounded_as_if_alone() -> None:
     assert torch.equal(
         Gptq().quantize(w, Affine(4, 32), hessian, moments).codes, Gptq().quantize(w, Affine(4, 32), hessian).codes
     )
-    with pytest.raises(RequestError, match=r"output moments \[2, 3, 3\] are not those of 8 rows"):
+    with pytest.raises(RequestError, match=r"output Hessian \[2, 3, 3\] is not that of 8 rows"):
         Gptq().quantize(w, Affine(4, 32), hessian, torch.ones(2, 3, 3))
     with pytest.raises(RequestError, match="objective 'best': legal are attention, layer"):
         Gptq(objective="best")

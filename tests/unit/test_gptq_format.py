@@ -14,12 +14,12 @@ from weights import make_weight
 from neoquant.errors import FormatError
 from neoquant.formats import FORMATS, Gptq, choose, detect
 from neoquant.grids import GROUP_SIZES, Affine, Codebook
-from neoquant.layer import QuantLinear
-from neoquant.loading import load_model
-from neoquant.model.gpt_neo import GPTNeoForCausalLM
-from neoquant.quantization import quantize
+from neoquant.loading.load import load_model
+from neoquant.loading.pretrained import GPTNeoForCausalLM
+from neoquant.nn.linear import QuantLinear
+from neoquant.quantization.quantize import quantize
+from neoquant.quantization.recipe import Recipe
 from neoquant.quantizers import Nearest
-from neoquant.recipe import Recipe
 from neoquant.tensor import QuantizedTensor
 
 

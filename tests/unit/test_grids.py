@@ -11,9 +11,9 @@ from torch import Tensor
 from weights import DTYPES, make_weight, weights
 
 from neoquant import grids
-from neoquant.bits import pack_nibbles
 from neoquant.errors import FormatError, RequestError
-from neoquant.grids import BLOCK_SIZES, Affine, Codebook, Grid, Int8Rows, legal_pairs, make_grid
+from neoquant.grids import BLOCK_SIZES, Affine, Codebook, Grid, Int8Rows, grid_from_dict, legal_pairs, make_grid
+from neoquant.packing import pack_nibbles
 
 codebooks = st.builds(Codebook, st.sampled_from(["nf4", "fp4"]), st.sampled_from(BLOCK_SIZES), st.booleans())
 CPU = torch.device("cpu")
@@ -143,7 +143,7 @@ def test_int8_says_that_float16_is_too_small() -> None:
     "grid", [make_grid(bits, name) for bits, name in legal_pairs()] + [Codebook("fp4", 4096, False)]
 )
 def test_descriptions_round_trip(grid: Grid) -> None:
-    assert Grid.from_dict(grid.describe()) == grid
+    assert grid_from_dict(grid.describe()) == grid
 
 
 def test_illegal_requests_name_the_legal_ones() -> None:
@@ -158,13 +158,13 @@ def test_illegal_requests_name_the_legal_ones() -> None:
     with pytest.raises(RequestError, match="int8 does not know block_size; it has one scale a row"):
         make_grid(8, "int8", block_size=64)
     with pytest.raises(RequestError, match="no grid is called 'nf3'; there are nf4, fp4, int8, affine"):
-        Grid.from_dict({"name": "nf3"})
+        grid_from_dict({"name": "nf3"})
     with pytest.raises(RequestError, match="nf4: 'bits' are not its fields"):
-        Grid.from_dict({"name": "nf4", "bits": 4})
+        grid_from_dict({"name": "nf4", "bits": 4})
     with pytest.raises(RequestError, match=r"block size 64\.0: legal are"):
-        Grid.from_dict({"name": "nf4", "block_size": 64.0})
+        grid_from_dict({"name": "nf4", "block_size": 64.0})
     with pytest.raises(RequestError, match=r"no grid is called \['nf4'\]"):
-        Grid.from_dict({"name": ["nf4"]})
+        grid_from_dict({"name": ["nf4"]})
     assert make_grid(4, "fp4", block_size=None, double_quant=False) == Codebook("fp4", 64, False)
 
 

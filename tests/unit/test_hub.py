@@ -72,8 +72,8 @@ def test_one_kind_of_weights_is_fetched(stand_in: StandIn) -> None:
 
 
 def test_a_tokenizer_and_a_configuration_need_no_weights(stand_in: StandIn) -> None:
-    from neoquant.auto import AutoConfig
     from neoquant.checkpoint import find_companions
+    from neoquant.hf.auto import AutoConfig
 
     assert (find_companions("user/neo") / "tokenizer.json").is_file()
     assert AutoConfig.from_pretrained("user/neo", revision="v1").num_layers >= 1

@@ -17,11 +17,11 @@ import neoquant
 from neoquant.errors import DataError, RequestError
 from neoquant.evaluation import Contestant, Inspection, ModelInfo, Suite, inspect, scoring
 from neoquant.evaluation.corpus import read_corpus
-from neoquant.evaluation.layers import Layer
-from neoquant.layer import QuantLinear
-from neoquant.planning import BLOCK_LINEARS
+from neoquant.evaluation.inspection_result import Layer
+from neoquant.model.names import BLOCK_LINEARS
+from neoquant.nn.linear import QuantLinear
 from neoquant.progress import SILENT
-from neoquant.recipe import Recipe
+from neoquant.quantization.recipe import Recipe
 from neoquant.report.layers import costliest, inspection_table, shades
 
 RECIPES = {

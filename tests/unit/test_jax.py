@@ -24,12 +24,12 @@ from flax import nnx  # noqa: E402
 import neoquant  # noqa: E402
 from neoquant import demo  # noqa: E402
 from neoquant.errors import CheckpointError, ContextError, RequestError  # noqa: E402
+from neoquant.generation.generate import Sampling, generate  # noqa: E402
 from neoquant.grids import Affine, Codebook, legal_pairs, make_grid  # noqa: E402
 from neoquant.jax import FlaxGPTNeoForCausalLM, FlaxGPTNeoModel  # noqa: E402
 from neoquant.jax.weights import Packed, Weight  # noqa: E402
-from neoquant.model.generate import Sampling, generate  # noqa: E402
+from neoquant.quantization.recipe import Recipe  # noqa: E402
 from neoquant.quantizers import Nearest  # noqa: E402
-from neoquant.recipe import Recipe  # noqa: E402
 from neoquant.tensor import QuantizedTensor  # noqa: E402
 
 VOCABULARY, CONTEXT = 259, 32

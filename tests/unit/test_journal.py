@@ -18,7 +18,7 @@ import pytest
 
 from neoquant.evaluation import Comparison, Contestant, ModelInfo, Suite, compare, journal, scoring
 from neoquant.evaluation.journal import ResumeNote
-from neoquant.loading import load
+from neoquant.loading.pretrained import load
 from neoquant.progress import Progress
 
 

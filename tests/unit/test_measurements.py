@@ -11,7 +11,7 @@ from conftest import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neoquant.evaluation.documents import Document
+from neoquant.data.documents import Document
 
 
 def script(name: str) -> ModuleType:

@@ -11,13 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neoquant.errors import ContextError, RequestError
-from neoquant.model.config import GPTNeoConfig
-from neoquant.model.gpt_neo import GPTNeoForCausalLM, GPTNeoModel, attention_mask
-from neoquant.model.heads import (
+from neoquant.loading.pretrained import (
+    GPTNeoForCausalLM,
     GPTNeoForQuestionAnswering,
     GPTNeoForSequenceClassification,
     GPTNeoForTokenClassification,
+    GPTNeoModel,
 )
+from neoquant.model.config import GPTNeoConfig
+from neoquant.model.gpt_neo import attention_mask
 
 SMALL: dict[str, Any] = {
     "vocab_size": 31,

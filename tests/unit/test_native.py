@@ -18,7 +18,7 @@ from switch import forced
 from torch import Tensor
 from weights import make_weight, weights
 
-from neoquant import bits, native
+from neoquant import native, packing
 from neoquant.errors import FormatError, RequestError
 from neoquant.grids import BLOCK_SIZES, GROUP_SIZES, Affine, Codebook, Grid, Int8Rows, Params
 from neoquant.native import loader
@@ -136,10 +136,10 @@ def test_weights_that_are_not_finite_are_refused(isa: str, grid: Grid, bad: floa
 def test_nibbles_pack_as_in_torch(isa: str, n: int, seed: int) -> None:
     codes = torch.randint(0, 16, (n,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     with forced("off"):
-        expected = bits.pack_nibbles(codes, pad=7)
+        expected = packing.pack_nibbles(codes, pad=7)
     with forced(isa):
-        assert torch.equal(bits.pack_nibbles(codes, pad=7), expected)
-        assert torch.equal(bits.unpack_nibbles(expected, n), codes)
+        assert torch.equal(packing.pack_nibbles(codes, pad=7), expected)
+        assert torch.equal(packing.unpack_nibbles(expected, n), codes)
 
 
 def test_own_threads_do_what_torch_s_do() -> None:

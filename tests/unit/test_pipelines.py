@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import neoquant
-from neoquant.conversion import convert
 from neoquant.demo import MODEL
 from neoquant.errors import ContextError, RequestError
+from neoquant.quantization.convert import convert
 
 transformers = pytest.importorskip("transformers")
 

@@ -18,16 +18,17 @@ import xxhash
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from neoquant import quantization
-from neoquant.calibration import Calibration
+from neoquant.calibration.dataset import Calibration
 from neoquant.checkpoint import hub, open_checkpoint
 from neoquant.checkpoint.headers import TensorHeader
 from neoquant.checkpoint.shard import Shard
 from neoquant.errors import CheckpointError, OutputError, RequestError
 from neoquant.progress import Progress
-from neoquant.quantization import quantize
+from neoquant.quantization import quantize as quantization
+from neoquant.quantization import streaming
+from neoquant.quantization.quantize import quantize
+from neoquant.quantization.recipe import Recipe, recipe_names
 from neoquant.quantizers import Nearest
-from neoquant.recipe import Recipe, recipe_names
 
 NF4 = Recipe.simple(4, "nf4")
 MakeModel = Callable[..., Path]
@@ -105,7 +106,7 @@ def test_how_much_is_in_flight_changes_no_byte(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_flight: int
 ) -> None:
     quantize(tiny_model, tmp_path / "a" / "out", NF4, shard_size=20_000)
-    monkeypatch.setattr(quantization, "IN_FLIGHT_BYTES", in_flight)
+    monkeypatch.setattr(streaming, "IN_FLIGHT_BYTES", in_flight)
     quantize(tiny_model, tmp_path / "b" / "out", NF4, shard_size=20_000)
     names = sorted(path.name for path in (tmp_path / "a" / "out").iterdir())
     assert filecmp.cmpfiles(tmp_path / "a" / "out", tmp_path / "b" / "out", names, shallow=False)[1:] == ([], [])
@@ -124,7 +125,7 @@ def test_a_disk_that_fills_up_meanwhile_is_told_and_leaves_nothing(
 
     add = Shard.add
     monkeypatch.setattr(Shard, "add", full)
-    monkeypatch.setattr(quantization, "IN_FLIGHT_BYTES", in_flight)
+    monkeypatch.setattr(streaming, "IN_FLIGHT_BYTES", in_flight)
     with pytest.raises(OutputError, match=r"the disk is full: cannot write tensor 'transformer\.h\.1\.mlp\.c_fc"):
         quantize(tiny_model, tmp_path / "out" / "model", NF4)
     assert list((tmp_path / "out").iterdir()) == []
@@ -185,7 +186,7 @@ def test_an_error_while_hashing_ends_the_run(
             raise MemoryError("out of luck")
         return b""
 
-    monkeypatch.setattr("neoquant.quantization._hash", failing)
+    monkeypatch.setattr("neoquant.quantization.streaming.hash_tensor", failing)
     with pytest.raises(MemoryError, match="out of luck"):
         quantize(make_model(), tmp_path / "made" / "nf4", NF4)
     assert list((tmp_path / "made").iterdir()) == []
@@ -405,8 +406,8 @@ def test_the_folder_may_be_moved_and_the_source_deleted(make_model: MakeModel, t
 PEAK = """
 import sys
 from neoquant import quantization
-from neoquant.quantization import quantize
-from neoquant.recipe import Recipe
+from neoquant.quantization.quantize import quantize
+from neoquant.quantization.recipe import Recipe
 
 quantization.IN_FLIGHT_BYTES = 1 << 23  # a queue that these models fill
 result = quantize(sys.argv[1], sys.argv[2], Recipe.load("nf4"))

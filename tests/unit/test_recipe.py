@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from neoquant.errors import RecipeError, RequestError
 from neoquant.grids import Codebook, Int8Rows
+from neoquant.quantization.recipe import Recipe, Rule
 from neoquant.quantizers import QUANTIZERS, Gptq, make_quantizer
-from neoquant.recipe import Recipe, Rule
 
 LAYERS = [
     f"transformer.h.{block}.{name}"

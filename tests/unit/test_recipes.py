@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from shapes import SIZES, checkpoint_of
 
-from neoquant.planning import Plan, make_plan
+from neoquant.quantization.plan import Plan, make_plan
+from neoquant.quantization.recipe import Recipe, recipe_names
 from neoquant.quantizers import QUANTIZERS
-from neoquant.recipe import Recipe, recipe_names
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 

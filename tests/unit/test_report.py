@@ -19,10 +19,10 @@ from results import (
     make_inspection,
 )
 
-from neoquant.card import with_measured
 from neoquant.errors import DataError, RequestError
 from neoquant.evaluation import Comparison
-from neoquant.evaluation.layers import Inspection
+from neoquant.evaluation.inspection_result import Inspection
+from neoquant.quantization.model_card import with_measured
 from neoquant.report.gather import Gathered, gather
 from neoquant.report.markdown import markdown_report, measured_block
 from neoquant.report.page import render_page

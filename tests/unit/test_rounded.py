@@ -20,7 +20,7 @@ from neoquant.errors import RequestError
 from neoquant.grids import BLOCK_SIZES, GROUP_SIZES, Affine, Codebook, Grid, Int8Rows
 from neoquant.kernels import CpuInt8, ReferenceInt8
 from neoquant.kernels.rounded import round_activations, run_length
-from neoquant.layer import QuantLinear
+from neoquant.nn.linear import QuantLinear
 from neoquant.quantizers import Nearest
 from neoquant.tensor import QuantizedTensor
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from neoquant import GPTNeoForCausalLM, GPTNeoForSequenceClassification, native, quantize
 from neoquant.checkpoint import open_checkpoint
-from neoquant.layer import StoredLinear
-from neoquant.recipe import Recipe
+from neoquant.nn.linear import StoredLinear
+from neoquant.quantization.recipe import Recipe
 
 MakeModel = Callable[..., Path]
 IDS = torch.arange(1, 9)[None]

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from neoquant.data.pile import PILE, pile_subsets
+from neoquant.data.suite import FileData, HubData
 from neoquant.errors import DataError, RequestError
 from neoquant.evaluation import load_suite, suite_names
-from neoquant.evaluation.pile import PILE, pile_subsets
-from neoquant.evaluation.suite import FileData, HubData
 
 OWN = """
 name = "own"

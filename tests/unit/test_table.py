@@ -7,6 +7,7 @@ import io
 import pytest
 from rich.console import Console, RenderableType
 
+from neoquant.data.suite import Suite
 from neoquant.evaluation.result import (
     Candidate,
     Change,
@@ -20,7 +21,6 @@ from neoquant.evaluation.result import (
     Resampling,
     Score,
 )
-from neoquant.evaluation.suite import Suite
 from neoquant.report.table import comparison_table, evaluation_table
 
 SUBSETS = ("Gutenberg (PG-19)", "ArXiv")

@@ -13,9 +13,9 @@ import torch
 from byte_tokenizer import Bytes
 from conftest import Cli
 
+from neoquant.data.tasks import rejoin
 from neoquant.errors import DataError
 from neoquant.evaluation import Contestant, Evaluation, ModelInfo, Suite, compare, evaluate, load_suite
-from neoquant.evaluation.tasks import rejoin
 
 PASSAGES = [
     "he went to the bank to get",

@@ -1,0 +1,186 @@
+"""One measurement of one tool, in a process of its own: load a model, read a prompt, generate greedily.
+
+A script, not a module: `speed` runs it by its path, perhaps with another interpreter, which need not have neoquant. So
+nothing but the standard library is imported before the tool is known.
+
+    python worker.py '{"step": "run", "tool": "transformers", "source": "folder", ...}'
+
+prints one line of JSON: seconds of importing, loading and reading the prompt, tokens per second, peak memory in bytes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+NEEDS = {
+    "neoquant": ("neoquant",),
+    "transformers": ("transformers", "torch"),
+    "bitsandbytes": ("transformers", "torch", "bitsandbytes", "accelerate"),
+    "bitsandbytes-without-bf16": ("transformers", "torch", "bitsandbytes", "accelerate"),
+    "openvino": ("optimum.intel", "openvino", "nncf"),
+}
+"""What a tool must be able to import."""
+
+WARM_UP = 4  # tokens generated before anything is timed: threads start, buffers are allocated
+
+Generate = Callable[[Any, int], Iterator[None]]
+"""(ids int64[1, T], new tokens): yields after every token."""
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    steps: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"check": check, "export": export, "run": run}
+    print(json.dumps(steps[job["step"]](job)))
+
+
+def check(job: dict[str, Any]) -> dict[str, Any]:
+    """Which of the packages that the tool needs are missing here, and the versions of the others."""
+    missing = [name for name in NEEDS[job["tool"]] if not _exists(name)]
+    found = [name.replace(".", "-") for name in NEEDS[job["tool"]] if name not in missing]
+    return {"missing": missing, "versions": {name: _version(name) for name in found}}
+
+
+def export(job: dict[str, Any]) -> dict[str, Any]:
+    """OpenVINO's int4 model of a plain checkpoint, as optimum-intel makes it, into a folder."""
+    from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
+
+    asked = OVWeightQuantizationConfig(bits=4, sym=False, group_size=64, ratio=1.0)
+    model = OVModelForCausalLM.from_pretrained(job["source"], export=True, quantization_config=asked)
+    model.save_pretrained(job["out"])
+    return {}
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    started = time.perf_counter()
+    load = {
+        "neoquant": _neoquant,
+        "transformers": _transformers,
+        "bitsandbytes": _transformers,
+        "bitsandbytes-without-bf16": _transformers,
+        "openvino": _openvino,
+    }[job["tool"]](job)
+    imported = time.perf_counter()
+    generate, vocabulary = load()
+    loaded = time.perf_counter()
+
+    import torch
+
+    ids = torch.randint(0, vocabulary, (1, job["prompt"]), generator=torch.Generator().manual_seed(0))
+    for _ in generate(ids[:, : min(WARM_UP, job["prompt"])], WARM_UP):
+        pass
+    began = time.perf_counter()
+    times = [time.perf_counter() for _ in generate(ids, job["new"])]
+    return {
+        "import_s": imported - started,
+        "load_s": loaded - imported,
+        "prefill_s": times[0] - began,
+        "prefill_tokens_per_s": job["prompt"] / (times[0] - began),
+        "decode_tokens_per_s": (len(times) - 1) / (times[-1] - times[0]),
+        "peak_rss_bytes": _peak_rss_bytes(),
+    }
+
+
+def _neoquant(job: dict[str, Any]) -> Callable[[], tuple[Generate, int]]:
+    import torch
+
+    from neoquant.generation.generate import stream
+    from neoquant.loading.load import load_model
+    from neoquant.loading.pretrained import GPTNeoForCausalLM
+
+    torch.set_num_threads(job["threads"])
+
+    def load() -> tuple[Generate, int]:
+        said = {"dtype": job["dtype"], "activations": job["activations"]}
+        model = load_model(job["source"], GPTNeoForCausalLM, device="cpu", **said)
+
+        def generate(ids: Any, new: int) -> Iterator[None]:
+            for _ in stream(model, ids, max_new_tokens=new):
+                yield None
+
+        return generate, model.config.vocab_size
+
+    return load
+
+
+def _transformers(job: dict[str, Any]) -> Callable[[], tuple[Generate, int]]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(job["threads"])
+    if job["tool"] == "bitsandbytes-without-bf16":
+        import bitsandbytes.nn.modules
+
+        bitsandbytes.nn.modules.has_avx512bf16 = lambda: False  # what each layer asks when it is made
+
+    def load() -> tuple[Generate, int]:
+        # transformers does not run a quantized folder in another type than the one it is stored in.
+        dtype = getattr(torch, job["dtype"]) if job["tool"] == "transformers" else "auto"
+        model = AutoModelForCausalLM.from_pretrained(job["source"], dtype=dtype, device_map="cpu")
+        model.train(False)
+        return _greedy(model, logits_to_keep=1), model.config.vocab_size
+
+    return load
+
+
+def _openvino(job: dict[str, Any]) -> Callable[[], tuple[Generate, int]]:
+    from optimum.intel import OVModelForCausalLM
+
+    def load() -> tuple[Generate, int]:
+        asked = {"INFERENCE_NUM_THREADS": str(job["threads"]), "PERFORMANCE_HINT": "LATENCY"}
+        model = OVModelForCausalLM.from_pretrained(job["source"], ov_config=asked)
+        return _greedy(model), model.config.vocab_size
+
+    return load
+
+
+def _greedy(model: Any, **options: Any) -> Generate:
+    """The plain loop over a model with transformers' manners, which costs less than its `generate`."""
+    import torch
+
+    @torch.inference_mode()
+    def generate(ids: Any, new: int) -> Iterator[None]:
+        past, seen = None, ids.shape[1]
+        for _ in range(new):
+            mask = torch.ones(1, seen, dtype=torch.int64)
+            out = model(input_ids=ids, attention_mask=mask, past_key_values=past, use_cache=True, **options)
+            ids, past, seen = out.logits[:, -1].argmax(-1)[:, None], out.past_key_values, seen + 1
+            yield None
+
+    return generate
+
+
+def _exists(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        return False
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # it lies on the path without having been installed
+        return "unknown"
+
+
+def _peak_rss_bytes() -> int:
+    """The most memory that this process has held, by Linux where it tells: the other figure counts parents as well."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
+        if line is not None:
+            return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Calibration samples on their way through the model, and what quantizers learn from them."""

@@ -1,0 +1,1 @@
+"""transformers' entry points: Auto classes and pipelines."""

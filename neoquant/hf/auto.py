@@ -1,0 +1,90 @@
+"""Loading by what a model is for rather than by its class, under transformers' `Auto` names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from neoquant.checkpoint import find_companions
+from neoquant.loading.pretrained import (
+    GPTNeoForCausalLM,
+    GPTNeoForQuestionAnswering,
+    GPTNeoForSequenceClassification,
+    GPTNeoForTokenClassification,
+    GPTNeoModel,
+    PreTrainedModel,
+)
+from neoquant.model.config import GPTNeoConfig
+from neoquant.tokenizer.tokenizer import Tokenizer
+
+ModelT = TypeVar("ModelT", bound=PreTrainedModel)
+
+
+class _Auto(Generic[ModelT]):
+    """Makes models of `model_class`; it has no instances of its own."""
+
+    model_class: ClassVar[type[PreTrainedModel]]
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> ModelT:
+        """A checkpoint, plain or quantized, from a folder or by its id on the hub.
+
+        `options` (`dtype`, `device_map`, `attn_implementation`, ...) and errors are the model class's own.
+        """
+        return cls.model_class.from_pretrained(source, **options)  # type: ignore[return-value]
+
+    @classmethod
+    def from_config(cls, config: GPTNeoConfig, *, attn_implementation: str = "sdpa") -> ModelT:
+        """Fresh weights, to be trained."""
+        return cls.model_class(config, attn_implementation).init_weights()  # type: ignore[return-value]
+
+
+class AutoModel(_Auto[GPTNeoModel]):
+    """The network without a head."""
+
+    model_class = GPTNeoModel
+
+
+class AutoModelForCausalLM(_Auto[GPTNeoForCausalLM]):
+    """To continue texts."""
+
+    model_class = GPTNeoForCausalLM
+
+
+class AutoModelForSequenceClassification(_Auto[GPTNeoForSequenceClassification]):
+    """To label whole texts."""
+
+    model_class = GPTNeoForSequenceClassification
+
+
+class AutoModelForTokenClassification(_Auto[GPTNeoForTokenClassification]):
+    """To label each token."""
+
+    model_class = GPTNeoForTokenClassification
+
+
+class AutoModelForQuestionAnswering(_Auto[GPTNeoForQuestionAnswering]):
+    """To find answers in texts."""
+
+    model_class = GPTNeoForQuestionAnswering
+
+
+class AutoConfig:
+    """Reads configurations."""
+
+    @staticmethod
+    def from_pretrained(source: str | Path, *, revision: str | None = None) -> GPTNeoConfig:
+        """The configuration of a folder, or of an id on the hub, of which no weights are fetched.
+
+        Raises CheckpointError (ConfigError for one that is no legal GPT-Neo's) or HubError.
+        """
+        return GPTNeoConfig.from_pretrained(find_companions(source, revision=revision))
+
+
+class AutoTokenizer:
+    """Reads tokenizers."""
+
+    @staticmethod
+    def from_pretrained(source: str | Path, *, revision: str | None = None) -> Tokenizer:
+        """The tokenizer of a folder or hub id. Raises CheckpointError where there is none, or HubError."""
+        return Tokenizer.from_pretrained(source, revision=revision)

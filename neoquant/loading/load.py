@@ -1,0 +1,124 @@
+"""From a checkpoint, plain or quantized, to a model that runs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from neoquant import formats
+from neoquant.checkpoint import open_checkpoint
+from neoquant.errors import RequestError, locate
+from neoquant.kernels import ACTIVATIONS
+from neoquant.loading.device_map import assign_devices
+from neoquant.loading.fill import Filler, LoadWarning, NoInit, Readable, unit_sizes
+from neoquant.model.attention import why_not
+from neoquant.model.base import Network
+from neoquant.model.config import GPTNeoConfig
+from neoquant.model.dtypes import resolve_dtype
+from neoquant.model.gpt_neo import Block
+from neoquant.nn.fused_block import fused_block
+from neoquant.nn.linear import QuantLinear
+from neoquant.progress import SILENT, Progress
+
+ModelT = TypeVar("ModelT", bound=Network)
+
+
+def load_model(
+    source: str | Path | None,
+    cls: type[ModelT],
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: object = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    attn_implementation: str = "sdpa",
+    activations: str = "exact",
+    progress: Progress = SILENT,
+) -> ModelT:
+    """A model of class `cls`, in evaluation mode.
+
+    Args:
+        source: a folder, or an id on the hub at `revision`.
+        dtype: what activations are computed in and plain weights are held in: a torch type, its name, "auto" (the
+            checkpoint's own), or None: float32 on a CPU, float16 on a GPU. Quantized weights stay as they are stored.
+        device: "cpu", "cuda", "cuda:1", 1, a torch device, or None (a GPU if there is one); "auto" (GPUs, then memory,
+            then disk, as they have room) or a mapping of parts to devices: see `placement`.
+        max_memory: for "auto", device number or "cpu" -> bytes, or a text like "2GB".
+        attn_implementation: "sdpa", "eager", "flex_attention", or "flash_attention_2" (the package flash-attn on CUDA).
+        activations: "exact", or "int8": what quantized weights are multiplied with is rounded as well, which is faster
+            for many tokens, and loses a little.
+        progress: told of every tensor.
+
+    Raises:
+        CheckpointError: files are missing or damaged, tensors are missing or have other shapes.
+        FormatError: the weights are quantized in a way that neoquant does not read.
+        HubError: the hub cannot be reached or does not have it.
+        RequestError: an illegal dtype, device, attention or activations, or nothing is quantized for int8 activations.
+
+    Warns:
+        LoadWarning: tensors that the model has no place for, and heads that the checkpoint has no weights for.
+    """
+    with open_checkpoint(source, revision=revision, progress=progress) as checkpoint:
+        return read_model(
+            checkpoint,
+            cls,
+            dtype=dtype,
+            device=device,
+            max_memory=max_memory,
+            attn_implementation=attn_implementation,
+            activations=activations,
+            progress=progress,
+        )
+
+
+def read_model(
+    checkpoint: Readable,
+    cls: type[ModelT],
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: object = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    attn_implementation: str = "sdpa",
+    activations: str = "exact",
+    compute_dtype: torch.dtype | None = None,
+    progress: Progress = SILENT,
+) -> ModelT:
+    """`load_model` on a checkpoint that is open; `compute_dtype` instead of the one it states for quantized weights."""
+    with locate(f"{checkpoint.source}/config.json"):
+        config = GPTNeoConfig.from_dict(checkpoint.config)
+    if activations not in ACTIVATIONS:
+        raise RequestError(f"activations are {activations!r}; legal are {' and '.join(ACTIVATIONS)}")
+    with torch.device("meta"), NoInit():
+        model = cls(config, attn_implementation)
+    places = assign_devices(device, max_memory, unit_sizes(checkpoint, model, dtype), bool(model.tied_weights()))
+    kind = resolve_dtype(dtype, config, places.first)
+    if reason := why_not(attn_implementation, kind, places.first):
+        raise RequestError(f"attn_implementation {attn_implementation!r} is not possible here: {reason}")
+    with locate(str(checkpoint.source)):
+        format = formats.detect(checkpoint.config, checkpoint.headers)
+        if format is None and activations != "exact":
+            raise RequestError(f"no weight is quantized, so that {activations} activations would meet none")
+        if compute_dtype is None and format is not None:
+            compute_dtype = format.compute_dtype(checkpoint.config.get("quantization_config") or {})
+        Filler(checkpoint, model, format, kind, places, compute_dtype).run(progress)
+    if len(set(places.units.values())) > 1:
+        model.hf_device_map = places.describe()
+    if activations != "exact":
+        for module in model.modules():
+            if isinstance(module, QuantLinear):
+                module.set_activations(activations)
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.step = fused_block
+    for remark in model.read_companions(folder_of(checkpoint)):
+        warnings.warn(f"{checkpoint.source}/{remark}", LoadWarning, stacklevel=2)
+    return model.eval()
+
+
+def folder_of(checkpoint: Readable) -> Path:
+    assert checkpoint.folder is not None, "opened with its files"
+    return checkpoint.folder

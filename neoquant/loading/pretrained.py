@@ -1,0 +1,181 @@
+"""The model classes that people name, with transformers' names: the networks of `model/`, to and from folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from neoquant.checkpoint import find_companions, open_checkpoint
+from neoquant.errors import RequestError
+from neoquant.generation.config import FILE as GENERATION_FILE
+from neoquant.generation.config import GenerationConfig
+from neoquant.generation.generate import Streamer, as_ids, ends_with, generate
+from neoquant.loading.load import folder_of, load_model, read_model
+from neoquant.loading.quantize_on_load import load_quantized
+from neoquant.loading.save import save_model
+from neoquant.model.base import Network
+from neoquant.model.gpt_neo import CausalLM, Decoder
+from neoquant.model.heads import QuestionAnswerer, SequenceClassifier, TokenClassifier
+from neoquant.progress import SILENT, Progress
+from neoquant.tokenizer.tokenizer import Tokenizer
+
+
+class PreTrainedModel(Network):
+    """What every model class adds to its network: the way from a folder or hub id, and back to a folder."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path | None,
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        device_map: Any = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
+        attn_implementation: str = "sdpa",
+        quantization_config: Any = None,
+    ) -> Self:
+        """Load a checkpoint, plain or quantized, from a folder or by its id on the hub.
+
+        `dtype` is the type activations are computed in: a torch type, its name, `"auto"` (the checkpoint's own) or
+        None (float32 on a CPU, float16 on a GPU). `device_map` is a device, `"auto"`, or a mapping of parts of the
+        model to devices or `"disk"`; `max_memory` says what `"auto"` may take of each (0 or "cpu" -> "2GB"). With
+        `quantization_config`, a BitsAndBytesConfig or GPTQConfig (neoquant's or transformers'), their values or a
+        Recipe, a plain checkpoint is quantized on the way.
+
+        Raises CheckpointError, HubError or RequestError; a tensor that is missing or unexpected is one of the first.
+        """
+        options: dict[str, Any] = {
+            "dtype": dtype, "device": device_map, "max_memory": max_memory, "attn_implementation": attn_implementation
+        }  # fmt: skip
+        if quantization_config is not None:
+            return load_quantized(source, cls, quantization_config, revision=revision, **options)
+        return load_model(source, cls, revision=revision, **options)
+
+    def save_pretrained(self, folder: str | Path, *, force: bool = False) -> None:
+        """Write a folder that transformers and neoquant read; `force` replaces one that is there."""
+        save_model(self, folder, force=force)
+
+
+class GPTNeoModel(PreTrainedModel, Decoder):
+    """The network without a head: token ids to hidden states."""
+
+
+class GPTNeoForCausalLM(PreTrainedModel, CausalLM):
+    """GPT-Neo with its language-modelling head, whose weight is the token embedding's unless the config unties it."""
+
+    generation_config = GenerationConfig()
+    """What `generate` does unless it is told otherwise: the folder's generation_config.json."""
+
+    def read_companions(self, folder: Path) -> list[str]:
+        """Take the folder's generation_config.json as `generation_config`."""
+        self.generation_config, faults = GenerationConfig.from_folder(folder)
+        return [f"{GENERATION_FILE}: {fault}; left out" for fault in faults]
+
+    def companions(self) -> dict[str, str]:
+        """generation_config.json, where `generation_config` states anything."""
+        stated = self.generation_config.to_dict()
+        return {GENERATION_FILE: json.dumps(stated, indent=2, sort_keys=True) + "\n"} if stated else {}
+
+    def generate(
+        self,
+        input_ids: Tensor | Sequence[Sequence[int]] | Sequence[int] | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs: Tensor | Sequence[Sequence[int]] | Sequence[int] | None = None,
+        generation_config: Any = None,
+        tokenizer: Tokenizer | None = None,
+        streamer: Streamer | None = None,
+        **asked: Any,
+    ) -> Tensor:
+        """`input_ids[B, T]` continued to `[B, T + new]`: greedy, or sampled with `do_sample=True`.
+
+        `asked` are `GenerationConfig`'s fields, with transformers' names and defaults: `max_new_tokens`, `max_length`,
+        `do_sample`, `temperature`, `top_k`, `top_p`, `num_return_sequences`, `stop_strings`, ... They count before
+        `generation_config`, and that before the model's own.
+
+        Args:
+            input_ids: the prompts; None begins with the end-of-text token.
+            attention_mask: `[B, T]`, 0 on padding, which may be on either side.
+            inputs: transformers' other name for `input_ids`.
+            generation_config: ours or transformers'.
+            tokenizer: needed for `stop_strings`.
+            streamer: told of the prompt and of each new id; transformers' streamers serve.
+
+        Raises:
+            ContextError: the result would not fit into the context.
+            RequestError: an illegal value, or something that is not done here.
+        """
+        if inputs is not None and input_ids is not None:
+            raise RequestError("input_ids and inputs are two names of the same: give one of them")
+        input_ids = inputs if input_ids is None else input_ids
+        config = self.generation_config
+        if generation_config is not None:
+            config = config.but(GenerationConfig.of(generation_config))
+        config = config.but(GenerationConfig.of(asked))
+        start = self.config.bos_token_id if self.config.bos_token_id is not None else 0
+        ids = as_ids([[start]] if input_ids is None else input_ids)
+        copies = config.copies()
+        if copies > 1:
+            ids = ids.repeat_interleave(copies, dim=0)
+            attention_mask = None if attention_mask is None else attention_mask.repeat_interleave(copies, dim=0)
+        return generate(
+            self,
+            ids,
+            attention_mask=attention_mask,
+            max_new_tokens=config.new_tokens(ids.shape[1]),
+            sampling=config.sampling(self.config.eos_token_id, ids.shape[1]),
+            stop=ends_with(config.stops(), tokenizer),
+            streamer=streamer,
+        )
+
+
+class GPTNeoForSequenceClassification(PreTrainedModel, SequenceClassifier):
+    """One label, or several, or a number, for a whole text: read off its last token."""
+
+
+class GPTNeoForTokenClassification(PreTrainedModel, TokenClassifier):
+    """A label for each token."""
+
+
+class GPTNeoForQuestionAnswering(PreTrainedModel, QuestionAnswerer):
+    """Where in a text an answer starts and ends."""
+
+
+def load(
+    source: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | int | None = None,
+    attn_implementation: str = "sdpa",
+    activations: str = "exact",
+    progress: Progress = SILENT,
+) -> tuple[GPTNeoForCausalLM, Tokenizer]:
+    """A language model and its tokenizer, from a folder or by id on the hub; None is the bundled model.
+
+    Arguments and errors are `load_model`'s.
+    """
+    with open_checkpoint(source, revision=revision, progress=progress) as checkpoint:
+        tokenizer = Tokenizer.from_folder(folder_of(checkpoint))
+        model = read_model(
+            checkpoint,
+            GPTNeoForCausalLM,
+            dtype=dtype,
+            device=device,
+            attn_implementation=attn_implementation,
+            activations=activations,
+            progress=progress,
+        )
+    return model, tokenizer
+
+
+def load_tokenizer(source: str | Path | None = None, *, revision: str | None = None) -> Tokenizer:
+    """The tokenizer of a folder, or of a hub id without its weights. Raises CheckpointError where there is none."""
+    return Tokenizer.from_folder(find_companions(source, revision=revision))

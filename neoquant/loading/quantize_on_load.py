@@ -1,0 +1,174 @@
+"""Quantizing while loading: a plain checkpoint read as the quantized one that a plan would make of it.
+
+Nothing is written, and no more of the plain model is in memory at once than while a folder is quantized; what comes
+out is what `quantize`, then loading its folder would give, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from neoquant.calibration.dataset import LENGTH, ROWS, Calibration, draw, load_calibration
+from neoquant.calibration.hidden_states import HiddenStatesInMemory, rows_of_batch
+from neoquant.calibration.memory import estimate_memory
+from neoquant.checkpoint import Checkpoint, TensorHeader, open_checkpoint
+from neoquant.data.fingerprints import hash_texts
+from neoquant.errors import RequestError, locate
+from neoquant.formats import Format, detect
+from neoquant.loading.load import read_model
+from neoquant.loading.quantization_config import BitsAndBytesConfig, GPTQConfig, QuantizationConfig, read_config
+from neoquant.model.base import Network
+from neoquant.model.config import GPTNeoConfig
+from neoquant.model.names import canonical_layer
+from neoquant.progress import SILENT, Progress
+from neoquant.quantization.plan import Plan, PlanRow, make_plan
+from neoquant.quantization.recipe import Recipe
+from neoquant.quantization.sequential import QuantizedBlock, embed, needs_calibration, quantize_blocks
+from neoquant.quantization.streaming import output_tensors
+from neoquant.tensor import QuantizedTensor
+from neoquant.tokenizer.tokenizer import Tokenizer
+
+ModelT = TypeVar("ModelT", bound=Network)
+
+
+def load_quantized(
+    source: str | Path | None,
+    cls: type[ModelT],
+    quantization_config: Any,
+    *,
+    revision: str | None = None,
+    progress: Progress = SILENT,
+    **options: Any,
+) -> ModelT:
+    """`loading.load_model`, quantized on the way; `options` are its.
+
+    A checkpoint that is quantized already is loaded as it is, if it is what is asked for: only the type it computes
+    in may be another.
+
+    Raises RequestError for a request that cannot be carried out on this checkpoint, and what `load_model` raises.
+    """
+    config = read_config(quantization_config)
+    with open_checkpoint(source, revision=revision, progress=progress) as checkpoint:
+        compute_dtype = None if isinstance(config, Recipe) else config.compute_dtype
+        found = detect(checkpoint.config, checkpoint.headers)
+        if found is not None:
+            _require_the_same(checkpoint, config, found)
+            return read_model(checkpoint, cls, compute_dtype=compute_dtype, progress=progress, **options)
+        layers = [canonical_layer(name) for name in checkpoint.headers if name.endswith(".weight")]
+        recipe = config if isinstance(config, Recipe) else config.recipe([*layers, *_heads(layers)])
+        plan = make_plan(checkpoint, recipe)
+        blocks: Iterator[QuantizedBlock] = iter(())
+        if needs_calibration(plan):
+            if not isinstance(config, GPTQConfig):
+                raise RequestError("a recipe with the quantizer gptq must see text: pass a GPTQConfig with a dataset")
+            blocks = _blocks(checkpoint, plan, _calibration(checkpoint, config, progress), progress)
+        view = _Rounding(checkpoint, plan, blocks)
+        return read_model(view, cls, compute_dtype=compute_dtype, progress=progress, **options)
+
+
+class _Rounding:
+    """A plain checkpoint as the quantized one of a plan: weights are rounded when they are looked at.
+
+    What is not quantized is what it was, in its own type.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, blocks: Iterator[QuantizedBlock]) -> None:
+        self._checkpoint, self._plan, self._blocks = checkpoint, plan, blocks
+        self.source, self.folder, self.dropped = checkpoint.source, checkpoint.folder, checkpoint.dropped
+        self.config = {key: value for key, value in plan.config.items() if key != "torch_dtype"}
+        self.config["dtype"] = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))  # as it was
+        self.headers: dict[str, TensorHeader] = {}
+        self._rows: dict[str, PlanRow] = {}
+        for row in plan.rows:
+            for header in row.stored if row.grid is not None else [row.source] if row.action != "drop" else []:
+                self.headers[header.name], self._rows[header.name] = header, row
+        self._made: dict[str, dict[str, torch.Tensor]] = {}
+        self._given: dict[str, QuantizedTensor] = {}
+
+    def view(self, name: str) -> torch.Tensor:
+        row = self._rows[name]
+        if row.grid is None:
+            return self._checkpoint.view(row.name)
+        if row.name not in self._made:
+            with locate(row.name), torch.no_grad():
+                weight = self._checkpoint.view(row.name)
+                self._made[row.name] = output_tensors(
+                    weight, row, self._checkpoint, self._plan.format, self._calibrated(row)
+                )
+        return self._made[row.name][name]
+
+    def forget(self, name: str) -> None:
+        row = self._rows[name]
+        self._made.pop(row.name, None)
+        self._given.pop(row.name, None)
+        self._checkpoint.forget(row.name)
+
+    def _calibrated(self, row: PlanRow) -> QuantizedTensor | None:
+        """The weight as a calibrated quantizer gives it, which takes all blocks before its own."""
+        if row.quantizer is None or not row.quantizer.needs_calibration:
+            return None
+        while row.name not in self._given:
+            self._given |= next(self._blocks).weights
+        return self._given[row.name]
+
+
+def _blocks(
+    checkpoint: Checkpoint, plan: Plan, calibration: Calibration, progress: Progress
+) -> Iterator[QuantizedBlock]:
+    config = GPTNeoConfig.from_dict(checkpoint.config)
+    rows, length = calibration.ids.shape
+    with torch.no_grad():
+        hidden = HiddenStatesInMemory((rows, length, config.hidden_size), rows_of_batch(length))
+        embed(checkpoint, calibration.ids, hidden)
+        keeps_inner = estimate_memory(config, rows, length).keeps_inner
+    blocks = quantize_blocks(checkpoint, plan, hidden, 0, progress, keeps_inner)
+    while True:
+        with torch.no_grad():  # not across a yield, which would leave it on for whoever asks
+            block = next(blocks, None)
+        if block is None:
+            return
+        yield block
+
+
+def _calibration(checkpoint: Checkpoint, config: GPTQConfig, progress: Progress) -> Calibration:
+    """The rows that the configuration's dataset gives."""
+    tokenizer = config.tokenizer
+    if not isinstance(tokenizer, Tokenizer):
+        if not isinstance(tokenizer, str | Path | None):
+            raise RequestError(f"tokenizer is a {type(tokenizer).__name__}; legal is neoquant's, or a folder or hub id")
+        tokenizer = Tokenizer.from_pretrained(checkpoint.source if tokenizer is None else tokenizer)
+    context = GPTNeoConfig.from_dict(checkpoint.config).max_position_embeddings
+    length = min(LENGTH, context) if config.model_seqlen is None else config.model_seqlen
+    if isinstance(config.dataset, str):
+        return load_calibration(config.dataset, tokenizer, length=length, progress=progress)
+    texts = config.dataset or []
+    encoded = [tokenizer.encode(text) for text in texts]
+    total = sum(len(ids) + 1 for ids in encoded)
+    length = max(1, min(length, total))
+    ids = draw(encoded, tokenizer.eos_token_id, min(ROWS, max(1, total // length)), length, seed=0)
+    return Calibration(ids, "texts", hash_texts(texts), 0)
+
+
+def _heads(layers: list[str]) -> list[str]:
+    """Names that mean a head, of which a checkpoint may lack the weight: tied, or to be drawn."""
+    return [head for head in ("lm_head", "score", "classifier", "qa_outputs") if head not in layers]
+
+
+def _require_the_same(checkpoint: Checkpoint, config: QuantizationConfig, found: Format) -> None:
+    """Raise RequestError unless the checkpoint is quantized just as it is asked for."""
+    said = checkpoint.config.get("quantization_config") or {}
+    if isinstance(config, BitsAndBytesConfig):
+        same = {"bnb4": config.load_in_4bit, "bnb8": config.load_in_8bit}.get(found.name, False)
+        if config.load_in_4bit:
+            names = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+            same = same and all(getattr(config, name) == said.get(name) for name in names)
+        if same:
+            return
+    raise RequestError(
+        f"{checkpoint.source} is already quantized (format {found.name}), and not as quantization_config asks: "
+        "quantizing twice loses twice, so leave quantization_config out, or name the model it was made from"
+    )

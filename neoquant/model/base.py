@@ -1,0 +1,90 @@
+"""What every network shares, whatever its head: its configuration, its device and type, fresh weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from typing_extensions import Self
+
+from neoquant.errors import RequestError
+from neoquant.model.attention import ATTENTION_IMPLEMENTATIONS
+from neoquant.model.config import GPTNeoConfig
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a checkpoint and the model that was loaded from it did not have in common.
+
+    fresh        of the model's head, not in the checkpoint: drawn at random
+    unexpected   in the checkpoint, not in the model: not used
+    dropped      old mask buffers and second names of a tensor, left out by name
+    """
+
+    fresh: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+
+class Network(nn.Module):
+    """A GPT-Neo with one of its heads, or none; `base_model_prefix` is where its decoder stands ("": it is one)."""
+
+    config: GPTNeoConfig
+    load_report = LoadReport()
+    """What was found when it was loaded from a checkpoint."""
+    hf_device_map: dict[str, int | str]
+    """Where each part lies, by transformers' name; there is none while all of it is on one device."""
+    base_model_prefix = "transformer"
+
+    def __init__(self, config: GPTNeoConfig, attn_implementation: str = "sdpa") -> None:
+        super().__init__()
+        if attn_implementation not in ATTENTION_IMPLEMENTATIONS:
+            raise RequestError(
+                f"attn_implementation is {attn_implementation!r}; legal are {', '.join(ATTENTION_IMPLEMENTATIONS)}"
+            )
+        self.config = config
+        self.attn_implementation = attn_implementation
+
+    def tied_weights(self) -> dict[str, str]:
+        """Tensor name -> name of the tensor it shares storage with (and which is the one that is stored)."""
+        return {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embeddings lie, and so where token ids belong."""
+        return self._embeddings().device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type activations are computed in."""
+        return self._embeddings().dtype
+
+    def _embeddings(self) -> torch.Tensor:
+        """The position embeddings: never quantized, so that their type is the activations' type."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("wpe.weight"):
+                return parameter
+        raise AssertionError("every model has position embeddings")
+
+    def init_weights(self, seed: int | None = None) -> Self:
+        """Draw fresh weights: normal(0, initializer_range), zero biases, unit norms, as GPT-Neo was begun."""
+        generator = torch.Generator().manual_seed(seed) if seed is not None else None
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                with torch.no_grad():
+                    module.weight.normal_(0.0, self.config.initializer_range, generator=generator)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        return self
+
+    def read_companions(self, folder: Path) -> list[str]:
+        """Take what a model folder says beside config.json and the weights (here: nothing); remarks, a line each."""
+        return []
+
+    def companions(self) -> dict[str, str]:
+        """Files to write beside config.json and the weights, by name (here: none)."""
+        return {}

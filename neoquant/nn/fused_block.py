@@ -1,0 +1,216 @@
+"""New positions through a block, in one call of the native library.
+
+Generating is hundreds of steps of one position, and in each the operations between a block's products (norms,
+attention to what is held, the activation) take longer to be called one by one than to be done. Where many positions are
+read, they take less memory and time, for the rows go through them a piece at a time. `fused_block` is what `Block.step`
+becomes where a model is loaded; it gives None for everything that it does not do, and the block goes its ordinary way.
+"""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from neoquant.kernels import Cpu
+from neoquant.model.cache import KVCache
+from neoquant.model.gpt_neo import AttentionMasks, Block
+from neoquant.native import products
+from neoquant.native.step import ACTIVATIONS, NativeBlock, Packed, outruns_torch
+from neoquant.nn.linear import QuantLinear, StoredLinear, is_native, is_traced
+
+
+def fused_block(block: Block, x: Tensor, masks: AttentionMasks, cache: KVCache | None) -> Tensor | None:
+    """x[B, T, C] through `block`: [B, T, C], with its keys and values added to `cache`; or None, and nothing done.
+
+    None is given unless the native library runs all six linear layers in float32, nobody listens in (hooks, adapters,
+    gradients, compilers), attention is the ordinary one, and the cache holds what float32 on the CPU left there.
+    """
+    if not _is_ordinary(block, x, masks):
+        _PREPARED.pop(block, None)  # it may be all that keeps weights in memory that were replaced
+        return None
+    prepared = _PREPARED.get(block)
+    if prepared is None or not prepared.holds(block):
+        _PREPARED.pop(block, None)
+        prepared = _prepare(block)
+        if prepared is None:
+            return None
+        _PREPARED[block] = prepared
+    (rows, positions, width), heads = x.shape, prepared.heads
+    shape = (rows, heads, positions, prepared.width // heads)
+    if width != prepared.width or not _belongs(masks, rows, positions, 0 if cache is None else cache.length):
+        return None
+    if prepared.plain and rows * positions > FEW and not outruns_torch():
+        return None
+    keep = None if masks.keep is None else _by_rows(masks.keep.expand(rows, -1))
+    if cache is None:
+        return prepared.native.step(x, x.new_empty(shape), x.new_empty(shape), 0, keep)
+    keys, values = cache.room(prepared.layer, shape, x)
+    if not (_has_room(keys, shape) and _has_room(values, shape)):
+        return None
+    y = prepared.native.step(x, keys, values, cache.length, keep)
+    cache.advance(prepared.layer, positions)
+    return y
+
+
+def _belongs(masks: AttentionMasks, rows: int, positions: int, held: int) -> bool:
+    """Whether the masks are of so many new positions behind so many held ones, of which there are some."""
+    if rows == 0 or positions == 0 or (positions, held + positions) != (masks.T, masks.S):
+        return False
+    return masks.keep is None or (
+        masks.keep.dtype == torch.bool and masks.keep.shape in ((rows, masks.S), (1, masks.S))
+    )
+
+
+def _is_ordinary(block: Block, x: Tensor, masks: AttentionMasks) -> bool:
+    """Whether the block is asked for a result and nothing else, in float32 on the CPU."""
+    if type(x) is not Tensor or x.ndim != 3 or _has_any_global_hook():  # type: ignore[no-untyped-call]
+        return False
+    if block.attn.attention.training or block.mlp.training:
+        return False
+    if x.dtype != torch.float32 or x.device.type != "cpu" or block.training or torch.is_grad_enabled():
+        return False
+    if is_traced() or torch.is_autocast_enabled("cpu"):
+        return False
+    return masks.keep is None or masks.keep.device.type == "cpu"
+
+
+def _has_room(buffer: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a cache's buffer [B, H, capacity, D] is as the library takes it: it may be another model's, or type's."""
+    fits = buffer.dtype == torch.float32 and buffer.device.type == "cpu" and buffer.is_contiguous()
+    return fits and (*buffer.shape[:2], buffer.shape[3]) == (*shape[:2], shape[3])
+
+
+class _Prepared:
+    """A block's description for the library, and what it rests on, to be looked at again at every step: the modules,
+    their hooks and kernels, where their tensors lie. What a module is made with, as its number of heads, is fixed.
+
+    Asking each tensor where it lies takes a microsecond; describing the block takes as long as computing with it.
+    """
+
+    def __init__(self, block: Block, native: NativeBlock, modules: list[nn.Module]) -> None:
+        attention = block.attn.attention
+        self.layer, self.heads, self.native = attention.layer, attention.num_heads, native
+        self.width = native.layers[0].weight.columns
+        self.plain = not any(isinstance(module, QuantLinear) for module in modules)
+        self._said = _said(block)
+        self._modules = [
+            (parent._modules, name, module)
+            for parent in (block, *modules)
+            for name, module in parent._modules.items()
+            if module in modules
+        ]
+        self._kernels = [
+            (layer, layer.kernel, layer.compute_dtype) for layer in modules if isinstance(layer, QuantLinear)
+        ]
+        held = [tensors for module in modules for tensors in (module._parameters, module._buffers)]
+        self._counts = [(tensors, len(tensors)) for tensors in held]
+        self._tensors = [
+            (tensors, name, tensor, None if tensor is None else tensor.data_ptr())
+            for tensors in held
+            for name, tensor in tensors.items()
+        ]
+
+    def holds(self, block: Block) -> bool:
+        """Whether nothing has changed."""
+        if self._said != _said(block):
+            return False
+        for modules, name, module in self._modules:
+            if modules.get(name) is not module or _is_watched(module):
+                return False
+        for layer, kernel, dtype in self._kernels:
+            if layer.kernel is not kernel or layer.compute_dtype != dtype:
+                return False
+        for tensors, count in self._counts:
+            if len(tensors) != count:
+                return False
+        for tensors, name, tensor, address in self._tensors:
+            if tensors.get(name) is not tensor or (tensor is not None and tensor.data_ptr() != address):
+                return False
+        return True
+
+
+def _said(block: Block) -> tuple[object, ...]:
+    """What of a block's settings the description holds."""
+    attention, mlp = block.attn.attention, block.mlp
+    window = attention.window_size if attention.local else None
+    return attention.implementation, attention.num_heads, window, mlp.activation, block.ln_1.eps, block.ln_2.eps
+
+
+FEW = 8  # rows that meet a plain weight faster here than in torch, whatever the instruction set
+
+# Not in the blocks, which may be copied and pickled.
+_PREPARED: WeakKeyDictionary[Block, _Prepared] = WeakKeyDictionary()
+
+
+def _prepare(block: Block) -> _Prepared | None:
+    """See fused_block; None where the block is not one that the library takes."""
+    attention, mlp = block.attn.attention, block.mlp
+    linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, mlp.c_fc, mlp.c_proj]
+    norms = [block.ln_1, block.ln_2]
+    modules = [block.attn, attention, mlp, *linears, *norms]
+    activation = ACTIVATIONS.get(mlp.activation)
+    if activation is None or attention.implementation != "sdpa" or any(map(_is_watched, modules)):
+        return None
+    if not all(map(_is_taken, linears)):
+        return None
+    layers = [_packed(linear) for linear in linears]
+    width, inner = layers[0].weight.columns, layers[4].weight.rows
+    shapes = [(layer.weight.rows, layer.weight.columns) for layer in layers]
+    if shapes != [(width, width)] * 4 + [(inner, width), (width, inner)] or width % attention.num_heads:
+        return None
+    if not all(_is_plain(norm, width) for norm in norms):
+        return None
+    native = NativeBlock(
+        layers,
+        [tensor for norm in norms for tensor in (norm.weight, norm.bias)],
+        (block.ln_1.eps, block.ln_2.eps),
+        heads=attention.num_heads,
+        window=attention.window_size if attention.local else None,
+        activation=activation,
+    )
+    return _Prepared(block, native, modules)
+
+
+def _is_taken(layer: nn.Module) -> bool:
+    """Whether the library takes a layer, or it is another's."""
+    if isinstance(layer, QuantLinear):
+        exact = layer.compute_dtype in (None, torch.float32)
+        taken = isinstance(layer.kernel, Cpu) and exact and not layer.ordered and layer.qweight.device.type == "cpu"
+    else:
+        taken = type(layer) in (nn.Linear, StoredLinear) and is_native(layer.get_parameter("weight"))
+    bias = layer._parameters.get("bias")
+    return taken and (bias is None or _is_vector(bias, layer.out_features))  # type: ignore[arg-type]
+
+
+def _packed(layer: nn.Module) -> Packed:
+    """A layer as the library takes it."""
+    bias = layer._parameters.get("bias")
+    if isinstance(layer, QuantLinear) and isinstance(layer.kernel, Cpu):
+        weight = layer.kernel.native(layer.state, layer.grid, layer.shape)
+        return Packed(weight, bias, layer.kernel.activations == "int8")
+    return Packed(products.plain(layer.get_parameter("weight")), bias, False)
+
+
+def _is_plain(norm: nn.LayerNorm, width: int) -> bool:
+    return type(norm) is nn.LayerNorm and _is_vector(norm.weight, width) and _is_vector(norm.bias, width)
+
+
+def _is_vector(tensor: Tensor | None, length: int) -> bool:
+    """Whether a tensor is float32[length], lying in one line on the CPU."""
+    if tensor is None or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        return False
+    return tensor.shape == (length,) and tensor.is_contiguous()
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody listens in, or has it do something else."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooked) or "forward" in module.__dict__
+
+
+def _by_rows(keep: Tensor) -> Tensor:
+    """A mask whose rows are contiguous."""
+    return keep if keep.stride(1) == 1 else keep.contiguous()

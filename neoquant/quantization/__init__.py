@@ -1,0 +1,1 @@
+"""From a recipe to a quantized checkpoint: plan, round, write, resume, describe, convert."""

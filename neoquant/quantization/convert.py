@@ -1,0 +1,360 @@
+"""From one format to another, without rounding: the same codes and parameters in other tensors, or plain weights.
+
+Works through a checkpoint layer by layer and appears whole or not at all, as quantizing does.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neoquant.checkpoint import SHARD_SIZE, Checkpoint, CheckpointWriter, TensorHeader, open_checkpoint
+from neoquant.errors import FormatError, RequestError, locate
+from neoquant.formats import FORMATS, Format, Gptq, detect
+from neoquant.formats.base import dtype_name
+from neoquant.formats.gptq import V1, V2
+from neoquant.grids import Grid
+from neoquant.model.config import GPTNeoConfig
+from neoquant.model.dtypes import resolve_dtype
+from neoquant.model.names import EMBEDDING, HEADS, TABLES, TIED_HEAD, canonical_layer
+from neoquant.progress import SILENT, Progress
+from neoquant.quantization.model_card import measured_in, render_conversion_card
+from neoquant.quantization.plan import is_linear_weight
+from neoquant.quantization.quantize import CALIBRATION, CARD, RECORD, require_another_folder
+from neoquant.quantization.streaming import converted, require_tied
+from neoquant.sizes import peak_rss_bytes
+from neoquant.tensor import QuantizedTensor
+
+PLAIN = "safetensors"
+"""What a checkpoint without quantized weights is called as a target."""
+
+# Target -> formats to try, in this order: the first that holds the first layer.
+TARGETS: Mapping[str, tuple[Format, ...]] = {
+    **{
+        family: tuple(format for format in FORMATS.values() if format.family == family)
+        for family in dict.fromkeys(format.family for format in FORMATS.values())
+    },
+    **{name: (format,) for name, format in FORMATS.items()},
+    "gptq-v1": (Gptq(version=V1),),
+    "gptq-v2": (Gptq(version=V2),),
+    PLAIN: (),
+}
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """What `convert` made. `before` and `after` are names of formats, or "safetensors" for plain weights."""
+
+    folder: Path
+    source: str
+    revision: str | None
+    before: str
+    after: str
+    layers: Mapping[str, Grid]
+    """Quantized layers that were converted, by their names in a causal language model."""
+    source_bytes: int
+    weights_bytes: int
+    """Of all tensors, without the files' headers."""
+    notes: tuple[str, ...]
+    seconds: float
+    peak_rss_bytes: int
+    tensors: tuple[Mapping[str, Any], ...] = field(repr=False)
+    """Of each layer or plain tensor of the source: name, shape, what was done, and bytes."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for `--json`."""
+        return {
+            "folder": str(self.folder),
+            "source": self.source,
+            "revision": self.revision,
+            "before": self.before,
+            "after": self.after,
+            "source_bytes": self.source_bytes,
+            "weights_bytes": self.weights_bytes,
+            "notes": list(self.notes),
+            "seconds": self.seconds,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "tensors": list(self.tensors),
+        }
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    to: str | None = None,
+    *,
+    dequantize: bool = False,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    force: bool = False,
+    shard_size: int = SHARD_SIZE,
+    progress: Progress = SILENT,
+) -> ConvertResult:
+    """Convert a checkpoint into the folder `out`, one layer in memory at a time; nothing is rounded again.
+
+    Args:
+        source: a folder, or an id on the hub at `revision`.
+        out: the folder to make; it must not exist, unless `force` may replace a model.
+        to: a key of `TARGETS`: a format, a family of formats, gptq-v1 or gptq-v2, or "safetensors" for a checkpoint
+            that is not quantized, which is written anew (from `pytorch_model.bin`, say).
+        dequantize: give plain weights, which every program reads, instead of quantized ones.
+        dtype: of plain weights: a torch type, its name, or None for the checkpoint's own.
+        shard_size: bytes of tensors in one output file.
+        progress: told of every tensor.
+
+    Raises:
+        RequestError: there is no such format, it cannot hold a layer exactly, or there is nothing to convert.
+        CheckpointError, FormatError, HubError: the source cannot be read.
+        OutputError: `out` cannot be written.
+    """
+    started = time.perf_counter()
+    folder = Path(out).resolve()
+    if to is not None and to not in TARGETS:
+        raise RequestError(f"no format is called {to!r}; there are {', '.join(TARGETS)}")
+    require_another_folder(source, folder)
+    with open_checkpoint(source, revision=revision, progress=progress) as checkpoint:
+        with locate(f"{checkpoint.source}/config.json"):
+            config = GPTNeoConfig.from_dict(checkpoint.config)
+        with locate(checkpoint.source):
+            found = detect(checkpoint.config, checkpoint.headers)
+        _require_sense(checkpoint, found, to, dequantize, dtype)
+        own = resolve_dtype("auto", config, torch.device("cpu"))
+        plain = (
+            None if dtype is None and not dequantize else resolve_dtype(dtype or "auto", config, torch.device("cpu"))
+        )
+        with CheckpointWriter(folder, tensors=2 * len(checkpoint.headers), force=force, shard_size=shard_size) as sink:
+            job = _Conversion(checkpoint, found, None if dequantize or to == PLAIN else TARGETS[to or ""], own, plain)
+            with torch.inference_mode(), progress.task("converting", total=checkpoint.nbytes) as advance:
+                for name, tensor, read in job.tensors():
+                    if tensor is not None:
+                        sink.put(name, tensor)
+                    advance(read)
+            result = job.result(folder, started)
+            sink.finish(job.config(), files=_files(checkpoint, job, result))
+    return result
+
+
+class _Conversion:
+    """The work on one checkpoint, and what is known of it when it is done."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        found: Format | None,
+        targets: tuple[Format, ...] | None,
+        own: torch.dtype,
+        plain: torch.dtype | None,
+    ) -> None:
+        """`targets` None gives plain weights; `own` is the checkpoint's type, `plain` that of plain weights, if it is
+        to change."""
+        self.checkpoint, self.found, self.targets = checkpoint, found, targets
+        self.own, self.plain = own, plain
+        self.target: Format | None = None
+        self.grids: dict[str, Grid] = {}
+        self.ordered = False
+        self.kept: list[str] = []
+        self.notes: dict[str, None] = {}
+        self.rows: list[dict[str, Any]] = []
+        self.weights_bytes = 0
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor | None, int]]:
+        """Tensors of the output, by name, and bytes of the source that were dealt with; some give no tensor."""
+        headers = self.checkpoint.headers
+        layers = self.found.quantized(headers) if self.found else {}
+        layer_of = {layer + suffix: layer for layer, suffixes in layers.items() for suffix in suffixes}
+        for name, header in headers.items():
+            layer = layer_of.get(name)
+            used = [name] if layer is None else [layer + suffix for suffix in layers.pop(layer, [])]
+            if not used:
+                continue  # the layer's tensors were dealt with together
+            with locate(self.checkpoint.source), locate(layer or name):
+                made = self._plain(header) if layer is None else self._layer(layer, used)
+            self.rows[-1]["bytes"] = sum(tensor.nbytes for tensor in made.values())
+            self.weights_bytes += self.rows[-1]["bytes"]
+            yield from ((stored, tensor, 0) for stored, tensor in made.items())
+            yield name, None, sum(headers[each].nbytes for each in used)
+            for each in used:
+                self.checkpoint.forget(each)
+
+    def config(self) -> dict[str, Any]:
+        """`config.json` of the output."""
+        config = {key: value for key, value in self.checkpoint.config.items() if key != "quantization_config"}
+        if self.target is not None:
+            # Without the prefix, a name fits every model class: readers compare the end of a layer's name with these.
+            kept = [layer.removeprefix("transformer.") for layer in self.kept] + list(HEADS)
+            config["quantization_config"] = self.target.config(self.grids, kept, self.ordered)
+        elif self.plain is not None:
+            for key in ("dtype", *(["torch_dtype"] if "torch_dtype" in config else [])):
+                config[key] = dtype_name(self.plain)
+        return config
+
+    def result(self, folder: Path, started: float) -> ConvertResult:
+        if masks := [name for name in self.checkpoint.dropped if name != TIED_HEAD]:
+            self.notes[f"{len(masks)} old mask buffers are left out: {masks[0]}, ..."] = None
+        if TIED_HEAD in self.checkpoint.dropped:
+            self.notes[f"{TIED_HEAD} is not written: it is {EMBEDDING}"] = None
+        revision = self.checkpoint.revision
+        return ConvertResult(
+            folder=folder,
+            source=self.checkpoint.source if revision else Path(self.checkpoint.source).resolve().name,
+            revision=revision,
+            before=self.found.name if self.found else PLAIN,
+            after=_name(self.target),
+            layers=self.grids,
+            source_bytes=self.checkpoint.nbytes,
+            weights_bytes=self.weights_bytes,
+            notes=tuple(self.notes),
+            seconds=time.perf_counter() - started,
+            peak_rss_bytes=peak_rss_bytes(),
+            tensors=tuple(self.rows),
+        )
+
+    def _layer(self, layer: str, used: Iterable[str]) -> dict[str, torch.Tensor]:
+        assert self.found is not None
+        stored = {name.removeprefix(layer): self.checkpoint.view(name) for name in used}
+        q = self.found.decode(stored, None, self.own)
+        name = canonical_layer(f"{layer}.weight")
+        row = {"name": f"{layer}.weight", "shape": list(q.shape)}
+        if self.targets is None:
+            self.rows.append(row | {"action": "dequantize", "before": q.grid.describe()})
+            return {f"{layer}.weight": converted(q.dequantize(torch.float32), self.plain or self.own)}
+        self.target = self.target or self._choose(name, q)
+        self.grids[name] = q.grid
+        self.ordered |= q.order is not None
+        self._require_exact(self.target, name, q)
+        self.rows.append(row | {"action": "convert", "grid": q.grid.describe()})
+        return {layer + suffix: tensor for suffix, tensor in self.target.encode(q).items()}
+
+    def _plain(self, header: TensorHeader) -> dict[str, torch.Tensor]:
+        name, weight = header.name, self.checkpoint.view(header.name)
+        row = {"name": name, "shape": list(header.shape)}
+        if is_linear_weight(header):
+            self.kept.append(canonical_layer(name))
+        if name == TIED_HEAD and self.checkpoint.config.get("tie_word_embeddings", True):
+            if EMBEDDING in self.checkpoint.headers:
+                require_tied(weight, self.checkpoint.view(EMBEDDING))
+                self.rows.append(row | {"action": "drop"})
+                self.notes[f"{TIED_HEAD} is not written: it is {EMBEDDING}"] = None
+                return {}
+            if not any(known.startswith(EMBEDDING) for known in self.checkpoint.headers):
+                name = EMBEDDING  # readers look for a tied tensor under this name
+        self.rows.append(row | {"action": "copy"})
+        if self.plain is not None and weight.is_floating_point():
+            weight = converted(weight, self.plain)
+        return {name: weight}
+
+    def _choose(self, name: str, q: QuantizedTensor) -> Format:
+        """The first target that holds this layer; if none does, the first, which is then refused with its reason."""
+        assert self.targets
+        return next((format for format in self.targets if _why_not(format, name, q) is None), self.targets[0])
+
+    def _require_exact(self, target: Format, name: str, q: QuantizedTensor) -> None:
+        """Refuse a layer that the target cannot hold as it is; note what it does not say."""
+        reason = _why_not(target, name, q) or target.refuse_all(self.grids)
+        if reason is None:
+            if caution := target.caution(q.grid, q.shape):
+                self.notes[caution] = None
+            if not target.holds_dtype and q.dtype != self.own:
+                before, now = dtype_name(q.dtype), dtype_name(self.own)
+                self.notes[f"{_name(target)} does not say what type weights had before: {before} is now {now}"] = None
+            return
+        others = [key for key in FORMATS if key != target.name]
+        if target.name == "gptq" and _name(target) != "gptq-v2":  # the version may be all that is wrong
+            others.insert(0, "gptq-v2")
+        legal = [key for key in others if _why_not(TARGETS[key][0], name, q) is None]
+        exact = f"--to {', '.join(legal)} can, and " if legal else ""
+        raise RequestError(f"{reason}: {exact}--dequantize gives plain weights")
+
+
+def _why_not(format: Format, name: str, q: QuantizedTensor) -> str | None:
+    """Why a layer cannot be spelled exactly in this format, or None."""
+    if name in TABLES and not format.holds_embeddings:
+        return f"format {format.name} keeps embeddings in half precision, and this one is {q.grid.name}"
+    reason = format.refuse(q.grid, q.shape)
+    if reason is None and q.order is not None:
+        reason = format.refuse_order()
+    if reason is None and isinstance(format, Gptq):  # the only format in which it depends on the values
+        try:
+            format.encode(q)
+        except FormatError as error:
+            reason = error.message
+    return reason
+
+
+def _require_sense(
+    checkpoint: Checkpoint, found: Format | None, to: str | None, dequantize: bool, dtype: torch.dtype | str | None
+) -> None:
+    """Refuse what contradicts itself or the checkpoint."""
+    if dequantize and to not in (None, PLAIN):
+        raise RequestError(f"dequantize gives plain weights, which {to} does not hold: ask for one of the two")
+    if not dequantize and to is None:
+        raise RequestError(f"nothing is asked for: --to names a format ({', '.join(TARGETS)}), or give --dequantize")
+    if found is None and dequantize:
+        raise RequestError(f"{checkpoint.source} is not quantized; --to {PLAIN} writes it anew")
+    if found is None and to != PLAIN:
+        raise RequestError(f"{checkpoint.source} is not quantized: `neoquant quantize` makes a quantized model of it")
+    if found is not None and to == PLAIN and not dequantize:
+        raise RequestError(
+            f"{checkpoint.source} is quantized (format {found.name}); --dequantize gives up the packing, "
+            f"or name another format: {', '.join(key for key in TARGETS if key != PLAIN)}"
+        )
+    if dtype is not None and to != PLAIN and not dequantize:
+        raise RequestError(f"dtype is for plain weights; what is kept beside {to} stays as it is stored")
+
+
+def _name(target: Format | None) -> str:
+    if target is None:
+        return PLAIN
+    return {V1: "gptq-v1", V2: "gptq-v2"}.get(getattr(target, "version", None) or "", target.name)
+
+
+def _files(checkpoint: Checkpoint, job: _Conversion, result: ConvertResult) -> dict[str, str | Path]:
+    """What stands beside the weights: tokenizer and licence, the card, the record, and what calibration saw."""
+    from neoquant import __version__
+
+    assert checkpoint.folder is not None  # opened with its files
+    files: dict[str, str | Path] = {path.name: path for path in checkpoint.companions()}
+    calibration, card = checkpoint.folder / CALIBRATION, checkpoint.folder / CARD
+    if job.target is not None and calibration.is_file():
+        files[CALIBRATION] = calibration
+    before = _record(checkpoint.folder)
+    measured = measured_in(card.read_text(encoding="utf-8")) if job.target is not None and card.is_file() else None
+    made_by = {key: before[key] for key in ("neoquant", "source") if key in before}
+    record: dict[str, Any] = {
+        "neoquant": __version__,
+        "source": result.source,
+        "revision": result.revision,
+        "converted_from": {"format": result.before, **made_by},
+        "format": result.after,
+        "notes": list(result.notes),
+        "tensors": list(result.tensors),
+    }
+    if job.target is not None and "recipe" in before:
+        record["recipe"] = before["recipe"]
+    files[RECORD] = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    files[CARD] = render_conversion_card(
+        result.folder.name,
+        result.source,
+        result.revision,
+        job.config(),
+        set(job.grids.values()),
+        (result.before, result.after),
+        job.target.family if job.target else None,
+        measured,
+    )
+    return files
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """neoquant's own record of the source, empty where there is none that can be read."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}

@@ -1,0 +1,244 @@
+"""Carry a plan out; at the end there is a whole checkpoint or none."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from neoquant import demo
+from neoquant.calibration.dataset import LENGTH, ROWS, Calibration
+from neoquant.calibration.memory import CalibrationMemory, estimate_memory
+from neoquant.checkpoint import SHARD_SIZE, Checkpoint, CheckpointWriter, check_output, free_bytes, open_checkpoint
+from neoquant.errors import OutputError, RequestError
+from neoquant.model.config import GPTNeoConfig
+from neoquant.progress import SILENT, Progress
+from neoquant.quantization.calibrated import write_calibrated
+from neoquant.quantization.model_card import render_card
+from neoquant.quantization.plan import Plan, make_plan
+from neoquant.quantization.recipe import Recipe
+from neoquant.quantization.resume import ResumableRun, has_interrupted_run
+from neoquant.quantization.sequential import needs_calibration, require_calibration
+from neoquant.quantization.source_hash import join_hashes
+from neoquant.quantization.streaming import Written, write_streaming
+from neoquant.quantizers.gptq import Report
+from neoquant.sizes import peak_rss_bytes
+
+RECORD = "neoquant.json"
+"""File in the output folder that says, for machines, what was done."""
+
+CARD = "README.md"
+
+CALIBRATION = "calibration.json"
+"""File in the output folder that says what calibrated quantizers saw, and how each layer came out."""
+
+_NO_DIGEST = "0" * 64  # as long as SHA-256's
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """What `quantize` made: the plan as it was carried out, with the sizes as they became, and what it cost."""
+
+    folder: Path
+    plan: Plan
+    source_hash: str
+    output_bytes: int
+    seconds: float
+    peak_rss_bytes: int
+    layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """How each layer that saw calibration text came out, as `calibration.json` says."""
+    layer_seconds: Mapping[str, float] = field(default_factory=dict)
+    """What each took that this run did: in no file, so that two runs leave the same bytes."""
+
+
+def plan(
+    source: str | Path | None,
+    recipe: Recipe,
+    *,
+    revision: str | None = None,
+    shard_size: int = SHARD_SIZE,
+    name: str = "out",
+    calibration_rows: int = ROWS,
+    calibration_length: int | None = None,
+    max_memory: int | None = None,
+    progress: Progress = SILENT,
+) -> Plan:
+    """What `quantize` would do, from headers alone; of a model on the hub only kilobytes are fetched.
+
+    Args:
+        source: a folder, a hub id, or None for the bundled model.
+        recipe: what is asked for.
+        revision: branch, tag or commit on the hub.
+        shard_size: bytes of tensors in one output file.
+        name: of the output folder, which the model card mentions.
+        calibration_rows: of text, for what a calibrated run takes.
+        calibration_length: tokens of a row; None is 2,048, or the model's context where that is shorter.
+        max_memory: as for `quantize`.
+        progress: told of downloads, where a model has no headers to fetch alone.
+
+    Raises:
+        RequestError: the recipe cannot be carried out on this model; every reason is named. Or `max_memory` is too
+            little for one block.
+        CheckpointError, HubError: the source cannot be read, or is not a GPT-Neo.
+    """
+    with open_checkpoint(source, revision=revision, headers_only=True, progress=progress) as checkpoint:
+        planned = _whole_plan(checkpoint, recipe, shard_size, name)
+    if not needs_calibration(planned):
+        return planned
+    config = GPTNeoConfig.from_dict(dict(planned.config))
+    length = calibration_length or min(LENGTH, config.max_position_embeddings)
+    return replace(planned, calibrating=estimate_memory(config, calibration_rows, length, max_memory))
+
+
+def quantize(
+    source: str | Path | None,
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    revision: str | None = None,
+    force: bool = False,
+    shard_size: int = SHARD_SIZE,
+    calibration: Calibration | None = None,
+    max_memory: int | None = None,
+    restart: bool = False,
+    progress: Progress = SILENT,
+) -> QuantizeResult:
+    """Quantize a checkpoint into the folder `out`, one tensor in memory at a time; the same request, the same bytes.
+
+    A calibrated run keeps each finished block in a hidden folder beside `out` until all are: however it ends, the same
+    request goes on from there, and makes the same bytes.
+
+    Args:
+        source: a folder, a hub id, or None for the bundled model.
+        out: the folder to make; with `force` it may be an existing model, which is replaced at the very end.
+        recipe: what is asked for.
+        revision: branch, tag or commit on the hub.
+        force: see `out`.
+        shard_size: bytes of tensors in one output file.
+        calibration: text for quantizers that must see the layers' inputs.
+        max_memory: bytes that a calibrated run may take; where they are too few for the rows' hidden states, those are
+            kept in files. Changes nothing in the result.
+        restart: drop what an unfinished run left, instead of going on with it.
+        progress: told of the bytes of the source dealt with, and of downloads.
+
+    Raises:
+        RequestError: the recipe cannot be carried out on this model; every reason is named. Or `out` is the source, or
+            what is unfinished was another request, or `max_memory` is too little for one block.
+        OutputError: `out` exists or cannot be written, or the disk has too little space: found before any work. Or
+            another process makes it, or what is unfinished is damaged.
+        CheckpointError, HubError: the source cannot be read, is not a GPT-Neo, or holds weights that are not finite or
+            do not fit the type they are to be stored in.
+    """
+    started = time.perf_counter()
+    out = Path(out).expanduser().resolve()
+    require_another_folder(source, out)
+    check_output(out, force)
+    with open_checkpoint(source, revision=revision, headers_only=True, progress=progress) as headers:
+        planned = _whole_plan(headers, recipe, shard_size, out.name)
+    memory = _calibration_memory(planned, calibration, max_memory)
+    _require_space(out, planned.output_bytes + (0 if memory is None else memory.disk))
+    with (
+        _resumable(out, calibration, restart) as run,
+        CheckpointWriter(out, force=force, shard_size=shard_size, tensors=len(planned.stored)) as sink,
+        open_checkpoint(source, revision=planned.revision, progress=progress) as checkpoint,
+    ):
+        if calibration is None or run is None or memory is None:
+            written = write_streaming(checkpoint, planned, sink, progress)
+        else:
+            written = write_calibrated(checkpoint, planned, calibration, memory, sink, run, progress)
+        companions: dict[str, Path | str] = {path.name: path for path in checkpoint.companions()}
+        sink.finish(written.plan.config, files={**companions, **_own_files(written, out.name, calibration)})
+        if run is not None:
+            run.remove()
+    return QuantizeResult(
+        folder=out,
+        plan=written.plan,
+        source_hash=written.source_hash,
+        output_bytes=sum(path.stat().st_size for path in out.iterdir()),
+        seconds=time.perf_counter() - started,
+        peak_rss_bytes=peak_rss_bytes(),
+        layers=written.layers,
+        layer_seconds=written.layer_seconds,
+    )
+
+
+def _calibration_memory(
+    planned: Plan, calibration: Calibration | None, max_memory: int | None
+) -> CalibrationMemory | None:
+    """What a calibrated run takes; None for another. Raises RequestError where plan and calibration do not fit."""
+    require_calibration(planned, calibration)
+    if calibration is not None:
+        rows, length = calibration.ids.shape
+        return estimate_memory(GPTNeoConfig.from_dict(dict(planned.config)), rows, length, max_memory)
+    if max_memory is not None:
+        raise RequestError("max_memory limits calibrated runs; without calibration few tensors are in memory at once")
+    return None
+
+
+def _whole_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: int, name: str) -> Plan:
+    """The plan of the tensors, and the size of the files beside them."""
+    planned = make_plan(checkpoint, recipe, shard_size=shard_size)
+    layers: dict[str, Any] = {}
+    written = [_json(planned.config)]
+    if needs_calibration(planned):
+        error = 0.012345678901234567
+        report = Report("attention", "range", 0.01, 0, False, 0, error, error, 0.0).to_dict()
+        seen = {"source": "about so long", "sha256": _NO_DIGEST, "rows": ROWS, "length": LENGTH, "seed": 0}
+        layers = {row.layer: report for row in planned.rows if row.needs_calibration}
+        written.append(_json({"calibration": seen, "layers": layers}))
+    written += _own_files(Written(planned, join_hashes([]), layers), name).values()
+    companions = checkpoint.companion_sizes()
+    beside = sum(companions.values()) + sum(len(text.encode()) for text in written)
+    notes = planned.notes
+    if "tokenizer.json" not in companions and not {"vocab.json", "merges.txt"} <= companions.keys():
+        notes += ("no tokenizer beside these weights: the result can be loaded, but not evaluated or generated with",)
+    return replace(planned, other_bytes=beside, notes=notes)
+
+
+def require_another_folder(source: str | Path | None, out: Path) -> None:
+    """Replacing the source would leave nobody with the weights before they were rounded."""
+    source = demo.resolve(source)
+    if Path(source).is_dir() and Path(source).resolve() == out:
+        raise RequestError(f"{source} is the model to read, and would be lost: name another folder to make")
+
+
+@contextmanager
+def _resumable(out: Path, calibration: Calibration | None, restart: bool) -> Iterator[ResumableRun | None]:
+    """What is kept of a calibrated run; another kind keeps nothing, and does not leave a calibrated one behind."""
+    if calibration is None and not has_interrupted_run(out):
+        yield None
+        return
+    with ResumableRun(out, restart=restart) as run:
+        if calibration is not None:
+            yield run
+            return
+        if not restart:
+            raise run.other_request("a calibrated one")
+        run.remove()
+        yield None
+
+
+def _require_space(out: Path, needed: int) -> None:
+    free = free_bytes(out)
+    if free < needed:
+        raise OutputError(f"{out}: {needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free on this disk")
+
+
+def _own_files(written: Written, name: str, calibration: Calibration | None = None) -> dict[str, str]:
+    """The model card and the records."""
+    from neoquant import __version__
+
+    record = {"neoquant": __version__, "source_hash": written.source_hash, **written.plan.to_dict()}
+    files = {CARD: render_card(written.plan, name, written.layers), RECORD: _json(record)}
+    if calibration is not None:
+        seen = {"calibration": calibration.describe(), "documents": calibration.documents, "layers": written.layers}
+        files[CALIBRATION] = _json(seen)
+    return files
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"

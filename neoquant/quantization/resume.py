@@ -1,0 +1,260 @@
+"""What a calibrated run has done so far, kept beside its output so that the same request goes on after any end.
+
+    .NAME.unfinished/
+      run.json                            what identifies the run
+      block-4-<digest>.safetensors        what the output holds of that block, and its layers' reports
+      hidden-5-<digest>                   the calibration rows as block 5 sees them, float32[R, T, C]
+      scratch-..., *.new                  in the making: of no use to another process
+
+A file gets its name, which holds the beginning of its SHA-256, once all of it is on the disk. A block counts as
+finished when its file has its name; the hidden states behind it have theirs before, and those before it are removed
+afterwards. So a process may be killed at any moment.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from neoquant.calibration.hidden_states import (
+    SCRATCH,
+    HiddenStates,
+    HiddenStatesInMemory,
+    HiddenStatesOnDisk,
+    read_hidden_states,
+    rows_of_batch,
+    writing,
+)
+from neoquant.errors import OutputError, RequestError
+
+_RUN = "run.json"
+_NEW = ".new"
+_DIGITS = 16  # of a digest, in a file's name
+
+Output = dict[str, dict[str, Tensor]]
+"""Tensor of the source -> what the output holds in its place, by name."""
+
+
+@dataclass(frozen=True)
+class FinishedBlock:
+    """What the output holds of one block, and a report of each of its layers as plain values."""
+
+    output: Output
+    reports: dict[str, Any]
+
+
+class ResumableRun:
+    """The unfinished run that makes the folder `out`. In its `with` block no other process can go on with it::
+
+        with ResumableRun(out) as run:
+            run.begin(run, blocks)
+            for number in range(run.finished):
+                ... = run.block(number)
+            states = run.states(shape, spilled) or <of the first block>
+            for number in range(run.finished, blocks):
+                run.keep(number, FinishedBlock(...), states)
+            run.remove()
+
+    Leaving it otherwise keeps what is finished. `restart` drops what there is instead of going on.
+    """
+
+    def __init__(self, out: Path, *, restart: bool = False) -> None:
+        self.folder = out.parent / f".{out.name}.unfinished"
+        self.finished = 0
+        self.blocks = 0
+        self._restart = restart
+        self._lock = -1
+
+    def __enter__(self) -> ResumableRun:
+        with writing(self.folder):
+            while not self._is_locked():
+                os.close(self._lock)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.blocks and not self.finished:
+            self.remove()
+        with suppress(OSError):  # it is gone, or holds something
+            self.folder.rmdir()
+        os.close(self._lock)
+        if kind is KeyboardInterrupt and self.finished:
+            raise KeyboardInterrupt(
+                f"after block {self.finished} of {self.blocks}: the same command goes on from there, "
+                "--restart begins anew"
+            ) from error
+
+    def begin(self, run: Mapping[str, Any], blocks: int) -> None:
+        """Go on with the run that plain values `run` identify, or begin it.
+
+        Raises:
+            RequestError: what is unfinished is another run; the message names what differs.
+            OutputError: its files cannot be read.
+        """
+        run = json.loads(json.dumps(run))  # as it will be read
+        if self._restart or not (self.folder / _RUN).exists():
+            self._clear()
+            self._write(_RUN, json.dumps(run, indent=1).encode())
+        else:
+            self._require_same(run)
+        for path in self.folder.iterdir():
+            if path.name.startswith(SCRATCH) or path.name.endswith(_NEW):
+                path.unlink()
+        self.blocks = blocks
+        while self.finished < blocks and self._find(f"block-{self.finished}-*.safetensors"):
+            self.finished += 1
+
+    def block(self, number: int) -> FinishedBlock:
+        """What was kept of a finished block. Raises OutputError if that is damaged."""
+        path = self._find(f"block-{number}-*.safetensors")
+        if path is None:
+            raise self._damaged(f"block-{number}")
+        content = path.read_bytes()
+        try:
+            if not hashlib.sha256(content).hexdigest().startswith(_digest_in(path)):
+                raise ValueError("another digest")
+            start = 8 + int.from_bytes(content[:8], "little")
+            told = json.loads(content[8:start])["__metadata__"]
+            tensors = load(content)
+            names = json.loads(told["made"])
+            output = {row: {name: tensors[name] for name in stored} for row, stored in names.items()}
+            return FinishedBlock(output, json.loads(told["reports"]))
+        except (ValueError, KeyError, SafetensorError):
+            raise self._damaged(path.name) from None
+
+    def hidden_states(self, shape: tuple[int, int, int], spilled: bool) -> HiddenStates | None:
+        """The calibration rows [R, T, C] behind the last finished block, or None if there is none."""
+        if not self.finished or self.finished == self.blocks:
+            return None
+        path = self._find(f"hidden-{self.finished}-*")
+        found = None if path is None else read_hidden_states(path, shape, _digest_in(path), spilled)
+        if found is None:
+            raise self._damaged(f"hidden-{self.finished}")
+        return found
+
+    def new_hidden_states(self, shape: tuple[int, int, int], spilled: bool) -> HiddenStates:
+        """A place for the rows that the first block sees."""
+        batch = rows_of_batch(shape[1])
+        return HiddenStatesOnDisk(shape, batch, self.folder) if spilled else HiddenStatesInMemory(shape, batch)
+
+    def keep(self, number: int, block: FinishedBlock, hidden: HiddenStates) -> None:
+        """Keep a block that was finished, and the `hidden` states behind it."""
+        if number + 1 < self.blocks:
+            path = self.folder / f"hidden-{number + 1}{_NEW}"
+            digest = hidden.save(path)
+            self._rename(path, f"hidden-{number + 1}-{digest[:_DIGITS]}")
+        tensors = {name: tensor.contiguous() for stored in block.output.values() for name, tensor in stored.items()}
+        told = {"made": {row: list(stored) for row, stored in block.output.items()}, "reports": block.reports}
+        content = save(tensors, {key: json.dumps(value) for key, value in told.items()})
+        digest = hashlib.sha256(content).hexdigest()
+        self._write(f"block-{number}-{digest[:_DIGITS]}.safetensors", content)
+        self.finished = number + 1
+        for path in self.folder.glob(f"hidden-{number}-*"):
+            path.unlink()
+
+    def remove(self) -> None:
+        """Forget the run: it is finished, or nothing of it is."""
+        self._clear()
+        self.blocks = 0
+        self.folder.rmdir()
+
+    def other_request(self, difference: str) -> RequestError:
+        """What is unfinished is not what is asked for."""
+        return RequestError(
+            f"{self.folder} holds an unfinished run of another request ({difference}): "
+            "ask for that to go on with it, or drop it with --restart"
+        )
+
+    def _is_locked(self) -> bool:
+        """Lock the folder, made if need be; False if it was removed meanwhile. A lock dies with its process."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock = os.open(self.folder, os.O_RDONLY)
+        except FileNotFoundError:
+            self._lock = os.open(self.folder.parent, os.O_RDONLY)
+            return False
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            made = self.folder.name.removeprefix(".").removesuffix(".unfinished")
+            raise OutputError(f"{self.folder.parent / made} is being made by another process") from None
+        except OSError:
+            pass  # a disk that knows no locks
+        with_name = self.folder.stat() if self.folder.exists() else None
+        return with_name is not None and os.path.samestat(with_name, os.fstat(self._lock))
+
+    def _require_same(self, run: Mapping[str, Any]) -> None:
+        try:
+            found = json.loads((self.folder / _RUN).read_bytes())
+        except ValueError:
+            raise self._damaged(_RUN) from None
+        if differences := list(_differences(found, run)):
+            raise self.other_request("; ".join(differences[:3]) + ("; ..." if len(differences) > 3 else ""))
+
+    def _damaged(self, name: str) -> OutputError:
+        return OutputError(
+            f"{self.folder}: {name} is damaged or missing, so there is no going on; begin with --restart"
+        )
+
+    def _find(self, pattern: str) -> Path | None:
+        return next(self.folder.glob(pattern), None)
+
+    def _write(self, name: str, content: bytes) -> None:
+        path = self.folder / f"{name}{_NEW}"
+        with writing(path), path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        self._rename(path, name)
+
+    def _rename(self, path: Path, name: str) -> None:
+        with writing(path):
+            path.rename(self.folder / name)
+            os.fsync(self._lock)  # the folder itself
+
+    def _clear(self) -> None:
+        """Remove what is inside; first what says that there is anything."""
+        (self.folder / _RUN).unlink(missing_ok=True)
+        for path in self.folder.iterdir():
+            path.unlink()
+        self.finished = 0
+
+
+def has_interrupted_run(out: Path) -> bool:
+    """Whether a run that makes `out` was ended before its end."""
+    return (out.parent / f".{out.name}.unfinished" / _RUN).exists()
+
+
+def _digest_in(path: Path) -> str:
+    return path.name.split(".")[0].rpartition("-")[2]
+
+
+def _differences(before: Any, now: Any, place: str = "") -> Iterator[str]:
+    """What plain values differ in, in words."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            yield from _differences(before.get(key), now.get(key), f"{place}.{key}" if place else key)
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for number, (old, new) in enumerate(zip(before, now, strict=True), 1):
+            yield from _differences(old, new, f"{place} {number}")
+    elif before != now:
+        yield f"{place} was {_short(before)}, now {_short(now)}"
+
+
+def _short(value: Any) -> str:
+    text = "not stated" if value is None else json.dumps(value, ensure_ascii=False)
+    return text if len(text) < 24 else text[:20] + '..."'

@@ -1,0 +1,165 @@
+"""Sequential quantization (GPTQ's way through a model): block after block, each layer on the inputs that it will see.
+
+Calibration samples pass through the blocks as they become once they are quantized, one block in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neoquant.calibration.attention_hessian import attention_hessians
+from neoquant.calibration.block_forward import BlockForward, Stage
+from neoquant.calibration.dataset import Calibration
+from neoquant.calibration.hidden_states import HiddenStates
+from neoquant.checkpoint import Checkpoint
+from neoquant.errors import CheckpointError, RequestError, locate
+from neoquant.model.config import GPTNeoConfig
+from neoquant.model.gpt_neo import Block
+from neoquant.model.names import BASE_PREFIX, SHARED_INPUTS
+from neoquant.progress import Progress
+from neoquant.quantization.plan import Plan, PlanRow
+from neoquant.quantizers import Hessian, Quantizer
+from neoquant.tensor import QuantizedTensor
+
+ATTENTION_INPUTS = frozenset(SHARED_INPUTS[0])
+
+
+@dataclass(frozen=True)
+class QuantizedBlock:
+    """One block: its rows of the plan, the quantized weights by row name, and a report of each by layer."""
+
+    rows: list[PlanRow]
+    weights: dict[str, QuantizedTensor]
+    reports: dict[str, Any]
+
+
+def needs_calibration(plan: Plan) -> bool:
+    """Whether some layer's quantizer must see the layer's inputs."""
+    return any(row.needs_calibration for row in plan.rows)
+
+
+def require_calibration(plan: Plan, calibration: Calibration | None) -> None:
+    """Raise RequestError where calibration is asked for and not given, or given for nothing, or does not fit."""
+    needed = {row.target.quantizer.name for row in plan.rows if row.target is not None and row.needs_calibration}
+    if needed and calibration is None:
+        raise RequestError(
+            f"{' and '.join(sorted(needed))} needs calibration samples: name their text with --calibration "
+            "(pile, demo, a suite or a file)"
+        )
+    if calibration is None:
+        return
+    if not needed:
+        given = {row.target.quantizer.name for row in plan.rows if row.target is not None}
+        raise RequestError(
+            f"{' and '.join(sorted(given))} needs no calibration: leave it out, or ask for the quantizer gptq"
+        )
+    config = GPTNeoConfig.from_dict(dict(plan.config))
+    length, largest = calibration.ids.shape[1], int(calibration.ids.max())
+    if length > config.max_position_embeddings:
+        raise RequestError(
+            f"calibration rows of {length} tokens: the model has {config.max_position_embeddings} positions"
+        )
+    if largest >= config.vocab_size:
+        raise RequestError(f"calibration holds token {largest}: the model's end at {config.vocab_size - 1}")
+
+
+def quantize_blocks(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    hidden: HiddenStates,
+    first: int,
+    progress: Progress,
+    keep_inner: bool = False,
+) -> Iterator[QuantizedBlock]:
+    """Each block from number `first` on.
+
+    Args:
+        checkpoint: read one block at a time, in float32.
+        plan: what becomes of every tensor.
+        hidden: the calibration samples as block `first` sees them, and after each block as the next one does.
+        first: the number of the first block to quantize.
+        progress: told of every block.
+        keep_inner: as for `BlockForward`.
+    """
+    config = GPTNeoConfig.from_dict(checkpoint.config)
+    forward = BlockForward(hidden, config.window_size, keep_inner)
+    with progress.task("calibrating", total=config.num_layers) as advance:
+        advance(first)
+        for number in range(first, config.num_layers):
+            rows = [row for row in plan.rows if row.block == number]
+            yield _quantize_block(_read_block(checkpoint, rows, config, number), rows, forward)
+            advance(1)
+
+
+def _quantize_block(block: Block, rows: list[PlanRow], forward: BlockForward) -> QuantizedBlock:
+    """Quantize the layers of `block`, which is changed, and leave in `forward` the hidden states behind it."""
+    result = QuantizedBlock(rows, {}, {})
+    targets = {row.name_in_block: row for row in rows if row.target is not None}
+    output_hessians: dict[str, Tensor] = {}
+    for stage in forward.stages(block):
+        chosen = {name: row for name in stage.linears if (row := targets.get(f"{name}.weight")) is not None}
+        quantizers = [row.target.quantizer for row in chosen.values() if row.target is not None]
+        if stage.linears.keys() >= ATTENTION_INPUTS and any(each.uses_output_hessian for each in quantizers):
+            output_hessians = attention_hessians(block.attn.attention, stage.inputs(), len(forward.hidden))
+        hessian = _observe(stage, quantizers)
+        for name, row in chosen.items():
+            _quantize_layer(stage.linears[name], row, hessian, output_hessians.get(name.rpartition(".")[2]), result)
+    return result
+
+
+def _observe(stage: Stage, quantizers: list[Quantizer]) -> Hessian | None:
+    """What the quantizers of a stage's layers need to know about their common inputs."""
+    observers = (quantizer.observer(stage.in_features) for quantizer in quantizers)
+    hessian = next((observer for observer in observers if observer is not None), None)
+    if hessian is not None:
+        for batch in stage.inputs():
+            hessian.add(batch)
+    return hessian
+
+
+def _quantize_layer(
+    linear: nn.Linear, row: PlanRow, hessian: Hessian | None, output_hessian: Tensor | None, result: QuantizedBlock
+) -> None:
+    """Quantize one layer as its row says; its weight becomes what the quantized one gives."""
+    assert row.target is not None
+    quantizer, grid = row.target.quantizer, row.target.grid
+    with locate(row.name):
+        weight = linear.weight.detach().to(row.dtype)
+        q, report = quantizer.quantize_with_report(weight, grid, hessian, output_hessian)
+    result.weights[row.name] = q
+    if report is not None:
+        result.reports[row.layer] = report
+    linear.weight = nn.Parameter(q.dequantize(torch.float32), requires_grad=False)
+
+
+def _read_block(checkpoint: Checkpoint, rows: list[PlanRow], config: GPTNeoConfig, number: int) -> Block:
+    """One block of the checkpoint, in float32."""
+    names = {row.name_in_block: row.name for row in rows}
+    with torch.device("meta"):
+        block = Block(config, number, "sdpa")
+    for name, slot in list(block.named_parameters()):
+        if name not in names:
+            raise CheckpointError(f"block {number} lacks {name}")
+        tensor = checkpoint.read(names[name]).float()
+        if tensor.shape != slot.shape or not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{names[name]} is {list(tensor.shape)}, not {list(slot.shape)}, or not finite")
+        path, _, leaf = name.rpartition(".")
+        setattr(block.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))
+    return block.eval()
+
+
+def embed(checkpoint: Checkpoint, ids: Tensor, hidden: HiddenStates) -> None:
+    """Let `hidden` be the calibration samples `ids`[R, T] as the first block sees them."""
+    names = {name.removeprefix(BASE_PREFIX): name for name in checkpoint.headers}
+    head = names.get("wte.weight", names.get("lm_head.weight"))
+    if head is None or "wpe.weight" not in names:
+        raise CheckpointError("lacks its embeddings")
+    positions = checkpoint.read(names["wpe.weight"])[: ids.shape[1]].float()
+    table = checkpoint.view(head)
+    hidden.replace(table[batch].float().add_(positions) for batch in torch.split(ids, hidden.batch))
+    checkpoint.forget(head)

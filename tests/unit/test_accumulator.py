@@ -1,0 +1,173 @@
+"""What is kept of every token, against figures worked out by hand or from all tokens at once."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from byte_tokenizer import Bytes
+
+from neoquant.data.suite import Suite
+from neoquant.evaluation.accumulator import STRETCH, WORST, Measures, Tally
+from neoquant.evaluation.compare import _candidate
+from neoquant.evaluation.corpus import Corpus, read_corpus
+from neoquant.evaluation.largest_divergences import pieces
+from neoquant.evaluation.perplexity import summarize
+from neoquant.evaluation.quantile_sketch import ACCURACY
+from neoquant.evaluation.result import Candidate, Environment, ModelInfo
+from neoquant.progress import SILENT
+
+ENVIRONMENT = Environment(neoquant="", torch="", python="", platform="", device="cpu", dtype="float32", threads=1)
+
+
+def make_corpus(folder: Path, texts: list[tuple[str, str]], context: int = 100) -> Corpus:
+    path = folder / "texts.jsonl"
+    path.write_text("\n".join(json.dumps({"text": t, "meta": {"pile_set_name": s}}) for s, t in texts))
+    suite = Suite(name="mine", context=context, data={"kind": "file", "path": str(path)})
+    return read_corpus(suite, Bytes(), SILENT)
+
+
+def f64(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def log(*probabilities: float) -> torch.Tensor:
+    return -f64(*probabilities).log()
+
+
+def candidate(corpus: Corpus, tally: Tally) -> Candidate:
+    evaluation = summarize(ModelInfo(name="b"), ENVIRONMENT, corpus, Bytes(), tally, 1, 0)
+    return _candidate(0, evaluation, corpus, Bytes(), tally)
+
+
+def test_a_case_by_hand(tmp_path: Path) -> None:
+    """Five tokens in two subsets: every figure can be added up on paper."""
+    corpus = make_corpus(tmp_path, [("A", "xyz"), ("B", "uv")])
+    tally = Tally(corpus, 2)
+    ones = torch.ones(5, dtype=torch.float64)
+    reference = Measures(log(0.5, 0.5, 0.5, 0.25, 0.125), 0 * ones, f64(1, 2, 3, 4, 5), 0.5 * ones, ones)
+    other = Measures(log(0.25, 0.5, 0.5, 0.5, 0.125), f64(0.4, 0, 0.1, 0.2, 0.3), f64(1, 2, 9, 4, 5), 0.5 * ones, ones)
+    tally.add([0, 1], [reference, other])
+    found = candidate(corpus, tally)
+    total, (a, b) = found.total, found.subsets
+    ln2 = math.log(2)
+    assert (a.nats_per_token, b.nats_per_token) == pytest.approx((ln2 / 3, -ln2 / 2))
+    assert total.nats_per_token == pytest.approx(0) and total.perplexity_ratio == pytest.approx(1)
+    assert (a.bits_per_byte, b.bits_per_byte, total.bits_per_byte) == pytest.approx((1 / 3, -1 / 2, 0))
+    assert found.macro.nats_per_token == pytest.approx((ln2 / 3 - ln2 / 2) / 2)
+    assert found.macro.bits_per_byte == pytest.approx((1 / 3 - 1 / 2) / 2)
+    assert found.macro.kl == pytest.approx((0.5 / 3 + 0.5 / 2) / 2) and found.macro.agreement == pytest.approx(5 / 6)
+    assert (total.agreement, a.agreement, b.agreement) == pytest.approx((4 / 5, 2 / 3, 1))
+    assert (total.kl, a.kl, b.kl) == pytest.approx((0.2, 0.5 / 3, 0.25))
+    divergence, change, probability = total.divergence, total.loss_change, total.probability_change
+    assert divergence is not None and change is not None and probability is not None
+    assert (divergence.minimum, divergence.maximum) == (0, 0.4)
+    assert divergence.median == pytest.approx(0.2, rel=ACCURACY)
+    assert divergence.quantiles["90"] == pytest.approx(0.4, rel=ACCURACY)
+    assert (probability.minimum, probability.maximum) == pytest.approx((-0.25, 0.25))
+    assert probability.rms == pytest.approx(math.sqrt(2 * 0.25**2 / 5)) and probability.mean == pytest.approx(0)
+    assert (change.minimum, change.maximum, change.rms) == pytest.approx((-ln2, ln2, math.sqrt(2 * ln2**2 / 5)))
+    assert divergence.histogram is not None and a.divergence is not None and a.divergence.histogram is None
+    assert sum(divergence.histogram.counts) == 4 and divergence.histogram.below == 1
+    assert [(unit.kl, unit.kl_maximum, unit.agreed) for unit in found.units] == [
+        (pytest.approx(0.5), 0.4, 2),
+        (pytest.approx(0.5), 0.3, 2),
+    ]
+    worst = found.worst_tokens
+    assert [(token.token, token.kl) for token in worst] == [("x", 0.4), ("v", 0.3)]  # one in a stretch of text
+    assert (worst[1].before, worst[1].after, worst[1].position) == ("u", "", 1)
+    assert (worst[0].probability_reference, worst[0].probability) == pytest.approx((0.5, 0.25))
+    assert [change.loss_change for change in worst[0].passage] == pytest.approx([ln2, 0, 0])
+
+
+def random_measures(corpus: Corpus, models: int) -> list[list[Measures]]:
+    """For each window, what every model gives for its tokens."""
+    random = torch.Generator().manual_seed(3)
+    found = []
+    for window in corpus.windows:
+        values = torch.rand(models, 5, window.scored, generator=random, dtype=torch.float64)
+        values[:, 1] **= 8
+        values[:, 2] = (5 * values[:, 2]).floor()
+        found.append([Measures(*model) for model in values])
+    return found
+
+
+def tallied(corpus: Corpus, measured: list[list[Measures]], batches: list[list[int]]) -> Tally:
+    tally = Tally(corpus, len(measured[0]))
+    for batch in batches:
+        models = zip(*(measured[window] for window in batch), strict=True)
+        tally.add(batch, [Measures(*map(torch.cat, zip(*model, strict=True))) for model in models])
+    return tally
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    texts = [(subset, subset * length) for length in (5, 61, 200, 333, 1000) for subset in "ABC"]
+    return make_corpus(tmp_path_factory.mktemp("tally"), texts, context=70)
+
+
+def test_all_tokens_at_once(corpus: Corpus) -> None:
+    """Sums, quantiles and the worst tokens are those of the whole, in every subset."""
+    measured = random_measures(corpus, 2)
+    found = candidate(corpus, tallied(corpus, measured, [[w] for w in range(len(corpus.windows))]))
+    subsets = list(corpus.documents)
+    for number, change in enumerate([found.total, *found.subsets]):
+        windows = [
+            w
+            for w, window in enumerate(corpus.windows)
+            if number == 0 or corpus.units[window.unit].subset == subsets[number - 1]
+        ]
+        reference, other = (
+            Measures(*map(torch.cat, zip(*(measured[w][model] for w in windows), strict=True))) for model in (0, 1)
+        )
+        p = other.nats.neg().exp() - reference.nats.neg().exp()
+        for distribution, values in (
+            (change.divergence, other.kl),
+            (change.loss_change, other.nats - reference.nats),
+            (change.probability_change, p),
+        ):
+            assert distribution is not None
+            assert distribution.mean == pytest.approx(float(values.mean()))
+            assert distribution.rms == pytest.approx(float(values.square().mean().sqrt()))
+            assert (distribution.minimum, distribution.maximum) == (float(values.min()), float(values.max()))
+            for share, quantile in distribution.quantiles.items():
+                exact = float(values.quantile(float(share) / 100, interpolation="higher"))
+                near = float(values.quantile(float(share) / 100, interpolation="lower"))
+                slack = ACCURACY * max(abs(exact), abs(near)) + 1e-8
+                assert near - slack <= quantile <= exact + slack
+        assert change.agreement == pytest.approx(float((reference.top == other.top).double().mean()))
+
+
+def test_neither_order_nor_place_matters(corpus: Corpus) -> None:
+    """Batches in another order, cut otherwise, in two tallies that are merged: the same figures to the last bit."""
+    measured = random_measures(corpus, 3)
+    windows = list(range(len(corpus.windows)))
+    whole = tallied(corpus, measured, [windows])
+    shuffled = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0)).tolist()
+    batches = [shuffled[start : start + 4] for start in range(0, len(shuffled), 4)]
+    for other in (tallied(corpus, measured, batches), merged(corpus, measured, batches)):
+        for name in ("sums", "counts", "minima", "maxima"):
+            assert torch.equal(getattr(whole, name), getattr(other, name)), name
+        for model in range(2):
+            assert whole.worst(model) == other.worst(model)
+            assert len(whole.worst(model)) == WORST
+            places = [(peak.unit, peak.position // STRETCH) for peak in whole.worst(model)]
+            assert len(set(places)) == len(places)
+
+
+def merged(corpus: Corpus, measured: list[list[Measures]], batches: list[list[int]]) -> Tally:
+    first, second = tallied(corpus, measured, batches[::2]), tallied(corpus, measured, batches[1::2])
+    first.merge(second)
+    return first
+
+
+def test_pieces_put_a_character_where_it_ends() -> None:
+    text = "aé漢😀\ufffdz"
+    found = pieces(Bytes().encode(text), Bytes().decode)
+    assert "".join(found) == text and found[1:3] == ["", "é"]
+    assert len(found) == len(text.encode())
+    cut = Bytes().encode("x😀")[:3]
+    assert "".join(pieces(cut, Bytes().decode)).startswith("x")
