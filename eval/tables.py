@@ -42,6 +42,53 @@ PAGES = (
 )
 
 
+WHY_COLUMNS = ("neoquant", "bitsandbytes", "llm-compressor", "GPTQModel", "OpenVINO")
+
+
+def why() -> str:
+    """The README's first table: the same bits, formats and work beside other programs, on both test models."""
+    lines = [f"| | {' | '.join(WHY_COLUMNS)} |", f"| --- |{' --: |' * len(WHY_COLUMNS)}"]
+
+    def line(what: str, figures: dict[str, str]) -> None:
+        cells = [figures.get(name, "") for name in WHY_COLUMNS]
+        lines.append(f"| {what} | **{cells[0]}** | {' | '.join(cells[1:])} |")
+
+    models = {"bundled model": FEEDBACK_DEMO, "neo-8m": FEEDBACK}
+    for grid, what, rounded in (
+        ("4 bits, groups of 64, asymmetric", "KL, 4 bits in groups of 64", None),
+        ("NF4, double quantization", "KL, NF4 in bitsandbytes' format", "bitsandbytes"),
+    ):
+        for model, path in models.items():
+            kls = _kl_by_tool(path, grid)
+            if rounded:
+                kls[rounded] = kls["nearest"]  # round-to-nearest gives that program's own bytes
+            line(f"{what}, {model}", {tool: f"{kl:.2g}" for tool, kl in kls.items()})
+    cost = "{work_s:.0f} s, {peak_rss_mb:,.0f} MB".format_map
+    whole = "{wall_s:.1f} s, {peak_rss_mb:,.0f} MB".format_map
+    bench = json.loads(BENCH.read_text("utf-8"))["median"]
+    quantizing = {"neoquant": whole(bench["neoquant-unsynced"]), "bitsandbytes": whole(bench["transformers"])}
+    line("quantize 1.3B to NF4: the whole command, memory", quantizing)
+    gptq = json.loads(CALIBRATED["125m"].read_text("utf-8"))["median"]
+    line("GPTQ of 125M: time, memory", {tool: cost(median) for tool, median in gptq.items()})
+    decode = json.loads(RUN["1.3b"].read_text("utf-8"))["decode"]["programs"]
+    rates = {_run_label(each["tool"], each["label"]): each["median"]["decode_tokens_per_s"] for each in decode}
+    bnb = [rates[f"transformers + bitsandbytes: NF4{how}"] for how in ("", ", as without bf16 instructions")]
+    line(
+        "generate with 1.3B in 4 bits, tokens/s",
+        {
+            "neoquant": f"{rates['neoquant: NF4, embedding in int8']:.1f}",
+            "bitsandbytes": f"{bnb[0]:.1f} ({bnb[1]:.1f} without bf16 instructions)",
+            "OpenVINO": f"{rates['OpenVINO: int4, groups of 64, embedding in int8']:.1f}",
+        },
+    )
+    return "\n".join(lines)
+
+
+def _kl_by_tool(path: Path, grid: str) -> dict[str, float]:
+    rows = json.loads(path.read_text("utf-8"))["rows"]
+    return {row["tool"]: _kl(row) for row in rows if row["label"] == grid}
+
+
 def demo_totals() -> str:
     """A line for each candidate on the suite `demo`, in total."""
     result = _demo()
@@ -83,7 +130,7 @@ def demo_subsets() -> str:
 
 
 def demo_layers() -> str:
-    """What each layer of the bundled model costs alone, blocks down and projections across."""
+    """How much each layer of the bundled model loses alone, blocks down and projections across."""
     result = Inspection.from_json(LAYERS.read_text("utf-8"))
     lines = [
         f"| block | {' | '.join(name.rpartition('.')[2] for name in BLOCK_LINEARS)} |",
@@ -106,12 +153,12 @@ def bench_1p3b() -> str:
     """Time and memory of quantizing 1.3B, beside transformers + bitsandbytes and a plain copy of the file."""
     result = json.loads(BENCH.read_text("utf-8"))
     names = {
-        "neoquant": "neoquant, until the disk has it",
-        "neoquant-unsynced": "neoquant, without waiting for the disk",
-        "transformers": "transformers + bitsandbytes, without waiting for the disk",
-        "copy": "copying the source, until the disk has it",
+        "neoquant": "neoquant, with fsync",
+        "neoquant-unsynced": "neoquant, without fsync",
+        "transformers": "transformers + bitsandbytes, without fsync",
+        "copy": "copying the source, with fsync",
     }
-    lines = ["| | whole process, s | work alone, s | peak memory, MB |", "| --- | --: | --: | --: |"]
+    lines = ["| | whole process, s | without imports, s | peak memory, MB |", "| --- | --: | --: | --: |"]
     for tool, median in result["median"].items():
         name = names[tool]
         lines.append(f"| {name} | {median['wall_s']:.1f} | {median['work_s']:.1f} | {median['peak_rss_mb']:,.0f} |")
@@ -130,7 +177,7 @@ def bench_1p3b() -> str:
 
 
 def calibrated() -> str:
-    """Time and memory of error feedback, beside llm-compressor where it was run."""
+    """Time and memory of GPTQ, beside llm-compressor where it was run."""
     lines = ["| shapes | text | | work, s | peak memory, MB |", "| --- | --- | --- | --: | --: |"]
     notes = []
     for shape, path in CALIBRATED.items():
@@ -213,7 +260,7 @@ def feedback(path: Path) -> str:
     result = json.loads(path.read_text("utf-8"))
     grids = list(dict.fromkeys(row["label"] for row in result["rows"]))
     tools = [tool for tool in dict.fromkeys(row["tool"] for row in result["rows"]) if tool != "neoquant"]
-    names = [{"nearest": "rounding"}.get(tool, tool) for tool in tools]
+    names = [{"nearest": "round-to-nearest"}.get(tool, tool) for tool in tools]
     lines = [
         f"| grid | {' | '.join(names)} | neoquant | of the best peer [95 %] | Δ nats/token: best peer, neoquant |",
         f"| --- |{' --: |' * len(tools)} --: | --: | --: |",
@@ -221,7 +268,7 @@ def feedback(path: Path) -> str:
     for grid in grids:
         rows = {row["tool"]: row for row in result["rows"] if row["label"] == grid}
         best = min((row for tool, row in rows.items() if tool not in ("neoquant", "nearest")), key=_kl, default=None)
-        best = best or rows["nearest"]  # nobody else has error feedback on this grid
+        best = best or rows["nearest"]  # nobody else has GPTQ on this grid
         ratio = next(r for r in result["ratios"] if r["label"] == grid and r["peer"] == best["tool"])
         figures = [f"{1e4 * _kl(rows[tool]):.2f}" if tool in rows else "" for tool in [*tools, "neoquant"]]
         low, high = ratio["interval"]
@@ -265,6 +312,7 @@ def cross_load() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "why": why,
     "demo-totals": demo_totals,
     "demo-subsets": demo_subsets,
     "demo-layers": demo_layers,
@@ -281,10 +329,10 @@ def rendered(path: Path) -> str:
     """The file's text with every marked table as the results have it."""
     text = path.read_text("utf-8")
     for name, table in TABLES.items():
-        marked = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        marked = re.compile(rf"(<!-- {name} -->\n).*?(?:(?<=-->\n)|\n)(<!-- end -->)", re.DOTALL)
         if marked.search(text):
             content = table()
-            text = marked.sub(lambda found, content=content: found[1] + content + found[2], text)  # type: ignore[misc]
+            text = marked.sub(lambda found, content=content: f"{found[1]}{content}\n{found[2]}", text)  # type: ignore[misc]
     return text
 
 
