@@ -1,17 +1,17 @@
-"""By how much errors of queries, keys and values show in what attention adds to the hidden states.
+"""Output-side Hessians of q_proj, k_proj and v_proj: how much their errors change the output of attention.
 
 A layer's own output is the wrong place to measure the error of q, k and v: an error in a query counts where keys
 differ, one in a value as far as out_proj passes it on. To first order, the squared error that one of the three layers
-causes behind out_proj is, for each head, tr(K D H Dᵀ) with the layer's error D[size, C], the second moments H of its
-inputs and a matrix K[size, size] of what follows. The first-order terms, for the attention weights p of a query, the
+causes behind out_proj is, for each head, tr(K D H Dᵀ) with the layer's error D[size, C], the Hessian H of its inputs
+and a matrix K[size, size], the output-side Hessian. The first-order terms, for the attention weights p of a query, the
 keys k, the values v, their mean o under p, and the head's part W of out_proj, with M = Wᵀ W:
 
     q    an error d in the query changes the output by W S d, S = sum_j p_j (v_j - o) k_jᵀ:  K = mean of Sᵀ M S
     k    an error d_j in a key changes it by W p_j (v_j - o) (q . d_j):  K = mean of sum_j p_j² |W (v_j - o)|² q qᵀ
     v    K = M
 
-K and H are averaged apart, as in Kronecker-factored curvature (Martens & Grosse, arXiv:1503.05671); nothing needs a
-backward pass.
+K and H are averaged separately, as in Kronecker-factored curvature (Martens & Grosse, arXiv:1503.05671); no backward
+pass is needed.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def attention_hessians(attention: SelfAttention, inputs: Iterable[Tensor], rows:
         q = attention.q_proj(x[positions]).view(len(positions), heads, -1).transpose(0, 1)
         sizes = (v @ M).mul_(v).sum(2)  # |W v|², [H, T]
         for i, position in enumerate(positions.tolist()):
-            seen = slice(max(0, position + 1 - attention.window_size) if attention.local else 0, position + 1)
-            of_q, of_k = _one_query(q[:, i, :, None], k[:, seen], v[:, seen], sizes[:, seen], M)
+            visible = slice(max(0, position + 1 - attention.window_size) if attention.local else 0, position + 1)
+            of_q, of_k = _one_query(q[:, i, :, None], k[:, visible], v[:, visible], sizes[:, visible], M)
             K_q += of_q
             K_k += of_k
     return {"q_proj": K_q, "k_proj": K_k, "v_proj": M}
@@ -66,7 +66,7 @@ def _one_query(q: Tensor, k: Tensor, v: Tensor, sizes: Tensor, M: Tensor) -> tup
     weighted = p[:, :, None] * v
     o, k_mean = weighted.sum(1, keepdim=True), p[:, None] @ k  # [H, 1, D]
     S = (weighted.transpose(1, 2) @ k).sub_(o.transpose(1, 2) @ k_mean)
-    through = o @ M
-    apart = sizes - 2 * (v @ through.transpose(1, 2)).squeeze(2) + (through * o).sum(2)  # |W (v - o)|², [H, S]
-    weight = (p.square() * apart.clamp_(min=0)).sum(1)
+    projected = o @ M
+    deviation = sizes - 2 * (v @ projected.transpose(1, 2)).squeeze(2) + (projected * o).sum(2)  # |W (v - o)|², [H, S]
+    weight = (p.square() * deviation.clamp_(min=0)).sum(1)
     return S.transpose(1, 2) @ M @ S, weight[:, None, None] * (q @ q.transpose(1, 2))

@@ -107,10 +107,10 @@ def load_calibration(
         raise RequestError("the tokenizer names no end of text, which stands between documents")
     encoded = [tokenizer.encode(text) for text in texts]
     ids = draw(encoded, end, rows, length, seed)
-    seen = dict.fromkeys(documents[number].fingerprint for number in drawn_from(encoded, rows, length, seed))
+    fingerprints = dict.fromkeys(documents[number].fingerprint for number in drawn_from(encoded, rows, length, seed))
     name = Path(found.name).name if isinstance(suite.data, FileData) else found.name
     at = f" at {found.revision}" if found.revision else ""
-    return Calibration(ids, f"{name}{at}", hash_texts(texts), seed, tuple(seen))
+    return Calibration(ids, f"{name}{at}", hash_texts(texts), seed, tuple(fingerprints))
 
 
 def _everything(data: FileData | StdlibData) -> Suite:

@@ -48,7 +48,7 @@ class HiddenStates(ABC):
     def save(self, path: Path) -> str:
         """Have the values in a file `path`, safe on the disk, and return its SHA-256."""
 
-    def whole(self) -> Tensor:
+    def to_tensor(self) -> Tensor:
         """All at once."""
         return torch.cat(list(self.batches()))
 

@@ -199,8 +199,8 @@ def _refusal(repo: str, error: Any) -> str:
     from huggingface_hub import constants
 
     status = error.response.status_code if error.response is not None else None
-    said = " ".join((error.server_message or "").split())
-    because = f" ({said})" if said else ""
+    message = " ".join((error.server_message or "").split())
+    because = f" ({message})" if message else ""
     if status == 401:
         return f"the hub at {constants.ENDPOINT} does not know the token{because}: set HF_TOKEN to a valid one"
     if status in (403, 404):

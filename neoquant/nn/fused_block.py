@@ -25,7 +25,7 @@ from neoquant.nn.linear import QuantLinear, StoredLinear, is_native, is_traced
 def fused_block(block: Block, x: Tensor, masks: AttentionMasks, cache: KVCache | None) -> Tensor | None:
     """x[B, T, C] through `block`: [B, T, C], with its keys and values added to `cache`; or None, and nothing done.
 
-    None is given unless the native library runs all six linear layers in float32, nobody listens in (hooks, adapters,
+    None is given unless the native library runs all six linear layers in float32, nothing intercepts (hooks, adapters,
     gradients, compilers), attention is the ordinary one, and the cache holds what float32 on the CPU left there.
     """
     if not _is_ordinary(block, x, masks):
@@ -83,7 +83,7 @@ def _has_room(buffer: Tensor, shape: tuple[int, ...]) -> bool:
     return fits and (*buffer.shape[:2], buffer.shape[3]) == (*shape[:2], shape[3])
 
 
-class _Prepared:
+class PreparedBlock:
     """A block's description for the library, and what it rests on, to be looked at again at every step: the modules,
     their hooks and kernels, where their tensors lie. What a module is made with, as its number of heads, is fixed.
 
@@ -95,7 +95,7 @@ class _Prepared:
         self.layer, self.heads, self.native = attention.layer, attention.num_heads, native
         self.width = native.layers[0].weight.columns
         self.plain = not any(isinstance(module, QuantLinear) for module in modules)
-        self._said = _said(block)
+        self._settings = _settings(block)
         self._modules = [
             (parent._modules, name, module)
             for parent in (block, *modules)
@@ -115,10 +115,10 @@ class _Prepared:
 
     def holds(self, block: Block) -> bool:
         """Whether nothing has changed."""
-        if self._said != _said(block):
+        if self._settings != _settings(block):
             return False
         for modules, name, module in self._modules:
-            if modules.get(name) is not module or _is_watched(module):
+            if modules.get(name) is not module or _is_hooked(module):
                 return False
         for layer, kernel, dtype in self._kernels:
             if layer.kernel is not kernel or layer.compute_dtype != dtype:
@@ -132,7 +132,7 @@ class _Prepared:
         return True
 
 
-def _said(block: Block) -> tuple[object, ...]:
+def _settings(block: Block) -> tuple[object, ...]:
     """What of a block's settings the description holds."""
     attention, mlp = block.attn.attention, block.mlp
     window = attention.window_size if attention.local else None
@@ -142,17 +142,17 @@ def _said(block: Block) -> tuple[object, ...]:
 FEW = 8  # rows that meet a plain weight faster here than in torch, whatever the instruction set
 
 # Not in the blocks, which may be copied and pickled.
-_PREPARED: WeakKeyDictionary[Block, _Prepared] = WeakKeyDictionary()
+_PREPARED: WeakKeyDictionary[Block, PreparedBlock] = WeakKeyDictionary()
 
 
-def _prepare(block: Block) -> _Prepared | None:
+def _prepare(block: Block) -> PreparedBlock | None:
     """See fused_block; None where the block is not one that the library takes."""
     attention, mlp = block.attn.attention, block.mlp
     linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, mlp.c_fc, mlp.c_proj]
     norms = [block.ln_1, block.ln_2]
     modules = [block.attn, attention, mlp, *linears, *norms]
     activation = ACTIVATIONS.get(mlp.activation)
-    if activation is None or attention.implementation != "sdpa" or any(map(_is_watched, modules)):
+    if activation is None or attention.implementation != "sdpa" or any(map(_is_hooked, modules)):
         return None
     if not all(map(_is_taken, linears)):
         return None
@@ -171,7 +171,7 @@ def _prepare(block: Block) -> _Prepared | None:
         window=attention.window_size if attention.local else None,
         activation=activation,
     )
-    return _Prepared(block, native, modules)
+    return PreparedBlock(block, native, modules)
 
 
 def _is_taken(layer: nn.Module) -> bool:
@@ -205,8 +205,8 @@ def _is_vector(tensor: Tensor | None, length: int) -> bool:
     return tensor.shape == (length,) and tensor.is_contiguous()
 
 
-def _is_watched(module: nn.Module) -> bool:
-    """Whether somebody listens in, or has it do something else."""
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether it has hooks, or a `forward` of its own."""
     hooked = module._forward_hooks or module._forward_pre_hooks
     return bool(hooked) or "forward" in module.__dict__
 

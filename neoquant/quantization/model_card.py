@@ -71,12 +71,12 @@ def render_conversion_card(
     """The card of a checkpoint called `name` that was converted: `formats` are those before and after, `family` the
     second's (None: plain), `measured` what was measured of the very same weights."""
     before, after = formats
-    told = f"[{source}](https://huggingface.co/{source}) at revision `{revision}`" if revision else f"`{source}`"
+    link = f"[{source}](https://huggingface.co/{source}) at revision `{revision}`" if revision else f"`{source}`"
     how = "the same codes and scales, spelled anew" if family else "plain weights"
     parts = [
         _front_matter(source, revision, config, grids, family),
         f"# {name}",
-        f"{told}, converted by neoquant from `{before}` to `{after}`: {how}.",
+        f"{link}, converted by neoquant from `{before}` to `{after}`: {how}.",
         "## Loading",
         _loading(config, family, name),
         *([_measured(measured)] if measured else []),

@@ -187,9 +187,9 @@ def _whole_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: int, name: s
     if needs_calibration(planned):
         error = 0.012345678901234567
         report = Report("attention", "range", 0.01, 0, False, 0, error, error, 0.0).to_dict()
-        seen = {"source": "about so long", "sha256": _NO_DIGEST, "rows": ROWS, "length": LENGTH, "seed": 0}
+        samples = {"source": "about so long", "sha256": _NO_DIGEST, "rows": ROWS, "length": LENGTH, "seed": 0}
         layers = {row.layer: report for row in planned.rows if row.needs_calibration}
-        written.append(_json({"calibration": seen, "layers": layers}))
+        written.append(_json({"calibration": samples, "layers": layers}))
     written += _own_files(Written(planned, join_hashes([]), layers), name).values()
     companions = checkpoint.companion_sizes()
     beside = sum(companions.values()) + sum(len(text.encode()) for text in written)
@@ -235,8 +235,8 @@ def _own_files(written: Written, name: str, calibration: Calibration | None = No
     record = {"neoquant": __version__, "source_hash": written.source_hash, **written.plan.to_dict()}
     files = {CARD: render_card(written.plan, name, written.layers), RECORD: _json(record)}
     if calibration is not None:
-        seen = {"calibration": calibration.describe(), "documents": calibration.documents, "layers": written.layers}
-        files[CALIBRATION] = _json(seen)
+        samples = {"calibration": calibration.describe(), "documents": calibration.documents, "layers": written.layers}
+        files[CALIBRATION] = _json(samples)
     return files
 
 

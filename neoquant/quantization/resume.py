@@ -127,11 +127,11 @@ class ResumableRun:
             if not hashlib.sha256(content).hexdigest().startswith(_digest_in(path)):
                 raise ValueError("another digest")
             start = 8 + int.from_bytes(content[:8], "little")
-            told = json.loads(content[8:start])["__metadata__"]
+            metadata = json.loads(content[8:start])["__metadata__"]
             tensors = load(content)
-            names = json.loads(told["made"])
+            names = json.loads(metadata["made"])
             output = {row: {name: tensors[name] for name in stored} for row, stored in names.items()}
-            return FinishedBlock(output, json.loads(told["reports"]))
+            return FinishedBlock(output, json.loads(metadata["reports"]))
         except (ValueError, KeyError, SafetensorError):
             raise self._damaged(path.name) from None
 
@@ -157,8 +157,8 @@ class ResumableRun:
             digest = hidden.save(path)
             self._rename(path, f"hidden-{number + 1}-{digest[:_DIGITS]}")
         tensors = {name: tensor.contiguous() for stored in block.output.values() for name, tensor in stored.items()}
-        told = {"made": {row: list(stored) for row, stored in block.output.items()}, "reports": block.reports}
-        content = save(tensors, {key: json.dumps(value) for key, value in told.items()})
+        metadata = {"made": {row: list(stored) for row, stored in block.output.items()}, "reports": block.reports}
+        content = save(tensors, {key: json.dumps(value) for key, value in metadata.items()})
         digest = hashlib.sha256(content).hexdigest()
         self._write(f"block-{number}-{digest[:_DIGITS]}.safetensors", content)
         self.finished = number + 1

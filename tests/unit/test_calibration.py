@@ -59,7 +59,7 @@ def test_layers_are_shown_what_the_quantized_model_gives_them(model: Path) -> No
     forward = BlockForward(HiddenStatesInMemory.of(embedded(plain, ids), 5 * ids.shape[1]), plain.config.window_size)
     expected: dict[str, Tensor] = {}
     for block, twin in zip(plain.transformer.h, changed.transformer.h, strict=True):
-        before = forward.hidden.whole()
+        before = forward.hidden.to_tensor()
         stages = 0
         for stage in forward.stages(block):  # earlier layers of the block changed already, later ones not yet
             assert tuple(stage.linears) == SHARED_INPUTS[stages]
@@ -76,7 +76,7 @@ def test_layers_are_shown_what_the_quantized_model_gives_them(model: Path) -> No
                 replace_weight(layer, damaged(layer.weight))
                 replace_weight(theirs, damaged(theirs.weight))
         assert stages == len(SHARED_INPUTS)
-        assert torch.allclose(forward.hidden.whole(), twin(before, forward.masks), atol=1e-5)
+        assert torch.allclose(forward.hidden.to_tensor(), twin(before, forward.masks), atol=1e-5)
 
 
 def test_a_folder_is_the_quantizer_applied_block_by_block(model: Path, tmp_path: Path) -> None:
