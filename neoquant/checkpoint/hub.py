@@ -14,21 +14,18 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from neoquant.checkpoint.foreign import explain_folder
 from neoquant.checkpoint.headers import DTYPES, TensorHeader
-from neoquant.errors import CheckpointError, HubError
+from neoquant.checkpoint.weight_files import choose_weight_files
+from neoquant.errors import CheckpointError, HubError, locate
 from neoquant.progress import SILENT, Progress
 
 _MODEL_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 
+# What says which model it is: fetched before anything else.
+_DESCRIPTIONS = ("config.json", "quantize_config.json")
 # Beside the weights: configuration, tokenizer, license. All of them are small.
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
-# The first kind that a repository has is fetched, the others are not.
-_WEIGHTS = (
-    ("model.safetensors", "model.safetensors"),
-    ("model.safetensors.index.json", "model-*-of-*.safetensors"),
-    ("pytorch_model.bin", "pytorch_model.bin"),
-    ("pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"),
-)
 
 
 class HubModel(NamedTuple):
@@ -62,7 +59,8 @@ def find(source: str, revision: str | None) -> HubModel:
         _weights_among(sizes, source)
         if "config.json" not in sizes:
             raise HubError(f"{source} holds no config.json, so it is not a model that can be read")
-        folder = _download(source, revision, {"config.json": sizes["config.json"]}, SILENT)
+        described_by = {name: sizes[name] for name in _DESCRIPTIONS if name in sizes}
+        folder = _download(source, revision, described_by, SILENT)
         return HubModel(source, commit, folder, sizes)
 
 
@@ -128,14 +126,13 @@ def _list_files(source: str, revision: str | None) -> tuple[str, dict[str, int]]
 
 
 def _weights_among(names: Iterable[str], where: str) -> list[str]:
-    """The files of the preferred kind of weights, the index left out."""
-    names = sorted(names)
-    for key, pattern in _WEIGHTS:
-        if key in names:
-            return [name for name in names if fnmatch(name, pattern)]
-    raise HubError(
-        f"{where} holds no weights that can be read, expected one of {', '.join(key for key, _ in _WEIGHTS)}"
-    )
+    """The files that hold the weights, an index left out."""
+    names = list(names)
+    with locate(where):
+        files = choose_weight_files(names)
+    if files is None:
+        raise HubError(f"{where} {explain_folder(names)}")
+    return list(files.files)
 
 
 def _cached(source: str, revision: str | None) -> Path:

@@ -7,54 +7,26 @@ map count against the process until then, or until the system wants them back.
 
 from __future__ import annotations
 
-import json
 import mmap
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import torch
 
 from neoquant import demo
-from neoquant.checkpoint import hub, torch_file
-from neoquant.checkpoint.headers import MAX_HEADER_BYTES, TensorHeader, parse_header
-from neoquant.checkpoint.torch_file import Span
-from neoquant.errors import CheckpointError, ConfigError, RequestError, locate
-from neoquant.model.names import is_mask_buffer
+from neoquant.checkpoint import hub
+from neoquant.checkpoint.folder import companion_files, files_of, find_folder, list_tensors, read_config, reading
+from neoquant.checkpoint.headers import TensorHeader
+from neoquant.checkpoint.normalize import head_and_embedding, normalize, ties_head
+from neoquant.checkpoint.stored import Span, Stored
+from neoquant.checkpoint.weight_files import is_companion
+from neoquant.errors import CheckpointError, locate
+from neoquant.model.names import EMBEDDING, TIED_HEAD
 from neoquant.progress import SILENT, Progress
 
-# In order of preference.
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-
-# Files that travel with the weights, whatever happens to them.
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer*.json",
-    "tokenizer*.model",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "LICENSE*",
-    "NOTICE*",
-)
-
-
-class Stored(NamedTuple):
-    """A tensor and where it is: in a file, or (of the few files that must be loaded whole) in memory."""
-
-    header: TensorHeader
-    file: Path
-    place: Span | torch.Tensor
+__all__ = ["Checkpoint", "Stored", "companion_files", "find_companions", "open_checkpoint"]
 
 
 class Checkpoint:
@@ -64,9 +36,10 @@ class Checkpoint:
         source: what was asked for, a folder or a hub id.
         revision: the commit on the hub; None for a folder.
         folder: where the files are; None when only the headers were fetched from the hub.
-        config: config.json as read.
-        headers: name -> TensorHeader, in file order.
-        dropped: names left out of `headers`: mask buffers of old checkpoints, and second names of a tensor.
+        config: config.json as read; what the files contradict is put right, and `notes` say so.
+        headers: GPT-Neo's name -> TensorHeader, in file order.
+        dropped: names left out of `headers`: mask buffers of old checkpoints, and the second name of a tied head.
+        notes: what is unusual about the files and was dealt with, a line each.
         nbytes: size of all tensors in `headers`.
     """
 
@@ -78,8 +51,10 @@ class Checkpoint:
         config: dict[str, Any],
         stored: Iterable[Stored],
         remote_sizes: Mapping[str, int] | None = None,
+        notes: Iterable[str] = (),
     ) -> None:
-        kept, dropped = _drop_buffers_and_aliases(stored)
+        with locate(source):
+            kept, dropped, renamed = normalize(stored, config)
         self.source = source
         self.revision = revision
         self.folder = folder
@@ -87,12 +62,14 @@ class Checkpoint:
         self.headers: Mapping[str, TensorHeader] = MappingProxyType(
             {name: entry.header for name, entry in kept.items()}
         )
-        self.dropped = tuple(dropped)
+        self.dropped = dropped
         self.nbytes = sum(header.nbytes for header in self.headers.values())
+        self.notes = (*notes, *renamed)
         self._stored = kept
         self._remote_sizes = remote_sizes or {}
         self._open_files: dict[Path, BinaryIO] = {}
         self._maps: dict[Path, mmap.mmap] = {}
+        self._untie_another_head()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -116,7 +93,7 @@ class Checkpoint:
         header, path, place = self._find(name)
         if isinstance(place, torch.Tensor):
             return place.contiguous()
-        with _reading(path):
+        with reading(path):
             return _read_strided(self._open(path), header, place)
 
     def view(self, name: str) -> torch.Tensor:
@@ -129,7 +106,7 @@ class Checkpoint:
         header, path, place = self._find(name)
         if isinstance(place, torch.Tensor) or place.stride or place.begin % header.dtype.itemsize or not header.numel:
             return self.read(name)
-        with _reading(path):
+        with reading(path):
             if path not in self._maps:
                 # Copy on write: torch wants memory that could be written, and the file is never changed by it.
                 self._maps[path] = mmap.mmap(self._open(path).fileno(), 0, access=mmap.ACCESS_COPY)
@@ -173,17 +150,46 @@ class Checkpoint:
         if self.folder is not None:
             return {path.name: path.stat().st_size for path in self.companions()}
         found = self._remote_sizes.items()
-        return {name: size for name, size in found if any(fnmatchcase(name, pattern) for pattern in COMPANIONS)}
+        return {name: size for name, size in found if is_companion(name)}
+
+    def _untie_another_head(self) -> None:
+        """Take the head for tied only if the file has no other one.
+
+        As transformers does: a config.json that ties head and embedding, or says nothing, is wrong where the file
+        holds both and they differ.
+        """
+        head, embedding = head_and_embedding(self.headers)
+        if not (ties_head(self.config) and head and embedding):
+            return
+        if self.folder is None:
+            self.notes += (
+                f"{TIED_HEAD} is taken for {EMBEDDING}, as config.json says; quantizing keeps it if the values differ",
+            )
+        elif head.keys() != embedding.keys() or not all(self._same(head[key], embedding[key]) for key in head):
+            self.config = {**self.config, "tie_word_embeddings": False}
+            self.notes += (
+                f"{TIED_HEAD} differs from {EMBEDDING}, though config.json ties the two: both are kept, and "
+                "tie_word_embeddings is taken for false",
+            )
+
+    def _same(self, name: str, other: str) -> bool:
+        """Whether two tensors have the same values, bit for bit where their types are the same."""
+        if self.headers[name].shape != self.headers[other].shape:
+            return False
+        first, second = self.view(name), self.view(other)
+        if first.dtype == second.dtype:
+            first, second = first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8)
+        else:
+            first, second = first.to(torch.float64), second.to(torch.float64)
+        same = torch.equal(first, second)
+        self.forget(name)
+        self.forget(other)
+        return same
 
     def _need_folder(self) -> Path:
         if self.folder is None:
             raise CheckpointError(f"only the headers of {self.source} were fetched, not its files")
         return self.folder
-
-
-def companion_files(folder: Path) -> list[Path]:
-    """The files of a model folder that travel with its weights; none where there is no such folder."""
-    return sorted({path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()})
 
 
 def open_checkpoint(
@@ -204,15 +210,15 @@ def open_checkpoint(
         RequestError: a revision of a folder.
     """
     source = demo.resolve(source)
-    folder = _local(source, revision)
+    folder = find_folder(source, revision)
     if folder is not None:
         return _open_folder(str(source), folder, None)
     model = hub.find(str(source), revision)
-    config = _read_config(model.folder)  # before gigabytes are fetched of something else than a GPT-Neo
+    config, notes = read_config(model.folder)  # before gigabytes are fetched of something else than a GPT-Neo
     tensors = hub.fetch_headers(model) if headers_only else None
     if tensors is not None:
         stored = [Stored(header, Path(file), Span(begin, ())) for header, file, begin in tensors]
-        return Checkpoint(str(source), model.commit, None, config, stored, model.sizes)
+        return Checkpoint(str(source), model.commit, None, config, stored, model.sizes, notes)
     hub.fetch_files(model, progress)
     return _open_folder(str(source), model.folder, model.commit)
 
@@ -223,7 +229,7 @@ def find_companions(source: str | Path | None, *, revision: str | None = None) -
     Raises what `open_checkpoint` does, but for what is wrong inside the folder.
     """
     source = demo.resolve(source)
-    folder = _local(source, revision)
+    folder = find_folder(source, revision)
     if folder is not None:
         return folder
     model = hub.find(str(source), revision)
@@ -231,107 +237,11 @@ def find_companions(source: str | Path | None, *, revision: str | None = None) -
     return model.folder
 
 
-def _local(source: str | Path, revision: str | None) -> Path | None:
-    """The folder that `source` names; None for an id on the hub. Raises CheckpointError for what is neither."""
-    folder = Path(source)
-    with _reading(folder):
-        is_folder, exists = folder.is_dir(), folder.exists()
-    if is_folder:
-        if revision is not None:
-            raise RequestError(f"{source} is a folder, and only models on the hub have revisions (got {revision!r})")
-        return folder
-    if exists:
-        raise CheckpointError(f"{source} is a file, expected a model folder (perhaps {folder.parent})")
-    if not hub.is_model_id(str(source)):
-        raise CheckpointError(f"there is no folder {str(source)!r}, and it cannot be a model on the hub (`user/name`)")
-    return None
-
-
 def _open_folder(source: str, folder: Path, revision: str | None) -> Checkpoint:
-    config = _read_config(folder)
-    with _reading(folder):
-        weights = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-        if weights is None:
-            raise CheckpointError(f"holds no weights, expected one of {', '.join(WEIGHT_FILES)}")
-    stored = _list_shards(weights) if weights.suffix == ".json" else _list_file(weights)
-    return Checkpoint(source, revision, folder, config, stored)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    with _reading(folder):
-        if not path.is_file():
-            raise CheckpointError("holds no config.json, so it is not a model folder")
-    with _reading(path):
-        text = path.read_text(encoding="utf-8")
-        try:
-            config = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"not JSON ({error})") from None
-        if not isinstance(config, dict):
-            raise ConfigError("not a JSON object")
-        kind = config.get("model_type")
-        if kind != "gpt_neo":
-            raise ConfigError(f"model_type is {kind!r}, expected 'gpt_neo': only GPT-Neo is supported")
-    return config
-
-
-def _list_shards(index_file: Path) -> list[Stored]:
-    """List the tensors of every shard that an index names, in the order of the shards' names."""
-    with _reading(index_file):
-        shard_of = _parse_index(index_file.read_text(encoding="utf-8"))
-        shards = [index_file.parent / name for name in sorted(set(shard_of.values()))]
-        for shard in shards:
-            if not shard.is_file():
-                raise CheckpointError(f"names the shard {shard.name}, which is missing; download or copy it again")
-    stored = [entry for shard in shards for entry in _list_file(shard)]
-    seen: dict[str, Path] = {}
-    for header, file, _ in stored:
-        if header.name in seen:
-            raise CheckpointError(f"{file}: tensor {header.name!r} is also in {seen[header.name].name}")
-        seen[header.name] = file
-        if shard_of.get(header.name) != file.name:
-            listed = shard_of.get(header.name, "no shard")
-            raise CheckpointError(f"{file}: holds tensor {header.name!r}, which {index_file.name} puts in {listed}")
-    for name, shard_name in shard_of.items():
-        if name not in seen:
-            raise CheckpointError(
-                f"{index_file.parent / shard_name}: lacks tensor {name!r} that {index_file.name} promises"
-            )
-    return stored
-
-
-def _parse_index(text: str) -> dict[str, str]:
-    try:
-        shard_of = json.loads(text)["weight_map"]
-        legal = all(isinstance(shard, str) and shard == Path(shard).name for shard in shard_of.values())
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        legal = False
-    if not legal or not shard_of:
-        raise CheckpointError("not an index: expected a JSON object whose `weight_map` gives each tensor's file here")
-    return dict(shard_of)
-
-
-def _list_file(path: Path) -> list[Stored]:
-    with _reading(path):
-        if path.suffix == ".safetensors":
-            return [Stored(header, path, Span(begin, ())) for header, begin in _read_header(path)]
-        return [Stored(header, path, place) for header, place in torch_file.list_tensors(path)]
-
-
-def _read_header(path: Path) -> list[tuple[TensorHeader, int]]:
-    """List a safetensors file's tensors and the positions of their first bytes in the file."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or 8 + length > size:
-            raise CheckpointError(
-                f"truncated, or not a safetensors file: {size} bytes, but the header alone should end at {8 + length}"
-            )
-        if length > MAX_HEADER_BYTES:
-            raise CheckpointError(f"the header claims {length} bytes, at most {MAX_HEADER_BYTES} are legal")
-        text = file.read(length)
-    return [(header, 8 + length + begin) for header, begin in parse_header(text, size - 8 - length)]
+    config, notes = read_config(folder)
+    weights = files_of(folder)
+    tensors = list_tensors(folder, weights, ties_head(config))
+    return Checkpoint(source, revision, folder, config, tensors.stored, None, (*notes, *tensors.notes))
 
 
 def _read_strided(file: BinaryIO, header: TensorHeader, span: Span) -> torch.Tensor:
@@ -359,31 +269,3 @@ def _pages(begin: int, end: int) -> tuple[int, int]:
     """Where the pages begin that hold bytes [begin, end) of a file, and how long they are together."""
     first = begin - begin % mmap.PAGESIZE
     return first, end - first
-
-
-def _drop_buffers_and_aliases(stored: Iterable[Stored]) -> tuple[dict[str, Stored], list[str]]:
-    """Leave out mask buffers, and every name but the first of tensors that share their memory (a tied lm_head)."""
-    kept: dict[str, Stored] = {}
-    dropped: list[str] = []
-    places = set()
-    for entry in stored:
-        header, file, place = entry
-        where = (place.data_ptr(), place.stride()) if isinstance(place, torch.Tensor) else place
-        identity = (file, header.dtype, header.shape, where)
-        alias = header.numel > 0 and identity in places  # tensors without elements may share a place by chance
-        if alias or is_mask_buffer(header.name):
-            dropped.append(header.name)
-        else:
-            kept[header.name] = entry
-            places.add(identity)
-    return kept, dropped
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Put the path in front of every error, and turn the system's errors into ours."""
-    with locate(str(path)):
-        try:
-            yield
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"cannot be read ({getattr(error, 'strerror', None) or error})") from error

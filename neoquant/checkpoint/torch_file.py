@@ -17,31 +17,37 @@ from typing import NamedTuple
 import torch
 
 from neoquant.checkpoint.headers import TensorHeader
+from neoquant.checkpoint.stored import Span
 from neoquant.errors import CheckpointError
 
+# Where programs put a model's tensors in a file that holds more: beside an optimizer's state, an epoch, options.
+_WRAPPING_KEYS = ("state_dict", "model_state_dict", "model", "module")
 
-class Span(NamedTuple):
-    """Where a tensor lies in a file: its first byte, and the elements from one index to the next along each axis.
 
-    A stride of () says that the tensor lies row by row, without gaps.
+class TorchFile(NamedTuple):
+    """The tensors of a `.bin` file in its own order; those that cannot be read singly come loaded.
+
+    `key` is what they stand under where the file holds more than them.
     """
 
-    begin: int
-    stride: tuple[int, ...]
+    tensors: list[tuple[TensorHeader, Span | torch.Tensor]]
+    key: str | None
 
 
-def list_tensors(path: Path) -> list[tuple[TensorHeader, Span | torch.Tensor]]:
-    """List a `.bin` file's tensors in its own order; those that cannot be read singly come loaded.
+def list_tensors(path: Path) -> TorchFile:
+    """List a `.bin` file's tensors.
 
     Raises:
         CheckpointError: not a file of torch.save, damaged, or its pickle wants more than tensors.
     """
     members = _plain_members(path)
     if members is not None:
-        tensors = _load(path, device="meta")
+        tensors, key = _load(path, device="meta")
         if all(_place(tensor) is not None for tensor in tensors.values()):
-            return [(_header(name, tensor), _span(name, tensor, members)) for name, tensor in tensors.items()]
-    return [(_header(name, tensor), tensor) for name, tensor in _load(path, device="cpu").items()]
+            spans = [(_header(name, tensor), _span(name, tensor, members)) for name, tensor in tensors.items()]
+            return TorchFile([*spans], key)
+    tensors, key = _load(path, device="cpu")
+    return TorchFile([(_header(name, tensor), tensor) for name, tensor in tensors.items()], key)
 
 
 def _header(name: str, tensor: torch.Tensor) -> TensorHeader:
@@ -77,9 +83,10 @@ def _plain_members(path: Path) -> list[zipfile.ZipInfo] | None:
     return members if plain and orders in ([], [b"little"]) else None
 
 
-def _load(path: Path, device: str) -> Mapping[str, torch.Tensor]:
+def _load(path: Path, device: str) -> tuple[Mapping[str, torch.Tensor], str | None]:
+    """The tensors by name, and the key that they stand under, if they do."""
     try:
-        tensors = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location=device, weights_only=True)
     except OSError:
         raise
     except Exception as error:  # a damaged pickle can raise anything: unpickling is running a small program
@@ -90,9 +97,30 @@ def _load(path: Path, device: str) -> Mapping[str, torch.Tensor]:
                 "convert the model to safetensors where you trust it"
             ) from error
         raise CheckpointError(f"the file is damaged or was not written by torch.save ({reason})") from error
-    if not isinstance(tensors, Mapping) or not all(_is_entry(*entry) for entry in tensors.items()):
-        raise CheckpointError("the file holds something else than a mapping of names to dense tensors")
-    return tensors
+    if _is_state(content):
+        return content, None
+    inside = _states_inside(content)
+    if len(inside) == 1:
+        return inside.popitem()[::-1]
+    if inside:
+        raise CheckpointError(
+            f"the file holds tensors under {' and '.join(map(repr, inside))}: save the ones that are meant alone"
+        )
+    raise CheckpointError("the file holds something else than a mapping of names to dense tensors")
+
+
+def _states_inside(content: object) -> dict[str, Mapping[str, torch.Tensor]]:
+    """The mappings of names to tensors that a file holds by key: those under well-known keys, or else all."""
+    if not isinstance(content, Mapping):
+        return {}
+    inside = {key: value for key, value in content.items() if isinstance(key, str) and _is_state(value) and len(value)}
+    known = {key: value for key, value in inside.items() if key in _WRAPPING_KEYS}
+    return known or inside
+
+
+def _is_state(content: object) -> bool:
+    """Whether this is a mapping of names to tensors."""
+    return isinstance(content, Mapping) and all(_is_entry(*entry) for entry in content.items())
 
 
 def _is_entry(name: object, tensor: object) -> bool:

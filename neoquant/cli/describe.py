@@ -146,8 +146,7 @@ def _read_record(folder: Path | None, name: str) -> dict[str, Any]:
 def hash_weights(checkpoint: Checkpoint, progress: Progress) -> str:
     """SHA-256 over the weight files, in the order of their names."""
     digest = hashlib.sha256()
-    assert checkpoint.folder is not None  # only headers_only leaves it out
-    files = sorted([*checkpoint.folder.glob("*.safetensors"), *checkpoint.folder.glob("pytorch_model*.bin")])
+    files = checkpoint.weight_files()
     with progress.task("hashing", total=sum(path.stat().st_size for path in files)) as advance:
         for path in files:
             with path.open("rb") as file:

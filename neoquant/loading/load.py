@@ -60,7 +60,8 @@ def load_model(
         RequestError: an illegal dtype, device, attention or activations, or nothing is quantized for int8 activations.
 
     Warns:
-        LoadWarning: tensors that the model has no place for, and heads that the checkpoint has no weights for.
+        LoadWarning: tensors that the model has no place for, heads that the checkpoint has no weights for, and what is
+            unusual about its files and was dealt with (`Checkpoint.notes`).
     """
     with open_checkpoint(source, revision=revision, progress=progress) as checkpoint:
         return read_model(
@@ -114,6 +115,8 @@ def read_model(
     for module in model.modules():
         if isinstance(module, Block):
             module.step = fused_block
+    for note in checkpoint.notes:
+        warnings.warn(f"{checkpoint.source}: {note}", LoadWarning, stacklevel=2)
     for remark in model.read_companions(folder_of(checkpoint)):
         warnings.warn(f"{checkpoint.source}/{remark}", LoadWarning, stacklevel=2)
     return model.eval()

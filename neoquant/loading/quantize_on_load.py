@@ -78,7 +78,8 @@ class _Rounding:
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, blocks: Iterator[QuantizedBlock]) -> None:
         self._checkpoint, self._plan, self._blocks = checkpoint, plan, blocks
-        self.source, self.folder, self.dropped = checkpoint.source, checkpoint.folder, checkpoint.dropped
+        self.source, self.folder = checkpoint.source, checkpoint.folder
+        self.dropped, self.notes = checkpoint.dropped, checkpoint.notes
         self.config = {key: value for key, value in plan.config.items() if key != "torch_dtype"}
         self.config["dtype"] = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))  # as it was
         self.headers: dict[str, TensorHeader] = {}

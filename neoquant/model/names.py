@@ -62,3 +62,9 @@ def is_block_linear(layer: str) -> bool:
     """Whether a layer, by its canonical name, is one of `BLOCK_LINEARS` in some block."""
     place = in_block(layer)
     return layer.startswith(BASE_PREFIX) and place is not None and place[1] in BLOCK_LINEARS
+
+
+def canonical_tensor(tensor: str) -> str:
+    """The tensor's name as in the causal language model."""
+    layer, _, last = tensor.rpartition(".")
+    return f"{canonical_layer(tensor)}.{last}" if layer else canonical_layer(tensor)

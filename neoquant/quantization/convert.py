@@ -22,10 +22,11 @@ from neoquant.formats.gptq import V1, V2
 from neoquant.grids import Grid
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.dtypes import resolve_dtype
-from neoquant.model.names import EMBEDDING, HEADS, TABLES, TIED_HEAD, canonical_layer
+from neoquant.model.names import EMBEDDING, HEADS, TABLES, TIED_HEAD, canonical_layer, is_mask_buffer
 from neoquant.progress import SILENT, Progress
 from neoquant.quantization.model_card import measured_in, render_conversion_card
-from neoquant.quantization.plan import is_linear_weight
+from neoquant.quantization.plan_checks import require_tensors
+from neoquant.quantization.plan_rows import is_linear_weight
 from neoquant.quantization.quantize import CALIBRATION, CARD, RECORD, require_another_folder
 from neoquant.quantization.streaming import converted, require_tied
 from neoquant.sizes import peak_rss_bytes
@@ -124,6 +125,9 @@ def convert(
         with locate(checkpoint.source):
             found = detect(checkpoint.config, checkpoint.headers)
         _require_sense(checkpoint, found, to, dequantize, dtype)
+        with locate(checkpoint.source):
+            layers = found.quantized(checkpoint.headers) if found else {}
+            require_tensors([*checkpoint.headers, *(f"{layer}.weight" for layer in layers)], config)
         own = resolve_dtype("auto", config, torch.device("cpu"))
         plain = (
             None if dtype is None and not dequantize else resolve_dtype(dtype or "auto", config, torch.device("cpu"))
@@ -195,7 +199,8 @@ class _Conversion:
         return config
 
     def result(self, folder: Path, started: float) -> ConvertResult:
-        if masks := [name for name in self.checkpoint.dropped if name != TIED_HEAD]:
+        self.notes |= dict.fromkeys(self.checkpoint.notes)
+        if masks := [name for name in self.checkpoint.dropped if is_mask_buffer(name)]:
             self.notes[f"{len(masks)} old mask buffers are left out: {masks[0]}, ..."] = None
         if TIED_HEAD in self.checkpoint.dropped:
             self.notes[f"{TIED_HEAD} is not written: it is {EMBEDDING}"] = None
@@ -236,14 +241,11 @@ class _Conversion:
         row = {"name": name, "shape": list(header.shape)}
         if is_linear_weight(header):
             self.kept.append(canonical_layer(name))
-        if name == TIED_HEAD and self.checkpoint.config.get("tie_word_embeddings", True):
-            if EMBEDDING in self.checkpoint.headers:
-                require_tied(weight, self.checkpoint.view(EMBEDDING))
-                self.rows.append(row | {"action": "drop"})
-                self.notes[f"{TIED_HEAD} is not written: it is {EMBEDDING}"] = None
-                return {}
-            if not any(known.startswith(EMBEDDING) for known in self.checkpoint.headers):
-                name = EMBEDDING  # readers look for a tied tensor under this name
+        if name == TIED_HEAD and GPTNeoConfig.from_dict(self.checkpoint.config).tie_word_embeddings:
+            require_tied(weight, self.checkpoint.view(EMBEDDING))
+            self.rows.append(row | {"action": "drop"})
+            self.notes[f"{TIED_HEAD} is not written: it is {EMBEDDING}"] = None
+            return {}
         self.rows.append(row | {"action": "copy"})
         if self.plain is not None and weight.is_floating_point():
             weight = converted(weight, self.plain)

@@ -146,6 +146,8 @@ def quantize(
         CheckpointWriter(out, force=force, shard_size=shard_size, tensors=len(planned.stored)) as sink,
         open_checkpoint(source, revision=planned.revision, progress=progress) as checkpoint,
     ):
+        if checkpoint.config != headers.config:  # only the values show that a head is not the embedding
+            planned = _whole_plan(checkpoint, recipe, shard_size, out.name)
         if calibration is None or run is None or memory is None:
             written = write_streaming(checkpoint, planned, sink, progress)
         else:

@@ -119,7 +119,7 @@ def output_tensors(
     if row.target is None:
         return {row.stored[0].name: converted(weight, row.stored[0].dtype)}
     quantized = _quantized(weight, row.target.grid, row.target.quantizer) if given is None else given
-    prefix = (row.stored_name or row.name).removesuffix(".weight")
+    prefix = row.name.removesuffix(".weight")
     return {prefix + suffix: tensor for suffix, tensor in format.encode(quantized).items()}
 
 

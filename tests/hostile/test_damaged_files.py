@@ -56,7 +56,10 @@ GOOD = save({"a": torch.ones(4), "b": torch.ones(2, 3)})
     [
         (b"", "truncated, or not a safetensors file"),
         (b"1234", "truncated, or not a safetensors file"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 250\n", "not a safetensors file"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 250\n",
+            "is a Git LFS pointer",
+        ),
         (b"\xff" * 100, "truncated, or not a safetensors file"),
         (GOOD[:-1], "truncated"),
         (GOOD[:40], "truncated"),
@@ -173,7 +176,7 @@ def shorter_storage(path: Path) -> None:
         lambda path: torch.save(torch.ones(3), path),
         lambda path: torch.save({"a": torch.ones(3), "step": 7}, path),
         lambda path: torch.save({1: torch.ones(3)}, path),
-        lambda path: torch.save({"model": {"a": torch.ones(3)}}, path),
+        lambda path: torch.save({"model": {"a": torch.ones(3)}, "module": {"a": torch.ones(3)}}, path),
         lambda path: torch.save({"a": torch.ones(3).to_sparse()}, path),
         plain_pickle,
         truncated,
@@ -262,7 +265,7 @@ def test_a_config_that_is_not_text(folder: Path) -> None:
 
 
 def test_folders_that_are_no_models(tmp_path: Path, folder: Path) -> None:
-    assert_refused(folder, "holds no weights, expected one of model.safetensors")
+    assert_refused(folder, "holds no weights that can be read, expected one of model.safetensors")
     (folder / "config.json").unlink()
     assert_refused(folder, "holds no config.json")
     (folder / "file").write_text("")

@@ -267,14 +267,15 @@ def test_heads_tied_and_not(make_model: MakeModel, tmp_path: Path) -> None:
     quantize(source, tmp_path / "tied", NF4)
     assert "lm_head.weight" not in tensors_of(tmp_path / "tied")
     damage(source, "lm_head.weight", 1.0)
-    with pytest.raises(CheckpointError, match=r"lm_head\.weight: differs .*tie_word_embeddings to false"):
-        quantize(source, tmp_path / "torn", NF4)
-    config = json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": False}
-    (source / "config.json").write_text(json.dumps(config))
-    quantize(source, tmp_path / "untied", NF4)
-    assert torch.equal(
-        tensors_of(tmp_path / "untied")["lm_head.weight"], load_file(source / "model.safetensors")["lm_head.weight"]
-    )
+    head = load_file(source / "model.safetensors")["lm_head.weight"]
+    for stated in (True, None, False):
+        config = json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": stated}
+        (source / "config.json").write_text(json.dumps(config))
+        made = quantize(source, tmp_path / f"untied {stated}", NF4)
+        assert torch.equal(tensors_of(made.folder)["lm_head.weight"], head)
+        assert json.loads((made.folder / "config.json").read_text())["tie_word_embeddings"] is False
+        noted = any(note.startswith("lm_head.weight differs from") for note in made.plan.notes)
+        assert noted == (stated is not False)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -1,0 +1,49 @@
+"""What a user should know about a plan, a line each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from neoquant.formats import Format
+from neoquant.grids import Grid
+from neoquant.model.names import EMBEDDING, TIED_HEAD, is_mask_buffer
+from neoquant.quantization.plan_rows import UNKNOWN, PlanRow
+from neoquant.quantization.recipe import Rule
+
+Targets = Mapping[str, tuple[Grid, tuple[int, int]]]
+"""Layer to quantize -> its grid and shape."""
+
+
+def layer_notes(rows: Sequence[PlanRow], rules: Mapping[str, Rule | None]) -> Iterator[str]:
+    """Tensors that no rule decides about."""
+    unmatched = [layer for layer, rule in rules.items() if rule is None]
+    if unmatched:
+        yield f"{len(unmatched)} linears stay in half precision because no rule matches them: {_some(unmatched)}"
+    unknown = [row.name for row in rows if row.reason == UNKNOWN]
+    if unknown:
+        yield f"{len(unknown)} tensors are no part of a GPT-Neo that neoquant knows; kept: {_some(unknown)}"
+
+
+def grid_notes(targets: Targets) -> Iterator[str]:
+    """What the grids say of the weights that they are for."""
+    yield from dict.fromkeys(remark for grid, shape in targets.values() if (remark := grid.remark(shape)))
+
+
+def format_notes(format: Format, targets: Targets, passed_over: Sequence[str]) -> Iterator[str]:
+    """Who reads the format, and with what caution."""
+    if format.family == "neoquant" and passed_over:
+        yield f"only neoquant reads the result, transformers does not: {'; '.join(passed_over)}"
+    yield from dict.fromkeys(caution for target in targets.values() if (caution := format.caution(*target)))
+
+
+def dropped_notes(rows: Sequence[PlanRow], dropped: Sequence[str]) -> Iterator[str]:
+    """What is not written."""
+    masks = [name for name in dropped if is_mask_buffer(name)]
+    if TIED_HEAD in dropped or any(row.action == "drop" for row in rows):
+        yield f"{TIED_HEAD} is not written: it is {EMBEDDING}"
+    if masks:
+        yield f"{len(masks)} old mask buffers are left out: {_some(masks)}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
