@@ -38,11 +38,11 @@ _COUNTED: Final = ("sums", "counts", "minima", "maxima")
 
 
 class Measures(NamedTuple):
-    """What a model gives for N scored tokens: float64[N] each, on one device."""
+    """What a model gives for N scored tokens: float64[N] each (the likeliest tokens float64[N, K]), on one device."""
 
     nats: torch.Tensor  # -log p(token)
     kl: torch.Tensor  # KL(reference || this model), nats
-    top: torch.Tensor  # its likeliest token
+    top: torch.Tensor  # its K likeliest tokens, the likeliest first
     top_probability: torch.Tensor
     hit: torch.Tensor  # 1 where the likeliest token is the one that comes
 
@@ -57,8 +57,8 @@ class Peak:
     window: int
     index: int  # of the token in the window's ids
     nats: tuple[float, float]  # of the reference, of this model
-    top: tuple[int, int]
-    top_probability: tuple[float, float]
+    top: tuple[tuple[int, ...], tuple[int, ...]]  # their likeliest tokens
+    top_probability: tuple[tuple[float, ...], tuple[float, ...]]
     start: int  # index in the window's ids of the first of what follows
     changes: tuple[float, ...]
     divergences: tuple[float, ...]
@@ -101,7 +101,7 @@ class Tally:
         self._sum(0, 1, numbers, owners, reference.hit)
         for model, other in enumerate(measured[1:]):
             loss, probability = other.nats - reference.nats, other.nats.neg().exp() - p
-            agreed = (other.top == reference.top).double()
+            agreed = (other.top[:, 0] == reference.top[:, 0]).double()
             amounts = (other.nats, other.hit, other.kl, other.kl**2, agreed, loss**2, probability, probability**2)
             for number, amount in enumerate(amounts):
                 self._sum(model + 1, number, numbers, owners, amount)
@@ -184,8 +184,11 @@ class Tally:
                 window=window,
                 index=self._lengths[window] - int(ends[row]) + place,
                 nats=(float(reference.nats[place]), float(other.nats[place])),
-                top=(int(reference.top[place]), int(other.top[place])),
-                top_probability=(float(reference.top_probability[place]), float(other.top_probability[place])),
+                top=(tuple(reference.top[place].int().tolist()), tuple(other.top[place].int().tolist())),
+                top_probability=(
+                    tuple(reference.top_probability[place].tolist()),
+                    tuple(other.top_probability[place].tolist()),
+                ),
                 start=self._lengths[window] - int(ends[row]) + start,
                 changes=tuple(loss[start:end].tolist()),
                 divergences=tuple(other.kl[start:end].tolist()),

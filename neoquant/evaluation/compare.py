@@ -16,6 +16,7 @@ from neoquant.evaluation.corpus import Corpus, Tokenizer, read_corpus
 from neoquant.evaluation.distributed import ALONE, Team
 from neoquant.evaluation.largest_divergences import worst_documents, worst_tokens
 from neoquant.evaluation.perplexity import Contestant, environment, score_kept, summarize
+from neoquant.evaluation.prediction_intervals import prediction_intervals
 from neoquant.evaluation.quantile_sketch import quantiles, regroup
 from neoquant.evaluation.result import (
     LN2,
@@ -124,6 +125,7 @@ def _changes(number: int, corpus: Corpus, tally: Tally, sums: dict[str, torch.Te
             "agreement_error": ratio_error(part["agreed"], t),
             "kl": float(part["kl"].sum() / t.sum()),
             "kl_error": ratio_error(part["kl"], t),
+            **prediction_intervals(part["kl"], part["agreed"], t),
             **spread,
         }
         found.append(unit_changes(name, part["loss"], t, b).model_copy(update=predictions))

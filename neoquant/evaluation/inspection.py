@@ -17,6 +17,7 @@ from neoquant.errors import RequestError
 from neoquant.evaluation.corpus import Corpus, Tokenizer, Window, read_corpus
 from neoquant.evaluation.inspection_result import Inspection, Layer, Loss
 from neoquant.evaluation.perplexity import Contestant, data_info, documents_met, environment, flattered
+from neoquant.evaluation.prediction_intervals import kl_interval
 from neoquant.evaluation.scoring import CPU_PACE, GPU_PACE, batches, check_vocabularies, measures, stacked
 from neoquant.evaluation.statistics import ratio_interval
 from neoquant.loading.pretrained import GPTNeoForCausalLM
@@ -146,13 +147,15 @@ class _Losses:
         self.kl.index_add_(0, units, kl.cpu())
 
     def loss(self) -> Loss:
-        interval = ratio_interval(self.nats, self.tokens)
+        interval, divergence = ratio_interval(self.nats, self.tokens), kl_interval(self.kl, self.tokens)
         total = self.tokens.sum()
         return Loss(
             nats_per_token=float(self.nats.sum() / total),
             low=interval.low if interval else None,
             high=interval.high if interval else None,
             kl=float(self.kl.sum() / total),
+            kl_low=divergence.low if divergence else None,
+            kl_high=divergence.high if divergence else None,
         )
 
 

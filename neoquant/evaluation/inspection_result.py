@@ -17,6 +17,8 @@ class Loss(Record):
     low: float | None  # 95 % interval of nats_per_token, over windows; None for fewer than two windows
     high: float | None
     kl: float  # KL(base || model), mean
+    kl_low: float | None = None  # its 95 % interval; None in older results
+    kl_high: float | None = None
 
 
 class Layer(Record):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from neoquant.evaluation.accumulator import AFTER, BEFORE, Peak
 from neoquant.evaluation.corpus import Corpus, Tokenizer
 from neoquant.evaluation.result import Choice, TokenChange, WorstDocument, WorstToken
+from neoquant.evaluation.token_text import REPLACEMENT, decode_escaped, token_texts
 
 DOCUMENTS = 10
 """Documents shown."""
@@ -29,42 +30,30 @@ def _worst_token(corpus: Corpus, tokenizer: Tokenizer, peak: Peak) -> WorstToken
     start, end = max(0, peak.index - BEFORE), min(len(ids), peak.index + AFTER + 1)
     start += ids[start] == tokenizer.eos_token_id and start < peak.index  # what stands before a document
     passage = []
-    for number, text in enumerate(pieces(ids[start:end], tokenizer.decode), start - peak.start):
+    for number, text in enumerate(token_texts(ids[start:end], tokenizer), start - peak.start):
         known = 0 <= number < len(peak.changes)
         change = peak.changes[number] if known else None
         passage.append(TokenChange(text=text, loss_change=change, kl=peak.divergences[number] if known else None))
-    tops = [
-        Choice(text=tokenizer.decode([token]), probability=probability)
-        for token, probability in zip(peak.top, peak.top_probability, strict=True)
+    likeliest = [
+        tuple(Choice(text=decode_escaped([token], tokenizer), probability=p) for token, p in zip(*model, strict=True))
+        for model in zip(peak.top, peak.top_probability, strict=True)
     ]
     p_reference, p = torch.tensor(peak.nats, dtype=torch.float64).neg().exp().tolist()
     return WorstToken(
         unit=unit.id,
         subset=unit.subset,
         position=peak.position,
-        token=tokenizer.decode([ids[peak.index]]),
+        token=decode_escaped([ids[peak.index]], tokenizer),
         kl=peak.kl,
         probability_reference=p_reference,
         probability=p,
-        top_reference=tops[0],
-        top=tops[1],
+        top_reference=likeliest[0][0],
+        top=likeliest[1][0],
+        top_tokens_reference=likeliest[0],
+        top_tokens=likeliest[1],
         passage=tuple(passage),
         index=peak.index - start,
     )
-
-
-def pieces(ids: Sequence[int], decode: Callable[[list[int]], str]) -> list[str]:
-    """The text of each token; of tokens that share a character, the last one has it."""
-    texts = []
-    start = 0
-    for end in range(1, len(ids) + 1):
-        text = decode(list(ids[start:end]))
-        if text.endswith("\ufffd") and end - start < 4 and end < len(ids):  # UTF-8 takes four bytes at most
-            texts.append("")
-        else:
-            texts.append(text)
-            start = end
-    return texts
 
 
 def worst_documents(
@@ -80,7 +69,7 @@ def worst_documents(
         if window.unit in beginnings:
             ids = window.ids[: BEGINNING + 1].tolist()
             skip = ids[0] == tokenizer.eos_token_id
-            beginnings[window.unit] = tokenizer.decode(ids[skip : skip + BEGINNING])
+            beginnings[window.unit] = tokenizer.decode(ids[skip : skip + BEGINNING]).rstrip(REPLACEMENT)
     return tuple(
         WorstDocument(
             unit=corpus.units[unit].id,

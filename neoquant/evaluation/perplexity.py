@@ -24,6 +24,9 @@ from neoquant.evaluation.scoring import Model, score
 from neoquant.native import active
 from neoquant.progress import SILENT, Progress
 
+JOURNAL_LAYOUT = 2
+"""Raised when what a journal holds changes: it is no use to another layout's reader."""
+
 
 class Contestant(NamedTuple):
     """A model, what the result says about it, and the fingerprints of the documents that it was calibrated on."""
@@ -86,6 +89,7 @@ def _key(contestants: Sequence[Contestant], corpus: Corpus, tokenizer: Tokenizer
     """One hash of all that the figures depend on."""
     ours = environment(contestants[0].model)
     parts = [
+        JOURNAL_LAYOUT,
         *(
             (describe.sha256, describe.name, describe.activations, str(model.dtype), model.device.type)
             for model, describe, _ in contestants

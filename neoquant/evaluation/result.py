@@ -184,8 +184,9 @@ class Distribution(Record):
 class Change(Record):
     """How a model differs from the reference on the same windows: over a subset, or over everything.
 
-    Intervals hold 95 %, errors are standard errors; both are None for fewer than two units. What needs both models'
-    predictions side by side (agreement and everything below it) is None where saved evaluations were compared.
+    Intervals (`low` to `high`) hold 95 %, errors are standard errors, kept for other readers; both are None for fewer
+    than two units. What needs both models' predictions side by side (agreement and everything below it) is None where
+    saved evaluations were compared.
     """
 
     subset: str
@@ -199,8 +200,12 @@ class Change(Record):
     accuracy_low: float | None = None
     accuracy_high: float | None = None
     agreement: float | None = None  # share of tokens whose likeliest token is the reference's
+    agreement_low: float | None = None
+    agreement_high: float | None = None
     agreement_error: float | None = None
     kl: float | None = None  # KL(reference || model), mean nats a token
+    kl_low: float | None = None
+    kl_high: float | None = None
     kl_error: float | None = None
     divergence: Distribution | None = None  # of KL, nats
     loss_change: Distribution | None = None  # of -log p(token) above the reference's, nats
@@ -238,7 +243,10 @@ class UnitChange(Record):
 
 
 class TokenChange(Record):
-    """A token in a passage. One that ends inside a character has no text, the one that completes it has it all."""
+    """A token in a passage. One that ends inside a character has no text, the one that completes it has it all.
+
+    Bytes that are no UTF-8 are escaped, as `\\xe2`.
+    """
 
     text: str
     loss_change: float | None  # -log p(token) above the reference's, nats; None where the window does not score it
@@ -246,7 +254,7 @@ class TokenChange(Record):
 
 
 class Choice(Record):
-    """What a model found likeliest, and how likely."""
+    """A token, and how likely a model found it. Bytes that are no UTF-8 are escaped, as `\\xe2`."""
 
     text: str
     probability: float
@@ -262,8 +270,10 @@ class WorstToken(Record):
     kl: float  # nats
     probability_reference: float  # of the token
     probability: float
-    top_reference: Choice
+    top_reference: Choice  # the first of top_tokens_reference
     top: Choice
+    top_tokens_reference: tuple[Choice, ...] = ()  # the likeliest three, the likeliest first; empty in older results
+    top_tokens: tuple[Choice, ...] = ()
     passage: tuple[TokenChange, ...]  # the text around it
     index: int  # the token is passage[index]
 
@@ -321,8 +331,38 @@ class Comparison(Record):
 
     @classmethod
     def from_json(cls, text: str) -> Comparison:
-        """Raises DataError for JSON that is not a comparison of this schema version."""
-        return from_json(cls, text)
+        """Raises DataError for JSON that is not a comparison of this schema version.
+
+        Intervals that a former version did not write are computed from the documents' sums, where these are there.
+        """
+        return with_intervals(from_json(cls, text))
+
+
+def with_intervals(result: Comparison) -> Comparison:
+    """The comparison with the intervals of KL and agreement of every candidate that lacks them and lists its units."""
+    candidates = tuple(_with_intervals(candidate) for candidate in result.candidates)
+    return result.model_copy(update={"candidates": candidates})
+
+
+def _with_intervals(candidate: Candidate) -> Candidate:
+    rows = list(zip(candidate.units, candidate.evaluation.units, strict=False))
+    if candidate.total.kl is None or candidate.total.kl_low is not None or len(rows) < 2:
+        return candidate
+    import torch
+
+    from neoquant.evaluation.prediction_intervals import prediction_intervals
+
+    def completed(change: Change, subset: str | None) -> Change:
+        sums = [(u.kl, u.agreed, s.tokens) for u, s in rows if s.tokens and subset in (None, u.subset)]
+        columns = torch.tensor(sums, dtype=torch.float64).reshape(-1, 3).T
+        return change.model_copy(update=dict(prediction_intervals(*columns)))
+
+    return candidate.model_copy(
+        update={
+            "total": completed(candidate.total, None),
+            "subsets": tuple(completed(change, change.subset) for change in candidate.subsets),
+        }
+    )
 
 
 R = TypeVar("R", bound=Record)

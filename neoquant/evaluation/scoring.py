@@ -25,6 +25,9 @@ class Pace(NamedTuple):
 CPU_PACE = Pace(positions=1024, rows=128)
 GPU_PACE = Pace(positions=16384, rows=1024)
 
+TOP_TOKENS = 3
+"""Likeliest tokens that are kept of each prediction."""
+
 
 class Model(Protocol):
     """What the evaluation needs of a causal language model (ours and transformers' alike)."""
@@ -100,14 +103,14 @@ def _measure_batch(
     ids, where, targets, _ = stacked(windows)
     hidden = [model.transformer(ids.to(model.device)).last_hidden_state for model in models]  # [B, T, C]
     hidden = [h[where.to(h.device)] for h in hidden]  # [N, C]
-    pieces: list[list[torch.Tensor]] = [[] for _ in models]
+    pieces: list[list[Measures]] = [[] for _ in models]
     for start in range(0, len(targets), rows):
         piece = slice(start, start + rows)
         logits = (model.lm_head(h[piece]) for model, h in zip(models, hidden, strict=True))
         for collected, measured in zip(pieces, measures(logits, targets[piece]), strict=True):
-            collected.append(torch.stack(measured))
+            collected.append(measured)
         advance(len(targets[piece]))
-    return [Measures(*torch.cat(collected, dim=1).cpu()) for collected in pieces]
+    return [Measures(*(torch.cat(parts).cpu() for parts in zip(*collected, strict=True))) for collected in pieces]
 
 
 def batches(windows: Sequence[Window], tokens: int) -> Iterator[list[int]]:
@@ -159,10 +162,10 @@ def measures(logits: Iterator[torch.Tensor], targets: torch.Tensor) -> Iterator[
 
 
 def _measures(logits: torch.Tensor, log_z: torch.Tensor, targets: torch.Tensor, kl: torch.Tensor) -> Measures:
-    top = logits.max(-1)
+    top = logits.topk(min(TOP_TOKENS, logits.shape[-1]))
     nats = log_z - logits.gather(-1, targets[:, None])[:, 0].double()
-    hit = (top.indices == targets).double()
-    return Measures(nats, kl, top.indices.double(), (top.values.double() - log_z).exp(), hit)
+    hit = (top.indices[:, 0] == targets).double()
+    return Measures(nats, kl, top.indices.double(), (top.values.double() - log_z[:, None]).exp(), hit)
 
 
 def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

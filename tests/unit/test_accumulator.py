@@ -14,8 +14,8 @@ from neoquant.data.suite import Suite
 from neoquant.evaluation.accumulator import STRETCH, WORST, Measures, Tally
 from neoquant.evaluation.compare import _candidate
 from neoquant.evaluation.corpus import Corpus, read_corpus
-from neoquant.evaluation.largest_divergences import pieces
 from neoquant.evaluation.perplexity import summarize
+from neoquant.evaluation.prediction_intervals import PredictionIntervals, prediction_intervals
 from neoquant.evaluation.quantile_sketch import ACCURACY
 from neoquant.evaluation.result import Candidate, Environment, ModelInfo
 from neoquant.progress import SILENT
@@ -48,8 +48,10 @@ def test_a_case_by_hand(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path, [("A", "xyz"), ("B", "uv")])
     tally = Tally(corpus, 2)
     ones = torch.ones(5, dtype=torch.float64)
-    reference = Measures(log(0.5, 0.5, 0.5, 0.25, 0.125), 0 * ones, f64(1, 2, 3, 4, 5), 0.5 * ones, ones)
-    other = Measures(log(0.25, 0.5, 0.5, 0.5, 0.125), f64(0.4, 0, 0.1, 0.2, 0.3), f64(1, 2, 9, 4, 5), 0.5 * ones, ones)
+    tops = [torch.stack([f64(*top), f64(98, 99, 98, 99, 98)], dim=1) for top in ((1, 2, 3, 4, 5), (1, 2, 9, 4, 5))]
+    shares = torch.stack([0.5 * ones, 0.25 * ones], dim=1)
+    reference = Measures(log(0.5, 0.5, 0.5, 0.25, 0.125), 0 * ones, tops[0], shares, ones)
+    other = Measures(log(0.25, 0.5, 0.5, 0.5, 0.125), f64(0.4, 0, 0.1, 0.2, 0.3), tops[1], shares, ones)
     tally.add([0, 1], [reference, other])
     found = candidate(corpus, tally)
     total, (a, b) = found.total, found.subsets
@@ -81,6 +83,15 @@ def test_a_case_by_hand(tmp_path: Path) -> None:
     assert (worst[1].before, worst[1].after, worst[1].position) == ("u", "", 1)
     assert (worst[0].probability_reference, worst[0].probability) == pytest.approx((0.5, 0.25))
     assert [change.loss_change for change in worst[0].passage] == pytest.approx([ln2, 0, 0])
+    assert [(top.text, top.probability) for top in worst[0].top_tokens] == [("\x00", 0.5), ("a", 0.25)]
+    assert (worst[0].top, worst[0].top_reference) == (worst[0].top_tokens[0], worst[0].top_tokens_reference[0])
+    intervals = {name: getattr(total, name) for name in PredictionIntervals.__annotations__}
+    sums = torch.tensor([unit.kl for unit in found.units], dtype=torch.float64)
+    agreed = torch.tensor([unit.agreed for unit in found.units], dtype=torch.float64)
+    assert intervals == prediction_intervals(sums, agreed, f64(3, 2))
+    assert 0 == intervals["kl_low"] < total.kl < intervals["kl_high"]
+    assert 0 <= intervals["agreement_low"] < total.agreement < intervals["agreement_high"] == 1
+    assert a.kl_low is None and a.agreement_high is None  # one document
 
 
 def random_measures(corpus: Corpus, models: int) -> list[list[Measures]]:
@@ -91,7 +102,7 @@ def random_measures(corpus: Corpus, models: int) -> list[list[Measures]]:
         values = torch.rand(models, 5, window.scored, generator=random, dtype=torch.float64)
         values[:, 1] **= 8
         values[:, 2] = (5 * values[:, 2]).floor()
-        found.append([Measures(*model) for model in values])
+        found.append([Measures(m[0], m[1], m[2][:, None], m[3][:, None], m[4]) for m in values])
     return found
 
 
@@ -162,12 +173,3 @@ def merged(corpus: Corpus, measured: list[list[Measures]], batches: list[list[in
     first, second = tallied(corpus, measured, batches[::2]), tallied(corpus, measured, batches[1::2])
     first.merge(second)
     return first
-
-
-def test_pieces_put_a_character_where_it_ends() -> None:
-    text = "aé漢😀\ufffdz"
-    found = pieces(Bytes().encode(text), Bytes().decode)
-    assert "".join(found) == text and found[1:3] == ["", "é"]
-    assert len(found) == len(text.encode())
-    cut = Bytes().encode("x😀")[:3]
-    assert "".join(pieces(cut, Bytes().decode)).startswith("x")

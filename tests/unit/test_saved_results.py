@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,3 +82,20 @@ def test_what_is_no_condition(text: str) -> None:
 def test_every_field_can_be_named(field: str) -> None:
     assert str(parse(f" any:{field}>= 1e-3 ")) == f"any:{field} >= 0.001"
     assert parse(f"{field} < 2").any_subset is False
+
+
+def test_an_older_result_gets_the_intervals_that_it_lacks(measured: Path) -> None:
+    """What a former version did not write comes from the documents' sums, and is what this version writes."""
+    whole = read("ab.json")
+    assert whole.candidates[0].total.kl_low is not None
+    fields = json.loads(Path("ab.json").read_text(encoding="utf-8"))
+    for candidate in fields["candidates"]:
+        for change in (candidate["total"], *candidate["subsets"]):
+            for name in ("kl_low", "kl_high", "agreement_low", "agreement_high"):
+                del change[name]
+        for token in candidate["worst_tokens"]:
+            del token["top_tokens"], token["top_tokens_reference"]
+    old = Comparison.from_json(json.dumps(fields))
+    for before, after in zip(old.candidates, whole.candidates, strict=True):
+        assert before.total == after.total and before.subsets == after.subsets
+        assert not before.worst_tokens[0].top_tokens and len(after.worst_tokens[0].top_tokens) == 3
