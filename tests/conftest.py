@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from hub_stand_in import StandIn
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+NOT_RUN = pytest.StashKey[dict[str, int]]()  # what this machine lacks -> how many tests need it
 
 TINY_CONFIG: dict[str, Any] = {
     "model_type": "gpt_neo",
@@ -197,13 +200,54 @@ def real_data() -> Path:
     return folder
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip `gpu` tests, visibly, where there is no CUDA device."""
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked:
-        return
+@pytest.hookimpl(trylast=True)  # of what -k and -m select
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what needs a CUDA device or an instruction set that this machine lacks; the summary counts it."""
+    lacking = [(item, what_is_lacking(item)) for item in items]
+    counts = dict(Counter(lack for _, lack in lacking if lack is not None))
+    if counts:
+        config.hook.pytest_deselected(items=[item for item, lack in lacking if lack is not None])
+        items[:] = [item for item, lack in lacking if lack is None]
+    config.stash[NOT_RUN] = counts
+    if hasattr(config, "workeroutput"):  # a worker of pytest-xdist: each one collects every test, and none prints
+        config.workeroutput["not_run"] = counts
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Keep the counts of a worker of pytest-xdist: they are the same for each."""
+    counts = getattr(node, "workeroutput", {}).get("not_run")
+    if counts is not None:  # None: the worker crashed
+        node.config.stash[NOT_RUN] = counts
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """One line for each thing that this machine lacks."""
+    for lack, count in sorted(config.stash.get(NOT_RUN, {}).items()):
+        noun = "test needs" if count == 1 else "tests need"
+        terminalreporter.write_line(f"NOT RUN: {count:,} {noun} {lack}", yellow=True)
+
+
+def what_is_lacking(item: pytest.Item) -> str | None:
+    """What a test needs and this machine does not have, or None."""
+    if item.get_closest_marker("gpu") and not has_cuda():
+        return "a CUDA device (make test-gpu)"
+    if marker := item.get_closest_marker("isa"):
+        here = runnable_isas()
+        if marker.args[0] not in here:
+            return f"the instruction set {marker.args[0]} (this machine runs {', '.join(here) or 'none'})"
+    return None
+
+
+@cache
+def has_cuda() -> bool:
     import torch
 
-    if not torch.cuda.is_available():
-        for item in marked:
-            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    return torch.cuda.is_available()
+
+
+@cache
+def runnable_isas() -> list[str]:
+    from neoquant import native
+
+    return native.runnable()

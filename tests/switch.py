@@ -1,4 +1,4 @@
-"""Forces a path of the native library."""
+"""Runs tests on a chosen path of the native library."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from neoquant import native
+
+every_isa = pytest.mark.parametrize("isa", [pytest.param(isa, marks=pytest.mark.isa(isa)) for isa in native.ISAS])
+"""Each instruction set; those that this machine lacks are deselected, and counted in pytest's summary."""
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from neoquant.tensor import QuantizedTensor
 SHAPES = [(1, 1), (3, 5), (24, 24), (96, 24), (32, 96), (64, 129), (130, 64), (48, 1024)]
 GRIDS = [make_grid(bits, name) for bits, name in legal_pairs()]
 VARIANTS = [Affine(4, 16), Affine(3, -1, True)]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DEVICES = ["cpu", "cuda"]
 
 
 def grid_id(grid: Grid) -> str:
@@ -34,12 +35,45 @@ def reading(format: Format, grid: Grid) -> Format:
     return format.configured(format.config({"layer": grid}, []))
 
 
+def label(value: object) -> str:
+    """An axis' value in the name of a test; a bool is `has_order`."""
+    if isinstance(value, bool):
+        return "ordered" if value else ""
+    if isinstance(value, Grid):
+        return grid_id(value)
+    if isinstance(value, Format | Kernel):
+        return value.name
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def legal(refuse: Callable[..., str | None], **axes: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrize over the combinations of the axes that are not refused; those on cuda are marked `gpu`."""
+    cases = []
+    for values in itertools.product(*axes.values()):
+        if refuse(*values) is None:
+            name = "-".join(filter(None, map(label, values)))
+            cases.append(pytest.param(*values, id=name, marks=[pytest.mark.gpu] if "cuda" in values else []))
+    return pytest.mark.parametrize(list(axes), cases)
+
+
+def storing(grid: Grid, format: Format, shape: tuple[int, int] = (32, 96)) -> str | None:
+    """Why the format does not store such a weight, or None."""
+    return format.refuse(grid, shape)
+
+
+def running(
+    grid: Grid, kernel: Kernel, shape: tuple[int, int] = (32, 96), device: str = "cpu", has_order: bool = False
+) -> str | None:
+    """Why the kernel does not run such a weight, or None."""
+    return kernel.refuse(grid, shape, torch.device(device), has_order)
+
+
+STORED: dict[str, Iterable[Any]] = {"grid": GRIDS + VARIANTS, "format": FORMATS.values()}
+RUN: dict[str, Iterable[Any]] = {"grid": GRIDS + VARIANTS, "kernel": KERNELS.values()}
+
 every_quantizer = pytest.mark.parametrize("quantizer", QUANTIZERS)
 every_grid = pytest.mark.parametrize("grid", GRIDS + VARIANTS, ids=grid_id)
-every_format = pytest.mark.parametrize("format", FORMATS.values(), ids=lambda format: format.name)
-every_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=lambda kernel: kernel.name)
-every_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
-every_device = pytest.mark.parametrize("device", DEVICES)
+every_shape = pytest.mark.parametrize("shape", SHAPES, ids=label)
 
 
 def quantize(
@@ -90,16 +124,21 @@ def test_quantizers_come_close(quantizer: str, grid: Grid) -> None:
     assert error < 2.0 ** (1.5 - grid.bits), "a wrong table, scale or block gives several times as much"
 
 
+@pytest.mark.parametrize("format", FORMATS.values(), ids=label)
+def test_formats_store_some_weights_and_refuse_others_with_a_reason(format: Format) -> None:
+    refused = 0
+    for grid, shape in itertools.product(GRIDS + VARIANTS, SHAPES):
+        if reason := format.refuse(grid, shape):
+            refused += 1
+            with pytest.raises(FormatError) as caught:
+                format.encode(quantize("nearest", grid, shape))
+            assert caught.value.message == reason and "\n" not in reason
+    assert refused < len(GRIDS + VARIANTS) * len(SHAPES)
+
+
 @every_quantizer
-@every_grid
-@every_format
-@every_shape
+@legal(storing, **STORED, shape=SHAPES)
 def test_formats_give_back_every_bit(quantizer: str, grid: Grid, format: Format, shape: tuple[int, int]) -> None:
-    if reason := format.refuse(grid, shape):
-        with pytest.raises(FormatError) as caught:
-            format.encode(quantize(quantizer, grid, shape))
-        assert caught.value.message == reason
-        return
     for dtype in DTYPES:
         q = quantize(quantizer, grid, shape, dtype)
         tensors = format.encode(q)
@@ -108,12 +147,8 @@ def test_formats_give_back_every_bit(quantizer: str, grid: Grid, format: Format,
         assert same_tensors(format.encode(reader.decode(tensors, None, dtype)), tensors)
 
 
-@every_grid
-@every_format
-@every_shape
+@legal(storing, **STORED, shape=SHAPES)
 def test_layouts_foretell_what_is_stored(grid: Grid, format: Format, shape: tuple[int, int]) -> None:
-    if format.refuse(grid, shape):
-        return
     for dtype in DTYPES:
         tensors = format.encode(quantize("nearest", grid, shape, dtype))
         layout = format.layout(grid, shape, dtype)
@@ -125,11 +160,8 @@ def test_layouts_foretell_what_is_stored(grid: Grid, format: Format, shape: tupl
             assert (tuple(found.shape) == stored_shape) or (found.dim() == 1 and 0 < spare < 24), suffix
 
 
-@every_grid
-@every_format
+@legal(storing, **STORED)
 def test_formats_hold_an_order_or_refuse_it(grid: Grid, format: Format) -> None:
-    if format.refuse(grid, (32, 96)):
-        return
     q = ordered(quantize("nearest", grid, (32, 96)))
     if not format.holds_order:
         with pytest.raises(FormatError, match="cannot hold an activation order"):
@@ -140,11 +172,8 @@ def test_formats_hold_an_order_or_refuse_it(grid: Grid, format: Format) -> None:
     assert torch.equal(found.dequantize(), q.dequantize()) and same_tensors(format.encode(found), tensors)
 
 
-@every_grid
-@every_format
+@legal(storing, **STORED)
 def test_formats_are_recognized_and_refuse_each_other(grid: Grid, format: Format) -> None:
-    if format.refuse(grid, (32, 96)):
-        return
     tensors = format.encode(quantize("nearest", grid, (32, 96)))
     layer = "transformer.h.1.mlp.c_fc"
     names = [layer + suffix for suffix in tensors] + [f"{layer}.bias", "transformer.h.11.mlp.c_fc.weight"]
@@ -160,12 +189,9 @@ def test_formats_are_recognized_and_refuse_each_other(grid: Grid, format: Format
                 reading(other, Affine()).decode(tensors)
 
 
-@every_grid
-@every_format
+@legal(storing, **STORED)
 def test_damaged_tensors_are_refused(grid: Grid, format: Format) -> None:
     shape = (32, 96)
-    if format.refuse(grid, shape):
-        return
     tensors = format.encode(quantize("nearest", grid, shape))
     format = reading(format, grid)
     with pytest.raises(FormatError, match=r"stored weight is \[32, 96\], the model's is \[96, 32\]"):
@@ -191,20 +217,19 @@ def test_something_stores_and_something_runs_every_grid(grid: Grid) -> None:
             assert kernel.refuse(grid, shape, torch.device("cpu"), has_order) is None
 
 
-def runs(kernel: Kernel, grid: Grid, shape: tuple[int, int], device: str, has_order: bool = False) -> None:
-    if reason := kernel.refuse(grid, shape, torch.device(device), has_order):
-        pytest.skip(reason)
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=label)
+def test_kernels_run_some_weights_and_refuse_others_with_a_reason(kernel: Kernel) -> None:
+    axes = (GRIDS + VARIANTS, [kernel], SHAPES, DEVICES, [False, True])
+    reasons = {running(*values) for values in itertools.product(*axes)}
+    assert all(reason is None or (reason and "\n" not in reason) for reason in reasons)
+    if None not in reasons:
+        pytest.skip(f"{kernel.name} does not run on this machine: {', '.join(filter(None, reasons))}")
 
 
-@every_grid
-@every_kernel
-@every_shape
-@every_device
-@pytest.mark.parametrize("has_order", [False, True], ids=["", "ordered"])
+@legal(running, **RUN, shape=SHAPES, device=DEVICES, has_order=[False, True])
 def test_kernels_agree_with_double_precision(
     grid: Grid, kernel: Kernel, shape: tuple[int, int], device: str, has_order: bool
 ) -> None:
-    runs(kernel, grid, shape, device, has_order)
     q = quantize("nearest", grid, shape)
     q = (ordered(q) if has_order else q).to(device)
     bias = make_weight((1, shape[0]), torch.float16, "normal", 3)[0].to(device)
@@ -222,13 +247,8 @@ def test_kernels_agree_with_double_precision(
             assert ((y.double() - exact).abs() <= bound).all()
 
 
-@every_grid
-@every_kernel
-@every_shape
-@every_device
-@pytest.mark.parametrize("has_order", [False, True], ids=["", "ordered"])
+@legal(running, **RUN, shape=SHAPES, device=DEVICES, has_order=[False, True])
 def test_kernels_look_rows_up(grid: Grid, kernel: Kernel, shape: tuple[int, int], device: str, has_order: bool) -> None:
-    runs(kernel, grid, shape, device, has_order)
     q = quantize("nearest", grid, shape)
     q = (ordered(q) if has_order else q).to(device)
     state = kernel.pack(q)
@@ -241,12 +261,8 @@ def test_kernels_look_rows_up(grid: Grid, kernel: Kernel, shape: tuple[int, int]
             kernel.embedding(torch.tensor([outside], device=device), state, grid, shape, torch.float32)
 
 
-@every_grid
-@every_kernel
-@every_shape
-@every_device
+@legal(running, **RUN, shape=SHAPES, device=DEVICES)
 def test_layers_keep_every_bit(grid: Grid, kernel: Kernel, shape: tuple[int, int], device: str) -> None:
-    runs(kernel, grid, shape, device)
     q = quantize("nearest", grid, shape, torch.bfloat16).to(device)
     layer = QuantLinear(q, torch.ones(shape[0], device=device), kernel)
     for moved in (layer, layer.half(), layer.to(torch.float64), layer.to("cpu"), layer.to(device)):
@@ -258,10 +274,8 @@ def test_layers_keep_every_bit(grid: Grid, kernel: Kernel, shape: tuple[int, int
     assert again.quantized.equals(q)
 
 
-@every_grid
-@every_kernel
+@legal(running, **RUN)
 def test_gradients_flow_to_the_input(grid: Grid, kernel: Kernel) -> None:
-    runs(kernel, grid, (32, 96), "cpu")
     layer = QuantLinear(quantize("nearest", grid, (32, 96)), None, kernel)
     x = torch.randn(3, 96, requires_grad=True)
     layer(x).sum().backward()

@@ -9,11 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from switch import forced
+from switch import every_isa, forced
 from torch import Tensor
 from weights import make_weight
 
-from neoquant import native
 from neoquant.grids import BLOCK_SIZES, GROUP_SIZES, Affine, Codebook, Grid, Int8Rows
 from neoquant.kernels import Cpu, cpu
 from neoquant.native import products
@@ -23,7 +22,6 @@ from neoquant.tensor import QuantizedTensor
 
 CPU = torch.device("cpu")
 FEW, MANY = 1, 9  # rows of activations on either side of where the library takes another way
-every_isa = pytest.mark.parametrize("isa", native.ISAS)
 codebooks = st.builds(Codebook, st.sampled_from(["nf4", "fp4"]), st.sampled_from(BLOCK_SIZES), st.booleans())
 affine = st.builds(Affine, st.sampled_from([2, 3, 4, 8]), st.sampled_from(GROUP_SIZES), st.booleans())
 grids = st.one_of(codebooks, affine, st.just(Int8Rows()))

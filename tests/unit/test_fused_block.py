@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from switch import forced
+from switch import every_isa, forced
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -40,7 +40,6 @@ GRIDS = [
 ]
 LINEARS = [f"attn.attention.{name}_proj" for name in ("q", "k", "v", "out")] + ["mlp.c_fc", "mlp.c_proj"]
 needs_native = pytest.mark.skipif(native.active().library is None, reason=native.active().reason)
-every_isa = pytest.mark.parametrize("isa", native.ISAS)
 
 
 def make(grid: Grid = GRIDS[0], kernel: Kernel | None = None, stepping: bool = True, **asked: Any) -> GPTNeoModel:

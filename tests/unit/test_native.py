@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from switch import forced
+from switch import every_isa, forced
 from torch import Tensor
 from weights import make_weight, weights
 
@@ -26,8 +26,6 @@ from neoquant.native import loader
 REPOSITORY = Path(__file__).resolve().parents[2]
 codebooks = st.builds(Codebook, st.sampled_from(["nf4", "fp4"]), st.sampled_from(BLOCK_SIZES), st.booleans())
 any_threads = st.sampled_from([1, 2])
-
-every_isa = pytest.mark.parametrize("isa", native.ISAS)
 
 
 def nearest(grid: Grid, w: Tensor, isa: str, threads: int = 1) -> tuple[Tensor, Params]:

@@ -10,7 +10,7 @@ import torch
 from conftest import Cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from switch import forced
+from switch import every_isa, forced
 from torch import Tensor
 from weights import make_weight
 
@@ -25,7 +25,6 @@ from neoquant.quantizers import Nearest
 from neoquant.tensor import QuantizedTensor
 
 CPU = torch.device("cpu")
-every_isa = pytest.mark.parametrize("isa", native.ISAS)
 codebooks = st.builds(Codebook, st.sampled_from(["nf4", "fp4"]), st.sampled_from(BLOCK_SIZES), st.booleans())
 affine = st.builds(Affine, st.sampled_from([2, 3, 4, 8]), st.sampled_from(GROUP_SIZES), st.booleans())
 columns = st.one_of(st.integers(1, 200), st.sampled_from([32, 64, 96, 128, 192, 768, 1056, 2200]))
