@@ -27,7 +27,7 @@ from neoquant.formats.base import (
     require_tensor,
     shape_from_json,
 )
-from neoquant.grids import NESTED_BLOCK_SIZE, Codebook, Grid, Params, double_quant_table
+from neoquant.grids import NESTED_GROUP, Codebook, Grid, Params, double_quant_table
 from neoquant.tensor import QuantizedTensor
 
 STATE = ".weight.quant_state.bitsandbytes__"
@@ -152,15 +152,15 @@ def _state(grid: Codebook, shape: tuple[int, ...], dtype: torch.dtype, offset: f
         "shape": list(shape),
     }
     if offset is not None:
-        nested = {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32", "nested_offset": offset}
+        nested = {"nested_blocksize": NESTED_GROUP, "nested_dtype": "float32", "nested_offset": offset}
         state.update(nested)
     return state
 
 
 def _grid(state: dict[str, Any]) -> Codebook:
     nested = "nested_offset" in state
-    if nested and state.get("nested_blocksize") != NESTED_BLOCK_SIZE:
-        raise FormatError(f"nested_blocksize must be {NESTED_BLOCK_SIZE}, got {state.get('nested_blocksize')!r}")
+    if nested and state.get("nested_blocksize") != NESTED_GROUP:
+        raise FormatError(f"nested_blocksize must be {NESTED_GROUP}, got {state.get('nested_blocksize')!r}")
     if nested and not isinstance(state["nested_offset"], float):
         raise FormatError(f"nested_offset is a number, got {state['nested_offset']!r}")
     try:

@@ -1,6 +1,6 @@
 """Grids: where the values of a quantized weight may lie.
 
-    Grid
+    Grid            states its Decoding: how values follow from codes and parameters
     ├── Codebook    NF4 or FP4: 16 values times the absmax of a block, itself quantized or not (QLoRA, arXiv:2305.14314)
     ├── Int8Rows    256 even steps times the absmax of a row (LLM.int8(), arXiv:2208.07339)
     └── Affine      2 to 8 bits: even steps of a group's scale around the group's zero
@@ -21,15 +21,8 @@ from typing import Any
 from neoquant.errors import RequestError
 from neoquant.grids.affine import GROUP_SIZES, Affine
 from neoquant.grids.base import Columns, Grid, Params, ParamShapes
-from neoquant.grids.codebook import (
-    BLOCK_SIZES,
-    FP4,
-    NESTED_BLOCK_SIZE,
-    NF4,
-    Codebook,
-    double_quant_table,
-    load_bitsandbytes,
-)
+from neoquant.grids.codebook import BLOCK_SIZES, FP4, NF4, Codebook, double_quant_table, load_bitsandbytes
+from neoquant.grids.decoding import NESTED_GROUP, Decoding, Scale
 from neoquant.grids.int8 import Int8Rows
 
 GRIDS: dict[str, type[Grid]] = {"nf4": Codebook, "fp4": Codebook, "int8": Int8Rows, "affine": Affine}
@@ -39,15 +32,17 @@ __all__ = [
     "FP4",
     "GRIDS",
     "GROUP_SIZES",
-    "NESTED_BLOCK_SIZE",
+    "NESTED_GROUP",
     "NF4",
     "Affine",
     "Codebook",
     "Columns",
+    "Decoding",
     "Grid",
     "Int8Rows",
     "ParamShapes",
     "Params",
+    "Scale",
     "double_quant_table",
     "grid_from_dict",
     "legal_pairs",
@@ -73,9 +68,9 @@ def make_grid(bits: int, type: str, **fields: int | bool | None) -> Grid:
     given: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
     cls = GRIDS[type]
     if foreign := [name for name in given if name not in cls.options]:
-        has = f"its options are {' and '.join(cls.options)}" if cls.options else "it has one scale a row"
+        has = f"its options are {' and '.join(cls.options)}" if cls.options else "it has no options"
         raise RequestError(f"{type} does not know {' and '.join(foreign)}; {has}")
-    return grid_from_dict({"name": type, **({"bits": bits} if cls is Affine else {}), **given})
+    return grid_from_dict({"name": type, **({"bits": bits} if len(cls.legal_bits) > 1 else {}), **given})
 
 
 def grid_from_dict(described: dict[str, Any]) -> Grid:
@@ -86,6 +81,6 @@ def grid_from_dict(described: dict[str, Any]) -> Grid:
         raise RequestError(f"no grid is called {name!r}; there are {', '.join(GRIDS)}")
     cls = GRIDS[name]
     try:
-        return cls(kind=name, **fields) if cls is Codebook else cls(**fields)
+        return cls.from_fields(name, fields)
     except TypeError as error:
         raise RequestError(f"{name}: {', '.join(map(repr, fields))} are not its fields") from error

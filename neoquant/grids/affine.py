@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from neoquant.errors import FormatError, RequestError
 from neoquant.grids.base import TO_INTEGER, Columns, Grid, Params, ParamShapes, count_pieces, row_spans
+from neoquant.grids.decoding import Decoding, Scale
 from neoquant.native import rounding
 from neoquant.native.feedback import Levels
 
@@ -65,6 +67,12 @@ class Affine(Grid):
     def middle(self) -> int:
         """The zero of a symmetric grid."""
         return 1 << (self.bits - 1)
+
+    @cached_property
+    def decoding(self) -> Decoding:
+        group = None if self.group_size == -1 else self.group_size
+        zero = None if self.symmetric else "zero"
+        return Decoding(self.bits, Scale("scale"), group, zero=zero, middle=self.middle)
 
     def width(self, columns: int) -> int:
         """Columns of a whole group in a row of so many."""
@@ -117,20 +125,6 @@ class Affine(Grid):
                 steps = steps.add_(TO_INTEGER).sub_(TO_INTEGER).add_(zero[rows, at, None]).clamp_(0, self.top)
                 codes[rows, columns] = steps.to(torch.uint8).flatten(1)
         return codes
-
-    def decode(self, codes: Tensor, params: Params, dtype: torch.dtype = torch.float32) -> Tensor:
-        width = self.width(codes.shape[1])
-        out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-        scale, zero = self.scale_and_zero(params)
-        for rows in row_spans(codes):
-            for columns, groups in self._split(codes[rows], width):
-                at = slice(columns.start // width, count_pieces(columns.stop, width))
-                values = groups.float().sub_(zero[rows, at, None]).mul_(scale[rows, at, None])
-                out[rows, columns] = values.flatten(1).to(dtype)
-        return out
-
-    def decode_rows(self, codes: Tensor, params: Params, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.decode(codes, {name: param[rows] for name, param in params.items()}, dtype)
 
     def columns(self, params: Params, shape: tuple[int, int]) -> Columns:
         return _AffineColumns(self, params, shape)

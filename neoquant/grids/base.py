@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from neoquant.errors import FormatError
+from neoquant.grids.decoding import CHUNK, Decoding
 from neoquant.native.feedback import Levels
 
 Params = dict[str, Tensor]
 ParamShapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
-CHUNK = 7 * 4096  # weights handled at once: whole blocks of every size, in cache, and below what torch gives to threads
 TO_INTEGER = 1.5 * 2**23  # added and taken away, leaves the nearest integer (ties to even); torch.round starts threads
 
 
@@ -35,6 +35,11 @@ class Grid(ABC):
     @abstractmethod
     def name(self) -> str:
         """What a user calls it: a key of `GRIDS`."""
+
+    @property
+    @abstractmethod
+    def decoding(self) -> Decoding:
+        """How its values follow from codes and parameters: what kernels and JAX run it by."""
 
     @abstractmethod
     def param_shapes(self, shape: tuple[int, ...]) -> ParamShapes:
@@ -59,14 +64,14 @@ class Grid(ABC):
     def round(self, w: Tensor, params: Params) -> Tensor:
         """The codes, uint8[O, I], whose values under `params` are nearest to w[O, I]."""
 
-    @abstractmethod
     def decode(self, codes: Tensor, params: Params, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values of `codes`, uint8[O, I]: computed in float32, given as dtype[O, I]."""
+        return self.decoding.decode(codes, params, dtype)
 
-    @abstractmethod
     def decode_rows(self, codes: Tensor, params: Params, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Some rows only, bit for bit as `decode` gives them: `codes` uint8[N, I] are those of `rows`, int64[N]; N is
         not 0."""
+        return self.decoding.decode_rows(codes, params, rows, dtype)
 
     @abstractmethod
     def columns(self, params: Params, shape: tuple[int, int]) -> Columns:
@@ -93,9 +98,15 @@ class Grid(ABC):
 
     def describe(self) -> dict[str, Any]:
         """The grid as a JSON object, for headers and records; `grid_from_dict` is the inverse."""
-        fields: dict[str, Any] = asdict(self)  # type: ignore[call-overload]  # every concrete grid is a dataclass
-        fields.pop("kind", None)
-        return {"name": self.name, **fields}
+        return {"name": self.name, **asdict(self)}  # type: ignore[call-overload]  # every concrete grid is a dataclass
+
+    @classmethod
+    def from_fields(cls, name: str, fields: dict[str, Any]) -> Grid:
+        """The grid that `describe` says so of: its `name`, and the other fields.
+
+        Raises RequestError for an illegal value, TypeError for a field that it does not have.
+        """
+        return cls(**fields)
 
 
 class Columns(ABC):

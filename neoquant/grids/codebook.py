@@ -8,20 +8,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from types import ModuleType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from neoquant.errors import RequestError
 from neoquant.grids.base import Columns, Grid, Params, ParamShapes, count_pieces, require_finite, spans
+from neoquant.grids.decoding import NESTED_GROUP, Decoding, Scale, tensor_of
 from neoquant.native import rounding, team_size
 from neoquant.native.feedback import Levels
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-NESTED_BLOCK_SIZE = 256  # how many absmax share a scale under double quantization
 CELLS = 1024  # cells between 0 and 1 when the nearest value is looked up
 SEARCHED = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 1.04, 1.08)  # parts of the absmax that a scale search tries
 SUMMED_ALONE = 32768  # numbers that torch adds up on one thread
@@ -37,6 +37,7 @@ NF4 = (
 # A sign and three bits; the code is the bit pattern, so the values are not sorted, and zero has two codes.
 _FP4_HALF = tuple(value / 12 for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
 FP4 = (*_FP4_HALF, *(0.0 - value for value in _FP4_HALF))
+TABLES = {"nf4": NF4, "fp4": FP4}
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,24 @@ class Codebook(Grid):
 
     def table(self, device: torch.device | str = "cpu") -> Tensor:
         """The sixteen values by code, float32[16]."""
-        return codebook_table(self.kind, torch.device(device))
+        return tensor_of(TABLES[self.kind], torch.device(device))
 
-    def levels(self) -> tuple[Tensor, float]:
-        """The table in whole steps, for products in integers: int8[16], and the step; nearest in squared error."""
-        return _levels(self.kind)
+    @cached_property
+    def decoding(self) -> Decoding:
+        scale = Scale("absmax")
+        if self.double_quant:
+            table = tuple(double_quant_table(torch.device("cpu")).tolist())
+            scale = Scale("absmax", table=table, nested=("nested_absmax", "nested_offset"))
+        return Decoding(self.bits, scale, self.block_size, flat=True, table=TABLES[self.kind], zero_code=self.zero_code)
+
+    def describe(self) -> dict[str, Any]:
+        fields = super().describe()
+        del fields["kind"]  # which is its name
+        return fields
+
+    @classmethod
+    def from_fields(cls, name: str, fields: dict[str, Any]) -> Grid:
+        return cls(kind=name, **fields)
 
     def param_shapes(self, shape: tuple[int, ...]) -> ParamShapes:
         blocks = count_pieces(shape[0] * shape[1], self.block_size)
@@ -86,7 +100,7 @@ class Codebook(Grid):
             return {"absmax": (torch.float32, (blocks,))}
         return {
             "absmax": (torch.uint8, (blocks,)),
-            "nested_absmax": (torch.float32, (count_pieces(blocks, NESTED_BLOCK_SIZE),)),
+            "nested_absmax": (torch.float32, (count_pieces(blocks, NESTED_GROUP),)),
             "nested_offset": (torch.float32, ()),
         }
 
@@ -106,34 +120,9 @@ class Codebook(Grid):
     def round(self, w: Tensor, params: Params) -> Tensor:
         return self._codes(w, self.scales(params))
 
-    def decode(self, codes: Tensor, params: Params, dtype: torch.dtype = torch.float32) -> Tensor:
-        flat = codes.reshape(-1)
-        out = torch.empty(flat.numel(), dtype=dtype, device=codes.device)
-        absmax, table = self.scales(params), self.table(codes.device)
-        for span, blocks in self._spans(flat.numel()):
-            values = table.index_select(0, flat[span].int())
-            whole, rest = self._split(values)
-            whole.mul_(absmax[blocks][: len(whole), None])
-            rest.mul_(absmax[blocks][-1])
-            out[span] = values
-        return out.view(codes.shape)
-
-    def decode_rows(self, codes: Tensor, params: Params, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        columns = torch.arange(codes.shape[1], device=codes.device)
-        blocks = (rows[:, None] * codes.shape[1] + columns) // self.block_size  # they may cross rows
-        absmax = params["absmax"][blocks]
-        if self.double_quant:
-            absmax = double_quant_table(codes.device)[absmax.int()]
-            absmax = absmax.mul_(params["nested_absmax"][blocks // NESTED_BLOCK_SIZE]).add_(params["nested_offset"])
-        return self.table(codes.device)[codes.int()].mul_(absmax).to(dtype)
-
     def scales(self, params: Params) -> Tensor:
         """The absmax of every block as float32[blocks], double quantization undone."""
-        if not self.double_quant:
-            return params["absmax"]
-        coarse = params["nested_absmax"].repeat_interleave(NESTED_BLOCK_SIZE)[: params["absmax"].numel()]
-        table = double_quant_table(params["absmax"].device)
-        return table.index_select(0, params["absmax"].int()).mul_(coarse).add_(params["nested_offset"])
+        return self.decoding.scale.of(params)
 
     def _absmax(self, w: Tensor) -> Tensor:
         """The largest magnitude of every block, float32[blocks]."""
@@ -206,7 +195,7 @@ class Codebook(Grid):
         if rounding.refuse_nested(absmax) is None:
             stored, coarse = rounding.round_nested(absmax - offset, double_quant_table(absmax.device))
             return {"absmax": stored, "nested_absmax": coarse, "nested_offset": offset}
-        stored, state = load_bitsandbytes().functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
+        stored, state = load_bitsandbytes().functional.quantize_blockwise(absmax - offset, blocksize=NESTED_GROUP)
         return {"absmax": stored, "nested_absmax": state.absmax, "nested_offset": offset}
 
     def _spans(self, n: int) -> Iterator[tuple[slice, slice]]:
@@ -243,21 +232,6 @@ def load_bitsandbytes() -> ModuleType:
         logger.setLevel(level)
     module: ModuleType = bitsandbytes
     return module
-
-
-@cache
-def codebook_table(kind: str, device: torch.device) -> Tensor:
-    """The sixteen values of a codebook by code, float32[16]."""
-    return torch.tensor({"nf4": NF4, "fp4": FP4}[kind], dtype=torch.float32, device=device)
-
-
-@cache
-def _levels(kind: str) -> tuple[Tensor, float]:
-    table = codebook_table(kind, torch.device("cpu")).double()
-    steps = 1 / torch.linspace(64, 127, 64 * 63 + 1, dtype=torch.float64)  # 64 to 127 levels on either side, by 64ths
-    levels = (table / steps[:, None]).round()
-    best = (levels * steps[:, None] - table).square().sum(1).argmin()
-    return levels[best].to(torch.int8), float(steps[best])
 
 
 @cache
@@ -323,7 +297,7 @@ def nearest_codes(kind: str, scaled: Tensor) -> Tensor:
 @cache
 def _midpoints(kind: str) -> tuple[Tensor, Tensor]:
     """Midpoints between neighbouring values in rising order, float32[15], and the codes of the intervals, uint8[16]."""
-    values, order = codebook_table(kind, torch.device("cpu")).sort(stable=True)
+    values, order = tensor_of(TABLES[kind], torch.device("cpu")).sort(stable=True)
     return (values[:-1] + values[1:]) / 2, order.to(torch.uint8)
 
 

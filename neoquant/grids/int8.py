@@ -10,7 +10,10 @@ from torch import Tensor
 
 from neoquant.errors import FormatError
 from neoquant.grids.base import TO_INTEGER, Columns, Grid, Params, ParamShapes, require_finite, row_spans
+from neoquant.grids.decoding import Decoding, Scale
 from neoquant.native import rounding
+
+DECODING = Decoding(bits=8, scale=Scale("scb", factor=1.0 / 127.0), signed=True)
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,10 @@ class Int8Rows(Grid):
     @property
     def name(self) -> str:
         return "int8"
+
+    @property
+    def decoding(self) -> Decoding:
+        return DECODING
 
     def param_shapes(self, shape: tuple[int, ...]) -> ParamShapes:
         return {"scb": (torch.float32, (shape[0],))}
@@ -54,16 +61,6 @@ class Int8Rows(Grid):
             steps.nan_to_num_(0).clamp_(-127, 127)  # an all-zero row gives 0 * inf
             codes[rows] = steps.add_(TO_INTEGER).sub_(TO_INTEGER)
         return codes.view(torch.uint8)
-
-    def decode(self, codes: Tensor, params: Params, dtype: torch.dtype = torch.float32) -> Tensor:
-        out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-        step = params["scb"][:, None] * (1.0 / 127.0)
-        for rows in row_spans(codes):
-            out[rows] = codes[rows].view(torch.int8) * step[rows]
-        return out
-
-    def decode_rows(self, codes: Tensor, params: Params, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.decode(codes, {"scb": params["scb"][rows]}, dtype)
 
     def columns(self, params: Params, shape: tuple[int, int]) -> Columns:
         return _Int8Columns(self, params, shape)

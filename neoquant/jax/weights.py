@@ -1,6 +1,6 @@
 """Weights of a layer as JAX holds them: plain, or quantized in bytes and decoded where they are used.
 
-The arithmetic of `neoquant.grids`, which is the definition; a test holds the one to the other.
+The arithmetic of `neoquant.grids.Decoding`, which is the definition; a test holds the one to the other.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from flax import nnx
 from torch import Tensor
 
 from neoquant import packing
-from neoquant.errors import FormatError
-from neoquant.grids import NESTED_BLOCK_SIZE, Affine, Codebook, Int8Rows, double_quant_table
+from neoquant.grids import NESTED_GROUP, Scale
 from neoquant.tensor import QuantizedTensor
 
 PRECISION = jax.lax.Precision.HIGHEST  # float32 is multiplied as float32 also where a processor would rather not
@@ -55,44 +54,53 @@ class Weight(nnx.Module):
         self.codes = Packed(to_jax(packed))
         for name, param in q.params.items():
             setattr(self, name, Packed(to_jax(param)))
-        if isinstance(q.grid, Codebook):
-            self.table = Packed(to_jax(q.grid.table()))
-            if q.grid.double_quant:
-                self.nested_table = Packed(to_jax(double_quant_table(torch.device("cpu"))))
+        decoding = q.grid.decoding
+        if decoding.table is not None:
+            self.table = Packed(jnp.array(decoding.table, dtype=jnp.float32))
+        if decoding.scale.table is not None:
+            self.scale_table = Packed(jnp.array(decoding.scale.table, dtype=jnp.float32))
         if q.order is not None:
             self.inverse = Packed(to_jax(q.order.long().argsort().int()))
 
     def _decode(self, ids: Any | None) -> Any:
         """float32[..., I], columns as they are stored."""
-        grid, (rows, columns) = self.grid, self.shape
+        grid, columns = self.grid, self.shape[1]
         assert grid is not None
-        at = slice(None) if ids is None else ids
+        decoding, at = grid.decoding, slice(None) if ids is None else ids
         codes = unpack(self.codes[...][at], grid.bits, columns)
-        if isinstance(grid, Int8Rows):
-            step = self.scb[...][at] * (1.0 / 127.0)
-            return jax.lax.bitcast_convert_type(codes, jnp.int8) * step[..., None]
-        if isinstance(grid, Affine):
-            width = grid.width(columns)
-            scale = _spread(self.scale[...][at].astype(jnp.float32), width, columns)
-            zero = grid.middle if grid.symmetric else _spread(self.zero[...][at], width, columns)
-            return (codes.astype(jnp.float32) - zero) * scale
-        if isinstance(grid, Codebook):
-            absmax = self._absmax(grid)
-            if columns % grid.block_size == 0:  # no block crosses rows
-                scale = _spread(absmax.reshape(rows, -1)[at], grid.block_size, columns)
-            else:
-                row = jnp.arange(rows) if ids is None else ids
-                scale = absmax[(row[..., None] * columns + jnp.arange(columns)) // grid.block_size]
-            return self.table[...][codes.astype(jnp.int32)] * scale
-        raise FormatError(f"no decoder for {grid.name} in JAX")
+        if decoding.table is not None:
+            numbers = self.table[...][codes.astype(jnp.int32)]
+        elif decoding.signed:
+            numbers = jax.lax.bitcast_convert_type(codes, jnp.int8)
+        else:
+            numbers = codes.astype(jnp.float32)
+        if decoding.zero is not None:
+            numbers = numbers - self._spread(getattr(self, decoding.zero)[...], ids)
+        elif decoding.middle:
+            numbers = numbers - decoding.middle
+        return numbers * self._spread(self._scales(decoding.scale), ids)
 
-    def _absmax(self, grid: Codebook) -> Any:
-        """The scale of every block, float32[blocks]."""
-        absmax = self.absmax[...]
-        if not grid.double_quant:
-            return absmax
-        coarse = jnp.repeat(self.nested_absmax[...], NESTED_BLOCK_SIZE)[: absmax.shape[0]]
-        return self.nested_table[...][absmax.astype(jnp.int32)] * coarse + self.nested_offset[...]
+    def _scales(self, scale: Scale) -> Any:
+        """The scale of every group, float32."""
+        stored = getattr(self, scale.param)[...]
+        if scale.table is None:
+            return stored.astype(jnp.float32) * scale.factor
+        values = self.scale_table[...][stored.astype(jnp.int32)]
+        if scale.nested is None:
+            return values
+        coarse, offset = (getattr(self, name)[...] for name in scale.nested)
+        return values * jnp.repeat(coarse, NESTED_GROUP)[: values.size] + offset
+
+    def _spread(self, of_groups: Any, ids: Any | None) -> Any:
+        """What belongs to a group, for each of its weights in the rows `ids[...]` (None: all): [..., I]."""
+        assert self.grid is not None
+        (rows, columns), decoding = self.shape, self.grid.decoding
+        width = decoding.width(columns)
+        if decoding.flat and columns % width:  # blocks cross rows
+            row = jnp.arange(rows) if ids is None else ids
+            return of_groups[(row[..., None] * columns + jnp.arange(columns)) // width]
+        of_rows = of_groups.reshape(rows, -1)
+        return jnp.repeat(of_rows if ids is None else of_rows[ids], width, axis=-1)[..., :columns]
 
 
 class Linear(nnx.Module):
@@ -139,8 +147,3 @@ def to_jax(tensor: Tensor, dtype: Any | None = None) -> Any:
     if tensor.dtype == torch.bfloat16:  # numpy has none; every value is a float32
         tensor, dtype = tensor.float(), jnp.bfloat16 if dtype is None else dtype
     return jnp.array(tensor.contiguous().numpy(), dtype=dtype)
-
-
-def _spread(of_groups: Any, width: int, columns: int) -> Any:
-    """[..., G] -> [..., I]: what belongs to a group, for each of its columns."""
-    return jnp.repeat(of_groups, width, axis=-1)[..., :columns]

@@ -1,4 +1,4 @@
-"""The native library's kernels, for every grid, on CPUs.
+"""The native library's kernels, for every grid whose `Decoding` fits them, on CPUs.
 
 Few rows of activations (generating) are multiplied with the packed weight as it lies: every byte of it is read once.
 For many rows (prefill, evaluation) it is decoded piece by piece into the processor's cache. Both compute in float32,
@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from neoquant import native, packing
-from neoquant.grids import Affine, Codebook, Grid, Int8Rows, double_quant_table
+from neoquant import native
+from neoquant.grids import Grid
 from neoquant.kernels.base import Kernel, State, require_ids
+from neoquant.kernels.native_weight import native_weight, pack_codes, refuse, unpack_codes
 from neoquant.native import products
 from neoquant.tensor import QuantizedTensor
 
@@ -23,45 +24,32 @@ PIECE = 1 << 20  # weights decoded at once for what the library does not multipl
 
 
 class Cpu(Kernel):
-    """State: `packed` (NF4 and FP4: two codes a byte, high half first; affine: low bits first, rows on bytes) or
-    `codes` (int8), parameters, `order`."""
+    """State: the codes as `native_weight` packs them, parameters, `order` where there is one."""
 
     name: ClassVar[str] = "cpu"
 
     def refuse(self, grid: Grid, shape: tuple[int, ...], device: torch.device, ordered: bool = False) -> str | None:
-        if not isinstance(grid, Codebook | Int8Rows | Affine):
-            return f"the native library knows nf4, fp4, int8 and affine, not {grid.name}"
         if device.type != "cpu":
             return f"the native library runs on the CPU, not on {device.type}"
         active = native.active()
-        return active.reason if active.library is None else None
+        return active.reason if active.library is None else refuse(grid, shape)
 
     def pack(self, q: QuantizedTensor) -> State:
-        state = dict(q.params) if q.order is None else {**q.params, "order": q.order}
-        if isinstance(q.grid, Codebook):
-            return {"packed": packing.pack_nibbles(q.codes.reshape(-1), pad=q.grid.zero_code), **state}
-        if isinstance(q.grid, Affine):
-            return {"packed": packing.pack(q.codes, q.grid.bits), **state}
-        return {"codes": q.codes.contiguous().view(torch.int8), **state}
+        state = {**pack_codes(q.codes, q.grid), **q.params}
+        return state if q.order is None else {**state, "order": q.order}
 
     def unpack(self, state: State, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype) -> QuantizedTensor:
-        if isinstance(grid, Codebook):
-            codes = packing.unpack_nibbles(state["packed"], shape[0] * shape[1]).view(shape)
-        elif isinstance(grid, Affine):
-            codes = packing.unpack(state["packed"], grid.bits, shape[1])
-        else:
-            codes = state["codes"].view(torch.uint8)
         params = {name: state[name] for name in grid.param_shapes(shape)}
-        return QuantizedTensor(codes, grid, params, state.get("order"), dtype)
+        return QuantizedTensor(unpack_codes(state, grid, shape), grid, params, state.get("order"), dtype)
 
     def native(self, state: State, grid: Grid, shape: tuple[int, ...]) -> products.Weight:
         """The weight as the library sees it; it must not have an activation order."""
-        return _weight(state, grid, shape)
+        return native_weight(state, grid, shape)
 
     def linear(self, x: Tensor, state: State, grid: Grid, shape: tuple[int, ...], bias: Tensor | None) -> Tensor:
         if "order" in state:
             x = x.index_select(-1, state["order"])
-        w = _weight(state, grid, shape)
+        w = native_weight(state, grid, shape)
         rows = x.reshape(-1, shape[1])
         if torch.is_grad_enabled() and x.requires_grad:
             y: Tensor = _Product.apply(rows, w, bias, self._product)  # type: ignore[no-untyped-call]
@@ -71,7 +59,7 @@ class Cpu(Kernel):
 
     def embedding(self, ids: Tensor, state: State, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         require_ids(ids, shape[0])
-        rows = products.decode_rows(_weight(state, grid, shape), ids.reshape(-1))
+        rows = products.decode_rows(native_weight(state, grid, shape), ids.reshape(-1))
         if "order" in state:
             rows = torch.empty_like(rows).index_copy_(1, state["order"].long(), rows)
         return rows.to(dtype).view(*ids.shape, shape[1])
@@ -103,18 +91,6 @@ class _Product(torch.autograd.Function):
         return total, None, None, None
 
 
-def _weight(state: State, grid: Grid, shape: tuple[int, ...]) -> products.Weight:
-    if isinstance(grid, Affine):
-        group = None if grid.width(shape[1]) == shape[1] else grid.group_size
-        return products.affine(state["packed"], state["scale"], state.get("zero"), grid.bits, group, shape)
-    if not isinstance(grid, Codebook):
-        return products.int8_rows(state["codes"], state["scb"], shape)
-    nested = (state["nested_absmax"], double_quant_table(_CPU), state["nested_offset"]) if grid.double_quant else None
-    return products.codebook(
-        state["packed"], grid.table(_CPU), state["absmax"], nested, grid.block_size, shape, *grid.levels()
-    )
-
-
 def _pieces(w: products.Weight, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
     """The weight's rows, dtype[n, I], piece by piece, each with the number of its first row; one buffer for all."""
     step = max(1, min(w.rows, PIECE // w.columns))
@@ -123,6 +99,3 @@ def _pieces(w: products.Weight, dtype: torch.dtype) -> Iterator[tuple[int, Tenso
         piece = buffer[: min(step, w.rows - start)]
         products.decode(w, start, piece)
         yield start, piece.to(dtype)
-
-
-_CPU = torch.device("cpu")

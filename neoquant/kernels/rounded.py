@@ -2,8 +2,9 @@
 
 A row of activations is cut into runs of inputs, each of which is rounded to whole steps of a scale of its own, its
 largest magnitude / 127. A run is as long as what shares a scale in every row of the weight, at most 128 inputs: an
-outlier spoils its own run only. NF4 and FP4 values are rounded to whole steps too (`Codebook.levels`), which moves them
-by at most 0.004 of a block's absmax. So sums within a run are sums of integers, the same on every machine.
+outlier spoils its own run only. Values of a table are rounded to whole steps too (`Decoding.levels`), which moves those
+of NF4 and FP4 by at most 0.004 of a block's absmax. So sums within a run are sums of integers, the same on every
+machine.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from neoquant import packing
-from neoquant.grids import Affine, Codebook, Grid
+from neoquant.grids import Grid
 from neoquant.kernels.base import State
 from neoquant.kernels.cpu import Cpu
 from neoquant.kernels.reference import Reference
@@ -31,7 +32,7 @@ class CpuInt8(Cpu):
     activations: ClassVar[str] = "int8"
 
     def refuse(self, grid: Grid, shape: tuple[int, ...], device: torch.device, ordered: bool = False) -> str | None:
-        if isinstance(grid, Codebook) and shape[1] % 8:
+        if grid.decoding.table is not None and shape[1] % 8:
             return f"the native library multiplies integers in eights, not rows of {shape[1]} {grid.name} codes"
         return super().refuse(grid, shape, device, ordered)
 
@@ -50,24 +51,15 @@ class ReferenceInt8(Reference):
             x = x.index_select(-1, state["order"])
         rounded = round_activations(x.detach().float(), run_length(grid, shape[1]))
         values = x.float() + (rounded - x.float()).detach()  # gradients pass as if nothing were rounded
-        leveled = _Leveled(grid.kind, grid.block_size, grid.double_quant) if isinstance(grid, Codebook) else grid
-        w = leveled.decode(packing.unpack(state["codes"], grid.bits, shape[1]), state)
+        w = grid.decoding.decode(packing.unpack(state["codes"], grid.bits, shape[1]), state, whole_steps=True)
         return torch.nn.functional.linear(values, w, None if bias is None else bias.float()).to(x.dtype)
-
-
-class _Leveled(Codebook):
-    """A codebook with its values in whole steps."""
-
-    def table(self, device: torch.device | str = "cpu") -> Tensor:
-        levels, step = self.levels()
-        return levels.to(device).float() * step
 
 
 def run_length(grid: Grid, columns: int) -> int:
     """Activations that share a scale before a weight with so many columns."""
-    if isinstance(grid, Codebook):  # blocks may cross rows: what lies in one block in every row
-        return next(n for n in (128, 64, 32, 16, 8, 4, 2, 1) if n <= grid.block_size and columns % n == 0)
-    width = grid.width(columns) if isinstance(grid, Affine) else columns
+    width = grid.decoding.width(columns)
+    if grid.decoding.flat:  # blocks may cross rows: what lies in one block in every row
+        return next(n for n in (128, 64, 32, 16, 8, 4, 2, 1) if width % n == 0 and columns % n == 0)
     return LONGEST_RUN if width == columns else min(width, LONGEST_RUN)
 
 

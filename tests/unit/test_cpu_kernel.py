@@ -15,6 +15,7 @@ from weights import make_weight
 
 from neoquant.grids import BLOCK_SIZES, GROUP_SIZES, Affine, Codebook, Grid, Int8Rows
 from neoquant.kernels import Cpu, cpu
+from neoquant.kernels.native_weight import native_weight
 from neoquant.native import products
 from neoquant.nn.linear import QuantLinear
 from neoquant.quantizers import Nearest
@@ -86,7 +87,7 @@ def test_decoding_gives_the_grid_s_values(isa: str, grid: Grid, rows: int, colum
     with forced(isa, threads):
         q = Nearest().quantize(make_weight((rows, columns), torch.float32, "normal"), grid)
         w, state = torch.full((rows, columns), torch.nan), Cpu().pack(q)
-        for start, piece in cpu._pieces(cpu._weight(state, grid, q.shape), torch.float32):
+        for start, piece in cpu._pieces(native_weight(state, grid, q.shape), torch.float32):
             w[start : start + len(piece)] = piece
         assert torch.equal(w, q.dequantize(torch.float32))
 

@@ -15,7 +15,8 @@ from weights import make_weight
 
 from neoquant import native
 from neoquant.grids import Affine, Codebook, Int8Rows
-from neoquant.kernels import Cpu, ReferenceInt8, cpu
+from neoquant.kernels import Cpu, ReferenceInt8
+from neoquant.kernels.native_weight import native_weight
 from neoquant.native import products
 from neoquant.quantizers import Nearest
 
@@ -78,7 +79,7 @@ def test_products_on_aarch64(driver: list[str], isa: str, int8: bool) -> None:
         q = Nearest().quantize(make_weight(shape, torch.float16, "normal"), grid)
         x = make_weight((count, shape[1]), torch.float32, "normal", 2)
         bias = torch.linspace(-1, 1, shape[0])
-        sent += message(isa, int8, x, cpu._weight(Cpu().pack(q), grid, shape), bias)
+        sent += message(isa, int8, x, native_weight(Cpu().pack(q), grid, shape), bias)
         cases.append((q, x, bias))
     done = subprocess.run(driver, input=sent, stdout=subprocess.PIPE, check=True)
     answer = torch.frombuffer(bytearray(done.stdout), dtype=torch.float32)

@@ -1,0 +1,163 @@
+"""How the native library sees a weight: by what its grid's `Decoding` states, worked out once for each grid and shape.
+
+The library multiplies with three kinds of weights (native/weight.h):
+
+    codebook    16 numbers by code, two codes a byte, high half first; a float32 scale, or a byte looked up, for each
+                block of the flattened weight
+    int8        signed bytes, a float32 scale / 127 for each row
+    affine      integers of 2, 3, 4 or 8 bits, low bits first, rows on bytes; a float16 scale for each group of a row,
+                and a zero, or none beside the middle
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from neoquant import packing
+from neoquant.errors import FormatError
+from neoquant.grids import NESTED_GROUP, Decoding, Grid
+from neoquant.grids.decoding import tensor_of
+from neoquant.kernels.base import State
+from neoquant.native import products
+
+SHORTEST_BLOCK, SHORTEST_GROUP = 32, 16
+_CPU = torch.device("cpu")
+
+
+class _Arrangement(NamedTuple):
+    """`codes`: the name that they have in the state. `nibbles`: two a byte over the flattened weight."""
+
+    codes: str
+    nibbles: bool
+    weight: Callable[[State], products.Weight]
+
+
+def refuse(grid: Grid, shape: tuple[int, ...]) -> str | None:
+    """Why the library cannot hold a weight [O, I] on `grid`, or None."""
+    found = _arrange(grid, shape)
+    return found if isinstance(found, str) else None
+
+
+def pack_codes(codes: Tensor, grid: Grid) -> State:
+    """The codes uint8[O, I] as the library reads them, under their name in the state."""
+    arrangement = _require(grid, tuple(codes.shape))
+    if arrangement.nibbles:
+        return {arrangement.codes: packing.pack_nibbles(codes.reshape(-1), pad=grid.decoding.zero_code)}
+    packed = packing.pack(codes, grid.bits)
+    return {arrangement.codes: packed.view(torch.int8) if grid.decoding.signed else packed}
+
+
+def unpack_codes(state: State, grid: Grid, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `pack_codes`: uint8[O, I]."""
+    arrangement = _require(grid, shape)
+    packed = state[arrangement.codes].view(torch.uint8)
+    if arrangement.nibbles:
+        return packing.unpack_nibbles(packed, shape[0] * shape[1]).view(shape)
+    return packing.unpack(packed, grid.bits, shape[1])
+
+
+def native_weight(state: State, grid: Grid, shape: tuple[int, ...]) -> products.Weight:
+    """The weight of a state, without its activation order."""
+    return _require(grid, shape).weight(state)
+
+
+def _require(grid: Grid, shape: tuple[int, ...]) -> _Arrangement:
+    found = _arrange(grid, shape)
+    if isinstance(found, str):
+        raise FormatError(found)
+    return found
+
+
+@lru_cache(maxsize=1 << 12)
+def _arrange(grid: Grid, shape: tuple[int, ...]) -> _Arrangement | str:
+    """How the library runs a grid, or why it does not."""
+    decoding = grid.decoding
+    dtype, size = grid.param_shapes(shape)[decoding.scale.param]
+    if decoding.table is not None:
+        reason = _refuse_codebook(decoding, dtype, shape)
+        made = None if reason else _Arrangement("packed", True, _codebook(decoding, shape, size))
+    elif decoding.signed:
+        reason = _refuse_int8(decoding, dtype)
+        made = None if reason else _Arrangement("codes", False, _int8(decoding, shape))
+    else:
+        reason = _refuse_affine(decoding, dtype, shape)
+        made = None if reason else _Arrangement("packed", False, _affine(decoding, shape))
+    return made if made is not None else f"the native library does not run {grid.name}: {reason}"
+
+
+def _refuse_codebook(decoding: Decoding, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
+    width, scale = decoding.width(shape[1]), decoding.scale
+    if decoding.bits != 4 or decoding.zero is not None:
+        return "codebooks have 16 values and no zeros"
+    if width & (width - 1) or width < SHORTEST_BLOCK:
+        return f"blocks are powers of two from {SHORTEST_BLOCK} on, not {width}"
+    if not decoding.flat and shape[1] % width:
+        return f"blocks run through the flattened weight, and {width} does not divide rows of {shape[1]}"
+    if scale.factor != 1 or dtype != (torch.float32 if scale.table is None else torch.uint8):
+        return f"scales of blocks are float32, or bytes with a table, not {dtype}"
+    return None
+
+
+def _refuse_int8(decoding: Decoding, dtype: torch.dtype) -> str | None:
+    scale = decoding.scale
+    if decoding.bits != 8 or decoding.group is not None or decoding.zero is not None:
+        return "signed integers have 8 bits, one scale a row and no zeros"
+    if dtype != torch.float32 or scale.factor != 1 / 127 or scale.table is not None:
+        return "scales of signed integers are float32, over 127"
+    return None
+
+
+def _refuse_affine(decoding: Decoding, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
+    width = decoding.width(shape[1])
+    if decoding.flat or decoding.bits not in (2, 3, 4, 8):
+        return "integers have 2, 3, 4 or 8 bits, in groups of a row"
+    if width < shape[1] and (width & (width - 1) or width < SHORTEST_GROUP):
+        return f"groups are powers of two from {SHORTEST_GROUP} on, not {width}"
+    if dtype != torch.float16 or decoding.scale.factor != 1 or decoding.scale.table is not None:
+        return f"scales of groups are float16, not {dtype}"
+    if decoding.zero is None and decoding.middle != 1 << (decoding.bits - 1):
+        return f"without zeros, the zero is the middle code, not {decoding.middle}"
+    return None
+
+
+def _codebook(
+    decoding: Decoding, shape: tuple[int, ...], scales: tuple[int, ...]
+) -> Callable[[State], products.Weight]:
+    assert decoding.table is not None
+    table, (levels, step) = tensor_of(decoding.table, _CPU), decoding.levels()
+    scale, width = decoding.scale, decoding.width(shape[1])
+    if scale.table is None:
+        return lambda state: products.codebook(
+            state["packed"], table, state[scale.param], None, width, shape, levels, step
+        )
+    values = tensor_of(scale.table, _CPU)
+    if scale.nested is not None:
+        coarse, offset = scale.nested
+        return lambda state: products.codebook(
+            state["packed"], table, state[scale.param], (state[coarse], values, state[offset]), width, shape, levels,
+            step,
+        )  # fmt: skip
+    # the library looks bytes up under double quantization alone: with scales of one and no offset it is the same
+    blocks = torch.Size(scales).numel()
+    nested = (torch.ones(-(blocks // -NESTED_GROUP)), values, torch.zeros(()))
+    return lambda state: products.codebook(
+        state["packed"], table, state[scale.param], nested, width, shape, levels, step
+    )
+
+
+def _int8(decoding: Decoding, shape: tuple[int, ...]) -> Callable[[State], products.Weight]:
+    scale = decoding.scale.param
+    return lambda state: products.int8_rows(state["codes"], state[scale], shape)
+
+
+def _affine(decoding: Decoding, shape: tuple[int, ...]) -> Callable[[State], products.Weight]:
+    scale, zero, bits, width = decoding.scale.param, decoding.zero, decoding.bits, decoding.width(shape[1])
+    group = None if width == shape[1] else width
+    return lambda state: products.affine(
+        state["packed"], state[scale], None if zero is None else state[zero], bits, group, shape
+    )
