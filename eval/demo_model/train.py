@@ -202,6 +202,8 @@ def export(work: Path, out: Path) -> None:
         "bos_token": END_OF_TEXT,
         "eos_token": END_OF_TEXT,
         "model_max_length": CONFIG.max_position_embeddings,
+        # transformers 4 adds token_type_ids where a fast tokenizer is silent, and GPT-Neo would add their embeddings.
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     (out / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n", "utf-8")
     generation_config = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}

@@ -105,7 +105,7 @@ def load_calibration(
     end = tokenizer.eos_token_id
     if end is None:
         raise RequestError("the tokenizer names no end of text, which stands between documents")
-    encoded = [tokenizer.encode(text) for text in texts]
+    encoded = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     ids = draw(encoded, end, rows, length, seed)
     fingerprints = dict.fromkeys(documents[number].fingerprint for number in drawn_from(encoded, rows, length, seed))
     name = Path(found.name).name if isinstance(suite.data, FileData) else found.name

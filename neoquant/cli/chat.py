@@ -175,7 +175,7 @@ class _Chat:
         from neoquant.generation.generate import TextStream, ends_with, stream
 
         context = self.network.config.max_position_embeddings
-        ids = self.tokenizer.encode(self.text + typed) or [self.tokenizer.bos_token_id]
+        ids = self.tokenizer.prompt_ids(self.text + typed)
         room = context - self.longest
         if len(ids) > room:
             self.terminal.note(f"the text has {len(ids)} tokens: the first {len(ids) - room} are out of sight now")

@@ -129,7 +129,7 @@ def generate(
         seed=seed,
         eos_token_ids=eos_ids(network),
     )
-    ids = tokenizer.encode(text) or [tokenizer.bos_token_id]
+    ids = tokenizer.prompt_ids(text)
     if max_new_tokens is None:
         max_new_tokens = max(1, min(DEFAULT_TOKENS, network.config.max_position_embeddings - len(ids)))
     check_room(network, len(ids), max_new_tokens)  # before the prompt is printed

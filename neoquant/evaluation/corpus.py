@@ -22,11 +22,11 @@ from neoquant.progress import Progress
 class Tokenizer(Protocol):
     """What the evaluation needs of a tokenizer."""
 
-    sha256: str
-
+    @property
+    def sha256(self) -> str: ...
     @property
     def eos_token_id(self) -> int | None: ...
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
     def decode(self, ids: list[int]) -> str: ...
 
 
@@ -184,7 +184,7 @@ def _by_document(documents: Iterable[Document], tokenizer: Tokenizer, context: i
         )
     units, windows = [], []
     for number, document in enumerate(documents):
-        ids = torch.tensor([start, *tokenizer.encode(document.text)], dtype=torch.int32)
+        ids = torch.tensor([start, *tokenizer.encode(document.text, add_special_tokens=False)], dtype=torch.int32)
         original = document.text if document.original is None else document.original
         words = len(re.split(r"\s+", original))
         units.append(Unit(document.id, document.subset, len(ids) - 1, len(original.encode()), words))
@@ -197,8 +197,8 @@ def _by_last_word(documents: Iterable[Document], tokenizer: Tokenizer, context: 
     units, windows = [], []
     for number, document in enumerate(documents):
         passage, word = last_word(document)
-        before = tokenizer.encode(passage)
-        ids = tokenizer.encode(passage + word)
+        before = tokenizer.encode(passage, add_special_tokens=False)
+        ids = tokenizer.encode(passage + word, add_special_tokens=False)
         scored = len(ids) - len(before)
         if not before and tokenizer.eos_token_id is not None:
             ids = [tokenizer.eos_token_id, *ids]
@@ -217,7 +217,7 @@ def _by_subset(
     notes: list[str] = []
     for subset in dict.fromkeys(document.subset for document in documents):
         text = "\n\n".join(document.text for document in documents if document.subset == subset)
-        ids = tokenizer.encode(text)
+        ids = tokenizer.encode(text, add_special_tokens=False)
         spans = list(_spans(len(ids), suite))
         offsets = byte_offsets(text, ids, (e for s in spans for e in (s.end - s.scored, s.end)), tokenizer.decode)
         tensor = torch.tensor(ids, dtype=torch.int32)

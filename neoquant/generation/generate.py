@@ -254,7 +254,7 @@ class TextStreamer:
 
     def __init__(self, tokenizer: Tokenizer, skip_prompt: bool = False, *, skip_special_tokens: bool = False) -> None:
         self._skip_prompt, self._skip_special = skip_prompt, skip_special_tokens
-        self._special = tokenizer.eos_token_id
+        self._special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._text = TextStream(tokenizer, lambda text: print(text, end="", flush=True))
         self._prompt_comes = True
 
@@ -265,7 +265,7 @@ class TextStreamer:
         skipped = self._prompt_comes and self._skip_prompt
         self._prompt_comes = False
         for token in [] if skipped else value.flatten().tolist():
-            if not (self._skip_special and token == self._special):
+            if not (self._skip_special and token in self._special):
                 self._text.put(token)
 
     def end(self) -> None:
@@ -293,7 +293,7 @@ def generate_text(
     on_text: Callable[[str], object] | None = None,
 ) -> str:
     """The continuation of `prompt`, without the prompt and the end-of-text token; `on_text` gets it piece by piece."""
-    ids = tokenizer.encode(prompt) or [tokenizer.bos_token_id]
+    ids = tokenizer.prompt_ids(prompt)
     sampling = sampling or Sampling(eos_token_ids=eos_ids(model))
     pieces: list[str] = []
 

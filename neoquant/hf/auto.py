@@ -85,6 +85,9 @@ class AutoTokenizer:
     """Reads tokenizers."""
 
     @staticmethod
-    def from_pretrained(source: str | Path, *, revision: str | None = None) -> Tokenizer:
-        """The tokenizer of a folder or hub id. Raises CheckpointError where there is none, or HubError."""
-        return Tokenizer.from_pretrained(source, revision=revision)
+    def from_pretrained(source: str | Path, *, revision: str | None = None, **settings: Any) -> Tokenizer:
+        """The tokenizer of a folder or hub id; `settings` (`pad_token`, `padding_side`, ...) come before its files'.
+
+        Raises CheckpointError where there is none, HubError, or RequestError for a setting that there is not.
+        """
+        return Tokenizer.from_pretrained(source, revision=revision, **settings)

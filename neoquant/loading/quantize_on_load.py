@@ -147,7 +147,9 @@ def _calibration(checkpoint: Checkpoint, config: GPTQConfig, progress: Progress)
     if isinstance(config.dataset, str):
         return load_calibration(config.dataset, tokenizer, length=length, progress=progress)
     texts = config.dataset or []
-    encoded = [tokenizer.encode(text) for text in texts]
+    if tokenizer.eos_token_id is None:
+        raise RequestError("the tokenizer names no end of text, which stands between the texts of the dataset")
+    encoded = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     total = sum(len(ids) + 1 for ids in encoded)
     length = max(1, min(length, total))
     ids = draw(encoded, tokenizer.eos_token_id, min(ROWS, max(1, total // length)), length, seed=0)

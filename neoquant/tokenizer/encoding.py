@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from typing_extensions import Self
 
 from neoquant.errors import RequestError
+from neoquant.tokenizer.settings import NO_LIMIT, require_side
+
+if TYPE_CHECKING:
+    import tokenizers
 
 TENSORS = ("pt", "np")
-SIDES = ("left", "right")
+# What stands on padding, by column.
+FILLERS: dict[str, Any] = {
+    "attention_mask": 0,
+    "token_type_ids": 0,
+    "special_tokens_mask": 1,
+    "offset_mapping": (0, 0),
+}
+_PADDING = (False, "do_not_pad", True, "longest", "max_length")
+_STRATEGIES = ("longest_first", "only_first", "only_second")
+_TRUNCATION = (None, False, "do_not_truncate", True, *_STRATEGIES)
 
 
 class BatchEncoding(dict[str, Any]):
@@ -34,10 +48,85 @@ class BatchEncoding(dict[str, Any]):
         return self
 
 
+class Lengths(NamedTuple):
+    """How texts are truncated and padded.
+
+    Attributes:
+        strategy: which text of a pair is truncated; None for neither.
+        truncated: tokens that are left, special tokens included.
+        padded: "longest" to the longest text, a number to that many tokens; None for no padding.
+        multiple: padded lengths are multiples of it.
+    """
+
+    strategy: str | None
+    truncated: int
+    padded: str | int | None
+    multiple: int | None
+
+
+def lengths(
+    padding: bool | str, truncation: bool | str | None, max_length: int | None, limit: int, multiple: int | None = None
+) -> Lengths:
+    """The arguments `padding`, `truncation`, `max_length` and `pad_to_multiple_of` in transformers' meaning.
+
+    `max_length` alone truncates. Where no `max_length` is given, `limit` (the tokenizer's `model_max_length`) is meant;
+    where that is NO_LIMIT, nothing is truncated, or padded to it. Raises RequestError for illegal values.
+    """
+    for name, value, legal in (("padding", padding, _PADDING), ("truncation", truncation, _TRUNCATION)):
+        if value not in legal:
+            raise RequestError(f"{name} is {value!r}; legal are {', '.join(map(repr, legal))}")
+    for name, number, least in (("max_length", max_length, 0), ("pad_to_multiple_of", multiple, 1)):
+        if number is not None and (not isinstance(number, int) or number < least):
+            raise RequestError(f"{name} is {number!r}; legal is a number of tokens, at least {least}")
+    if truncation is None and padding is False and max_length is not None:
+        truncation = True
+    strategy = {True: "longest_first", False: None, None: None, "do_not_truncate": None}.get(truncation, truncation)
+    padded: str | int | None = {True: "longest", False: None, "do_not_pad": None}.get(padding, padding)
+    unlimited = max_length is None and limit >= NO_LIMIT
+    length = limit if max_length is None else max_length
+    if unlimited:
+        strategy = None
+    if padded == "max_length":
+        padded = None if unlimited else length
+    if strategy is not None and padded is not None and multiple is not None and length % multiple:
+        raise RequestError(f"texts truncated to {length} tokens cannot be padded to a multiple of {multiple}")
+    return Lengths(str(strategy) if strategy else None, length, padded, multiple)
+
+
+@contextmanager
+def truncating(backend: tokenizers.Tokenizer, wanted: Lengths, side: str, stride: int = 0) -> Iterator[None]:
+    """Let the library truncate on `side` while this lasts. Raises RequestError for texts too short to be truncated.
+
+    The library keeps this in the tokenizer itself: one that threads share must not truncate in several at once.
+    """
+    if wanted.strategy is None:
+        yield
+        return
+    backend.enable_truncation(wanted.truncated, stride=stride, strategy=wanted.strategy, direction=side)
+    try:
+        yield
+    except Exception as error:  # the library raises nothing more precise
+        raise RequestError(f"{error} (truncation={wanted.strategy!r}, max_length={wanted.truncated})") from None
+    finally:
+        backend.no_truncation()
+
+
+def padded_columns(
+    columns: Mapping[str, list[list[Any]]], wanted: Lengths, pad_id: int, side: str
+) -> dict[str, list[list[Any]]]:
+    """Every row of every column padded on `side`; unchanged where `wanted` has no padding."""
+    if wanted.padded is None:
+        return dict(columns)
+    longest = max((len(row) for row in columns["input_ids"]), default=0)
+    width = longest if wanted.padded == "longest" else int(wanted.padded)
+    width += -width % (wanted.multiple or 1)
+    fillers = {"input_ids": pad_id, **FILLERS}
+    return {name: pad(rows, width, fillers[name], side) for name, rows in columns.items()}
+
+
 def pad(rows: Sequence[Sequence[Any]], width: int, filler: Any, side: str) -> list[list[Any]]:
     """Each row with `filler` on its `side` until it is `width` long."""
-    if side not in SIDES:
-        raise RequestError(f"padding_side is {side!r}; legal are {' and '.join(SIDES)}")
+    require_side("padding_side", side)
     padded = []
     for row in rows:
         filling = [filler] * (width - len(row))
@@ -49,10 +138,10 @@ def as_tensors(columns: dict[str, list[list[Any]]], kind: str) -> BatchEncoding:
     """Rows of equal length as tensors. Raises RequestError for rows of several lengths, or another `kind`."""
     if kind not in TENSORS:
         raise RequestError(f"return_tensors is {kind!r}; legal are {', '.join(TENSORS)} and None")
-    lengths = sorted({len(row) for row in columns["input_ids"]})
-    if len(lengths) > 1:
+    widths = sorted({len(row) for row in columns["input_ids"]})
+    if len(widths) > 1:
         raise RequestError(
-            f"texts of {lengths[0]} to {lengths[-1]} tokens make no tensor: pass padding=True, or truncation"
+            f"texts of {widths[0]} to {widths[-1]} tokens make no tensor: pass padding=True, or truncation"
         )
     tensors = {name: torch.tensor(rows, dtype=torch.int64) for name, rows in columns.items()}
     return BatchEncoding(tensors if kind == "pt" else {name: tensor.numpy() for name, tensor in tensors.items()})

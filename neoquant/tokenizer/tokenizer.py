@@ -1,9 +1,7 @@
-"""Text to token ids and back, with the fast tokenizer that a model folder carries."""
+"""Text to token ids and back, with the tokenizer that a model folder carries."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,218 +10,266 @@ import torch
 
 from neoquant.checkpoint import find_companions
 from neoquant.errors import CheckpointError, RequestError, locate
-from neoquant.tokenizer.encoding import SIDES, BatchEncoding, as_tensors, pad
+from neoquant.tokenizer.backend import build_backend, require_ids
+from neoquant.tokenizer.encoding import BatchEncoding, as_tensors, lengths, padded_columns, truncating
+from neoquant.tokenizer.saving import save_tokenizer
+from neoquant.tokenizer.settings import (
+    END_OF_TEXT,
+    FAST,
+    SLOW_MERGES,
+    SLOW_VOCAB,
+    TokenizerSettings,
+    read_object,
+    read_settings,
+)
+from neoquant.tokenizer.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import tokenizers
 
-END_OF_TEXT = "<|endoftext|>"
-FILES = ("tokenizer.json", "vocab.json", "merges.txt")
-NO_LIMIT = int(1e30)
-"""`model_max_length` of a tokenizer that states none, as transformers has it."""
-
-_PADDING = (False, "do_not_pad", True, "longest", "max_length")
-_TRUNCATION = (False, "do_not_truncate", True, "longest_first", "only_first")
+# Spaces that some tokenizers put before punctuation, as transformers' clean_up_tokenization removes them.
+_CLEAN_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 
-class Tokenizer:
-    """A byte-level BPE: nothing is added to the text, every text comes back as it was.
+class Tokenizer(Vocabulary):
+    """The ids of texts, and the texts of ids, as transformers 5 gives them for the same folder.
 
-    `eos_token_id` is also GPT-Neo's beginning of text. `sha256` identifies vocabulary and merges. `pad_token`, which
-    GPT-Neo lacks, and `padding_side` may be set.
+    Its attributes may be set: `pad_token` (which GPT-Neo lacks) and every other special token, or their ids;
+    `padding_side`, `truncation_side`, `model_max_length`, `add_bos_token` and the like.
     """
 
-    def __init__(
-        self, backend: tokenizers.Tokenizer, eos_token: str = END_OF_TEXT, said: Mapping[str, Any] | None = None
-    ) -> None:
-        """`said` is what the folder's `tokenizer_config.json` says: `pad_token`, `padding_side`, `model_max_length`."""
+    def __init__(self, backend: tokenizers.Tokenizer, settings: TokenizerSettings | None = None) -> None:
+        """Without `settings`, the end of text is `<|endoftext|>`, where `backend` knows it."""
         # A file may carry truncation or padding that some training run left in it: neither belongs to a text.
         backend.no_truncation()
         backend.no_padding()
-        self.backend = backend
-        eos = backend.token_to_id(eos_token)
-        if eos is None:
-            raise CheckpointError(f"the tokenizer has no {eos_token!r}, which marks the end of a text")
-        self.eos_token = self.bos_token = eos_token
-        self.eos_token_id: int = eos
-        self.bos_token_id: int = eos
-        self.sha256 = hashlib.sha256(backend.to_str().encode()).hexdigest()
-        said = said or {}
-        self.pad_token = _token(said.get("pad_token"))
-        self.padding_side = said["padding_side"] if said.get("padding_side") in SIDES else "right"
-        limit = said.get("model_max_length")
-        self.model_max_length = int(limit) if isinstance(limit, int | float) and limit >= 1 else NO_LIMIT
+        if settings is None:
+            known = END_OF_TEXT if backend.token_to_id(END_OF_TEXT) is not None else None
+            settings = TokenizerSettings(
+                gpt2=False, special=dict.fromkeys(("bos_token", "eos_token", "unk_token"), known)
+            )
+        super().__init__(backend, settings)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> Tokenizer:
-        """The tokenizer of a folder, or of an id on the hub. Raises CheckpointError or HubError."""
-        return cls.from_folder(find_companions(source, revision=revision))
+    def from_pretrained(
+        cls, source: str | Path, *, revision: str | None = None, use_fast: bool = True, **settings: Any
+    ) -> Tokenizer:
+        """The tokenizer of a folder, or of an id on the hub.
 
-    @classmethod
-    def from_folder(cls, folder: str | Path) -> Tokenizer:
-        """Read `tokenizer.json`, or `vocab.json` and `merges.txt`, from a model folder.
-
-        Raises CheckpointError where there is neither, or what is there cannot be read.
+        `settings` come before those of its files: `pad_token`, `padding_side`, `add_bos_token` and the like. `use_fast`
+        is there for transformers' sake: there is no other. Raises CheckpointError, HubError or RequestError.
         """
-        import tokenizers
+        return cls.from_folder(find_companions(source, revision=revision), **settings)
 
+    @classmethod
+    def from_folder(cls, folder: str | Path, **settings: Any) -> Tokenizer:
+        """Read `tokenizer.json`, or `vocab.json` and `merges.txt`, and what the files beside them say.
+
+        Raises CheckpointError where there is neither, or what is there cannot be read; RequestError for a setting that
+        there is not.
+        """
         folder = Path(folder)
-        fast, vocab, merges = (folder / name for name in FILES)
         with locate(str(folder)):
-            if not fast.exists() and not (vocab.exists() and merges.exists()):
-                raise CheckpointError("no tokenizer here: neither tokenizer.json nor vocab.json with merges.txt")
-            try:
-                if fast.exists():
-                    backend = tokenizers.Tokenizer.from_file(str(fast))
-                else:
-                    backend = tokenizers.ByteLevelBPETokenizer(str(vocab), str(merges))._tokenizer
-                    backend.add_special_tokens([END_OF_TEXT])
-            except Exception as error:  # the library raises bare Exception for a damaged file
-                name = fast.name if fast.exists() else "vocab.json or merges.txt"
-                raise CheckpointError(f"{name} cannot be read as a tokenizer: {error}") from None
-            return cls(backend, *_said(folder))
+            has_fast = (folder / FAST).exists()
+            if not has_fast and not all((folder / name).exists() for name in (SLOW_VOCAB, SLOW_MERGES)):
+                raise CheckpointError(f"no tokenizer here: neither {FAST} nor {SLOW_VOCAB} with {SLOW_MERGES}")
+            fast = _read_fast(folder / FAST) if has_fast else None
+            read = read_settings(folder, fast, settings)
+            backend = build_backend(folder, fast, read)
+            if fast is not None:
+                require_ids(backend, ((token["id"], token["content"]) for token in fast.get("added_tokens") or ()))
+            return cls(backend, read)
 
     def __call__(
         self,
-        text: str | Sequence[str],
+        text: str | Sequence[Any],
         text_pair: str | Sequence[str] | None = None,
         *,
-        padding: bool | str = False,
-        truncation: bool | str = False,
-        max_length: int | None = None,
-        return_tensors: str | None = None,
-        return_attention_mask: bool = True,
-        return_offsets_mapping: bool = False,
         add_special_tokens: bool = True,
+        padding: bool | str = False,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_tensors: str | None = None,
+        return_token_type_ids: bool | None = None,
+        return_attention_mask: bool | None = None,
+        return_special_tokens_mask: bool = False,
+        return_offsets_mapping: bool = False,
     ) -> BatchEncoding:
-        """The ids of one text or several, as transformers' tokenizers give them; nothing is added at either end.
+        """The ids of one text or several, as transformers' tokenizers give them.
 
         Args:
-            text: one text, or a list of them.
-            text_pair: as many texts that follow the first ones, without anything between.
-            padding: True or "longest" (to the longest text), "max_length", or False. On `padding_side`.
-            truncation: True cuts what is behind `max_length` tokens.
-            max_length: for both; None is `model_max_length`.
+            text: one text, or a list of them, or of pairs.
+            text_pair: as many texts that follow the first ones.
+            add_special_tokens: with what tokenizer.json or `add_bos_token` put around each text (GPT-Neo: nothing).
+            padding: True or "longest" (to the longest text), "max_length", or False.
+            truncation: True or "longest_first", "only_first", "only_second" of a pair, or False. None truncates where
+                `max_length` is given without padding. Tokens are cut off on `truncation_side`.
+            max_length: for both, special tokens included; None is `model_max_length`.
+            pad_to_multiple_of: pad to the next multiple of it.
+            padding_side: "left" or "right"; None is the tokenizer's.
             return_tensors: "pt" or "np"; None gives lists.
-            return_attention_mask: also give `attention_mask`, 0 on padding.
-            return_offsets_mapping: also give `offset_mapping`, where each token begins and ends in its text.
-            add_special_tokens: GPT-Neo has none to add.
+            return_token_type_ids: give `token_type_ids`, 1 on second texts; None asks `model_input_names`.
+            return_attention_mask: give `attention_mask`, 0 on padding; None asks `model_input_names`.
+            return_special_tokens_mask: give `special_tokens_mask`, 1 on added tokens and padding.
+            return_offsets_mapping: give `offset_mapping`, where each token begins and ends in its text.
 
         Raises RequestError for padding without a `pad_token`, texts of several lengths as a tensor, or illegal values.
         """
-        for name, value, legal in (("padding", padding, _PADDING), ("truncation", truncation, _TRUNCATION)):
-            if value not in legal:
-                raise RequestError(f"{name} is {value!r}; legal are {', '.join(map(repr, legal))}")
+        wanted = lengths(padding, truncation, max_length, self.model_max_length, pad_to_multiple_of)
+        side = self.padding_side if padding_side is None else padding_side
+        pad_id = 0 if wanted.padded is None else self._pad_id()
         single = isinstance(text, str)
-        texts = [text] if isinstance(text, str) else list(text)
-        encodings = self.backend.encode_batch(self._inputs(texts, text_pair), add_special_tokens=False)
-        limit = self.model_max_length if max_length is None else max_length
-        cut = limit if truncation and truncation != "do_not_truncate" else None
-        columns: dict[str, list[list[Any]]] = {"input_ids": [encoding.ids[:cut] for encoding in encodings]}
-        fillers: dict[str, Any] = {}
-        if return_attention_mask:
-            columns["attention_mask"] = [[1] * len(row) for row in columns["input_ids"]]
+        with truncating(self.backend, wanted, self.truncation_side):
+            encodings = self.backend.encode_batch(_inputs(text, text_pair), add_special_tokens=add_special_tokens)
+        columns: dict[str, list[list[Any]]] = {"input_ids": [encoding.ids for encoding in encodings]}
+        if self._gives("token_type_ids", return_token_type_ids):
+            columns["token_type_ids"] = [encoding.type_ids for encoding in encodings]
+        if self._gives("attention_mask", return_attention_mask):
+            columns["attention_mask"] = [encoding.attention_mask for encoding in encodings]
+        if return_special_tokens_mask:
+            columns["special_tokens_mask"] = [encoding.special_tokens_mask for encoding in encodings]
         if return_offsets_mapping:
-            columns["offset_mapping"] = [encoding.offsets[:cut] for encoding in encodings]
-        if padding and padding != "do_not_pad":
-            fillers = {"input_ids": self._filler(), "attention_mask": 0, "offset_mapping": (0, 0)}
-            width = max((len(row) for row in columns["input_ids"]), default=0)
-            width = limit if padding == "max_length" and limit < NO_LIMIT else width
-            columns = {name: pad(rows, width, fillers[name], self.padding_side) for name, rows in columns.items()}
+            columns["offset_mapping"] = [encoding.offsets for encoding in encodings]
+        columns = padded_columns(columns, wanted, pad_id, side)
         if return_tensors is not None:
             return as_tensors(columns, return_tensors)
         return BatchEncoding({name: rows[0] for name, rows in columns.items()} if single else columns)
 
-    def _inputs(self, texts: list[str], pairs: str | Sequence[str] | None) -> list[Any]:
-        if pairs is None:
-            return texts
-        pairs = [pairs] if isinstance(pairs, str) else list(pairs)
-        if len(pairs) != len(texts):
-            raise RequestError(f"text_pair holds {len(pairs)} texts, text {len(texts)}: they go together one by one")
-        return list(zip(texts, pairs, strict=True))
+    def _gives(self, column: str, asked: bool | None) -> bool:
+        return column in self.model_input_names if asked is None else asked
 
-    def _filler(self) -> int:
+    def _pad_id(self) -> int:
         if self.pad_token_id is None:
             raise RequestError(
                 "padding needs a pad_token, and this tokenizer has none: set tokenizer.pad_token = tokenizer.eos_token"
             )
         return self.pad_token_id
 
-    @property
-    def pad_token_id(self) -> int | None:
-        """The id of `pad_token`; None without one. Raises RequestError for one that is no token."""
-        if self.pad_token is None:
-            return None
-        found: int | None = self.backend.token_to_id(self.pad_token)
-        if found is None:
-            raise RequestError(f"pad_token is {self.pad_token!r}, which is no token of this tokenizer")
-        return found
+    def encode(self, text: str, text_pair: str | None = None, add_special_tokens: bool = True, **options: Any) -> Any:
+        """The `input_ids` of calling the tokenizer with the same arguments: a list, or a tensor `[1, T]`."""
+        if not options and text_pair is None:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return self(text, text_pair, add_special_tokens=add_special_tokens, **options)["input_ids"]
 
-    @property
-    def vocab_size(self) -> int:
-        """Entries, special tokens included."""
-        return self.backend.get_vocab_size(with_added_tokens=True)
-
-    def __len__(self) -> int:
-        return self.vocab_size
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`; nothing is added at either end."""
-        return self.backend.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """The ids of each text, worked out in parallel."""
-        return [e.ids for e in self.backend.encode_batch(list(texts), add_special_tokens=False)]
+        return [e.ids for e in self.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)]
 
-    def decode(self, ids: Sequence[int] | torch.Tensor | int, *, skip_special_tokens: bool = False) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
-        flat = torch.as_tensor(ids).reshape(-1).tolist() if isinstance(ids, torch.Tensor | int) else list(map(int, ids))
-        return self.backend.decode(flat, skip_special_tokens=skip_special_tokens)
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """The ids that generation continues: of an empty prompt, `bos_token`'s.
+
+        Raises RequestError where there is nothing to begin with.
+        """
+        ids = self.backend.encode(prompt).ids
+        if ids:
+            return ids
+        if self.bos_token_id is None:
+            raise RequestError("the prompt is empty, and the tokenizer has no bos_token to begin a text with")
+        return [self.bos_token_id]
+
+    def tokenize(self, text: str, pair: str | None = None, *, add_special_tokens: bool = False) -> list[str]:
+        """The tokens of a text, or of a pair, as the vocabulary spells them."""
+        return self.backend.encode(text, pair, add_special_tokens=add_special_tokens).tokens
+
+    def pad(
+        self,
+        encoded: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        *,
+        padding: bool | str = True,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_attention_mask: bool | None = None,
+        return_tensors: str | None = None,
+    ) -> BatchEncoding:
+        """Encodings of single texts, or one of several, padded to one length. Arguments are those of calling.
+
+        Raises RequestError without `input_ids` or a `pad_token`, or for a column that cannot be padded.
+        """
+        several = encoded if isinstance(encoded, Mapping) else {n: [e[n] for e in encoded] for n in encoded[0]}
+        if "input_ids" not in several:
+            raise RequestError(f"there is nothing to pad: the encoding has {', '.join(several)}, but no input_ids")
+        columns: dict[str, Any] = {
+            name: column.tolist() if hasattr(column, "tolist") else [_plain(row) for row in column]
+            for name, column in several.items()
+        }
+        single = bool(columns["input_ids"]) and isinstance(columns["input_ids"][0], int)
+        if single:
+            columns = {name: [row] for name, row in columns.items()}
+        if self._gives("attention_mask", return_attention_mask) and "attention_mask" not in columns:
+            columns["attention_mask"] = [[1] * len(row) for row in columns["input_ids"]]
+        wanted = lengths(padding, False, max_length, self.model_max_length, pad_to_multiple_of)
+        pad_id = 0 if wanted.padded is None else self._pad_id()
+        columns = padded_columns(columns, wanted, pad_id, self.padding_side if padding_side is None else padding_side)
+        if return_tensors is not None:
+            return as_tensors(columns, return_tensors)
+        return BatchEncoding({name: rows[0] for name, rows in columns.items()} if single else columns)
+
+    def decode(
+        self,
+        ids: Sequence[Any] | torch.Tensor | int,
+        skip_special_tokens: bool = False,
+        *,
+        clean_up_tokenization_spaces: bool | None = None,
+    ) -> Any:
+        """The text of `ids`, or the list of texts of several rows; bytes that are not UTF-8 become U+FFFD.
+
+        `clean_up_tokenization_spaces` changes nothing for byte-level BPE, as in transformers 5, where the spaces are
+        the text's own; a folder can force it.
+        """
+        plain = _plain(ids)
+        rows: list[Any] = [plain] if isinstance(plain, int) else list(map(_plain, plain))
+        if rows and isinstance(rows[0], list | tuple):
+            return [self._text(row, skip_special_tokens, clean_up_tokenization_spaces) for row in rows]
+        return self._text(rows, skip_special_tokens, clean_up_tokenization_spaces)
+
+    def _text(self, ids: list[int], skip_special_tokens: bool, clean_up: bool | None) -> str:
+        text = self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        if self.settings.clean_up and clean_up is not False:
+            for spaced in _CLEAN_UP:
+                text = text.replace(spaced, spaced.strip())
+        return text
 
     def batch_decode(
-        self, rows: Sequence[Sequence[int]] | torch.Tensor, *, skip_special_tokens: bool = False
+        self, rows: Sequence[Any] | torch.Tensor, skip_special_tokens: bool = False, **options: Any
     ) -> list[str]:
         """The text of each row."""
-        return [self.decode(row, skip_special_tokens=skip_special_tokens) for row in rows]
-
-    def convert_ids_to_tokens(self, ids: Sequence[int] | torch.Tensor) -> list[str | None]:
-        """Each id's entry in the vocabulary, where bytes are spelled as letters."""
-        return [self.backend.id_to_token(int(i)) for i in ids]
+        decoded = self.decode(rows, skip_special_tokens, **options)
+        return [decoded] if isinstance(decoded, str) and len(rows) else list(decoded)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json` into a folder, which is made if need be."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(folder / "tokenizer.json"))
-        said = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            **dict.fromkeys(("bos_token", "eos_token", "unk_token"), self.eos_token),
-            **({} if self.pad_token is None else {"pad_token": self.pad_token}),
-            "padding_side": self.padding_side,
-            **({} if self.model_max_length == NO_LIMIT else {"model_max_length": self.model_max_length}),
-        }
-        (folder / "tokenizer_config.json").write_text(json.dumps(said, indent=2) + "\n", "utf-8")
+        """Write `tokenizer.json` and `tokenizer_config.json` into a folder, which is made if need be.
+
+        They hold all that the folder said from which the tokenizer comes, and what was set since.
+        """
+        save_tokenizer(self.backend, self.settings, Path(folder))
 
 
-def _said(folder: Path) -> tuple[str, dict[str, Any]]:
-    """What the folder's own tokenizer configuration calls the end of a text, and all that it says."""
-    said: dict[str, Any] = {}
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        path = folder / name
-        if not path.exists():
-            continue
-        try:
-            values = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{name} is not readable as JSON: {error}") from None
-        said = {**values, **said} if isinstance(values, dict) else said  # the first file has the last word
-    return _token(said.get("eos_token")) or END_OF_TEXT, said
+def _read_fast(path: Path) -> dict[str, Any]:
+    try:
+        return read_object(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path.name} cannot be read as a tokenizer: {error.message}") from None
 
 
-def _token(said: object) -> str | None:
-    """A token as these files spell it: a string, or an object around one."""
-    content = said.get("content") if isinstance(said, dict) else said
-    return content if isinstance(content, str) else None
+def _inputs(text: str | Sequence[Any], pairs: str | Sequence[str] | None) -> list[Any]:
+    """What the library encodes: texts, or pairs. Raises RequestError for texts that do not go together."""
+    texts = [text] if isinstance(text, str) else list(text)
+    if pairs is None or (pairs == "" and isinstance(text, str)):  # transformers takes an empty second text as none
+        return texts
+    if isinstance(pairs, str) != isinstance(text, str):
+        raise RequestError("text and text_pair go together one by one: pass two texts, or two lists")
+    several = [pairs] if isinstance(pairs, str) else list(pairs)
+    if len(several) != len(texts):
+        raise RequestError(f"text_pair holds {len(several)} texts, text {len(texts)}: they go together one by one")
+    return list(zip(texts, several, strict=True))
+
+
+def _plain(values: Any) -> Any:
+    """Tensors, arrays and numbers of theirs as plain lists and numbers."""
+    return values.tolist() if hasattr(values, "tolist") else values
 
 
 GPT2Tokenizer = Tokenizer

@@ -7,7 +7,7 @@ class Bytes:
     sha256 = "bytes"
     eos_token_id: int | None = 0
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return [byte + 1 for byte in text.encode()]
 
     def decode(self, ids: list[int]) -> str:

@@ -300,7 +300,7 @@ def test_refusals(models: Models, make_suite: Callable[..., Suite]) -> None:
     with pytest.raises(RequestError, match="this tokenizer has none"):
         attempt(make_suite(), endless)
     foreign = Bytes()
-    foreign.encode = lambda text: [999]  # type: ignore[method-assign]
+    foreign.encode = lambda text, **_: [999]  # type: ignore[method-assign]
     with pytest.raises(RequestError, match="gives token 999, but the model knows 259 tokens"):
         attempt(make_suite(), foreign)
     damaged = copy.deepcopy(models.reference)

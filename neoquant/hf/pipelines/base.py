@@ -63,10 +63,17 @@ class Pipeline(ABC):
     def _collate(self, rows: Sequence[Sequence[int]], side: str = "right") -> tuple[Tensor, Tensor]:
         """Ids and mask `[B, T]` on the model's device, padded on one side."""
         fillers = (self.tokenizer.pad_token_id, self.model.config.pad_token_id, self.tokenizer.eos_token_id)
-        filler = next(filler for filler in fillers if filler is not None)
+        filler = next((filler for filler in fillers if filler is not None), 0)
         width = max(map(len, rows))
         ids, mask = pad(rows, width, filler, side), pad([[1] * len(row) for row in rows], width, 0, side)
         return torch.tensor(ids, device=self.model.device), torch.tensor(mask, device=self.model.device)
+
+    def _require_bare_texts(self) -> None:
+        """Raise RequestError for a tokenizer that adds special tokens to texts: this task cuts texts into chunks."""
+        if added := self.tokenizer.num_special_tokens_to_add():
+            raise RequestError(
+                f"the tokenizer adds {added} special token(s) to each text, which this task cannot cut into chunks"
+            )
 
     @property
     def _labels(self) -> list[str]:

@@ -82,6 +82,7 @@ class QuestionAnsweringPipeline(Pipeline):
     def _chunks(self, given: Any, asked: dict[str, Any]) -> Iterator[_Chunk]:
         if not isinstance(given, Mapping) or not {"question", "context"} <= given.keys():
             raise RequestError(f'a question comes as {{"question": ..., "context": ...}}, got {given!r}')
+        self._require_bare_texts()
         question = self.tokenizer.encode(given["question"])[: asked["max_question_len"]]
         encoded = self.tokenizer(given["context"], return_offsets_mapping=True)
         context, offsets = encoded.input_ids, encoded.offset_mapping

@@ -53,7 +53,7 @@ class TextGenerationPipeline(Pipeline):
                 )
         prompts = [options.get("prefix", "") + text for text in inputs]
         # Without a token there is nothing to go on from: an empty text begins with the end of another.
-        encoded = [self.tokenizer.encode(prompt) or [self.tokenizer.bos_token_id] for prompt in prompts]
+        encoded = [self.tokenizer.prompt_ids(prompt) for prompt in prompts]
         ids, mask = self._collate(encoded, "left")
         config = self._generation(options)
         out = self.model.generate(

@@ -73,6 +73,7 @@ class TokenClassificationPipeline(Pipeline):
         """Ids and offsets of as much as fits into the context, and the number of the first token."""
         if not isinstance(text, str):
             raise RequestError(f"token-classification labels the tokens of strings, not of a {type(text).__name__}")
+        self._require_bare_texts()
         encoded = self.tokenizer(text, return_offsets_mapping=True)
         ids, offsets, limit = encoded.input_ids, encoded.offset_mapping, self._limit
         if len(ids) > limit and stride is None:
