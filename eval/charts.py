@@ -19,6 +19,7 @@ from xml.sax.saxutils import escape
 from neoquant.evaluation import Comparison
 from neoquant.report import charts
 from neoquant.report.formatting import divergence
+from neoquant.report.svg import standalone
 from neoquant.report.verdict import DIVERGENCE, TOLERANCE, percent_change, percent_interval, recommended, short_names
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +42,7 @@ def drawn() -> dict[Path, Drawn]:
         name, chosen = short[model.name], candidate is best
         assert model.bytes_on_disk is not None and change.kl is not None
         megabytes = model.bytes_on_disk / 1e6
-        points.append(charts.Point(name, megabytes, change.kl, change.kl_error, chosen))
+        points.append(charts.Point(name, megabytes, change.kl, change.kl_low, change.kl_high, chosen))
         rows.append(charts.Interval.of_change(name, change, chosen))
         sizes.append(f"{name} {megabytes:.1f} MB, KL {divergence(change.kl)}")
         changes.append(f"{name} {percent_change(change)} ({percent_interval(change)})")
@@ -60,9 +61,9 @@ def drawn() -> dict[Path, Drawn]:
     }
     return {
         FOLDER / f"{name}.svg": Drawn(
-            f"{title}, {base}: {'; '.join(said)}.", charts.standalone(svg, f"{title}, {base}: {'; '.join(said)}.")
+            f"{title}, {base}: {'; '.join(figures)}.", standalone(svg, f"{title}, {base}: {'; '.join(figures)}.")
         )
-        for name, (title, said, svg) in made.items()
+        for name, (title, figures, svg) in made.items()
     }
 
 

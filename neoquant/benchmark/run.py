@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from neoquant.checkpoint import open_checkpoint
 from neoquant.errors import RequestError
@@ -49,6 +49,7 @@ class Program(Record):
 class Speed(Record):
     """The whole measurement; the first program is neoquant on the first model."""
 
+    schema_version: Literal["neoquant.benchmark/1"] = "neoquant.benchmark/1"
     prompt_tokens: int
     new_tokens: int
     repeats: int

@@ -59,15 +59,16 @@ def report(
     from neoquant.report.gather import gather
     from neoquant.report.layers import inspection_table
     from neoquant.report.markdown import markdown_report
+    from neoquant.report.remarks import remarks
     from neoquant.report.table import comparison_table
-    from neoquant.report.verdict import remarks, verdict
+    from neoquant.report.verdict import verdict
 
     gathered = gather(results)
     cards = [(folder / "README.md", _card(folder, gathered.comparison, terminal)) for folder in card or ()]
     if piped:
-        terminal.show(markdown_report(gathered.comparison).rstrip())
+        terminal.show(markdown_report(gathered.comparison, gathered.speed).rstrip())
     else:
-        terminal.show(comparison_table(gathered.comparison))
+        terminal.show(comparison_table(gathered.comparison, gathered.speed))
         for inspection in gathered.inspections:
             terminal.show("", inspection_table(inspection))
         terminal.show("", *(verdict(gathered.comparison), *remarks(gathered.comparison)))
@@ -76,7 +77,7 @@ def report(
 
         write_text(html, render_page(gathered), terminal)
     if markdown is not None and not piped:
-        write_text(markdown, markdown_report(gathered.comparison), terminal)
+        write_text(markdown, markdown_report(gathered.comparison, gathered.speed), terminal)
     for path, text in cards:
         write_text(path, text, terminal)
 

@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from neoquant.benchmark.run import Speed
+from neoquant.report.formatting import plural, size
+from neoquant.report.split_table import Column, SplitTable
 
 
 def speed_table(result: Speed) -> RenderableType:
     """One line a program: medians, and how many times faster neoquant is."""
-    table = Table("", box=None, header_style="dim", padding=(0, 2, 0, 0), pad_edge=False)
-    for heading in ("import s", "load s", "prefill tok/s", "decode tok/s", "peak MB", "prefill ×", "decode ×"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    ours = result.programs[0].median
-    for program in result.programs:
-        found = program.median
-        first = found is ours
-        table.add_row(
-            Text(program.label),
-            f"{found.import_s:.2f}",
-            f"{found.load_s:.2f}",
-            f"{found.prefill_tokens_per_s:,.1f}",
-            f"{found.decode_tokens_per_s:,.2f}",
-            f"{found.peak_rss_bytes / 1e6:,.0f}",
-            "" if first else f"{ours.prefill_tokens_per_s / found.prefill_tokens_per_s:.2f}",
-            "" if first else f"{ours.decode_tokens_per_s / found.decode_tokens_per_s:.2f}",
-        )
+    medians = [program.median for program in result.programs]
+    ours = medians[0]
+    columns = [
+        Column("import s", [f"{m.import_s:.2f}" for m in medians]),
+        Column("load s", [f"{m.load_s:.2f}" for m in medians]),
+        Column("prefill tok/s", [f"{m.prefill_tokens_per_s:,.1f}" for m in medians]),
+        Column("decode tok/s", [f"{m.decode_tokens_per_s:,.2f}" for m in medians]),
+        Column("peak memory", [size(m.peak_rss_bytes) for m in medians]),
+        Column("prefill ×", ["", *(f"{ours.prefill_tokens_per_s / m.prefill_tokens_per_s:.2f}" for m in medians[1:])]),
+        Column("decode ×", ["", *(f"{ours.decode_tokens_per_s / m.decode_tokens_per_s:.2f}" for m in medians[1:])]),
+    ]
     legend = (
-        f"{result.prompt_tokens} tokens of prompt, {result.new_tokens} new ones, {result.threads} threads; medians of "
-        f"{result.repeats}, in turn, each in a process of its own · ×: neoquant is so many times as fast"
+        f"{plural(result.prompt_tokens, 'prompt token')}, {plural(result.new_tokens, 'new token')}, "
+        f"{plural(result.threads, 'thread')}; medians of {plural(result.repeats, 'run')} in turn, each in a process of "
+        "its own · ×: neoquant is so many times as fast"
     )
-    return Group(table, Text(legend, style="dim"))
+    return Group(
+        SplitTable("program", [program.label for program in result.programs], columns), Text(legend, style="dim")
+    )

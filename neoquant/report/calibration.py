@@ -1,33 +1,24 @@
-"""What calibration did to each kind of layer, for a terminal."""
+"""What calibration gained on each kind of layer, for a terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rich.table import Table
-from rich.text import Text
-
 from neoquant.calibration.summary import Layers, by_projection
 from neoquant.report.formatting import NONE, share
+from neoquant.report.split_table import Column, SplitTable
 
 
-def calibration_table(layers: Layers, seconds: Mapping[str, float] | None = None) -> Table:
-    """One line for each kind of layer: its output error by rounding to nearest and as it became, and the time."""
-    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("layer", no_wrap=True)
-    for heading in ("n", "nearest %", "error %", "ratio", "worst"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("of", overflow="ellipsis", no_wrap=True)
-    table.add_column("s", justify="right", no_wrap=True)
-    for kind in by_projection(layers, seconds):
-        table.add_row(
-            Text(kind.name),
-            str(kind.layers),
-            share(kind.error_nearest),
-            share(kind.error),
-            f"{kind.ratio:.2f}",
-            f"{kind.ratio_worst:.2f}",
-            Text(kind.worst.removeprefix("transformer.").removesuffix(f".{kind.name}")),
-            NONE if kind.seconds is None else f"{kind.seconds:.1f}",
-        )
-    return table
+def calibration_table(layers: Layers, seconds: Mapping[str, float] | None = None) -> SplitTable:
+    """One line for each kind of layer: its output error by round-to-nearest (RTN) and as quantized, and the time."""
+    kinds = by_projection(layers, seconds)
+    columns = [
+        Column("n", [str(kind.layers) for kind in kinds]),
+        Column("RTN %", [share(kind.error_nearest) for kind in kinds]),
+        Column("error %", [share(kind.error) for kind in kinds]),
+        Column("ratio", [f"{kind.ratio:.2f}" for kind in kinds]),
+        Column("worst", [f"{kind.ratio_worst:.2f}" for kind in kinds]),
+        Column("of", [kind.worst.removeprefix("transformer.").removesuffix(f".{kind.name}") for kind in kinds], "left"),
+        Column("s", [NONE if kind.seconds is None else f"{kind.seconds:.1f}" for kind in kinds]),
+    ]
+    return SplitTable("layer", [kind.name for kind in kinds], columns)

@@ -6,10 +6,41 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from neoquant.data.suite import Suite
+    from neoquant.evaluation.inspection_result import Loss
     from neoquant.evaluation.result import Change, Score
     from neoquant.grids import Grid
 
 NONE = "-"
+
+_SIZES = ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "KB"))
+_DURATIONS = ((86400 * 365, "year"), (86400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that people would use: `65.5 TB`, `838.1 MB`, `512 bytes`. Decimal, as hubs and disks count.
+
+    Below 10 GB in megabytes, so that models beside each other have one unit.
+    """
+    for unit, name in _SIZES:
+        if count >= (1e10 if name == "GB" else 0.99995 * unit):
+            return f"{count / unit:,.1f} {name}"
+    return plural(round(count), "byte")
+
+
+def duration(seconds: float) -> str:
+    """`0.4 seconds`, `1 second`, `3 minutes`, `2.5 hours`, `50 days`: one unit, two digits or so."""
+    for unit, name in _DURATIONS:
+        if seconds >= 2 * unit or name == "second":
+            value = seconds / unit
+            digits = 0 if value >= 10 or abs(value - round(value)) < 0.05 else 1
+            text = f"{value:,.{digits}f}"
+            return f"{text} {name}{'' if text == '1' else 's'}"
+    raise AssertionError
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 document`, `1,234 documents`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def divergence(kl: float | None) -> str:
@@ -46,11 +77,27 @@ def change_interval(change: Change) -> str:
 
 
 def agreement(change: Change) -> str:
-    """`96.80 ± 0.12 %`, or a dash where it was not measured."""
+    """`96.80 %`, the share of tokens with the same top token, or a dash where it was not measured."""
+    return NONE if change.agreement is None else f"{100 * change.agreement:.2f} %"
+
+
+def agreement_interval(change: Change) -> str:
+    """`96.80 [96.56, 97.04] %`: with its 95 % interval."""
     if change.agreement is None:
         return NONE
-    error = NONE if change.agreement_error is None else f"{100 * change.agreement_error:.2f}"
-    return f"{100 * change.agreement:.2f} ± {error} %"
+    if change.agreement_low is None or change.agreement_high is None:
+        return f"{100 * change.agreement:.2f} [{NONE}] %"
+    low, high = 100 * change.agreement_low, 100 * change.agreement_high
+    return f"{100 * change.agreement:.2f} [{low:.2f}, {high:.2f}] %"
+
+
+def divergence_interval(change: Change | Loss) -> str:
+    """`0.00065 [0.00060, 0.00071]`: the mean KL divergence and its 95 % interval."""
+    if change.kl is None:
+        return NONE
+    if change.kl_low is None or change.kl_high is None:
+        return f"{divergence(change.kl)} [{NONE}]"
+    return f"{divergence(change.kl)} [{divergence(change.kl_low)}, {divergence(change.kl_high)}]"
 
 
 def perplexity(score: Score) -> str:
@@ -64,17 +111,17 @@ def number(value: float | None) -> str:
     return NONE if value is None else f"{value:.3f}"
 
 
-def suite_words(suite: Suite) -> str:
+def suite_label(suite: Suite) -> str:
     """`suite demo (rolling, context 1024)`"""
     stride = f", stride {suite.stride}" if suite.stride else ""
     return f"suite {suite.name} ({suite.protocol}, context {suite.context}{stride})"
 
 
 def grid_label(grid: Grid) -> str:
-    """`nf4, block size 64, double quant`: a grid in words."""
-    fields = grid.describe()
-    words = [str(fields.pop("name"))]
-    for key, value in fields.items():
+    """`nf4, block size 64, double quant`: a grid and its options."""
+    options = grid.describe()
+    labels = [str(options.pop("name"))]
+    for key, value in options.items():
         name = key.replace("_", " ")
-        words.append(f"{name} {value}" if not isinstance(value, bool) else name if value else f"no {name}")
-    return ", ".join(words)
+        labels.append(f"{name} {value}" if not isinstance(value, bool) else name if value else f"no {name}")
+    return ", ".join(labels)

@@ -3,62 +3,74 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from neoquant.errors import DataError, RequestError
+from neoquant.benchmark.run import Speed
+from neoquant.errors import DataError, RequestError, locate
 from neoquant.evaluation.inspection_result import Inspection
-from neoquant.evaluation.result import Comparison, Evaluation
+from neoquant.evaluation.result import Comparison, Evaluation, from_json
+from neoquant.report.measured_speed import NO_SPEED, MeasuredSpeed, measured_speed
 
 
 class Gathered(NamedTuple):
-    """Every candidate against one reference, and the inspections of some of them."""
+    """Every candidate against one reference, the inspections of some of them, and the speed of some models."""
 
     comparison: Comparison
     inspections: tuple[Inspection, ...]
+    speed: MeasuredSpeed = NO_SPEED
 
 
 def gather(files: Sequence[Path]) -> Gathered:
-    """Read comparisons and inspections, and make one comparison of all candidates.
+    """Read comparisons, inspections and benchmarks, and make one comparison of all candidates.
 
     Raises:
         DataError: a file is not one of these, in this version's schema.
-        RequestError: there is no comparison, a candidate comes twice, or base, data or protocol differ.
+        RequestError: there is no comparison, a candidate or a benchmark's model comes twice, or base, data, protocol or
+            the benchmarks' settings differ.
     """
     comparisons: dict[Path, Comparison] = {}
     inspections: dict[Path, Inspection] = {}
+    benchmarks: dict[str, Speed] = {}
     for path in files:
         found = _read(path)
         if isinstance(found, Comparison):
             comparisons[path] = found
-        else:
+        elif isinstance(found, Inspection):
             inspections[path] = found
+        else:
+            benchmarks[str(path)] = found
     if not comparisons:
-        raise RequestError(f"{_listed(inspections)} holds no comparison: make one with neoquant compare ... --json")
+        listed = ", ".join(map(str, files)) or "nothing"
+        raise RequestError(f"{listed}: no comparison: make one with neoquant compare ... --json")
     merged = _merge(comparisons)
     for path, inspection in inspections.items():
         first = next(iter(comparisons))
         _check_same(path, _weights(inspection.base.sha256), first, _weights(merged.reference.model.sha256))
-    return Gathered(merged, tuple(inspections.values()))
+    return Gathered(merged, tuple(inspections.values()), measured_speed(benchmarks))
 
 
-def _read(path: Path) -> Comparison | Inspection:
+def _read(path: Path) -> Comparison | Inspection | Speed:
     try:
         text = path.read_text(encoding="utf-8")
-        schema = str(dict(json.loads(text)).get("schema_version"))
+        fields = dict(json.loads(text))
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
     except (ValueError, TypeError):
         raise DataError(f"{path} is not a result of neoquant: no JSON object") from None
+    schema = str(fields.get("schema_version"))
     kind = schema.partition("/")[0]
-    try:
-        if kind == "neoquant.comparison":
-            return Comparison.from_json(text)
-        if kind == "neoquant.inspection":
-            return Inspection.from_json(text)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
+    if "schema_version" not in fields and {"programs", "prompt_tokens"} <= fields.keys():
+        kind = "neoquant.benchmark"  # as versions before the field wrote it
+    readers: dict[str, Callable[[str], Comparison | Inspection | Speed]] = {
+        "neoquant.comparison": Comparison.from_json,
+        "neoquant.inspection": Inspection.from_json,
+        "neoquant.benchmark": lambda text: from_json(Speed, text),
+    }
+    if kind in readers:
+        with locate(str(path)):
+            return readers[kind](text)
     if kind == "neoquant.evaluation":
         raise DataError(f"{path} is the evaluation of one model: a report needs comparisons, from neoquant compare")
     raise DataError(f"{path} is not a result of neoquant: its schema_version is {schema!r}")
@@ -100,7 +112,3 @@ def _check_same(path: Path, found: Mapping[str, object], first: Path, wanted: Ma
     for what, value in found.items():
         if value != wanted[what]:
             raise RequestError(f"{path} cannot stand beside {first}: {what}: {value} and {wanted[what]}")
-
-
-def _listed(paths: Mapping[Path, object]) -> str:
-    return ", ".join(map(str, paths)) or "nothing"

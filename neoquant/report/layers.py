@@ -1,20 +1,30 @@
-"""An inspection for a terminal: heat maps of figures over layer x projection, and the layers that cost most."""
+"""An inspection for a terminal: heat maps of figures over layer x projection, and the layers that lose most."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from rich.console import Group, RenderableType
 from rich.style import Style
-from rich.table import Table
 from rich.text import Text
 
 from neoquant.evaluation.inspection_result import Inspection, Layer, Loss
 from neoquant.grids import grid_from_dict
 from neoquant.model.names import BLOCK_LINEARS
-from neoquant.report.formatting import NONE, divergence, grid_label, nats_interval, share, suite_words
+from neoquant.report.formatting import (
+    NONE,
+    divergence,
+    divergence_interval,
+    grid_label,
+    nats_interval,
+    plural,
+    share,
+    suite_label,
+)
+from neoquant.report.shades import Shade, anchored, relative
+from neoquant.report.split_table import Column, SplitTable
+from neoquant.report.verdict import DIVERGENCE
 
 WORST = 10
 
@@ -25,11 +35,18 @@ RAMP = ((0, 34, 78), (18, 53, 112), (59, 73, 108), (87, 93, 109), (112, 113, 115
 
 
 class Measure(NamedTuple):
-    """One heat map: what a cell holds, and how it is written."""
+    """One heat map: the figure of a cell, how it is written, and the bound of a single layer, if there is one."""
 
     title: str
     value: Callable[[Layer], float | None]
     write: Callable[[float], str]
+    bound: float | None = None
+
+    def shade(self, layers: Sequence[Layer]) -> Shade:
+        """How deep the ground of each value is."""
+        if self.bound is not None:
+            return anchored(self.bound)
+        return relative([v for layer in layers if layer.weight_error and (v := self.value(layer)) is not None])
 
 
 def measures_of(result: Inspection) -> list[Measure]:
@@ -38,95 +55,77 @@ def measures_of(result: Inspection) -> list[Measure]:
         Measure("weight error, % of the weight's mean square", lambda layer: layer.weight_error, share),
         Measure("output error, % of the output's mean square", lambda layer: layer.output_error, share),
     ]
+    changed = sum(layer.weight_error > 0 for layer in result.layers)
     if any(layer.loss for layer in result.layers):
+        bound = DIVERGENCE / max(1, changed)
         measures.append(
             Measure(
-                "KL with this layer alone quantized, nats a token",
+                f"KL with this layer alone quantized, nats a token; an equal share of the bound is {divergence(bound)}",
                 lambda layer: layer.loss.kl if layer.loss else None,
                 divergence,
+                bound,
             )
         )
     return measures
 
 
 def inspection_table(result: Inspection) -> RenderableType:
-    """Everything an inspection says, for a terminal of 80 columns or more."""
-    parts: list[RenderableType] = [
+    """All figures of an inspection."""
+    sections: list[RenderableType] = [
         Text(f"{result.model.name} against {result.base.name}, layer by layer"),
-        Text(f"{suite_words(result.suite)}: {result.windows} windows, {result.tokens:,} tokens", style="dim"),
+        Text(
+            f"{suite_label(result.suite)}: {plural(result.windows, 'window')}, {plural(result.tokens, 'token')}",
+            style="dim",
+        ),
     ]
     for measure in measures_of(result):
-        parts += [Text(), Text(measure.title, style="bold"), heat_table(result.layers, measure)]
-    if costliest(result):
-        parts += [Text(), Text("costliest layers", style="bold"), worst_table(result)]
+        sections += [Text(), Text(measure.title, style="bold"), heat_table(result.layers, measure)]
+    if most_affected(result):
+        sections += [Text(), Text("layers with the largest loss", style="bold"), worst_table(result)]
     else:
-        parts += [Text(), Text("not one layer differs")]
-    return Group(*parts, Text(), Text(_total(result)))
+        sections += [Text(), Text("no layer differs")]
+    return Group(*sections, Text(), Text(_total(result)))
 
 
-def heat_table(layers: Sequence[Layer], measure: Measure) -> Table:
+def heat_table(layers: Sequence[Layer], measure: Measure) -> SplitTable:
     """Blocks down, projections across; each cell its figure, on a ground that is lighter the larger the figure."""
-    table = Table(box=None, header_style="dim", padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("block", no_wrap=True)
-    for name in BLOCK_LINEARS:
-        table.add_column(name.rpartition(".")[2], justify="right", no_wrap=True)
-    shade = shades([value for layer in layers if (value := measure.value(layer)) is not None])
-    for number in sorted({layer.block for layer in layers}):
-        row = {layer.projection: layer for layer in layers if layer.block == number}
-        cells = [_cell(row.get(name), measure, shade) for name in BLOCK_LINEARS]
-        attention = next(iter(row.values())).attention
-        table.add_row(Text(f"{number} {attention}"), *cells)
-    return table
+    shade = measure.shade(layers)
+    blocks = {number: {} for number in sorted({layer.block for layer in layers})}  # type: dict[int, dict[str, Layer]]
+    for layer in layers:
+        blocks[layer.block][layer.projection] = layer
+    names = [f"{number} {next(iter(row.values())).attention}" for number, row in blocks.items()]
+    columns = [
+        Column(name.rpartition(".")[2], [_cell(row.get(name), measure, shade) for row in blocks.values()])
+        for name in BLOCK_LINEARS
+    ]
+    return SplitTable("block", names, columns, padding=1)
 
 
-def shades(values: Sequence[float]) -> Callable[[float], float]:
-    """Where a value lies between the least (0) and the largest (1), on a logarithmic scale; 0 and less are 0.
-
-    The scale spans a factor of ten at least: what hardly differs shall not look as if it did.
-    """
-    positive = [value for value in values if value > 0]
-    high = max(positive, default=1.0)
-    low = min(*positive, high / 10) if positive else high / 10
-
-    def shade(value: float) -> float:
-        if value <= 0:
-            return 0.0
-        return math.log(value / low) / math.log(high / low)
-
-    return shade
-
-
-def costliest(result: Inspection, count: int = WORST) -> list[Layer]:
-    """The layers whose quantization the loss feels most: by KL, or by output error where no loss was measured."""
+def most_affected(result: Inspection, count: int = WORST) -> list[Layer]:
+    """The layers whose quantization changes most: by KL, or by output error where no loss was measured."""
     changed = [layer for layer in result.layers if layer.weight_error > 0]
     return sorted(changed, key=lambda layer: layer.loss.kl if layer.loss else layer.output_error, reverse=True)[:count]
 
 
-def worst_table(result: Inspection) -> Table:
-    """One line for each of the costliest layers."""
-    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("layer", no_wrap=True)
-    table.add_column("grid", overflow="ellipsis", no_wrap=True)
-    for heading in ("weight %", "output %", "KL", "Δ nats/token"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for layer in costliest(result):
-        table.add_row(
-            f"h.{layer.block}.{layer.projection.rpartition('.')[2]}",
-            grid_text(layer),
-            share(layer.weight_error),
-            share(layer.output_error),
-            divergence(layer.loss.kl) if layer.loss else NONE,
-            f"{layer.loss.nats_per_token:+.5f}" if layer.loss else NONE,
-        )
-    return table
+def worst_table(result: Inspection) -> SplitTable:
+    """One line for each of the layers that lose most."""
+    layers = most_affected(result)
+    columns = [
+        Column("weight %", [share(layer.weight_error) for layer in layers]),
+        Column("output %", [share(layer.output_error) for layer in layers]),
+        Column("KL", [divergence(layer.loss.kl) if layer.loss else NONE for layer in layers]),
+        Column("Δ nats/token", [f"{layer.loss.nats_per_token:+.5f}" if layer.loss else NONE for layer in layers]),
+        Column("grid", [grid_text(layer) for layer in layers], "left", wraps=True),
+    ]
+    return SplitTable("layer", [f"h.{layer.block}.{layer.projection.rpartition('.')[2]}" for layer in layers], columns)
 
 
 def grid_text(layer: Layer) -> str:
-    """The layer's grid in words."""
+    """The layer's grid and its options."""
     return "not quantized" if layer.grid is None else grid_label(grid_from_dict(layer.grid))
 
 
-def _cell(layer: Layer | None, measure: Measure, shade: Callable[[float], float]) -> Text:
+def _cell(layer: Layer | None, measure: Measure, shade: Shade) -> Text:
     value = measure.value(layer) if layer is not None else None
     if value is None:
         return Text(NONE)
@@ -140,10 +139,13 @@ def _cell(layer: Layer | None, measure: Measure, shade: Callable[[float], float]
 
 def _total(result: Inspection) -> str:
     together = result.together
-    text = f"whole model: KL {divergence(together.kl)} nats a token, change {nats_interval(*_change(together))}"
+    text = (
+        f"whole model: KL {divergence_interval(together)} nats a token, change {nats_interval(*_change(together))}, "
+        "95 % intervals"
+    )
     losses = [layer.loss for layer in result.layers if layer.loss]
     if losses:
-        text += f"; the layers' KL alone add up to {divergence(sum(loss.kl for loss in losses))}"
+        text += f"; the KL of the layers alone add up to {divergence(sum(loss.kl for loss in losses))}"
     return text
 
 

@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
-from neoquant.evaluation.result import Candidate, Comparison, Evaluation
-from neoquant.report.formatting import NONE, agreement, change_interval, divergence, number, perplexity, suite_words
-from neoquant.report.verdict import percent_change, percent_interval, recommended, remarks, verdict
+from neoquant.evaluation.result import Candidate, Change, Comparison, Evaluation
+from neoquant.report.formatting import (
+    NONE,
+    agreement_interval,
+    change_interval,
+    divergence,
+    divergence_interval,
+    number,
+    perplexity,
+    size,
+    suite_label,
+)
+from neoquant.report.measured_speed import NO_SPEED, MeasuredSpeed
+from neoquant.report.remarks import remarks
+from neoquant.report.subsets import FEW_NOTE, subset_names
+from neoquant.report.verdict import percent_change, percent_interval, recommended, verdict, verdict_of
 
 
-def markdown_report(result: Comparison) -> str:
+def markdown_report(result: Comparison, speed: MeasuredSpeed = NO_SPEED) -> str:
     """The verdict, a line for each model, and a line for each subset."""
-    return (
-        "\n\n".join(
-            [
-                " ".join(map(_escape, [verdict(result), *remarks(result)])),
-                summary_table(result),
-                subset_table(result),
-                provenance(result),
-            ]
-        )
-        + "\n"
-    )
-
-
-def summary_table(result: Comparison) -> str:
-    """A line for each model, the recommended one in bold."""
-    lines = [
-        "| model | MB | bits/weight: linears, model | bits/byte | perplexity | Δ perplexity [95 %] | top-1 | KL |",
-        "| --- | --: | --: | --: | --: | --: | --: | --: |",
-        _line(result.reference, None, False),
+    sections = [
+        " ".join(map(_escape, [verdict(result), *remarks(result)])),
+        summary_table(result, speed),
+        subset_table(result),
+        provenance(result),
     ]
+    return "\n\n".join(sections) + "\n"
+
+
+def summary_table(result: Comparison, speed: MeasuredSpeed = NO_SPEED) -> str:
+    """A line for each model, the recommended one in bold; speed and memory where they were measured."""
+    headings = ["size", "bits/weight: linears, model", "bits/byte", "perplexity", "Δ perplexity [95 %]"]
+    headings += ["KL [95 %]", "same top token [95 %]", "verdict", *(("tokens/s", "memory") if speed.programs else ())]
     best = recommended(result)
-    lines += [_line(candidate.evaluation, candidate, candidate is best) for candidate in result.candidates]
+    lines = [
+        f"| model | {' | '.join(headings)} |",
+        f"| --- |{' --: |' * len(headings)}",
+        _line(result.reference, None, False, speed),
+    ]
+    lines += [_line(candidate.evaluation, candidate, candidate is best, speed) for candidate in result.candidates]
     return "\n".join(lines)
 
 
@@ -41,10 +52,11 @@ def subset_table(result: Comparison) -> str:
     what = "KL, nats a token" if measured else "Δ perplexity"
     lines = [f"| {what} | {' | '.join(names)} |", f"| --- |{' --: |' * len(names)}"]
     changes = [[*candidate.subsets, candidate.total] for candidate in result.candidates]
-    for place, score in enumerate([*result.reference.subsets, result.reference.total]):
+    subsets, few = subset_names(result.reference)
+    for place, subset in enumerate(subsets):
         cells = [divergence(row[place].kl) if measured else percent_change(row[place]) for row in changes]
-        lines.append(f"| {_escape(score.subset)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(f"| {_escape(subset)} | {' | '.join(cells)} |")
+    return "\n".join([*lines, *(["", FEW_NOTE] if few else [])])
 
 
 def provenance(result: Comparison) -> str:
@@ -54,7 +66,7 @@ def provenance(result: Comparison) -> str:
     return (
         f"{total.documents:,} documents, {total.tokens:,} tokens, {total.bytes:,} bytes of "
         f"{_escape(reference.data.source)} "
-        f"({_escape(suite_words(reference.suite))}, sha256 {reference.data.sha256[:12]}); intervals over "
+        f"({_escape(suite_label(reference.suite))}, sha256 {reference.data.sha256[:12]}); intervals over "
         f"{result.resampling.unit}s; "
         f"{machine.dtype} on {_escape(machine.device)}, neoquant {machine.neoquant}, torch {machine.torch}."
     )
@@ -68,30 +80,39 @@ def measured_block(result: Comparison, candidate: Candidate) -> str:
     lines = [
         f"Against {_escape(result.reference.model.name)}, on the same windows:",
         "",
-        "| | perplexity | bits/byte | Δ nats/token [95 %] | top-1 agreement | KL |",
+        "| | perplexity | bits/byte | Δ nats/token [95 %] | KL [95 %] | same top token [95 %] |",
         "| --- | --: | --: | --: | --: | --: |",
     ]
     for before, score, change in zip(befores, scores, changes, strict=True):
         lines.append(
             f"| {_escape(score.subset)} | {perplexity(before)} → {perplexity(score)} "
             f"| {before.bits_per_byte:.4f} → {score.bits_per_byte:.4f} "
-            f"| {change_interval(change)} | {agreement(change)} | {divergence(change.kl)} |"
+            f"| {change_interval(change)} | {divergence_interval(change)} | {agreement_interval(change)} |"
         )
     return "\n".join([*lines, "", provenance(result)])
 
 
-def _line(result: Evaluation, candidate: Candidate | None, best: bool) -> str:
+def _line(result: Evaluation, candidate: Candidate | None, best: bool, speed: MeasuredSpeed) -> str:
     model = result.model
     name = f"**{_escape(model.name)}**" if best else _escape(model.name)
-    size = NONE if model.bytes_on_disk is None else f"{model.bytes_on_disk / 1e6:,.1f}"
-    change = candidate.total if candidate else None
-    interval = percent_interval(change) if change else None
-    cost = "" if change is None else f"{percent_change(change)} [{interval or NONE}]"
-    return (
-        f"| {name} | {size} | {number(model.bits_per_weight_linears)}, {number(model.bits_per_weight_model)} "
-        f"| {result.total.bits_per_byte:.4f} | {perplexity(result.total)} | {cost} "
-        f"| {agreement(change) if change else ''} | {divergence(change.kl) if change else ''} |"
-    )
+    cells = [
+        NONE if model.bytes_on_disk is None else size(model.bytes_on_disk),
+        f"{number(model.bits_per_weight_linears)}, {number(model.bits_per_weight_model)}",
+        f"{result.total.bits_per_byte:.4f}",
+        perplexity(result.total),
+        *(_changed(candidate.total) if candidate else [""] * 4),
+        *((speed.decode(model.name), speed.memory(model.name)) if speed.programs else ()),
+    ]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def _changed(change: Change) -> list[str]:
+    return [
+        f"{percent_change(change)} [{percent_interval(change) or NONE}]",
+        divergence_interval(change),
+        agreement_interval(change),
+        verdict_of(change).state.value,
+    ]
 
 
 def _escape(text: str) -> str:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType
-from rich.measure import Measurement
-from rich.table import Table
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from neoquant.evaluation.result import Candidate, Comparison, Evaluation, Score
-from neoquant.report.formatting import NONE, agreement, change_interval, divergence, number, perplexity, suite_words
-
-
-class Column(NamedTuple):
-    """A heading and one cell for every subset, the total's last."""
-
-    heading: str
-    cells: Sequence[str]
+from neoquant.report.formatting import (
+    NONE,
+    agreement_interval,
+    change_interval,
+    divergence_interval,
+    duration,
+    number,
+    perplexity,
+    plural,
+    size,
+    suite_label,
+)
+from neoquant.report.measured_speed import NO_SPEED, MeasuredSpeed
+from neoquant.report.split_table import Column, SplitTable
+from neoquant.report.subsets import FEW_NOTE, subset_names
 
 
 def evaluation_table(result: Evaluation) -> RenderableType:
@@ -37,100 +41,77 @@ def evaluation_table(result: Evaluation) -> RenderableType:
     if result.total.accuracy is not None:
         columns.append(Column("accuracy", [f"{100 * (s.accuracy or 0):.2f} %" for s in scores]))
     return Group(
-        Text(f"{result.model.name} on {suite_words(result.suite)}"),
-        _by_subset(scores, columns),
-        Text(_models_line(result), style="dim"),
+        Text(f"{result.model.name} on {suite_label(result.suite)}"),
+        SplitTable("subset", [score.subset for score in scores], columns, total=True),
+        Text(_computed_with(result), style="dim"),
     )
 
 
-def comparison_table(result: Comparison) -> RenderableType:
-    """What each candidate lost: a table by subset for each, then one line a model."""
-    parts: list[RenderableType] = [Text(suite_words(result.reference.suite)), Text(_amount(result.reference.total))]
+def comparison_table(result: Comparison, speed: MeasuredSpeed = NO_SPEED) -> RenderableType:
+    """How each candidate differs from the reference: a table by subset for each, then one line a model."""
+    sections: list[RenderableType] = [Text(suite_label(result.reference.suite)), Text(_amount(result.reference.total))]
     for candidate in result.candidates:
-        parts += [Text(), CandidateTable(result.reference, candidate)]
-    return Group(*parts, Text(), summary_table(result), _legend(result))
+        sections += [Text(), *_candidate_table(result.reference, candidate)]
+    return Group(*sections, Text(), summary_table(result, speed), Text(_legend(result), style="dim"))
 
 
-class CandidateTable:
-    """One candidate beside the reference, by subset: one table, or two below each other where it would not fit."""
-
-    def __init__(self, reference: Evaluation, candidate: Candidate) -> None:
-        other = candidate.evaluation
-        self.title = f"{other.model.name} against {reference.model.name}"
-        self.scores = [*other.subsets, other.total]
-        pairs = list(zip([*reference.subsets, reference.total], self.scores, strict=True))
-        changes = [*candidate.subsets, candidate.total]
-        self.levels = [
-            Column("perplexity", [f"{perplexity(a)} → {perplexity(b)}" for a, b in pairs]),
-            Column("bits/byte", [f"{a.bits_per_byte:.4f} → {b.bits_per_byte:.4f}" for a, b in pairs]),
-        ]
-        self.differences = [
-            Column("Δ nats/token [95 %]", [change_interval(change) for change in changes]),
-            Column("top-1 agreement", [agreement(change) for change in changes]),
-            Column("KL", [divergence(change.kl) for change in changes]),
-        ]
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        yield Text(self.title, style="bold")
-        wide = _by_subset(self.scores, self.levels + self.differences)
-        unbounded = options.update(max_width=1000)
-        if Measurement.get(console, unbounded, wide).maximum <= options.max_width:
-            yield wide
-        else:
-            yield _by_subset(self.scores, self.levels)
-            yield _by_subset(self.scores, self.differences)
+def _candidate_table(reference: Evaluation, candidate: Candidate) -> list[RenderableType]:
+    """One candidate beside the reference, by subset."""
+    other = candidate.evaluation
+    scores = [*other.subsets, other.total]
+    pairs = list(zip([*reference.subsets, reference.total], scores, strict=True))
+    changes = [*candidate.subsets, candidate.total]
+    columns = [
+        Column("perplexity", [f"{perplexity(a)} → {perplexity(b)}" for a, b in pairs]),
+        Column("bits/byte", [f"{a.bits_per_byte:.4f} → {b.bits_per_byte:.4f}" for a, b in pairs]),
+        Column("Δ nats/token [95 %]", [change_interval(change) for change in changes]),
+        Column("KL [95 %]", [divergence_interval(change) for change in changes]),
+        Column("same top token [95 %]", [agreement_interval(change) for change in changes]),
+    ]
+    names, few = subset_names(other)
+    table = SplitTable("subset", names, columns, total=True)
+    title = Text(f"{other.model.name} against {reference.model.name}", style="bold")
+    return [title, table, *([Text(FEW_NOTE, style="dim")] if few else [])]
 
 
-def summary_table(result: Comparison) -> Table:
-    """One line a model: what it takes on disk, and what it loses in total."""
-    table = _table("model")
-    for heading in ("MB", "bits/weight", "linears", "perplexity", "bits/byte", "KL"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    kl = [NONE, *(divergence(candidate.total.kl) for candidate in result.candidates)]
+def summary_table(result: Comparison, speed: MeasuredSpeed = NO_SPEED) -> SplitTable:
+    """One line a model: its size, its accuracy loss in total, and its speed where that was measured."""
     evaluations = [result.reference, *(candidate.evaluation for candidate in result.candidates)]
-    for evaluation, lost in zip(evaluations, kl, strict=True):
-        model, total = evaluation.model, evaluation.total
-        table.add_row(
-            Text(model.name),  # a name is no markup
-            NONE if model.bytes_on_disk is None else f"{model.bytes_on_disk / 1e6:,.1f}",
-            number(model.bits_per_weight_model),
-            number(model.bits_per_weight_linears),
-            perplexity(total),
-            f"{total.bits_per_byte:.4f}",
-            lost,
-        )
-    return table
+    models = [evaluation.model for evaluation in evaluations]
+    columns = [
+        Column("size", [NONE if m.bytes_on_disk is None else size(m.bytes_on_disk) for m in models]),
+        Column("bits/weight", [number(m.bits_per_weight_model) for m in models]),
+        Column("linears", [number(m.bits_per_weight_linears) for m in models]),
+        Column("perplexity", [perplexity(e.total) for e in evaluations]),
+        Column("bits/byte", [f"{e.total.bits_per_byte:.4f}" for e in evaluations]),
+        Column("KL [95 %]", [NONE, *(divergence_interval(candidate.total) for candidate in result.candidates)]),
+    ]
+    names = [model.name for model in models]
+    return SplitTable("model", names, [*columns, *speed_columns(names, speed)])
 
 
-def _by_subset(scores: Sequence[Score], columns: Sequence[Column]) -> Table:
-    table = _table("subset")
-    for column in columns:
-        table.add_column(column.heading, justify="right", no_wrap=True)
-    last = len(scores) - 1
-    for row, score in enumerate(scores):
-        cells = [column.cells[row] for column in columns]
-        table.add_row(Text(score.subset), *cells, style="bold" if row == last else "", end_section=row == last - 1)
-    return table
-
-
-def _table(first: str) -> Table:
-    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column(first, overflow="ellipsis")  # the only one that gives way: figures are never cut
-    return table
+def speed_columns(names: Sequence[str], speed: MeasuredSpeed) -> list[Column]:
+    """Decoding speed and peak memory of the models that were measured; no column where none was."""
+    if not any(name in speed.programs for name in names):
+        return []
+    return [
+        Column("tokens/s", [speed.decode(name) for name in names]),
+        Column("memory", [speed.memory(name) for name in names]),
+    ]
 
 
 def _amount(total: Score) -> str:
-    return f"{total.documents:,} documents, {total.tokens:,} tokens, {total.bytes:,} bytes"
+    return f"{plural(total.documents, 'document')}, {plural(total.tokens, 'token')}, {plural(total.bytes, 'byte')}"
 
 
-def _models_line(result: Evaluation) -> str:
+def _computed_with(result: Evaluation) -> str:
     environment = result.environment
-    return f"{environment.dtype} on {environment.device}, {result.seconds:,.1f} s, data {result.data.sha256[:12]}"
+    return f"{environment.dtype} on {environment.device}, {duration(result.seconds)}, data {result.data.sha256[:12]}"
 
 
-def _legend(result: Comparison) -> Text:
+def _legend(result: Comparison) -> str:
     unit = result.resampling.unit
-    return Text(
-        f"Δ: change and its 95 % interval over {unit}s · KL: mean nats a token\n{_models_line(result.reference)}",
-        style="dim",
+    return (
+        f"Δ: change of −log p · KL: mean KL divergence, nats a token · [95 %]: interval over {unit}s\n"
+        f"{_computed_with(result.reference)}"
     )

@@ -1,4 +1,4 @@
-"""What a comparison comes to, in one sentence, and what a reader of that sentence should know.
+"""Whether a candidate is close enough to the reference: one of three states for each bound, decided from intervals.
 
 Perplexity alone cannot judge a model: on text that the reference predicts poorly, predictions may change a lot and be
 right as often as before. KL divergence sees every change: it is what the loss would rise by on text that the reference
@@ -8,22 +8,114 @@ wrote itself. So a candidate must pass both, by the same measure: 1 % of perplex
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
+from enum import Enum
+from typing import NamedTuple
 
 from neoquant.evaluation.result import Candidate, Change, Comparison, ModelInfo
-from neoquant.report.formatting import divergence, signed
+from neoquant.report.formatting import divergence, divergence_interval, signed, size
 
 TOLERANCE = 0.01
-"""A loss of perplexity that is called small."""
+"""The bound of the loss of perplexity, as a ratio."""
 
 DIVERGENCE = 0.01
-"""Nats a token: a mean KL divergence that is called small."""
+"""The bound of the mean KL divergence, nats a token."""
 
-NOTICED = 0.0005
-"""Nats a token: below this mean KL divergence nobody will notice that predictions changed."""
 
-NEARLY_AS_SMALL, CLOSER = 1.1, 2.0
-"""A candidate of so many times the recommended one's size is worth naming where its KL is so many times smaller."""
+class State(Enum):
+    """What a measured interval says about a bound."""
+
+    PASSES = "passes"
+    NEEDS_MORE_TEXT = "needs more text"
+    FAILS = "fails"
+
+
+def state_of(low: float | None, high: float | None, bound: float) -> State:
+    """PASSES where the whole interval is below the bound, FAILS where no part of it is; else more text must decide."""
+    if low is None or high is None:
+        return State.NEEDS_MORE_TEXT
+    return State.PASSES if high < bound else State.FAILS if low >= bound else State.NEEDS_MORE_TEXT
+
+
+class Verdict(NamedTuple):
+    """A candidate's state for each bound; `kl` is None where KL was not measured, and perplexity alone decides."""
+
+    perplexity: State
+    kl: State | None
+
+    @property
+    def state(self) -> State:
+        """The worst of both."""
+        states = {self.perplexity, self.kl or State.PASSES}
+        return next(state for state in (State.FAILS, State.NEEDS_MORE_TEXT, State.PASSES) if state in states)
+
+
+def verdict_of(change: Change) -> Verdict:
+    """How a candidate's total change (or a subset's) stands against both bounds."""
+    return Verdict(
+        state_of(change.low, change.high, math.log1p(TOLERANCE)),
+        None if change.kl is None else state_of(change.kl_low, change.kl_high, DIVERGENCE),
+    )
+
+
+def recommended(result: Comparison) -> Candidate | None:
+    """The smallest candidate that passes."""
+    good = [c for c in result.candidates if verdict_of(c.total).state is State.PASSES]
+    return min(good, key=lambda candidate: size_of(candidate.evaluation.model), default=None)
+
+
+def closest(result: Comparison) -> Candidate | None:
+    """The candidate that is nearest to the reference in both measures."""
+    return min(result.candidates, key=lambda c: max(c.total.nats_per_token, c.total.kl or 0), default=None)
+
+
+def subject(result: Comparison) -> Candidate | None:
+    """The candidate that the report is about first: the recommended one, else the closest."""
+    return recommended(result) or closest(result)
+
+
+def headline(result: Comparison) -> str:
+    """One short sentence: which candidate passes."""
+    about = subject(result)
+    if about is None:
+        return f"{result.reference.model.name} was compared with nothing."
+    name, count = about.evaluation.model.name, len(result.candidates)
+    state = verdict_of(about.total)
+    if state.state is State.PASSES:
+        passing = sum(verdict_of(c.total).state is State.PASSES for c in result.candidates)
+        if count == 1:
+            return f"{name} passes."
+        return f"{name} is the smallest of {passing} models that pass." if passing > 1 else f"Only {name} passes."
+    if count == 1:
+        return f"{name} {state.state.value}."
+    undecided = any(verdict_of(c.total).state is State.NEEDS_MORE_TEXT for c in result.candidates)
+    return f"None of {count} models {'passes yet' if undecided else 'passes'}; {name} is closest."
+
+
+def verdict(result: Comparison) -> str:
+    """The headline, and the figures that it was decided from."""
+    about = subject(result)
+    return headline(result) if about is None else f"{headline(result)} {figures(result, about)}"
+
+
+def figures(result: Comparison, candidate: Candidate) -> str:
+    """`Perplexity +0.40 % (95 % interval +0.20 to +0.70 %, bound 1 %: passes); KL ...; 300.0 MB instead of ...`"""
+    change, state = candidate.total, verdict_of(candidate.total)
+    interval = percent_interval(change)
+    between = f"95 % interval {interval}" if interval else "no interval from one document"
+    found = [f"Perplexity {percent_change(change)} ({between}, bound {100 * TOLERANCE:g} %: {state.perplexity.value})"]
+    if state.kl is not None:
+        found.append(f"KL {divergence_interval(change)} nats a token (bound {DIVERGENCE:g}: {state.kl.value})")
+    found += size_change(result.reference.model, candidate.evaluation.model)
+    return f"{'; '.join(found)}."
+
+
+def size_change(reference: ModelInfo, model: ModelInfo) -> Sequence[str]:
+    """`300.0 MB instead of 2,631.0 MB (11 %)`, or nothing where a size is not known."""
+    ratio = size_ratio(reference, model)
+    if ratio is None or reference.bytes_on_disk is None or model.bytes_on_disk is None:
+        return []
+    return [f"{size(model.bytes_on_disk)} instead of {size(reference.bytes_on_disk)} ({100 * ratio:.0f} %)"]
 
 
 def short_names(result: Comparison) -> dict[str, str]:
@@ -38,82 +130,6 @@ def short_names(result: Comparison) -> dict[str, str]:
     )
 
 
-def recommended(result: Comparison) -> Candidate | None:
-    """The smallest candidate that surely (with the 95 % intervals' upper ends) loses less than TOLERANCE of perplexity
-    and diverges by less than DIVERGENCE; where divergence was not measured, perplexity alone decides."""
-    good = [c for c in result.candidates if _upper(c.total) < TOLERANCE and _upper_kl(c.total) < DIVERGENCE]
-    return min(good, key=lambda candidate: _size(candidate.evaluation.model), default=None)
-
-
-def verdict(result: Comparison) -> str:
-    """One sentence that says which candidate to take, what it saves and what it costs."""
-    reference, candidates = result.reference, result.candidates
-    if not candidates:
-        return f"{reference.model.name} was compared with nothing."
-    best = recommended(result)
-    bounds = f"within {100 * TOLERANCE:g} % of {reference.model.name}’s perplexity"
-    if all(candidate.total.kl is not None for candidate in candidates):
-        bounds += f" and {DIVERGENCE:g} nats of its predictions (KL)"
-    if best is not None:
-        opening = _name(best)
-        opening += f" is the smallest of {len(candidates)} that" if len(candidates) > 1 else ""
-        opening += f" stays {bounds}"
-        return f"{opening}: {_saving(reference.model, best.evaluation.model)}{_cost(best.total)}."
-    closest = min(candidates, key=lambda candidate: max(candidate.total.nats_per_token, candidate.total.kl or 0))
-    cost = f"{_saving(reference.model, closest.evaluation.model)}{_cost(closest.total)}"
-    if len(candidates) == 1:
-        return f"{_name(closest)} does not surely stay {bounds}: {cost}."
-    return f"None of {len(candidates)} candidates surely stays {bounds}; {_name(closest)} comes closest: {cost}."
-
-
-def remarks(result: Comparison) -> list[str]:
-    """What the verdict does not say: where perplexity is blind, and what a little more space would bring."""
-    return [*_blind(result), *_a_little_more(result), *_unmeasured(result)]
-
-
-def _blind(result: Comparison) -> Iterator[str]:
-    """That predictions changed where perplexity did not surely rise."""
-    unseen = [
-        (c.total.kl, _name(c))
-        for c in result.candidates
-        if c.total.kl is not None and c.total.kl >= NOTICED and c.total.low is not None and c.total.low <= 0
-    ]
-    if not unseen:
-        return
-    least, most = divergence(min(unseen)[0]), divergence(max(unseen)[0])
-    span = most if least == most else f"{least} to {most}"
-    who = f"{unseen[0][1]}’s predictions" if len(unseen) == 1 else f"the predictions of {len(unseen)} candidates"
-    yield (
-        f"Perplexity tells little on this text: {who} changed (KL {span}), and perplexity did not surely rise. "
-        "Go by KL and by the same top token."
-    )
-
-
-def _a_little_more(result: Comparison) -> Iterator[str]:
-    """The candidate that is hardly larger than the recommended one, and much closer to the reference."""
-    best = recommended(result)
-    if best is None or best.total.kl is None or best.total.kl < NOTICED:
-        return
-    size, kl = _size(best.evaluation.model), best.total.kl
-    closer = [
-        c
-        for c in result.candidates
-        if c.total.kl is not None
-        and size < _size(c.evaluation.model) <= NEARLY_AS_SMALL * size
-        and c.total.kl * CLOSER <= kl
-    ]
-    if not closer:
-        return
-    other = min(closer, key=lambda c: (c.total.kl, _size(c.evaluation.model)))
-    more = f"{(_size(other.evaluation.model) - size) / 1e6:,.1f} MB"
-    yield f"For {more} more, {_name(other)} stays closer: KL {divergence(other.total.kl)} instead of {divergence(kl)}."
-
-
-def _unmeasured(result: Comparison) -> Iterator[str]:
-    if any(c.total.kl is None for c in result.candidates):
-        yield "Where KL was not measured, perplexity alone decided, which does not see every change."
-
-
 def percent_change(change: Change) -> str:
     """`+0.68 %`: of the perplexity."""
     return _percent(change.nats_per_token)
@@ -126,6 +142,13 @@ def percent_interval(change: Change) -> str | None:
     return f"{_percent(change.low).removesuffix(' %')} to {_percent(change.high)}"
 
 
+def kl_interval(change: Change) -> str | None:
+    """`0.00060 to 0.00071`, or None where there is none."""
+    if change.kl_low is None or change.kl_high is None:
+        return None
+    return f"{divergence(change.kl_low)} to {divergence(change.kl_high)}"
+
+
 def size_ratio(reference: ModelInfo, model: ModelInfo) -> float | None:
     """The model's size over the reference's."""
     if not reference.bytes_on_disk or model.bytes_on_disk is None:
@@ -133,42 +156,12 @@ def size_ratio(reference: ModelInfo, model: ModelInfo) -> float | None:
     return model.bytes_on_disk / reference.bytes_on_disk
 
 
+def size_of(model: ModelInfo) -> float:
+    """Bytes on disk; infinite where they are not known, so that such a model is nobody's smallest."""
+    return math.inf if model.bytes_on_disk is None else model.bytes_on_disk
+
+
 def _percent(nats: float) -> str:
     percent = 100 * math.expm1(min(nats, 700))
     digits = 2 if abs(percent) < 10 else 1 if abs(percent) < 100 else 0
     return f"{signed(percent, digits)} %" if percent < 1e7 else f"{percent:+.1e} %"
-
-
-def _saving(reference: ModelInfo, model: ModelInfo) -> str:
-    ratio = size_ratio(reference, model)
-    if ratio is None or reference.bytes_on_disk is None or model.bytes_on_disk is None:
-        return ""
-    return (
-        f"{model.bytes_on_disk / 1e6:,.1f} MB instead of {reference.bytes_on_disk / 1e6:,.1f} ({100 * ratio:.0f} %), "
-    )
-
-
-def _cost(change: Change) -> str:
-    interval = percent_interval(change)
-    sure = f"95 % interval {interval}" if interval else "how sure, one document cannot say"
-    kl = "" if change.kl is None else f", KL {divergence(change.kl)}"
-    return f"perplexity {percent_change(change)} ({sure}){kl}"
-
-
-def _name(candidate: Candidate) -> str:
-    return candidate.evaluation.model.name
-
-
-def _upper(change: Change) -> float:
-    return math.expm1(min(change.high, 700)) if change.high is not None else math.inf
-
-
-def _upper_kl(change: Change) -> float:
-    """The upper end of the interval of KL; what was not measured stands in nobody's way."""
-    if change.kl is None:
-        return 0.0
-    return math.inf if change.kl_error is None else change.kl + 1.96 * change.kl_error
-
-
-def _size(model: ModelInfo) -> float:
-    return math.inf if model.bytes_on_disk is None else model.bytes_on_disk

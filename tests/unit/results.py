@@ -63,9 +63,11 @@ def make_change(subset: str, nats: float = 0.0123, *, full: bool = True, **field
         kwargs = {"mean": 1e-3, "rms": 2e-3, "minimum": -0.5, "maximum": 7.0, "quantiles": QUANTILES}
         spread = {
             "agreement": 0.968,
-            "agreement_error": 0.0012,
+            "agreement_low": 0.9656,
+            "agreement_high": 0.9704,
             "kl": 0.00065,
-            "kl_error": 1e-5,
+            "kl_low": 0.0006,
+            "kl_high": 0.00071,
             "divergence": Distribution(**kwargs, histogram=logs),
             "loss_change": Distribution(**kwargs, histogram=counts),
             "probability_change": Distribution(**kwargs),
@@ -92,6 +94,10 @@ def make_candidate(
         probability=0.02,
         top_reference=Choice(text=text, probability=0.31),
         top=Choice(text=" a", probability=0.4),
+        top_tokens_reference=tuple(
+            Choice(text=t, probability=p) for t, p in ((text, 0.31), (" of", 0.2), (" in", 0.1))
+        ),
+        top_tokens=tuple(Choice(text=t, probability=p) for t, p in ((" a", 0.4), ("\\xe2", 0.25), (text, 0.02))),
         passage=passage,
         index=2,
     )

@@ -22,7 +22,8 @@ from neoquant.model.names import BLOCK_LINEARS
 from neoquant.nn.linear import QuantLinear
 from neoquant.progress import SILENT
 from neoquant.quantization.recipe import Recipe
-from neoquant.report.layers import costliest, inspection_table, shades
+from neoquant.report.layers import inspection_table, most_affected
+from neoquant.report.shades import relative
 
 RECIPES = {
     "nf4": Recipe.simple(4, "nf4", block_size=32, double_quant=True),
@@ -153,7 +154,7 @@ def test_models_are_left_as_they_were(tiny_model: Path, quantized: dict[str, Pat
 def test_a_model_against_itself(tiny_model: Path, suite: Suite) -> None:
     model = loaded(tiny_model)
     result = inspect(model, model, neoquant.load_tokenizer(tiny_model), suite, sensitivity=True)
-    assert result.together.kl == 0 and not costliest(result)
+    assert result.together.kl == 0 and not most_affected(result)
     for layer in result.layers:
         assert layer.weight_error == layer.output_error == 0
         assert layer.loss is not None and (layer.loss.kl, layer.loss.nats_per_token) == (0, 0)
@@ -208,14 +209,14 @@ def test_the_terminal_shows_every_layer(run: Inspect, width: int) -> None:
     assert "alone" not in shown(run("mixed"), width)
 
 
-def test_costliest_and_shades(run: Inspect) -> None:
+def test_costliest_and_relative(run: Inspect) -> None:
     result = run("nf4", sensitivity=True)
-    losses = [layer.loss.kl for layer in costliest(result, 5) if layer.loss]
+    losses = [layer.loss.kl for layer in most_affected(result, 5) if layer.loss]
     assert losses == sorted((layer.loss.kl for layer in result.layers if layer.loss), reverse=True)[:5]
-    shade = shades([1e-4, 1e-2, 0.0])
+    shade = relative([1e-4, 1e-2, 0.0])
     assert [round(shade(v), 6) for v in (0.0, 1e-4, 1e-3, 1e-2)] == [0, 0, 0.5, 1]
-    assert shades([])(1.0) == 1 and shades([2.0])(2.0) == 1
-    assert 0.5 < shades([1.0, 2.0])(1.0) < 1  # a factor of two is not the whole scale
+    assert relative([])(1.0) == 1 and relative([2.0])(2.0) == 1
+    assert 0.5 < relative([1.0, 2.0])(1.0) < 1  # a factor of two is not the whole scale
 
 
 def test_a_layer_knows_its_name() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from html.parser import HTMLParser
@@ -19,15 +20,27 @@ from results import (
     make_inspection,
 )
 
+from neoquant.benchmark.run import Program, Run, Speed
 from neoquant.errors import DataError, RequestError
 from neoquant.evaluation import Comparison
 from neoquant.evaluation.inspection_result import Inspection
 from neoquant.quantization.model_card import with_measured
+from neoquant.report.formatting import size
 from neoquant.report.gather import Gathered, gather
 from neoquant.report.markdown import markdown_report, measured_block
 from neoquant.report.page import render_page
-from neoquant.report.parts import visible
-from neoquant.report.verdict import percent_change, recommended, remarks, short_names, verdict
+from neoquant.report.page_elements import visible
+from neoquant.report.remarks import remarks
+from neoquant.report.verdict import (
+    State,
+    headline,
+    percent_change,
+    recommended,
+    short_names,
+    state_of,
+    verdict,
+    verdict_of,
+)
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "path", "use", "rect"}
 
@@ -101,15 +114,27 @@ def test_the_page_holds_the_figures() -> None:
     html, parsed = page(two, make_inspection("gpt-neo-1.3B-nf4"))
     said = parsed.said
     assert html.startswith("<!DOCTYPE html>") and '<html lang="en">' in html
-    assert verdict(two) in said
+    assert headline(two) in said
+    assert said.count("✓ passes") == 2 + 2 + 2  # tiles, table, sections
     for candidate in two.candidates:
         model, change = candidate.evaluation.model, candidate.total
         assert said.count(model.name) >= 3
-        assert f"{(model.bytes_on_disk or 0) / 1e6:,.1f}" in said
+        assert size(model.bytes_on_disk or 0) in said.replace("\u00a0", " ")
         assert percent_change(change) in said and f"{change.kl:.5f}" in said
         assert f"[{change.low:+.4f}, {change.high:+.4f}]".replace("-", "−") in said
-        assert f"{100 * (change.agreement or 0):.2f} ± " in said
-    for figure in ("0.85", "1.23", "0.61", "0.00321", "3.21", "31.0 % in gpt-neo-1.3B", "2.0 % in nf4", "1,234,567"):
+        assert "96.80 [96.56, 97.04] %" in said and "0.00065 [0.00060, 0.00071]" in said
+    for figure in (
+        "0.85",
+        "1.23",
+        "0.61",
+        "0.00321",
+        "3.21",
+        "“ the” 31.0 %",
+        "“ the” 2.0 %",
+        "“ of” 20.0 %",
+        "“\\xe2” 25.0 %",
+        "1,234,567",
+    ):
         assert figure in said, figure
     for subset in SUBSETS:
         assert said.count(subset) >= 4
@@ -156,19 +181,19 @@ def test_no_candidate_one_candidate_and_one_document() -> None:
     alone = make_candidate("m")
     unsure = alone.model_copy(
         update={
-            "total": make_change("total", 0.01, low=None, high=None, agreement_error=None, kl_error=None),
+            "total": make_change("total", 0.01, low=None, high=None, kl_low=None, kl_high=None),
             "subsets": (make_change(SUBSETS[0], 0.01, low=None, high=None), make_change(SUBSETS[1], 0.0)),
         }
     )
     _, parsed = page(make_comparison(unsure))
-    assert "one document cannot say" in parsed.said
+    assert "one document gives no interval" in parsed.said and "? needs more text" in parsed.said
 
 
 def test_saved_evaluations_have_no_divergence() -> None:
     """Where only losses were compared, everything else says what it can."""
     html, parsed = page(make_comparison(make_candidate("m-a", full=False), make_candidate("m-b", 0.0, full=False)))
     assert len(re.findall("<svg", html)) == 1 + 2 and "KL divergence, mean" not in parsed.said
-    assert "- " in parsed.said and percent_change(make_change("total")) in parsed.said
+    assert "saved evaluations have no KL" in parsed.said and percent_change(make_change("total")) in parsed.said
     text = markdown_report(make_comparison(make_candidate("m-a", full=False)))
     assert "Δ perplexity | m-a" in text
 
@@ -189,45 +214,79 @@ def test_many_candidates_and_long_names() -> None:
     assert all(name in parsed.said for name in names) and "…" in html
 
 
-def test_the_verdict_names_the_smallest_that_is_surely_good() -> None:
+@pytest.mark.parametrize(
+    ("low", "high", "state"),
+    [
+        (0.0, 0.0099, State.PASSES),
+        (-0.5, -0.1, State.PASSES),
+        (0.0, 0.01, State.NEEDS_MORE_TEXT),
+        (0.0099, 0.5, State.NEEDS_MORE_TEXT),
+        (0.01, 0.02, State.FAILS),
+        (0.0607, 0.0673, State.FAILS),
+        (None, None, State.NEEDS_MORE_TEXT),
+    ],
+)
+def test_the_whole_interval_decides(low: float | None, high: float | None, state: State) -> None:
+    assert state_of(low, high, 0.01) is state
+
+
+@pytest.mark.parametrize("low", [-0.01, 0.0, 0.005, 0.00995, 0.00996, 0.05])
+@pytest.mark.parametrize("width", [0.0, 0.004, 0.1])
+@pytest.mark.parametrize("kl", [None, (0.0, 0.005), (0.005, 0.02), (0.02, 0.03)])
+def test_a_verdict_is_the_worst_of_both_bounds(low: float, width: float, kl: tuple[float, float] | None) -> None:
+    """Against the definition: passes if every value inside both intervals is below the bounds, fails if none is."""
+    below = [bound > math.expm1(end) for bound, end in ((0.01, low), (0.01, low + width))]
+    expected = [State.PASSES if all(below) else State.NEEDS_MORE_TEXT if any(below) else State.FAILS]
+    ends: dict[str, Any] = {"kl": None, "kl_low": None, "kl_high": None}
+    if kl is not None:
+        ends = {"kl": sum(kl) / 2, "kl_low": kl[0], "kl_high": kl[1]}
+        inside = [end < 0.01 for end in kl]
+        expected.append(State.PASSES if all(inside) else State.NEEDS_MORE_TEXT if any(inside) else State.FAILS)
+    change = make_change("total", low + width / 2, low=low, high=low + width, **ends)
+    order = [State.PASSES, State.NEEDS_MORE_TEXT, State.FAILS]
+    assert verdict_of(change).state is max(expected, key=order.index)
+
+
+def test_the_verdict_names_the_smallest_that_passes() -> None:
     small_bad = make_candidate("b-2bit", 0.3, bytes_on_disk=1)
     unsure = make_candidate("b-3bit", 0.008, bytes_on_disk=2)  # up to 0.011
     good = make_candidate("b-4bit", 0.004, bytes_on_disk=300_000_000)
     better = make_candidate("b-8bit", 0.0001, bytes_on_disk=900_000_000)
     assert recommended(make_comparison(small_bad, unsure, good, better)) is good
-    bounds = "within 1 % of gpt-neo-1.3B’s perplexity and 0.01 nats of its predictions (KL)"
-    text = verdict(make_comparison(small_bad, unsure, good, better))
-    assert text == (
-        f"b-4bit is the smallest of 4 that stays {bounds}: 300.0 MB instead of 2,631.0 (11 %), "
-        "perplexity +0.40 % (95 % interval +0.20 to +0.70 %), KL 0.00065."
+    assert verdict(make_comparison(small_bad, unsure, good, better)) == (
+        "b-4bit is the smallest of 2 models that pass. Perplexity +0.40 % (95 % interval +0.20 to +0.70 %, bound 1 %: "
+        "passes); KL 0.00065 [0.00060, 0.00071] nats a token (bound 0.01: passes); "
+        "300.0 MB instead of 2,631.0 MB (11 %)."
     )
-    assert verdict(make_comparison(small_bad, unsure)).startswith(
-        f"None of 2 candidates surely stays {bounds}; b-3bit comes closest: "
-    )
-    assert verdict(make_comparison(small_bad)).startswith(f"b-2bit does not surely stay {bounds}: ")
-    assert verdict(make_comparison(good)).startswith(f"b-4bit stays {bounds}: ")
+    assert headline(make_comparison(small_bad, unsure, good)) == "Only b-4bit passes."
+    assert headline(make_comparison(small_bad, unsure)) == "None of 2 models passes yet; b-3bit is closest."
+    assert headline(make_comparison(small_bad, small_bad)) == "None of 2 models passes; b-2bit is closest."
+    assert headline(make_comparison(small_bad)) == "b-2bit fails."
+    assert headline(make_comparison(unsure)) == "b-3bit needs more text."
+    assert headline(make_comparison(good)) == "b-4bit passes."
 
 
-def diverging(name: str, megabytes: float, kl: float | None, *, error: float | None = 0.0, nats: float = 0.0) -> Any:
-    """A candidate whose perplexity changes by `nats` on the text, give or take 0.002."""
+def diverging(name: str, megabytes: float, kl: float | None, *, width: float | None = 0.0, nats: float = 0.0) -> Any:
+    """A candidate whose perplexity changes by `nats` on the text, give or take 0.002, and KL give or take `width`."""
     candidate = make_candidate(name, nats, bytes_on_disk=round(megabytes * 1e6))
-    change = make_change("total", nats, low=nats - 0.002, high=nats + 0.002, kl=kl, kl_error=error)
+    ends = (None, None) if kl is None or width is None else (kl - width, kl + width)
+    change = make_change("total", nats, low=nats - 0.002, high=nats + 0.002, kl=kl, kl_low=ends[0], kl_high=ends[1])
     return candidate.model_copy(update={"total": change})
 
 
 @pytest.mark.parametrize(
-    ("kl", "error", "good"),
-    [(0.0099, 0.0, True), (0.0101, 0.0, False), (0.009, 0.001, False), (0.001, None, False), (None, None, True)],
+    ("kl", "width", "good"),
+    [(0.0099, 0.0, True), (0.0101, 0.0, False), (0.009, 0.0011, False), (0.001, None, False), (None, None, True)],
 )
-def test_perplexity_alone_does_not_recommend(kl: float | None, error: float | None, good: bool) -> None:
+def test_perplexity_alone_does_not_recommend(kl: float | None, width: float | None, good: bool) -> None:
     """Predictions that moved too far, or not surely little, are refused however perplexity came out."""
-    far, near = diverging("far", 100, kl, error=error), diverging("near", 200, 0.001)
+    far, near = diverging("far", 100, kl, width=width), diverging("near", 200, 0.001)
     assert recommended(make_comparison(far, near)) is (far if good else near)
 
 
 def test_what_comes_closest_is_near_in_both() -> None:
     result = make_comparison(diverging("blind", 100, 0.3), diverging("seen", 100, 0.04, nats=0.03))
-    assert recommended(result) is None and "; seen comes closest: " in verdict(result)
+    assert recommended(result) is None and "; seen is closest." in headline(result)
 
 
 def test_remarks() -> None:
@@ -241,22 +300,85 @@ def test_remarks() -> None:
     assert said(tiny, costly) == ""  # nobody notices the one, perplexity shows the other
     blind = said(diverging("b-2bit", 300, 0.004), diverging("b-3bit", 310, 0.003), tiny)
     assert blind == (
-        "Perplexity tells little on this text: the predictions of 2 candidates changed (KL 0.00300 to 0.00400), and "
-        "perplexity did not surely rise. Go by KL and by the same top token."
+        "Perplexity shows little on this text: the predictions of 2 models changed (KL 0.00300 to 0.00400), but the "
+        "interval of the change of perplexity includes zero. Judge by KL and by the same top token."
     )
-    assert ": b-2bit’s predictions changed (KL 0.00400), and" in said(diverging("b-2bit", 300, 0.004), tiny)
+    assert ": b-2bit’s predictions changed (KL 0.00400), but" in said(diverging("b-2bit", 300, 0.004), tiny)
     three = diverging("b-2bit", 300, 0.004), diverging("b-3bit", 330, 0.002), diverging("b-4bit", 331, 0.0001)
     closer = said(*three)
     assert closer.endswith("For 30.0 MB more, b-3bit stays closer: KL 0.00200 instead of 0.00400.")
     shown = page(make_comparison(*three))[1].said
-    assert closer in shown and "dashed" not in shown
-    assert "Where KL was not measured" in said(diverging("b-2bit", 300, None, error=None), tiny)
+    assert closer in shown.replace("\u00a0", " ") and "dashed" not in shown
+    assert "Where KL was not measured" in said(diverging("b-2bit", 300, None, width=None), tiny)
 
 
 def test_the_bounds_are_drawn_where_they_are_in_sight() -> None:
     wide = make_comparison(diverging("a", 300, 0.0001), diverging("b", 310, 0.2, nats=0.2))
     said = page(wide)[1].said
     assert "bound, 0.01 nats." in said and "bound, 1 %." in said
+
+
+def test_the_heat_maps_are_anchored_to_the_bound() -> None:
+    """The same figure has the same ground beside whatever else; what reaches the bound is marked, by more than hue."""
+    far, near = diverging("a", 300, 0.02), diverging("b", 310, 0.005)
+    grounds = []
+    for candidates in ((near,), (far, near), (diverging("c", 5, 5.0), near)):
+        html, _ = page(make_comparison(*candidates))
+        totals = html.split('<tr class="total">')[1].split("</tr>")[0]
+        grounds.append(re.findall(r'<td( class="over")? style="--h:([\d.]+)"[^>]*>([\d.]+)', totals))
+    assert [row[-1] for row in grounds] == [("", "0.35", "0.00500")] * 3
+    assert grounds[1][0] == (' class="over"', "0.65", "0.02000") and grounds[2][0][:2] == (' class="over"', "1.00")
+
+
+def test_subsets_of_few_documents_are_marked() -> None:
+    result = make_comparison(make_candidate("a"))
+    scores = tuple(score.model_copy(update={"documents": n}) for score, n in zip(result.reference.subsets, (2, 3)))
+    result = result.model_copy(update={"reference": result.reference.model_copy(update={"subsets": scores})})
+    said = page(result)[1].said
+    assert f"{SUBSETS[0]} †" in said and f"{SUBSETS[1]} †" not in said and "fewer than three documents" in said
+    assert f"{SUBSETS[0]} †" in markdown_report(result)
+    assert "fewer than three documents:" not in page(make_comparison(make_candidate("a")))[1].said
+
+
+def make_speed(*programs: tuple[str, str, float]) -> Speed:
+    """Tool, label and tokens a second of each program."""
+    made = []
+    for tool, label, rate in programs:
+        run = Run(
+            import_s=1, load_s=2, prefill_s=3, prefill_tokens_per_s=4, decode_tokens_per_s=rate, peak_rss_bytes=7e8
+        )
+        source = label.partition(": ")[2].partition(",")[0]
+        made.append(Program(label=label, tool=tool, source=source, versions={}, runs=[run], median=run))
+    return Speed(prompt_tokens=8, new_tokens=9, repeats=1, threads=2, dtype="float32", programs=made, notes=[])
+
+
+def test_speed_stands_beside_loss(tmp_path: Path) -> None:
+    """neoquant's own runs, found by the model's name; other programs and models without a run have none."""
+    files = {name: tmp_path / f"{name}.json" for name in ("cost", "bench", "older", "twice", "other")}
+    result = make_comparison(make_candidate("n-nf4", 0.004), make_candidate("n-nf4 (int8 activations)"), base="n")
+    files["cost"].write_text(result.to_json())
+    ours = make_speed(
+        ("neoquant", "neoquant: n", 10), ("neoquant", "neoquant: n-nf4", 25.0),
+        ("neoquant", "neoquant: n-nf4, int8 activations", 30), ("transformers", "transformers: n", 5),
+    )  # fmt: skip
+    files["bench"].write_text(ours.to_json())
+    found = gather([files["cost"], files["bench"]])
+    assert [found.speed.decode(name) for name in ("n", "n-nf4", "n-nf4 (int8 activations)", "x")] == [
+        "10.0", "25.0", "30.0", "-"
+    ]  # fmt: skip
+    said = Parsed(render_page(found)).said.replace("\u00a0", " ")
+    assert "25.0 tokens/s" in said and "2.5 times n’s; 700.0 MB of memory" in said and "8 prompt tokens" in said
+    assert "| 25.0 | 700.0 MB |" in markdown_report(found.comparison, found.speed)
+    older = json.loads(ours.to_json())
+    del older["schema_version"]
+    files["older"].write_text(json.dumps(older))
+    assert gather([files["cost"], files["older"]]).speed == found.speed
+    with pytest.raises(RequestError, match="n is in both .*bench.json and .*older.json"):
+        gather(list(files.values())[:3])
+    other = make_speed(("neoquant", "neoquant: x", 1)).model_copy(update={"threads": 3})
+    files["other"].write_text(other.to_json())
+    with pytest.raises(RequestError, match=r"other.json cannot stand beside .*bench.json: .*3 threads.*, not .*2 thr"):
+        gather([files["cost"], files["bench"], files["other"]])
 
 
 def test_percentages() -> None:
@@ -289,7 +411,7 @@ def test_gathering(tmp_path: Path) -> None:
 
     with pytest.raises(RequestError, match=r"a is in both .*1.json and .*again.json"):
         gather([first, saved("again.json", one)])
-    with pytest.raises(RequestError, match=r"l.json holds no comparison"):
+    with pytest.raises(RequestError, match=r"l.json: no comparison"):
         gather([layers])
     reference = one.reference
     for change, what in (
@@ -335,9 +457,10 @@ def test_what_is_no_result(tmp_path: Path, text: str, says: str) -> None:
 def test_markdown() -> None:
     result = make_comparison(make_candidate("neo|x", 0.004), make_candidate("neo-int8", 0.5))
     text = markdown_report(result)
-    assert "| **neo\\|x** | 838.1 | 4.127, 5.100 |" in text and "+0.40 % [+0.20 to +0.70 %]" in text
+    assert "| **neo\\|x** | 838.1 MB | 4.127, 5.100 |" in text and "+0.40 % [+0.20 to +0.70 %]" in text
+    assert "| passes |" in text and "| fails |" in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
-    assert {line.replace("\\|", "").count("|") for line in tables[:5]} == {9}
+    assert {line.replace("\\|", "").count("|") for line in tables[:5]} == {10}
     assert {line.replace("\\|", "").count("|") for line in tables[5:]} == {4}
     assert "| total | 0.00065 | 0.00065 |" in text and "sha256 abababababab" in text
 

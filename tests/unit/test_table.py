@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
+from results import make_inspection
 from rich.console import Console, RenderableType
 
+from neoquant.benchmark.run import Program, Run, Speed
 from neoquant.data.suite import Suite
 from neoquant.evaluation.result import (
     Candidate,
@@ -21,6 +24,10 @@ from neoquant.evaluation.result import (
     Resampling,
     Score,
 )
+from neoquant.report.benchmark import speed_table
+from neoquant.report.calibration import calibration_table
+from neoquant.report.layers import inspection_table
+from neoquant.report.split_table import Column, SplitTable
 from neoquant.report.table import comparison_table, evaluation_table
 
 SUBSETS = ("Gutenberg (PG-19)", "ArXiv")
@@ -55,8 +62,11 @@ def comparison() -> Comparison:
             bits_per_byte_low=None,
             bits_per_byte_high=None,
             agreement=0.968,
-            agreement_error=0.0012,
+            agreement_low=0.9656,
+            agreement_high=0.9704,
             kl=0.00065,
+            kl_low=0.0006,
+            kl_high=0.00071,
         )
         for subset, low, high in ((SUBSETS[0], 0.01, 0.0145), (SUBSETS[1], None, None), ("total", -0.01, 0.03))
     ]
@@ -77,24 +87,49 @@ def render(renderable: RenderableType, width: int) -> str:
     return text
 
 
-@pytest.mark.parametrize("width", [80, 120, 200])
+@pytest.mark.parametrize("width", [40, 80, 120, 200])
 def test_evaluation(width: int) -> None:
     text = render(evaluation_table(evaluation("gpt-neo-1.3B", 3_000_000)), width)
     for whole in ("Gutenberg (PG-19)", "bits/byte", "1,234,567", "5,234,567", "11.359", "0.8268", "2.4300"):
         assert whole in text
     assert "…" not in text
-    assert len(text.splitlines()) == 6
+    assert width == 40 or len(text.splitlines()) == 6
 
 
-@pytest.mark.parametrize("width", [80, 120, 200])
+@pytest.mark.parametrize("width", [40, 80, 120, 220])
 def test_comparison(width: int) -> None:
     text = render(comparison_table(comparison()), width)
-    for whole in ("11.359 → 11.498", "+0.0123 [+0.0100, +0.0145]", "+0.0123 [-]", "96.80 ± 0.12 %", "0.00065"):
+    for whole in ("11.359 → 11.498", "+0.0123 [+0.0100, +0.0145]", "+0.0123 [-]", "96.80 [96.56, 97.04] %"):
         assert whole in text
-    for whole in ("838.1", "4.127", "0.8310", "interval over documents"):
+    for whole in ("0.00065 [0.00060, 0.00071]", "838.1 MB", "4.127", "0.8310"):
         assert whole in text
+    assert "interval over documents" in " ".join(text.split())
     assert "…" not in text
-    assert text.count("Gutenberg (PG-19)") == (2 if width == 80 else 1)
+    assert text.count("Gutenberg") == {40: 5, 80: 3, 120: 2, 220: 1}[width]
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_other_tables(width: int) -> None:
+    """Every heading and every figure, however narrow the terminal is."""
+    layers = {f"transformer.h.0.{n}": {"error": 0.01, "error_nearest": 0.02} for n in ("q_proj", "mlp.c_fc")}
+    inspection = make_inspection("nf4")
+    speed = Run(import_s=1, load_s=2, prefill_s=3, prefill_tokens_per_s=4, decode_tokens_per_s=5, peak_rss_bytes=7e8)
+    program = Program(label="neoquant: a-model", tool="neoquant", source="", versions={}, runs=[], median=speed)
+    measured = Speed(
+        prompt_tokens=1, new_tokens=9, repeats=1, threads=1, dtype="float32", programs=[program] * 2, notes=[]
+    )
+    texts = [
+        render(table, width)
+        for table in (calibration_table(layers), inspection_table(inspection), speed_table(measured))
+    ]
+    for text, found in zip(
+        texts,
+        (("RTN %", "2.00", "0.50", "c_fc"), ("q_proj", "1.23", "0.00321", "h.1.q_proj"), ("4.0", "700.0 MB", "1.00")),
+        strict=True,
+    ):
+        assert all(part in text for part in found), text
+        assert "…" not in text
+    assert "1 thread;" in texts[2] and "medians of 1 run" in " ".join(texts[2].split())
 
 
 def test_names_are_text_and_not_markup() -> None:
@@ -103,6 +138,23 @@ def test_names_are_text_and_not_markup() -> None:
     assert render(comparison_table(comparison().model_copy(update={"reference": odd})), 80).count("[red]model") == 2
 
 
-def test_long_names_give_way_to_figures() -> None:
-    text = render(comparison_table(comparison().model_copy(update={"reference": evaluation("x" * 60, 3_000_000)})), 80)
-    assert "…" in text and "11.359     0.8268" in text
+def test_long_names_are_folded_and_figures_stay_whole() -> None:
+    named = comparison().model_copy(update={"reference": evaluation("long-" * 12, 3_000_000)})
+    text = render(comparison_table(named), 80)
+    assert "…" not in text and re.search(r"11\.359 +0\.8268", text)
+    assert "long-" * 12 in "".join(line.split(" ")[0] for line in text.splitlines() if line.startswith("long-"))
+
+
+def test_columns_that_fit_stay_together() -> None:
+    table = SplitTable("row", ["a", "b"], [Column("one", ["1", "2"]), Column("two", ["3", "4"])])
+    assert render(table, 80).splitlines()[0].split() == ["row", "one", "two"]
+    assert [line.split()[1:] for line in render(table, 12).splitlines()] == [["one", "two"], ["1", "3"], ["2", "4"]]
+    split = render(table, 9).splitlines()
+    assert [line.split() for line in split] == [
+        ["row", "one"],
+        ["a", "1"],
+        ["b", "2"],
+        ["row", "two"],
+        ["a", "3"],
+        ["b", "4"],
+    ]

@@ -1,4 +1,4 @@
-"""What pages are made of: charts, tables of shaded cells, and text that is safe to show."""
+"""Elements of the page: tiles, charts, tables of shaded cells, and text that is safe to show."""
 
 from __future__ import annotations
 
@@ -12,10 +12,20 @@ class Chart(NamedTuple):
     svg: Any  # markup
 
 
+class Tile(NamedTuple):
+    """One figure of the headline."""
+
+    label: str
+    value: str
+    detail: str
+    state: str = ""  # "passes", "fails", "needs more text", or nothing where there is no bound
+
+
 class Cell(NamedTuple):
     text: str
     shade: str | None = None  # 0 to 1, None for no ground
     title: str = ""
+    over: bool = False  # at the bound or above
 
 
 class HeatRow(NamedTuple):
@@ -49,4 +59,4 @@ def visible(text: str, lines: bool = False) -> str:
 
 def unbroken(text: str) -> str:
     """Text in which a figure and its unit stay on one line."""
-    return re.sub(r" (%|MB|nats)", "\u00a0\\1", text)
+    return re.sub(r" (%|[KMGTP]B|nats|tokens/s)", "\u00a0\\1", text)
