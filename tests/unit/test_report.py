@@ -332,7 +332,9 @@ def test_the_heat_maps_are_anchored_to_the_bound() -> None:
 
 def test_subsets_of_few_documents_are_marked() -> None:
     result = make_comparison(make_candidate("a"))
-    scores = tuple(score.model_copy(update={"documents": n}) for score, n in zip(result.reference.subsets, (2, 3)))
+    scores = tuple(
+        score.model_copy(update={"documents": n}) for score, n in zip(result.reference.subsets, (2, 3), strict=True)
+    )
     result = result.model_copy(update={"reference": result.reference.model_copy(update={"subsets": scores})})
     said = page(result)[1].said
     assert f"{SUBSETS[0]} †" in said and f"{SUBSETS[1]} †" not in said and "fewer than three documents" in said
