@@ -10,8 +10,9 @@ import typer
 
 from neoquant.cli import options
 from neoquant.cli.models import find_model, short_name
-from neoquant.cli.output import check_writable, size_text, write_text
+from neoquant.cli.output import check_writable, write_text
 from neoquant.cli.terminal import Terminal
+from neoquant.report.formatting import size
 from neoquant.sizes import parse_size
 
 
@@ -85,8 +86,8 @@ def convert(
     layers = sum(row["action"] != "copy" and row["action"] != "drop" for row in made.tensors)
     terminal.show(
         f"{folder}: {made.before} -> {made.after}, {layers} quantized layers of {len(made.tensors)} tensors, "
-        f"{size_text(made.source_bytes)} -> {size_text(made.weights_bytes)}"
+        f"{size(made.source_bytes)} -> {size(made.weights_bytes)}"
     )
-    terminal.note(f"took {made.seconds:.1f} s and {size_text(made.peak_rss_bytes)} of memory")
+    terminal.note(f"took {made.seconds:.1f} s and {size(made.peak_rss_bytes)} of memory")
     if json_file is not None:
         write_text(json_file, json.dumps(made.to_dict(), indent=1, sort_keys=True) + "\n", terminal)

@@ -8,9 +8,9 @@ import typer
 
 from neoquant.cli import options
 from neoquant.cli.models import find_model
-from neoquant.cli.output import size_text
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import RequestError
+from neoquant.report.formatting import size
 
 if TYPE_CHECKING:
     from neoquant.checkpoint import Checkpoint
@@ -69,7 +69,7 @@ def _facts(checkpoint: Checkpoint, found: Description) -> list[tuple[str, str]]:
         ("width", f"{config.hidden_size}, {config.num_heads} heads, {config.inner_size} inside"),
         ("context", f"{config.max_position_embeddings:,} tokens of a vocabulary of {config.vocab_size:,}"),
         ("parameters", f"{found.parameters:,}"),
-        ("size", f"{size_text(found.bytes)} in {len(checkpoint.headers)} tensors"),
+        ("size", f"{size(found.bytes)} in {len(checkpoint.headers)} tensors"),
         (
             "bits",
             f"{found.bits_per_weight_linears:.3f} per weight of the block linears, "

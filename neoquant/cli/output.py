@@ -1,4 +1,4 @@
-"""How numbers and files leave the command line."""
+"""How files leave the command line."""
 
 from __future__ import annotations
 
@@ -7,11 +7,6 @@ from pathlib import Path
 
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import OutputError
-
-
-def size_text(size: float) -> str:
-    """`838.1 MB`: decimal, as hubs and disks count."""
-    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} KB"
 
 
 def check_writable(path: Path | None) -> None:

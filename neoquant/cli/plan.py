@@ -12,15 +12,14 @@ import typer
 
 from neoquant.cli import options
 from neoquant.cli.models import choose_recipe, find_model
-from neoquant.cli.output import check_writable, size_text, write_text
+from neoquant.cli.output import check_writable, write_text
 from neoquant.cli.terminal import Terminal
-from neoquant.report.formatting import grid_label
+from neoquant.report.formatting import duration, grid_label, plural, size
 from neoquant.sizes import parse_size
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from neoquant.quantization.plan import Plan, PlanRow
+    from neoquant.report.split_table import SplitTable
 
 
 def plan(
@@ -51,10 +50,10 @@ def plan(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Say what quantizing would do: each tensor's treatment, the size, the memory. Reads no weights.
+    """Show what quantizing would do: how each tensor is stored, sizes, memory. Reads no weights.
 
-    A model on the hub costs some kilobytes: only its headers are fetched. With --calibration, which is not read
-    either, the time is guessed from the speed of this machine's CPU.
+    Of a model on the hub only the headers are downloaded, some kilobytes. With --calibration, whose text is not read,
+    the time is estimated from the speed of this machine's CPU.
 
     \b
     Examples:
@@ -109,14 +108,14 @@ def show_plan(plan: Plan, terminal: Terminal) -> None:
                 ("grid", grid_label(grid))
                 for grid in dict.fromkeys(row.grid for row in plan.rows if row.grid is not None)
             ),
-            ("weights", f"{size_text(before)} -> {size_text(after)}, {before / after:.2f} times smaller"),
-            ("folder", size_text(plan.output_bytes)),
+            ("weights", f"{size(before)} -> {size(after)}, {before / after:.2f} times smaller"),
+            ("folder", size(plan.output_bytes)),
             (
                 "bits",
                 f"{plan.bits_per_weight_linears:.3f} per weight of the block linears, "
                 f"{plan.bits_per_weight_model:.3f} per parameter of the model",
             ),
-            ("memory", f"about {size_text(plan.peak_memory_bytes)} at the peak"),
+            ("memory", f"about {size(plan.peak_memory_bytes)} at the peak"),
             *_calibrating_facts(plan),
             *(("note", note) for note in plan.notes),
         ]
@@ -131,9 +130,12 @@ def _calibrating_facts(plan: Plan) -> Iterator[tuple[str, str]]:
 
     need = plan.calibrating
     guessed = guess_seconds(GPTNeoConfig.from_dict(dict(plan.config)), need.rows, need.length)
-    time = f"{guessed:,.0f} seconds" if guessed < 100 else f"{guessed / 60:,.0f} minutes"
-    yield "text", f"{need.rows:,} rows of {need.length:,} tokens{', their hidden states in files' * need.spilled}"
-    yield "time", f"about {time} on this machine's CPU, a guess; {size_text(need.disk)} of disk until it is done"
+    samples = f"{plural(need.rows, 'sample')} of {plural(need.length, 'token')}"
+    yield "calibration", f"{samples}{', their hidden states in files' * need.spilled}"
+    yield (
+        "time",
+        f"about {duration(guessed)} on this machine's CPU (an estimate), with {size(need.disk)} of temporary files",
+    )
 
 
 _ORDER = ("quantize", "keep", "copy", "drop")
@@ -148,29 +150,27 @@ class _Group(NamedTuple):
     why: str
 
 
-def plan_table(plan: Plan) -> Table:
-    """One line for each group of tensors that are treated alike, narrow enough for 80 columns."""
-    from rich.table import Table
+def plan_table(plan: Plan) -> SplitTable:
+    """One line for each group of tensors that are treated alike."""
+    from neoquant.report.split_table import Column, SplitTable
 
     grids = {row.grid for row in plan.rows if row.grid is not None}
     briefly = len({grid.name for grid in grids}) == len(grids)  # the name alone says which grid it is
     groups: dict[_Group, list[PlanRow]] = {}
     for row in sorted(plan.rows, key=lambda row: _ORDER.index(row.action)):
         groups.setdefault(_group(row, briefly), []).append(row)
-    table = Table("layer", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for column in ("n", "shape"):
-        table.add_column(column, justify="right")
-    table.add_column("becomes")
-    for column in ("bits", "MB"):
-        table.add_column(column, justify="right")
-    table.add_column("why")
-    for group, rows in groups.items():
-        stored = sum(row.out_bytes for row in rows)
-        bits = 8 * stored / max(1, sum(row.source.numel for row in rows))
-        numbers = (f"{bits:.3f}", f"{stored / 1e6:,.2f}")
-        style = None if rows[0].action == "quantize" else "dim"
-        table.add_row(group.what, str(len(rows)), group.shape, group.becomes, *numbers, group.why, style=style)
-    return table
+    stored = [sum(row.out_bytes for row in rows) for rows in groups.values()]
+    weights = [max(1, sum(row.source.numel for row in rows)) for rows in groups.values()]
+    columns = [
+        Column("n", [str(len(rows)) for rows in groups.values()]),
+        Column("shape", [group.shape for group in groups]),
+        Column("becomes", [group.becomes for group in groups], "left"),
+        Column("bits", [f"{8 * count / numel:.3f}" for count, numel in zip(stored, weights, strict=True)]),
+        Column("size", [size(count) for count in stored]),
+        Column("why", [group.why for group in groups], "left", wraps=True),
+    ]
+    styles = ["" if rows[0].action == "quantize" else "dim" for rows in groups.values()]
+    return SplitTable("layer", [group.what for group in groups], columns, styles=styles)
 
 
 def _group(row: PlanRow, briefly: bool) -> _Group:

@@ -9,40 +9,39 @@ from typing import Annotated
 import typer
 
 from neoquant.cli import options
-from neoquant.cli.output import check_writable, size_text, write_text
+from neoquant.cli.output import check_writable, write_text
 from neoquant.cli.terminal import Terminal
+from neoquant.report.formatting import plural, size
 
 
 def push(
     ctx: typer.Context,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model folder, with its card README.md.")],
-    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="The model on the hub; made if it is not there.")],
+    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="The model on the hub; created if it is not there.")],
     private: Annotated[
-        bool, typer.Option("--private", help="Make it private; a public one of that name is refused.")
+        bool, typer.Option("--private", help="Create it private. Refused if a public one of that name exists.")
     ] = False,
     gated: Annotated[
         str | None,
-        typer.Option(
-            "--gated", metavar="HOW", help="People must ask for access: auto (they get it at once) or manual."
-        ),
+        typer.Option("--gated", metavar="HOW", help="Require a request for access: auto (granted at once) or manual."),
     ] = None,
     revision: Annotated[
-        str, typer.Option("--revision", metavar="BRANCH", help="Branch, made from main if it is not there.")
+        str, typer.Option("--revision", metavar="BRANCH", help="Branch; created from main if it does not exist.")
     ] = "main",
     message: Annotated[
-        str | None, typer.Option("--message", "-m", metavar="TEXT", help="Of the commit.", show_default=False)
+        str | None, typer.Option("--message", "-m", metavar="TEXT", help="Commit message.", show_default=False)
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be sent, and ask nobody.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be sent.")] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write what was sent to FILE.")
     ] = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Send a model to the hub in one commit: what is there is the old model or the new one.
+    """Send a model to the hub in one atomic commit: others see the old model or the new one.
 
-    Weights, configuration, tokenizer, licence, card and neoquant's records are sent, nothing else. The token
-    is HF_TOKEN's, or the one that `hf auth login` stored.
+    Sends weights, configuration, tokenizer, licence, model card and neoquant's records, nothing else. Uses the token in
+    HF_TOKEN, or the one that `hf auth login` stored.
 
     \b
     Examples:
@@ -64,15 +63,15 @@ def push(
         dry_run=dry_run,
         progress=terminal.progress,
     )
-    terminal.show(*(f"{size_text(size):>12}  {name}" for name, size in sent.files.items()))
-    total = f"{len(sent.files)} files, {size_text(sum(sent.files.values()))}"
+    terminal.show(*(f"{size(count):>12}  {name}" for name, count in sent.files.items()))
+    total = f"{plural(len(sent.files), 'file')}, {size(sum(sent.files.values()))}"
     if dry_run:
-        terminal.show(f"{total}, to {repo} at {revision} (not sent: this was a dry run)")
+        terminal.show(f"{total} for {repo} at {revision} (dry run: nothing was sent)")
     else:
         terminal.show(f"{total}: {sent.url}")
     if sent.left_out:
-        terminal.note(f"note: no part of the model, so left out: {', '.join(sent.left_out)}")
+        terminal.note(f"note: left out, since no part of the model: {', '.join(sent.left_out)}")
     if sent.removed:
-        terminal.note(f"note: removed on the hub, because the new weights take their place: {', '.join(sent.removed)}")
+        terminal.note(f"note: removed on the hub, replaced by the new weights: {', '.join(sent.removed)}")
     if json_file is not None:
         write_text(json_file, json.dumps(sent.to_dict(), indent=1, sort_keys=True) + "\n", terminal)

@@ -10,9 +10,9 @@ import typer
 
 from neoquant.cli import options
 from neoquant.cli.models import BUNDLED, choose_recipe, find_model, short_name, suite_for
-from neoquant.cli.output import size_text
 from neoquant.cli.plan import show_plan
 from neoquant.cli.terminal import Terminal
+from neoquant.report.formatting import size
 from neoquant.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def quantize(
     for note in made.plan.notes:
         terminal.note(f"note: {note}")
     terminal.show(
-        f"{folder}: {size_text(made.plan.source_bytes)} -> {size_text(made.plan.weights_bytes)}, "
+        f"{folder}: {size(made.plan.source_bytes)} -> {size(made.plan.weights_bytes)}, "
         f"{made.plan.bits_per_weight_linears:.3f} bits per weight of the block linears, "
         f"{made.plan.bits_per_weight_model:.3f} of the whole model, format {made.plan.format.name}"
     )
@@ -139,7 +139,7 @@ def quantize(
         for remark in remarks(made.layers):
             terminal.note(f"note: {remark}")
     terminal.note(
-        f"took {made.seconds:.1f} s and {size_text(made.peak_rss_bytes)} of memory; "
+        f"took {made.seconds:.1f} s and {size(made.peak_rss_bytes)} of memory; "
         f"what it cost: {shlex.join(['neoquant', 'compare', model or BUNDLED, str(folder)])} --suite {suite_for(model)}"
     )
 

@@ -46,12 +46,14 @@ class SplitTable:
         self.padding = padding
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        name, widths = self._widths()
+        longest, widths = self._widths()
         room = options.max_width
-        if name + sum(self.padding + width for width in widths) > room:
-            name = min(name, max(LEAST_NAME, min(room // 3, room - self.padding - max(widths, default=0))))
-        for group in self._groups(room - name, widths):
-            yield self._table(group, name)
+        least = longest
+        if longest + sum(self.padding + width for width in widths) > room:
+            least = min(longest, max(LEAST_NAME, min(room // 3, room - self.padding - max(widths, default=0))))
+        for group in self._groups(room - least, widths):
+            taken = sum(self.padding + widths[number] for number in group)
+            yield self._table([self.columns[number] for number in group], min(longest, max(least, room - taken)))
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         name, widths = self._widths()
@@ -65,15 +67,15 @@ class SplitTable:
         widths = [max(cell_len(str(cell)) for cell in (c.heading, *c.cells)) for c in self.columns]
         return name, widths
 
-    def _groups(self, room: int, widths: Sequence[int]) -> Iterator[list[Column]]:
-        """The columns, as many together as fit; one at least."""
-        group: list[Column] = []
+    def _groups(self, room: int, widths: Sequence[int]) -> Iterator[list[int]]:
+        """Numbers of columns, as many together as fit; one at least."""
+        group: list[int] = []
         used = 0
-        for column, width in zip(self.columns, widths, strict=True):
+        for number, width in enumerate(widths):
             if group and used + self.padding + width > room:
                 yield group
                 group, used = [], 0
-            group.append(column)
+            group.append(number)
             used += self.padding + width
         if group:
             yield group

@@ -375,7 +375,7 @@ def test_speed_stands_beside_loss(tmp_path: Path) -> None:
     del older["schema_version"]
     files["older"].write_text(json.dumps(older))
     assert gather([files["cost"], files["older"]]).speed == found.speed
-    with pytest.raises(RequestError, match="n is in both .*bench.json and .*older.json"):
+    with pytest.raises(RequestError, match=r"n is in both .*bench.json and .*older.json"):
         gather(list(files.values())[:3])
     other = make_speed(("neoquant", "neoquant: x", 1)).model_copy(update={"threads": 3})
     files["other"].write_text(other.to_json())
