@@ -165,7 +165,7 @@ def one_step(model: nn.Module, optimizers: list[torch.optim.Optimizer], batches:
     for _ in range(BATCH // MICRO_BATCH):
         batch = torch.stack([next(batches) for _ in range(MICRO_BATCH)])
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = model(batch[:, :-1]).logits
+            logits = model(batch[:, :-1], use_cache=False).logits
         loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
         (loss * MICRO_BATCH / BATCH).backward()
         total += loss.item() * MICRO_BATCH / BATCH

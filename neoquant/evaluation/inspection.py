@@ -18,7 +18,15 @@ from neoquant.evaluation.corpus import Corpus, Tokenizer, Window, read_corpus
 from neoquant.evaluation.inspection_result import Inspection, Layer, Loss
 from neoquant.evaluation.perplexity import Contestant, data_info, documents_met, environment, flattered
 from neoquant.evaluation.prediction_intervals import kl_interval
-from neoquant.evaluation.scoring import CPU_PACE, GPU_PACE, batches, check_vocabularies, measures, stacked
+from neoquant.evaluation.scoring import (
+    CPU_PACE,
+    GPU_PACE,
+    batches,
+    check_vocabularies,
+    last_hidden_state,
+    measures,
+    stacked,
+)
 from neoquant.evaluation.statistics import ratio_interval
 from neoquant.loading.pretrained import GPTNeoForCausalLM
 from neoquant.model.gpt_neo import AttentionMasks, Block
@@ -192,8 +200,8 @@ class _Walk:
         device, T = self.ours.device, ids.shape[1]
         ids, where = ids.to(device), where.to(device)
         base = self.ours.transformer
-        last = base(ids).last_hidden_state[where]
-        theirs = self.theirs.transformer(ids.to(self.theirs.device)).last_hidden_state[where.to(self.theirs.device)]
+        last = last_hidden_state(self.ours, ids)[where]
+        theirs = last_hidden_state(self.theirs, ids)[where.to(self.theirs.device)]
         x = base.wte(ids) + base.wpe(torch.arange(T, device=device))
         masks = AttentionMasks(T, T, self.ours.config.window_size, None, device)
         batch = _Batch(ids, where, targets, units, x, masks, last)

@@ -50,6 +50,13 @@ class Model(Protocol):
     def dtype(self) -> torch.dtype: ...
 
 
+def last_hidden_state(model: Model, ids: torch.Tensor) -> torch.Tensor:
+    """What `model` gives for `ids[B, T]` before its head, [B, T, C]; no keys and values are kept."""
+    output = model.transformer(ids.to(model.device), use_cache=False, output_hidden_states=False, return_dict=True)
+    state: torch.Tensor = output.last_hidden_state
+    return state
+
+
 @torch.inference_mode()
 def score(
     models: Sequence[Model],
@@ -101,7 +108,7 @@ def _measure_batch(
 ) -> list[Measures]:
     """What each model gives for the scored tokens of `windows`, one after the other."""
     ids, where, targets, _ = stacked(windows)
-    hidden = [model.transformer(ids.to(model.device)).last_hidden_state for model in models]  # [B, T, C]
+    hidden = [last_hidden_state(model, ids) for model in models]  # [B, T, C]
     hidden = [h[where.to(h.device)] for h in hidden]  # [N, C]
     pieces: list[list[Measures]] = [[] for _ in models]
     for start in range(0, len(targets), rows):

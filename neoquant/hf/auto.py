@@ -36,7 +36,7 @@ class _Auto(Generic[ModelT]):
     @classmethod
     def from_config(cls, config: GPTNeoConfig, *, attn_implementation: str = "sdpa") -> ModelT:
         """Fresh weights, to be trained."""
-        return cls.model_class(config, attn_implementation).init_weights()  # type: ignore[return-value]
+        return cls.model_class(config, attn_implementation)  # type: ignore[return-value]
 
 
 class AutoModel(_Auto[GPTNeoModel]):

@@ -20,6 +20,7 @@ from neoquant.loading.load import folder_of, load_model, read_model
 from neoquant.loading.quantize_on_load import load_quantized
 from neoquant.loading.save import save_model
 from neoquant.model.base import Network
+from neoquant.model.config import GPTNeoConfig
 from neoquant.model.gpt_neo import CausalLM, Decoder
 from neoquant.model.heads import QuestionAnswerer, SequenceClassifier, TokenClassifier
 from neoquant.progress import SILENT, Progress
@@ -27,7 +28,11 @@ from neoquant.tokenizer.tokenizer import Tokenizer
 
 
 class PreTrainedModel(Network):
-    """What every model class adds to its network: the way from a folder or hub id, and back to a folder."""
+    """What every model class adds to its network: fresh weights, the way from a folder or hub id, and back."""
+
+    def __init__(self, config: GPTNeoConfig, attn_implementation: str = "sdpa") -> None:
+        super().__init__(config, attn_implementation)
+        self.init_weights()
 
     @classmethod
     def from_pretrained(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -12,6 +13,9 @@ from typing_extensions import Self
 from neoquant.errors import RequestError
 from neoquant.model.attention import ATTENTION_IMPLEMENTATIONS
 from neoquant.model.config import GPTNeoConfig
+from neoquant.model.outputs import ModelOutput
+
+OutputT = TypeVar("OutputT", bound=ModelOutput)
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,11 @@ class Network(nn.Module):
         """Tensor name -> name of the tensor it shares storage with (and which is the one that is stored)."""
         return {}
 
+    def output(self, output: OutputT, return_dict: bool | None) -> OutputT:
+        """`output`, or a tuple of it where the caller, or (None) the configuration, wants no record."""
+        named = self.config.return_dict if return_dict is None else return_dict
+        return output if named else output.to_tuple()  # type: ignore[return-value]
+
     @property
     def device(self) -> torch.device:
         """Where the embeddings lie, and so where token ids belong."""
@@ -69,9 +78,14 @@ class Network(nn.Module):
         raise AssertionError("every model has position embeddings")
 
     def init_weights(self, seed: int | None = None) -> Self:
-        """Draw fresh weights: normal(0, initializer_range), zero biases, unit norms, as GPT-Neo was begun."""
+        """Draw fresh weights as GPT-Neo's training began: normal(0, initializer_range), zero biases, unit norms.
+
+        `seed=None` draws from torch's own generator. Weights on the meta device have no values, and stay as they are.
+        """
         generator = torch.Generator().manual_seed(seed) if seed is not None else None
         for module in self.modules():
+            if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+                continue
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 with torch.no_grad():
                     module.weight.normal_(0.0, self.config.initializer_range, generator=generator)

@@ -9,7 +9,8 @@ from torch import Tensor
 class KVCache:
     """One key and one value buffer `[B, H, capacity, D]` a layer.
 
-    Buffers start at `capacity` positions and double when they are full. Layers report their new keys and values in
+    Buffers start at `capacity` positions and double when they are full. The first positions are held as they come where
+    they fill the capacity, so that a cache that nobody uses costs no copy. Layers report their new keys and values in
     order, and the length counts once the last layer has: all layers of one forward pass see the same length.
     """
 
@@ -26,11 +27,18 @@ class KVCache:
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Append `key` and `value` `[B, H, T, D]`; returns views of all positions so far, `[B, H, length + T, D]`."""
-        end = self.length + key.shape[2]
+        length, new = self.length, key.shape[2]
+        fills = self._keys[layer] is None and new >= self.capacity
+        if fills or key.requires_grad or value.requires_grad:
+            key = self._keys[layer] = _join(self._keys[layer], length, key)
+            value = self._values[layer] = _join(self._values[layer], length, value)
+            self.advance(layer, new)
+            return key, value
+        end = length + new
         keys, values = self.room(layer, tuple(key.shape), key)
-        keys[:, :, self.length : end] = key
-        values[:, :, self.length : end] = value
-        self.advance(layer, key.shape[2])
+        keys[:, :, length:end] = key
+        values[:, :, length:end] = value
+        self.advance(layer, new)
         return keys[:, :, :end], values[:, :, :end]
 
     def room(self, layer: int, shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,3 +68,8 @@ class KVCache:
         if buffer is not None:
             grown[:, :, : self.length] = buffer[:, :, : self.length]
         return grown
+
+
+def _join(held: Tensor | None, length: int, new: Tensor) -> Tensor:
+    """`new[B, H, T, D]` behind the first `length` positions held, in a tensor of its own: gradients may need both."""
+    return new if held is None else torch.cat([held[:, :, :length], new], dim=2)

@@ -12,6 +12,8 @@ from neoquant.errors import ConfigError, locate
 
 ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu", "silu", "swish", "tanh")
 ATTENTION_TYPES = ("global", "local")
+# Written where they are not the default.
+_OPTIONAL = ("pad_token_id", "problem_type", "output_hidden_states", "return_dict", "dtype", "num_labels")
 # transformers accepts both spellings; config.json files in the wild carry the first.
 _ALIASES = {"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads", "torch_dtype": "dtype"}
 
@@ -49,6 +51,8 @@ class GPTNeoConfig:
     tie_word_embeddings: bool = True
     num_labels: int = 2
     problem_type: str | None = None
+    output_hidden_states: bool = False
+    return_dict: bool = True
     dtype: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -150,8 +154,7 @@ class GPTNeoConfig:
             if f.name == "extra":
                 continue
             value = getattr(self, f.name)
-            optional = f.name in ("pad_token_id", "problem_type", "dtype", "num_labels")
-            if optional and value == f.default and f.default is not MISSING:
+            if f.name in _OPTIONAL and value == f.default and f.default is not MISSING:
                 continue
             out[f.name] = value
         if self.num_labels != 2 and "id2label" not in self.extra:

@@ -246,25 +246,29 @@ class Decoder(Network):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        use_cache: bool = False,
-        output_hidden_states: bool = False,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
     ) -> BaseModelOutput:
         """Hidden states of `input_ids[B, T]` (or `inputs_embeds[B, T, C]`).
 
-        `attention_mask[B, S]` is 0 on padding, which belongs on the right: positions are absolute. With
-        `past_key_values`, the T ids follow the positions it holds, and S = held + T. `use_cache=True` returns a
-        cache to go on with.
+        `attention_mask[B, S]` is 0 on padding, which belongs on the right: positions are absolute, unless
+        `position_ids[B, T]` says otherwise. With `past_key_values`, the T ids follow the positions it holds, and
+        S = held + T. `use_cache` gives a cache to continue with. `token_type_ids[B, T]` are embedded by the token
+        embedding, and added. `return_dict=False` gives a tuple. None is what the configuration says.
 
         Raises ContextError beyond `max_position_embeddings`.
         """
         x = self._embed(input_ids, inputs_embeds)  # [B, T, C]
         T = x.shape[1]
-        if use_cache and past_key_values is None:
-            past_key_values = KVCache(len(self.h), capacity=max(64, T))
+        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
+            past_key_values = KVCache(len(self.h), capacity=max(1, T))
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         past = past_key_values.length if past_key_values is not None else 0
         x = x + self.wpe(self._positions(position_ids, past, T, x.device))
         if token_type_ids is not None:
-            x = x + self.wte(token_type_ids)
+            x = x + self.wte(token_type_ids.view(-1, T))
         x = self.drop(x)
         keep = attention_mask.bool() if attention_mask is not None else None
         if keep is not None and keep.shape[1] != past + T:
@@ -280,7 +284,8 @@ class Decoder(Network):
                 seen += (x,)
         x = self.ln_f(x.to(self.ln_f.weight.device))
         # transformers' convention: the last entry is after the final norm
-        return BaseModelOutput(x, past_key_values, (*seen[:-1], x) if output_hidden_states else None)
+        hidden_states = (*seen[:-1], x) if output_hidden_states else None
+        return self.output(BaseModelOutput(x, past_key_values, hidden_states), return_dict)
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -329,8 +334,9 @@ class CausalLM(Network):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        use_cache: bool = False,
-        output_hidden_states: bool = False,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         logits_to_keep: int = 0,
     ) -> CausalLMOutput:
         """`logits[B, T, V]`, or of the last `logits_to_keep` positions only (0: all).
@@ -347,6 +353,7 @@ class CausalLM(Network):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            return_dict=True,
         )
         hidden = base.last_hidden_state[:, -logits_to_keep:]
         logits = self.lm_head(hidden.to(self._head_device()))
@@ -355,7 +362,7 @@ class CausalLM(Network):
             shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
             shifted = shifted[:, -logits_to_keep:]
             loss = F.cross_entropy(logits.float().flatten(0, 1), shifted.flatten().to(logits.device))
-        return CausalLMOutput(loss, logits, base.past_key_values, base.hidden_states)
+        return self.output(CausalLMOutput(loss, logits, base.past_key_values, base.hidden_states), return_dict)
 
     def _head_device(self) -> torch.device:
         return next(chain(self.lm_head.parameters(), self.lm_head.buffers())).device  # quantized, it has only buffers

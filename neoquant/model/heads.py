@@ -14,6 +14,8 @@ from neoquant.model.config import GPTNeoConfig
 from neoquant.model.gpt_neo import Decoder
 from neoquant.model.outputs import QuestionAnsweringModelOutput, SequenceClassifierOutput, TokenClassifierOutput
 
+_UNCACHED = {"use_cache": False}  # these outputs have no place for a cache
+
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
@@ -33,6 +35,7 @@ class SequenceClassifier(Network):
         *,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
         """`logits[B, labels]` of each row's last token that is not `pad_token_id`; `labels[B]` (or `[B, labels]`).
@@ -40,12 +43,14 @@ class SequenceClassifier(Network):
         Raises RequestError for several rows where the configuration has no `pad_token_id`: their last tokens cannot
         be told from padding.
         """
-        base = self.transformer(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        base = self.transformer(input_ids, attention_mask, inputs_embeds=inputs_embeds, return_dict=True, **kwargs)
         scores = self.score(base.last_hidden_state.to(self.score.weight.device))  # [B, T, labels]
         rows = torch.arange(scores.shape[0], device=scores.device)
         logits = scores[rows, self._last(input_ids, scores)]
         loss = self._loss(logits, labels) if labels is not None else None
-        return SequenceClassifierOutput(loss, logits, base.past_key_values, base.hidden_states)
+        return self.output(
+            SequenceClassifierOutput(loss, logits, base.past_key_values, base.hidden_states), return_dict
+        )
 
     def _last(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
         """Each row's rightmost position that does not hold padding."""
@@ -93,15 +98,16 @@ class TokenClassifier(Network):
         attention_mask: Tensor | None = None,
         *,
         labels: Tensor | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> TokenClassifierOutput:
         """`logits[B, T, labels]`; `labels[B, T]`, -100 where a position does not count."""
-        base = self.transformer(input_ids, attention_mask, **kwargs)
+        base = self.transformer(input_ids, attention_mask, return_dict=True, **_UNCACHED | kwargs)
         logits = self.classifier(self.dropout(base.last_hidden_state.to(self.classifier.weight.device)))
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits.view(-1, self.num_labels), labels.to(logits.device).view(-1))
-        return TokenClassifierOutput(loss, logits, base.hidden_states)
+        return self.output(TokenClassifierOutput(loss, logits, base.hidden_states), return_dict)
 
 
 class QuestionAnswerer(Network):
@@ -119,15 +125,18 @@ class QuestionAnswerer(Network):
         *,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> QuestionAnsweringModelOutput:
         """`start_logits[B, T]` and `end_logits[B, T]`; positions `[B]`, those outside the text do not count."""
-        base = self.transformer(input_ids, attention_mask, **kwargs)
+        base = self.transformer(input_ids, attention_mask, return_dict=True, **_UNCACHED | kwargs)
         start, end = self.qa_outputs(base.last_hidden_state.to(self.qa_outputs.weight.device)).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = (_span_loss(start, start_positions) + _span_loss(end, end_positions)) / 2
-        return QuestionAnsweringModelOutput(loss, start.contiguous(), end.contiguous(), base.hidden_states)
+        return self.output(
+            QuestionAnsweringModelOutput(loss, start.contiguous(), end.contiguous(), base.hidden_states), return_dict
+        )
 
 
 def _span_loss(logits: Tensor, positions: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,16 +11,31 @@ from torch import Tensor
 from neoquant.model.cache import KVCache
 
 
-class ModelOutput:
-    """A record whose fields can also be reached by position, counting only those that are not None."""
+class ModelOutput(Mapping[str, Any]):
+    """A record that is also a mapping of its fields, in order, without those that are None; numbers count the same."""
+
+    def __iter__(self) -> Iterator[str]:
+        names = (f.name for f in fields(self))  # type: ignore[arg-type]  # subclasses are dataclasses
+        return (name for name in names if getattr(self, name) is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __getitem__(self, key: int | slice | str) -> Any:
+        if not isinstance(key, str):
+            return self.to_tuple()[key]
+        if key not in list(self):
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key not in [f.name for f in fields(self)]:  # type: ignore[arg-type]
+            raise KeyError(key)
+        setattr(self, key, value)
 
     def to_tuple(self) -> tuple[Any, ...]:
         """The fields that are not None, in order."""
-        values = (getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]  # subclasses are dataclasses
-        return tuple(value for value in values if value is not None)
-
-    def __getitem__(self, key: int | slice | str) -> Any:
-        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
+        return tuple(getattr(self, name) for name in self)
 
 
 @dataclass

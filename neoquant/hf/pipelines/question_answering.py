@@ -72,7 +72,7 @@ class QuestionAnsweringPipeline(Pipeline):
         asked = {**_DEFAULTS, **options}
         chunks = [list(self._chunks(given, asked)) for given in inputs]
         with torch.inference_mode():
-            out = self.model(*self._collate([chunk.ids for of_input in chunks for chunk in of_input]))
+            out = self.model(*self._collate([chunk.ids for of_input in chunks for chunk in of_input]), return_dict=True)
             logits = iter(torch.stack([out.start_logits, out.end_logits], dim=1).float().cpu())
         return [
             self._answers(given["context"], [(chunk, next(logits)) for chunk in of_input], asked)

@@ -37,7 +37,7 @@ class TextClassificationPipeline(Pipeline):
         cut: dict[str, Any] = {name: options[name] for name in ("truncation", "max_length") if name in options}
         ids, mask = self._collate([self._encode(text, cut) for text in inputs])
         with torch.inference_mode():
-            logits = self.model(ids, mask).logits.float().cpu()
+            logits = self.model(ids, mask, use_cache=False, return_dict=True).logits.float().cpu()
         return [self._result(row, options) for row in logits]
 
     def _encode(self, text: Any, cut: dict[str, Any]) -> list[int]:

@@ -66,7 +66,7 @@ class TokenClassificationPipeline(Pipeline):
         logits: Iterator[Tensor] = iter(())
         if rows:
             with torch.inference_mode():
-                logits = iter(self.model(*self._collate(rows)).logits.float().softmax(-1).cpu())
+                logits = iter(self.model(*self._collate(rows), return_dict=True).logits.float().softmax(-1).cpu())
         return [self._result(text, of_text, logits, options) for text, of_text in zip(inputs, chunks, strict=True)]
 
     def _chunks(self, text: Any, stride: int | None) -> Iterator[tuple[list[int], list[tuple[int, int]], int]]:
