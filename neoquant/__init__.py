@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from neoquant.evaluation.inspection import inspect
     from neoquant.evaluation.perplexity import evaluate
     from neoquant.generation.config import GenerationConfig
-    from neoquant.generation.generate import TextStreamer, generate_text
+    from neoquant.generation.text import TextStreamer, generate_text
     from neoquant.hf.auto import (
         AutoConfig,
         AutoModel,
@@ -83,12 +83,12 @@ _HOMES = {
     "GenerationConfig": "neoquant.generation.config",
     "LoadWarning": "neoquant.loading.fill",
     "Recipe": "neoquant.quantization.recipe",
-    "TextStreamer": "neoquant.generation.generate",
+    "TextStreamer": "neoquant.generation.text",
     "Tokenizer": "neoquant.tokenizer.tokenizer",
     "compare": "neoquant.evaluation",
     "convert": "neoquant.quantization.convert",
     "evaluate": "neoquant.evaluation",
-    "generate_text": "neoquant.generation.generate",
+    "generate_text": "neoquant.generation.text",
     "get_peft_model": "neoquant.nn.lora",
     "inspect": "neoquant.evaluation",
     "load": "neoquant.loading.pretrained",

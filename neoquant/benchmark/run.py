@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from neoquant import demo
 from neoquant.checkpoint import open_checkpoint
 from neoquant.errors import RequestError
 from neoquant.evaluation.result import Record
@@ -152,8 +153,9 @@ def measure(request: Request, progress: Progress = SILENT) -> Speed:
 
 def _lanes(request: Request) -> list[_Lane]:
     """Who runs what. transformers runs the plain model, and quantized ones as well where it reads their format."""
-    lanes, readable, plain, unread = [], [], request.base, ""
-    for model in request.models:
+    lanes, readable, unread = [], [], ""
+    plain = None if request.base is None else str(demo.resolve(request.base))
+    for model in map(str, map(demo.resolve, request.models)):
         with open_checkpoint(model, headers_only=True) as checkpoint:
             format = detect(checkpoint.config, checkpoint.headers)
             limit = int(checkpoint.config.get("max_position_embeddings", 2048))

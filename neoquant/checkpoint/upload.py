@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
+from neoquant import demo
 from neoquant.checkpoint import hub
 from neoquant.checkpoint.reader import Checkpoint, open_checkpoint
 from neoquant.errors import CheckpointError, HubError, RequestError
@@ -87,7 +88,7 @@ def push(
         raise RequestError(f"{repo!r} is no name on the hub: expected user/name")
     if gated is not None and gated not in GATED:
         raise RequestError(f"gated is {gated!r}; legal are {' and '.join(GATED)}")
-    planned = _plan(Path(folder), repo, revision)
+    planned = _plan(Path(demo.resolve(folder)), repo, revision)
     return planned if dry_run else _send(planned, private, gated, message, progress)
 
 

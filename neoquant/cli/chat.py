@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from neoquant.cli import options
+from neoquant.cli.generation import settings
 from neoquant.cli.models import find_model
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import RequestError
 
 if TYPE_CHECKING:
-    from neoquant.generation.generate import Sampling
+    from neoquant.generation.config import GenerationConfig
     from neoquant.loading.pretrained import GPTNeoForCausalLM
     from neoquant.tokenizer.tokenizer import Tokenizer
+
+LONGEST_TURN = 60
 
 HELP = "/again: another continuation · /undo: without the last turn · /reset: begin anew · /show: all of it · /quit"
 
@@ -37,18 +40,38 @@ def chat(
         ),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest continuation of a turn.")
-    ] = 60,
+        int | None,
+        typer.Option(
+            "--max-new-tokens",
+            metavar="N",
+            min=1,
+            help=f"Longest continuation of a turn. [default: the model's max_new_tokens, else {LONGEST_TURN}]",
+        ),
+    ] = None,
     temperature: Annotated[
-        float, typer.Option("--temperature", metavar="T", help="Below 1 is safer, above is wilder, 0 is greedy.")
-    ] = 0.8,
+        float | None,
+        typer.Option(
+            "--temperature",
+            metavar="T",
+            help="Below 1 is safer, above is wilder, 0 is greedy. [default: the model's, else 0.8]",
+        ),
+    ] = None,
     top_p: Annotated[
-        float, typer.Option("--top-p", metavar="P", help="Only the likeliest tokens that make up P together.")
-    ] = 0.95,
+        float | None,
+        typer.Option(
+            "--top-p",
+            metavar="P",
+            help="Only the likeliest tokens that make up P together. [default: the model's, else 0.95]",
+        ),
+    ] = None,
     repetition_penalty: Annotated[
-        float,
-        typer.Option("--repetition-penalty", metavar="R", help="Above 1, tokens already there become less likely."),
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            "--repetition-penalty",
+            metavar="R",
+            help="Above 1, tokens already there become less likely. [default: the model's, else 1]",
+        ),
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option("--seed", metavar="N", min=0, help="Repeat what this seed gave. [default: a fresh one]"),
@@ -63,7 +86,9 @@ def chat(
     """Go on with a text together: what you type is added to it, and the model continues; all of it is remembered.
 
     GPT-Neo was not trained to answer: it goes on with what is there. With --roles, your lines and its own are written
-    as a dialogue, and it stops where you would speak. /help lists what else can be typed; Ctrl-D ends.
+    as a dialogue, and it stops where you would speak.
+    What no option says is as the model's generation_config.json has it. /help lists what else can be typed; Ctrl-D
+    ends.
 
     \b
     Examples:
@@ -73,7 +98,6 @@ def chat(
     terminal: Terminal = ctx.obj
     names = _names(roles)
 
-    from neoquant.generation.generate import Sampling, eos_ids
     from neoquant.loading.pretrained import load
 
     network, tokenizer = load(
@@ -85,12 +109,15 @@ def chat(
         progress=terminal.progress,
     )
     seed = random.SystemRandom().randrange(2**31) if seed is None else seed
-    sampling = Sampling(
-        temperature=temperature, top_p=top_p, repetition_penalty=repetition_penalty, eos_token_ids=eos_ids(network)
+    own = settings(
+        network.generation_config,
+        terminal,
+        temperature=temperature,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
     )
-    _Chat(network, tokenizer, sampling, min(max_new_tokens, _half(network)), names, seed, terminal).run(
-        _typed(terminal)
-    )
+    longest = max_new_tokens or own.max_new_tokens or LONGEST_TURN
+    _Chat(network, tokenizer, own, min(longest, _half(network)), names, seed, terminal).run(_typed(terminal))
 
 
 def _names(roles: str | None) -> tuple[str, str] | None:
@@ -123,7 +150,7 @@ def _typed(terminal: Terminal) -> Iterator[str]:
 class _Chat:
     network: GPTNeoForCausalLM
     tokenizer: Tokenizer
-    sampling: Sampling
+    settings: GenerationConfig
     longest: int
     names: tuple[str, str] | None
     seed: int
@@ -172,7 +199,9 @@ class _Chat:
         """Continue everything so far and `typed`, show it as it comes, and remember both."""
         import torch
 
-        from neoquant.generation.generate import TextStream, ends_with, stream
+        from neoquant.generation.generate import stream
+        from neoquant.generation.stopping import ends_with
+        from neoquant.generation.text import TextStream
 
         context = self.network.config.max_position_embeddings
         ids = self.tokenizer.prompt_ids(self.text + typed)
@@ -180,7 +209,8 @@ class _Chat:
         if len(ids) > room:
             self.terminal.note(f"the text has {len(ids)} tokens: the first {len(ids) - room} are out of sight now")
             ids = ids[-room:]
-        stops = (f"\n{self.names[0]}:",) if self.names else ()
+        stops = (*self.settings.stops(), *((f"\n{self.names[0]}:",) if self.names else ()))
+        ends = self.settings.ends()
         shown = _Shown(stops)
         out = TextStream(self.tokenizer, shown.add)
         started, tokens = time.perf_counter(), 0
@@ -188,11 +218,11 @@ class _Chat:
             self.network,
             torch.tensor([ids]),
             max_new_tokens=self.longest,
-            sampling=replace(self.sampling, seed=self.seed),
+            sampling=replace(self.settings.sampling(len(ids)), seed=self.seed),
             stop=ends_with(stops, self.tokenizer),
         ):
             tokens += 1
-            if int(chosen[0]) not in self.sampling.eos_token_ids:
+            if int(chosen[0]) not in ends:
                 out.put(int(chosen[0]))
         out.end()
         self.turns.append((typed, shown.end()))

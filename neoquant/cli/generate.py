@@ -6,12 +6,14 @@ import json
 import random
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from neoquant.cli import options
+from neoquant.cli.generation import settings
 from neoquant.cli.models import find_model
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import RequestError
@@ -41,22 +43,38 @@ def generate(
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
-            "--max-new-tokens", metavar="N", min=1, help=f"[default: {DEFAULT_TOKENS}, or what the context allows]"
+            "--max-new-tokens",
+            metavar="N",
+            min=1,
+            help=f"[default: the model's own, else {DEFAULT_TOKENS}, or what the context allows]",
         ),
     ] = None,
     temperature: Annotated[
         float | None,
-        typer.Option("--temperature", metavar="T", help="Below 1 is safer, above is wilder. [default: 0.8]"),
+        typer.Option(
+            "--temperature", metavar="T", help="Below 1 is safer, above is wilder. [default: the model's, else 0.8]"
+        ),
     ] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k", metavar="K", help="Only the K likeliest tokens.")] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option("--top-k", metavar="K", help="Only the K likeliest tokens. [default: the model's, else all]"),
+    ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option("--top-p", metavar="P", help="Only the likeliest tokens that make up P together. [default: 0.95]"),
+        typer.Option(
+            "--top-p",
+            metavar="P",
+            help="Only the likeliest tokens that make up P together. [default: the model's, else 0.95]",
+        ),
     ] = None,
     repetition_penalty: Annotated[
-        float,
-        typer.Option("--repetition-penalty", metavar="R", help="Above 1, tokens already there become less likely."),
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            "--repetition-penalty",
+            metavar="R",
+            help="Above 1, tokens already there become less likely. [default: the model's, else 1]",
+        ),
+    ] = None,
     question: Annotated[
         str | None,
         typer.Option("--question", metavar="TEXT", help="What to look for (question-answering).", show_default=False),
@@ -81,6 +99,8 @@ def generate(
 ) -> None:
     """Continue a text; it appears as it is made, and stops at the model's end of text.
 
+    What no option says is as the model's generation_config.json (or, without one, its config.json) has it.
+
     \b
     Examples:
       neoquant generate gpt-neo-1.3B-nf4 --prompt "Hello, I'm a language model"
@@ -101,7 +121,7 @@ def generate(
     if task != GENERATION:
         about_words: dict[str, Any] = {**randomness, "--greedy": greedy or None, "--max-new-tokens": max_new_tokens}
         about_words["--activations"] = None if activations == "exact" else activations
-        about_words["--repetition-penalty"] = None if repetition_penalty == 1 else repetition_penalty
+        about_words["--repetition-penalty"] = repetition_penalty
         extra = [option for option, value in about_words.items() if value is not None]
         if extra:
             raise RequestError(f"--task {task} generates nothing, so {', '.join(extra)} cannot be given with it")
@@ -113,7 +133,9 @@ def generate(
 
     import torch
 
-    from neoquant.generation.generate import Sampling, TextStream, check_room, eos_ids, stream
+    from neoquant.generation.generate import check_room, stream
+    from neoquant.generation.stopping import ends_with
+    from neoquant.generation.text import TextStream
     from neoquant.loading.pretrained import load
 
     seed = random.SystemRandom().randrange(2**31) if seed is None else seed
@@ -121,30 +143,37 @@ def generate(
     network, tokenizer = load(
         source, revision=revision, device=device, dtype=dtype, activations=activations, progress=terminal.progress
     )
-    sampling = Sampling(
-        temperature=0.0 if greedy else 0.8 if temperature is None else temperature,
-        top_k=top_k or 0,
-        top_p=0.95 if top_p is None else top_p,
+    chosen_settings = settings(
+        network.generation_config,
+        terminal,
+        greedy=greedy,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
         repetition_penalty=repetition_penalty,
-        seed=seed,
-        eos_token_ids=eos_ids(network),
     )
     ids = tokenizer.prompt_ids(text)
+    sampling = replace(chosen_settings.sampling(len(ids)), seed=seed)
     if max_new_tokens is None:
-        max_new_tokens = max(1, min(DEFAULT_TOKENS, network.config.max_position_embeddings - len(ids)))
+        context = network.config.max_position_embeddings
+        max_new_tokens = chosen_settings.new_tokens(len(ids), context, default=DEFAULT_TOKENS)
     check_room(network, len(ids), max_new_tokens)  # before the prompt is printed
 
     started, tokens = time.perf_counter(), 0
     _write(text)
     out = TextStream(tokenizer, _write)
-    for chosen in stream(network, torch.tensor([ids]), max_new_tokens=max_new_tokens, sampling=sampling):
-        tokens += 1
-        if int(chosen[0]) not in sampling.eos_token_ids:
-            out.put(int(chosen[0]))
-    out.end()
-    _write("\n")
+    stop = ends_with(chosen_settings.stops(), tokenizer)
+    ends = chosen_settings.ends()
+    try:
+        for chosen in stream(network, torch.tensor([ids]), max_new_tokens=max_new_tokens, sampling=sampling, stop=stop):
+            tokens += 1
+            if int(chosen[0]) not in ends:
+                out.put(int(chosen[0]))
+    finally:
+        out.end()
+        _write("\n")
     seconds = time.perf_counter() - started
-    repeat = "" if greedy else f"; again: --seed {seed}"
+    repeat = "" if sampling.temperature == 0 else f"; again: --seed {seed}"
     terminal.note(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s{repeat}")
 
 

@@ -13,13 +13,37 @@ from neoquant.formats.base import Format
 from neoquant.formats.bnb4 import Bnb4
 from neoquant.formats.bnb8 import Bnb8
 from neoquant.formats.compressed import CompressedTensors
-from neoquant.formats.gptq import Gptq
+from neoquant.formats.gptq import V1, V2, Gptq
 from neoquant.formats.packed import Packed
 from neoquant.grids import Grid
 
 FORMATS: dict[str, Format] = {format.name: format for format in (Bnb4(), Bnb8(), Gptq(), CompressedTensors(), Packed())}
 
-__all__ = ["FORMATS", "Bnb4", "Bnb8", "CompressedTensors", "Format", "Gptq", "Packed", "choose", "detect", "why_not"]
+NAMED: Mapping[str, tuple[Format, ...]] = {
+    "auto": tuple(FORMATS.values()),
+    **{
+        family: tuple(format for format in FORMATS.values() if format.family == family)
+        for family in dict.fromkeys(format.family for format in FORMATS.values())
+    },
+    **{name: (format,) for name, format in FORMATS.items()},
+    "gptq-v1": (Gptq(version=V1),),
+    "gptq-v2": (Gptq(version=V2),),
+}
+"""What a format may be asked for by (a family's name, its own, or a version's) -> the formats to try, in this order."""
+
+__all__ = [
+    "FORMATS",
+    "NAMED",
+    "Bnb4",
+    "Bnb8",
+    "CompressedTensors",
+    "Format",
+    "Gptq",
+    "Packed",
+    "choose",
+    "detect",
+    "why_not",
+]
 
 
 def choose(
@@ -32,15 +56,12 @@ def choose(
     """The first format that holds all `layers` (name -> grid and shape) in one checkpoint.
 
     `embeddings` says that an embedding is among them; `ordered` are those with an activation order.
-    `wanted` is "auto", a family ("bitsandbytes", "gptq", "compressed-tensors", "neoquant") or a format's own name.
-    Raises RequestError with every format's reason if there is none.
+    `wanted` is a key of `NAMED`. Raises RequestError with every format's reason if there is none.
     """
-    candidates = [format for format in FORMATS.values() if wanted in ("auto", format.family, format.name)]
-    if not candidates:
-        legal = dict.fromkeys(["auto", *(format.family for format in FORMATS.values()), *FORMATS])
-        raise RequestError(f"no format is called {wanted!r}; there are {', '.join(legal)}")
+    if wanted not in NAMED:
+        raise RequestError(f"no format is called {wanted!r}; there are {', '.join(NAMED)}")
     reasons = []
-    for format in candidates:
+    for format in NAMED[wanted]:
         reason = why_not(format, layers, ordered)
         if reason is None and embeddings and not format.holds_embeddings:
             reason = f"format {format.name} keeps embeddings in half precision"

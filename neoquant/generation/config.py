@@ -1,36 +1,23 @@
-"""What may be asked of `generate`, in transformers' words, and what a folder's generation_config.json asks for."""
+"""What may be asked of `generate`, in transformers' words, and what a model's folder asks for."""
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from neoquant.errors import ConfigError, RequestError, locate
 from neoquant.generation.generate import Sampling
+from neoquant.generation.words import ONLY, WITHOUT_EFFECT, fault
+from neoquant.model.config import GPTNeoConfig
+from neoquant.model.gpt_neo import CausalLM
 
 FILE = "generation_config.json"
 DEFAULT_NEW_TOKENS = 20  # transformers' own
-
-# What transformers also takes and neoquant does in one way only: any other value is refused.
-_FIXED: Mapping[str, Any] = {
-    "num_beams": 1,
-    "use_cache": True,
-    "return_dict_in_generate": False,
-    "output_scores": False,
-    "output_logits": False,
-    "output_attentions": False,
-    "output_hidden_states": False,
-    "no_repeat_ngram_size": 0,
-    "typical_p": 1.0,
-    "length_penalty": 1.0,
-    "early_stopping": False,
-}
-# What a file says about itself, or about tokens that GPT-Neo's generation does not use.
-_NO_WISHES = ("bos_token_id", "decoder_start_token_id", "transformers_version", "token_type_ids", "position_ids")
 
 
 @dataclass(frozen=True)
@@ -40,8 +27,8 @@ class GenerationConfig:
     `max_length` and `min_length` count the prompt, `max_new_tokens` and `min_new_tokens` do not and have precedence;
     without either maximum, 20 new tokens.
     `do_sample=False` takes the likeliest token; `temperature`, `top_k`, `top_p`, `repetition_penalty` and `seed` are
-    `Sampling`'s. `num_return_sequences` rows come of each prompt. Rows end at `eos_token_id`, or behind one of
-    `stop_strings`, and are filled up with `pad_token_id`.
+    `Sampling`'s. `num_return_sequences` rows come of each prompt. Rows end at `eos_token_id` and are filled up with
+    `pad_token_id`; they also end behind one of `stop_strings`. Without a prompt, a text begins with `bos_token_id`.
     """
 
     max_new_tokens: int | None = None
@@ -54,58 +41,112 @@ class GenerationConfig:
     top_p: float | None = None
     repetition_penalty: float | None = None
     num_return_sequences: int | None = None
+    bos_token_id: int | None = None
     eos_token_id: int | Sequence[int] | None = None
     pad_token_id: int | None = None
     stop_strings: str | Sequence[str] | None = None
     seed: int | None = None
+    others: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """transformers' other words that were stated; `require_possible` refuses what neoquant does not do."""
+
+    def __post_init__(self) -> None:
+        for name, value in self.to_dict().items():
+            if reason := fault(name, value):
+                raise RequestError(reason)
 
     @classmethod
-    def of(cls, said: Any) -> GenerationConfig:
+    def of(cls, stated: Any) -> GenerationConfig:
         """From our own class, transformers', or plain values. Raises RequestError for what `generate` does not do."""
-        if isinstance(said, cls):
-            return said
-        asked, faults = _sorted_out(said if isinstance(said, Mapping) else said.to_diff_dict())
-        if faults:
-            raise RequestError("; ".join(faults))
-        return cls(**asked)
+        if isinstance(stated, cls):
+            return stated
+        values = stated if isinstance(stated, Mapping) else stated.to_diff_dict()
+        config, unknown = cls._read(values)
+        if unknown:
+            raise RequestError("; ".join(f"generate does not know {name!r}; {_hint(name)}" for name in unknown))
+        config.require_possible()
+        return config
 
     @classmethod
-    def from_folder(cls, folder: Path) -> tuple[GenerationConfig, list[str]]:
-        """What the folder's file asks for, and what of it `generate` does not do; nothing where there is no file.
+    def of_model(cls, model: CausalLM) -> GenerationConfig:
+        """What a model was loaded with, or else what its configuration says."""
+        own = getattr(model, "generation_config", None)
+        return own if isinstance(own, cls) else cls.from_model_config(model.config)
 
-        Raises ConfigError for a file that is no JSON object.
+    @classmethod
+    def from_model_config(cls, config: GPTNeoConfig) -> GenerationConfig:
+        """Transformers' words for generating among a model configuration's, where older versions wrote them.
+
+        Raises ConfigError for an illegal value.
+        """
+        values = {name: value for name, value in config.extra.items() if name in _WORDS}
+        values |= {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        with _as_config_error():
+            return cls._read(values)[0]
+
+    @classmethod
+    def from_folder(cls, folder: Path, config: GPTNeoConfig) -> tuple[GenerationConfig, list[str]]:
+        """What the folder's generation_config.json asks for, and names in it that are no words for generating.
+
+        Where there is no such file, `config`, the folder's config.json, says it. Raises ConfigError for a file that is
+        no JSON object, and for illegal values.
         """
         path = folder / FILE
         if not path.is_file():
-            return cls(), []
-        with locate(str(path)):
+            return cls.from_model_config(config), []
+        with _as_config_error(), locate(str(path)):
             try:
                 values = json.loads(path.read_text("utf-8"))
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 raise ConfigError(f"not readable as JSON: {error}") from None
             if not isinstance(values, dict):
                 raise ConfigError(f"holds a {type(values).__name__}, not an object")
-        asked, faults = _sorted_out(values)
-        return cls(**asked), faults
+            return cls._read(values)
+
+    @classmethod
+    def _read(cls, values: Mapping[str, Any]) -> tuple[GenerationConfig, list[str]]:
+        """And the names that nobody knows. A leading underscore marks what is only for transformers itself."""
+        stated = {name: value for name, value in values.items() if value is not None and not name.startswith("_")}
+        ours = {name: value for name, value in stated.items() if name in _NAMES}
+        others = {name: value for name, value in stated.items() if name in ONLY}
+        unknown = [name for name in stated if name not in (*_NAMES, *ONLY, *WITHOUT_EFFECT)]
+        return cls(**ours, others=others), unknown
 
     def but(self, other: GenerationConfig) -> GenerationConfig:
         """This, except for what the other one states."""
-        stated = other.to_dict()
-        if "max_length" in stated and "max_new_tokens" not in stated:
-            stated["max_new_tokens"] = None  # the newer word about the length counts
-        return replace(self, **stated)
+        stated = {name: value for name, value in other.to_dict().items() if name in _NAMES}
+        return replace(self, **stated, others={**self.others, **other.others})
+
+    def unset(self, names: Iterable[str]) -> GenerationConfig:
+        """This without what it states of these: not even transformers' defaults hold, so that all tokens are kept."""
+        names = list(names)
+        ours: dict[str, Any] = {name: 0 if name == "top_k" else None for name in names if name in _NAMES}
+        return replace(self, **ours, others={name: value for name, value in self.others.items() if name not in names})
+
+    def require_possible(self) -> None:
+        """Raise RequestError for what transformers would do and neoquant does not."""
+        faults = []
+        for name, value in self.others.items():
+            only = ONLY[name]
+            if value not in only:
+                instead = " or ".join(map(repr, only)) or "None"
+                faults.append(f"{name} is {value!r}; neoquant generates with {instead} only")
+        if faults:
+            raise RequestError("; ".join(faults))
 
     def to_dict(self) -> dict[str, Any]:
         """What is stated."""
-        values = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return {name: value for name, value in values if value is not None}
+        values = ((name, getattr(self, name)) for name in _NAMES)
+        return {name: value for name, value in values if value is not None} | dict(self.others)
 
-    def new_tokens(self, prompt: int) -> int:
-        """How many may follow a prompt of that many tokens. Raises RequestError where `max_length` leaves no room."""
+    def new_tokens(self, prompt: int, context: int, default: int = DEFAULT_NEW_TOKENS) -> int:
+        """How many may follow a prompt of that many tokens; `default`, or what the context leaves, if none is stated.
+
+        Raises RequestError where `max_length` leaves no room.
+        """
         if self.max_new_tokens is not None:
             return self.max_new_tokens
         if self.max_length is None:
-            return DEFAULT_NEW_TOKENS
+            return max(1, min(default, context - prompt))
         if self.max_length <= prompt:
             raise RequestError(
                 f"max_length is {self.max_length}, and the prompt alone has {prompt} tokens: raise it, or say "
@@ -121,9 +162,9 @@ class GenerationConfig:
             raise RequestError(f"num_return_sequences is {count}; legal is {what}")
         return count
 
-    def sampling(self, eos: int | Sequence[int] | None, prompt: int) -> Sampling:
-        """The same for `stream`, behind a prompt of that many tokens; `eos` is the model's own end of text."""
-        ends = eos if self.eos_token_id is None else self.eos_token_id
+    def sampling(self, prompt: int) -> Sampling:
+        """The same for `stream`, behind a prompt of that many tokens. Raises RequestError as `require_possible`."""
+        self.require_possible()
         stated = {
             name: getattr(self, name)
             for name in ("top_p", "repetition_penalty", "seed", "pad_token_id", "min_new_tokens")
@@ -136,7 +177,16 @@ class GenerationConfig:
             if stated["temperature"] <= 0:
                 raise RequestError(f"temperature is {self.temperature}; legal with do_sample=True is above 0")
         top_k = 50 if self.top_k is None else self.top_k
-        return Sampling(top_k=top_k, eos_token_ids=_ids(ends), **stated)
+        return Sampling(top_k=top_k, eos_token_ids=self.ends(), **stated)
+
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end a row."""
+        ends: Any = self.eos_token_id
+        if ends is None:
+            return ()
+        if hasattr(ends, "tolist"):
+            ends = ends.tolist()
+        return (ends,) if isinstance(ends, int) else tuple(int(end) for end in ends)
 
     def stops(self) -> tuple[str, ...]:
         """The texts behind which a row ends."""
@@ -145,30 +195,20 @@ class GenerationConfig:
         return (self.stop_strings,) if isinstance(self.stop_strings, str) else tuple(self.stop_strings)
 
 
-def _ids(ends: Any) -> tuple[int, ...]:
-    if ends is None:
-        return ()
-    if hasattr(ends, "tolist"):
-        ends = ends.tolist()
-    return (ends,) if isinstance(ends, int) else tuple(int(end) for end in ends)
+_NAMES = tuple(each.name for each in fields(GenerationConfig) if each.name != "others")
+_WORDS = {*_NAMES, *ONLY} - {"seed", "output_attentions", "output_hidden_states"}
+"""Transformers' words for generating, without those that a model configuration has for its own forward pass."""
 
 
-def _sorted_out(said: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """What is among our fields, and a sentence about everything else that asks for something."""
-    known = [field.name for field in fields(GenerationConfig)]
-    asked = {name: value for name, value in said.items() if name in known}
-    others = {name: value for name, value in said.items() if name not in known and name not in _NO_WISHES}
-    faults = [
-        _unknown(name, value, known)
-        for name, value in others.items()
-        if not (value is None or name.startswith("_") or (name in _FIXED and value == _FIXED[name]))
-    ]
-    return asked, faults
+def _hint(name: str) -> str:
+    meant = difflib.get_close_matches(name, _NAMES, n=1)
+    return f"did you mean {meant[0]!r}?" if meant else f"it takes {', '.join(_NAMES)}"
 
 
-def _unknown(name: str, value: Any, known: list[str]) -> str:
-    if name in _FIXED:
-        return f"{name} is {value!r}; neoquant generates with {_FIXED[name]!r} only"
-    meant = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {meant[0]!r}?" if meant else f"it takes {', '.join(known)}"
-    return f"generate does not know {name!r}; {hint}"
+@contextmanager
+def _as_config_error() -> Iterator[None]:
+    """What is illegal in a file is the file's fault, and no request's."""
+    try:
+        yield
+    except RequestError as error:
+        raise ConfigError(str(error)) from None

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from neoquant.errors import ContextError, RequestError
+from neoquant.errors import CheckpointError, ContextError, RequestError
+from neoquant.generation.padding import left_padded
 from neoquant.model.cache import KVCache
 from neoquant.model.gpt_neo import CausalLM
-from neoquant.tokenizer.tokenizer import Tokenizer
 
-Stop = Callable[[Tensor], Tensor]
-"""From each row's new ids `[B, new]` to whether it ends behind them, bool `[B]`."""
+Stop = Callable[[Tensor, Tensor | None], Tensor]
+"""From all ids so far `[B, S]`, and which hold tokens (None: all), to whether each row ends here, bool `[B]`."""
 
 
 class Streamer(Protocol):
@@ -33,8 +33,8 @@ class Sampling:
     whose probabilities reach p (1: all); both after the temperature. `repetition_penalty` divides the positive
     logits of tokens already there and multiplies the negative ones (Keskar et al., 2019, section 4.1; 1: none).
     `seed` makes the draw repeatable; None draws from torch's own generator, which `torch.manual_seed` sets.
-    A row that has reached one of `eos_token_ids` is filled up with `pad_token_id`, or with the first of them;
-    none is reached within the first `min_new_tokens`.
+    A row that has reached one of `eos_token_ids` is filled up with `pad_token_id`, or with the first of them; none is
+    reached within the first `min_new_tokens`. None is for the caller to fill in; while generating it is no token.
     """
 
     temperature: float = 0.0
@@ -42,7 +42,7 @@ class Sampling:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int | None = None
-    eos_token_ids: tuple[int, ...] = field(default=())
+    eos_token_ids: tuple[int, ...] | None = None
     pad_token_id: int | None = None
     min_new_tokens: int = 0
 
@@ -79,15 +79,73 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return logits.scatter(-1, seen, torch.where(at > 0, at / penalty, at * penalty))
 
 
-def choose(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
-    """The next token `[B]` from the last position's `logits[B, V]` and all ids so far, `seen[B, S]`."""
+def choose(
+    logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """The next token `[B]` from the last position's `logits[B, V]` and all ids so far, `seen[B, S]`.
+
+    And whether there was one to choose, bool `[B]`: False where a logit is NaN or the largest infinite. (The largest
+    is NaN where any is, so that nothing is read a second time.)
+    """
     logits = logits.float()
     if sampling.repetition_penalty != 1:
         logits = penalize(logits, seen, sampling.repetition_penalty)
+    largest, likeliest = logits.max(-1)
+    finite = largest.isfinite()
     if sampling.temperature == 0:
-        return logits.argmax(-1)
-    probabilities = filter_logits(logits, sampling).softmax(-1)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        return likeliest, finite
+    # Drawing from what is not finite ends a process on a GPU: draw anything instead, the caller raises an error.
+    probabilities = filter_logits(logits.masked_fill(~finite[:, None], 0.0), sampling).softmax(-1)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0], finite
+
+
+class _Inputs:
+    """What the model is given: the prompts, padding moved to the left, then one position after another."""
+
+    def __init__(
+        self,
+        ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        token_type_ids: Tensor | None,
+        new: int,
+    ) -> None:
+        self.keep: Tensor | None = None
+        self.ids = ids
+        self.positions = _like(ids, position_ids, "position_ids")
+        self.types = _like(ids, token_type_ids, "token_type_ids")
+        if attention_mask is None:
+            return
+        keep, order = left_padded(ids, attention_mask)
+        ids = ids.gather(1, order)
+        self.ids = torch.where(keep, ids, ids[:, -1:])  # a padding id may lie outside the vocabulary
+        self.types = None if self.types is None else self.types.gather(1, order)
+        counted = (keep.cumsum(1) - 1).clamp_(min=0)
+        self.positions = counted if self.positions is None else self.positions.gather(1, order)
+        self.keep = torch.cat([keep, keep.new_ones(len(ids), new)], dim=1)
+
+    def logits(self, model: CausalLM, cache: KVCache) -> Tensor:
+        """Of the token that follows, `[B, V]`."""
+        end = cache.length + self.ids.shape[1]
+        keep = None if self.keep is None else self.keep[:, :end]
+        output = model(
+            self.ids,
+            keep,
+            position_ids=self.positions,
+            token_type_ids=self.types,
+            past_key_values=cache,
+            output_hidden_states=False,
+            return_dict=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def follow(self, ids: Tensor) -> None:
+        """`ids[B]` are given next. Their type is the one of the position before."""
+        self.ids = ids[:, None]
+        self.positions = None if self.positions is None else self.positions[:, -1:] + 1
+        self.types = None if self.types is None else self.types[:, -1:]
 
 
 @torch.inference_mode()
@@ -96,6 +154,8 @@ def stream(
     input_ids: Tensor,
     *,
     attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
     max_new_tokens: int,
     sampling: Sampling | None = None,
     stop: Stop | None = None,
@@ -103,62 +163,70 @@ def stream(
     """Yield the next ids `[B]` of `input_ids[B, T]`, one position at a time, until all rows have ended.
 
     Rows of different lengths are padded, on either side, and `attention_mask[B, T]` is 0 there: each is continued as it
-    would be alone. A row ends behind an end-of-text token, or where `stop` says so, and is filled up from there. Raises
-    ContextError before anything is generated where prompt and new tokens do not fit into the model's context.
+    would be alone. A row ends behind an end-of-text token, or where `stop` says so; where there are end-of-text tokens,
+    it is filled up from there. New positions count on from `position_ids[B, T]`, and have the type of the last of
+    `token_type_ids[B, T]`.
+
+    Raises ContextError before anything is generated where prompt and new tokens do not fit into the model's context,
+    CheckpointError where the model's predictions are not finite.
     """
     sampling = sampling or Sampling()
     B, T = input_ids.shape
     check_room(model, T, max_new_tokens)
     device = model.device
     generator = None if sampling.seed is None else torch.Generator(device=device).manual_seed(sampling.seed)
-    new, keep = align(input_ids.to(device), None if attention_mask is None else attention_mask.to(device))
-    seen = torch.cat([new, new.new_empty(B, max_new_tokens)], dim=1)
-    positions = None
-    if keep is not None:
-        positions = (keep.cumsum(1) - 1).clamp_(min=0)
-        seen[:, :T] = torch.where(keep, new, new[:, -1:])  # padding is no token that was there
-        keep = torch.cat([keep, keep.new_ones(B, max_new_tokens)], dim=1)
-    ends = torch.tensor(sampling.eos_token_ids, dtype=new.dtype, device=device)
-    filler = sampling.pad_token_id if sampling.pad_token_id is not None else next(iter(sampling.eos_token_ids), 0)
+    mask, positions, types = (
+        None if tensor is None else tensor.to(device) for tensor in (attention_mask, position_ids, token_type_ids)
+    )
+    inputs = _Inputs(input_ids.to(device), mask, positions, types, max_new_tokens)
+    seen = torch.cat([inputs.ids, inputs.ids.new_empty(B, max_new_tokens)], dim=1)
+    eos = sampling.eos_token_ids or ()
+    ends = torch.tensor(eos, dtype=seen.dtype, device=device)
+    reachable = torch.tensor([e for e in eos if 0 <= e < model.config.vocab_size], dtype=seen.dtype, device=device)
+    filler = sampling.pad_token_id if sampling.pad_token_id is not None else next(iter(eos), 0)
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     cache = KVCache(model.config.num_layers, capacity=max(1, T + max_new_tokens))
     for end in range(T, T + max_new_tokens):
-        mask = None if keep is None else keep[:, :end]
-        logits = model(new, mask, position_ids=positions, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        logits = inputs.logits(model, cache)
         if end - T < sampling.min_new_tokens:
-            logits = logits.index_fill(-1, ends, -torch.inf)
-        chosen = choose(logits, seen[:, :end], sampling, generator)
-        if len(ends) or stop is not None:
-            chosen = chosen.masked_fill(ended, filler)
-            ended |= torch.isin(chosen, ends)
+            logits = logits.index_fill(-1, reachable, -torch.inf)
+        drawn, finite = choose(logits, seen[:, :end], sampling, generator)
+        usable = (finite | ended).all()
+        chosen = drawn
+        if len(eos):
+            chosen = drawn.masked_fill(ended, filler)
+            ended = ended | torch.isin(chosen, ends)
         seen[:, end] = chosen
         if stop is not None:
-            ended |= stop(seen[:, T : end + 1]).to(device)
+            keep = None if inputs.keep is None else inputs.keep[:, : end + 1]
+            ended = ended | stop(seen[:, : end + 1], keep).to(device)
+        is_usable, is_last = torch.stack([usable, ended.all()]).tolist()  # one look at the device for both
+        if not is_usable:
+            raise _not_finite(model, end - T + 1)
         yield chosen
-        if bool(ended.all()):
+        if is_last:
             return
-        new = chosen[:, None]
-        if positions is not None:
-            positions = positions[:, -1:] + 1
+        inputs.follow(drawn)
 
 
-def align(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """`input_ids[B, T]` with all padding moved to the left, so that every row ends with its last token.
+def _not_finite(model: CausalLM, number: int) -> CheckpointError:
+    dtype = str(model.dtype).removeprefix("torch.")
+    advice = "the weights may be damaged"
+    if model.dtype == torch.float16:
+        advice = "float16 ends at 65504, which GPT-Neo's activations may pass: load it with dtype bfloat16 or float32"
+    return CheckpointError(
+        f"new token {number} cannot be chosen: the model's predictions, computed in {dtype}, are not finite (NaN or "
+        f"infinite); {advice}"
+    )
 
-    And which of the positions hold tokens, bool `[B, T]`, or None where all do. Raises RequestError for a mask of
-    another shape, or a row without a token.
-    """
-    if attention_mask is None:
-        return input_ids, None
-    if attention_mask.shape != input_ids.shape:
-        raise RequestError(f"attention_mask is {list(attention_mask.shape)}, but input_ids is {list(input_ids.shape)}")
-    keep = attention_mask.bool()
-    if not bool(keep.any(1).all()):
-        raise RequestError("attention_mask leaves a row no token: every prompt needs at least one")
-    if bool(keep.all()):
-        return input_ids, None
-    order = keep.int().argsort(dim=1, stable=True)
-    return input_ids.gather(1, order), keep.gather(1, order)
+
+def _like(ids: Tensor, given: Tensor | None, name: str) -> Tensor | None:
+    """`given`, `[B, T]` or `[1, T]`, in the shape of `ids[B, T]`."""
+    if given is None or given.shape == ids.shape:
+        return given
+    if given.shape != (1, ids.shape[1]):
+        raise RequestError(f"{name} is {list(given.shape)}, but input_ids is {list(ids.shape)}")
+    return given.expand(ids.shape)
 
 
 def check_room(model: CausalLM, prompt: int, max_new_tokens: int) -> None:
@@ -182,6 +250,8 @@ def generate(
     input_ids: Tensor,
     *,
     attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
     max_new_tokens: int = 64,
     sampling: Sampling | None = None,
     stop: Stop | None = None,
@@ -195,7 +265,14 @@ def generate(
         streamer.put(input_ids.cpu())
     chosen = []
     for ids in stream(
-        model, input_ids, attention_mask=attention_mask, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop
+        model,
+        input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        token_type_ids=token_type_ids,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=stop,
     ):
         chosen.append(ids)
         if streamer is not None:
@@ -205,111 +282,6 @@ def generate(
     if not chosen:
         return input_ids
     return torch.cat([input_ids.to(chosen[0].device), torch.stack(chosen, dim=1)], dim=1)
-
-
-def ends_with(stops: Sequence[str], tokenizer: Tokenizer | None) -> Stop | None:
-    """Whether a row's new text holds one of `stops`. Raises RequestError where there is no tokenizer to read it."""
-    if not stops:
-        return None
-    if tokenizer is None:
-        raise RequestError("stop_strings are looked for in text: pass tokenizer=... with them")
-
-    def stop(new: Tensor) -> Tensor:
-        texts = tokenizer.batch_decode(new)
-        return torch.tensor([any(stop in text for stop in stops) for text in texts])
-
-    return stop
-
-
-class TextStream:
-    """Turns ids, one at a time, into text as soon as it is certain.
-
-    A character may be spread over several tokens: what ends in the middle of one is held back until it is whole.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, write: Callable[[str], object]) -> None:
-        self._tokenizer = tokenizer
-        self._write = write
-        self._held: list[int] = []
-
-    def put(self, token: int) -> None:
-        """Take the next id."""
-        self._held.append(token)
-        text = self._tokenizer.decode(self._held)
-        if text and not text.endswith("�"):
-            self._flush(text)
-
-    def end(self) -> None:
-        """Write what is held back, whole or not."""
-        if self._held:
-            self._flush(self._tokenizer.decode(self._held))
-
-    def _flush(self, text: str) -> None:
-        self._write(text)
-        self._held.clear()
-
-
-class TextStreamer:
-    """Prints a text while `generate(streamer=...)` makes it: prompt and all, or without the prompt."""
-
-    def __init__(self, tokenizer: Tokenizer, skip_prompt: bool = False, *, skip_special_tokens: bool = False) -> None:
-        self._skip_prompt, self._skip_special = skip_prompt, skip_special_tokens
-        self._special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._text = TextStream(tokenizer, lambda text: print(text, end="", flush=True))
-        self._prompt_comes = True
-
-    def put(self, value: Tensor) -> None:
-        """Take the prompt `[1, T]`, then each new id `[1]`. Raises RequestError for more than one row."""
-        if value.ndim > 1 and value.shape[0] > 1:
-            raise RequestError(f"a TextStreamer shows one text, not {value.shape[0]} at once")
-        skipped = self._prompt_comes and self._skip_prompt
-        self._prompt_comes = False
-        for token in [] if skipped else value.flatten().tolist():
-            if not (self._skip_special and token in self._special):
-                self._text.put(token)
-
-    def end(self) -> None:
-        """Print what is held back, and a line end."""
-        self._text.end()
-        print(flush=True)
-        self._prompt_comes = True
-
-
-def eos_ids(model: CausalLM) -> tuple[int, ...]:
-    """The tokens that end a text, as the model's configuration has them."""
-    eos = model.config.eos_token_id
-    if eos is None:
-        return ()
-    return (eos,) if isinstance(eos, int) else tuple(eos)
-
-
-def generate_text(
-    model: CausalLM,
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    max_new_tokens: int = 64,
-    sampling: Sampling | None = None,
-    on_text: Callable[[str], object] | None = None,
-) -> str:
-    """The continuation of `prompt`, without the prompt and the end-of-text token; `on_text` gets it piece by piece."""
-    ids = tokenizer.prompt_ids(prompt)
-    sampling = sampling or Sampling(eos_token_ids=eos_ids(model))
-    pieces: list[str] = []
-
-    def write(text: str) -> None:
-        pieces.append(text)
-        if on_text is not None:
-            on_text(text)
-
-    out = TextStream(tokenizer, write)
-    for chosen in stream(model, torch.tensor([ids]), max_new_tokens=max_new_tokens, sampling=sampling):
-        token = int(chosen[0])
-        if token in sampling.eos_token_ids:
-            break
-        out.put(token)
-    out.end()
-    return "".join(pieces)
 
 
 def as_ids(values: Tensor | Sequence[Sequence[int]] | Sequence[int]) -> Tensor:

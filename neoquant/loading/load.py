@@ -93,7 +93,7 @@ def read_model(
         config = GPTNeoConfig.from_dict(checkpoint.config)
     if activations not in ACTIVATIONS:
         raise RequestError(f"activations are {activations!r}; legal are {' and '.join(ACTIVATIONS)}")
-    with torch.device("meta"), NoInit():
+    with locate(f"{checkpoint.source}/config.json"), torch.device("meta"), NoInit():
         model = cls(config, attn_implementation)
     places = assign_devices(device, max_memory, unit_sizes(checkpoint, model, dtype), bool(model.tied_weights()))
     kind = resolve_dtype(dtype, config, places.first)

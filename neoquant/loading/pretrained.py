@@ -12,10 +12,12 @@ from torch import Tensor
 from typing_extensions import Self
 
 from neoquant.checkpoint import find_companions, open_checkpoint
-from neoquant.errors import RequestError
+from neoquant.errors import RequestError, locate
 from neoquant.generation.config import FILE as GENERATION_FILE
 from neoquant.generation.config import GenerationConfig
-from neoquant.generation.generate import Streamer, as_ids, ends_with, generate
+from neoquant.generation.generate import Streamer, as_ids, generate
+from neoquant.generation.padding import inferred_mask
+from neoquant.generation.stopping import ends_with
 from neoquant.loading.load import folder_of, load_model, read_model
 from neoquant.loading.quantize_on_load import load_quantized
 from neoquant.loading.save import save_model
@@ -52,7 +54,7 @@ class PreTrainedModel(Network):
         None (float32 on a CPU, float16 on a GPU). `device_map` is a device, `"auto"`, or a mapping of parts of the
         model to devices or `"disk"`; `max_memory` says what `"auto"` may take of each (0 or "cpu" -> "2GB"). With
         `quantization_config`, a BitsAndBytesConfig or GPTQConfig (neoquant's or transformers'), their values or a
-        Recipe, a plain checkpoint is quantized on the way.
+        Recipe (or the name of one), a plain checkpoint is quantized on the way.
 
         Raises CheckpointError, HubError or RequestError; a tensor that is missing or unexpected is one of the first.
         """
@@ -75,13 +77,18 @@ class GPTNeoModel(PreTrainedModel, Decoder):
 class GPTNeoForCausalLM(PreTrainedModel, CausalLM):
     """GPT-Neo with its language-modelling head, whose weight is the token embedding's unless the config unties it."""
 
-    generation_config = GenerationConfig()
-    """What `generate` does unless it is told otherwise: the folder's generation_config.json."""
+    generation_config: GenerationConfig
+    """What `generate` does unless it is told otherwise: the folder's generation_config.json, or else what config.json
+    says about generating."""
+
+    def __init__(self, config: GPTNeoConfig, attn_implementation: str = "sdpa") -> None:
+        super().__init__(config, attn_implementation)
+        self.generation_config = GenerationConfig.from_model_config(config)
 
     def read_companions(self, folder: Path) -> list[str]:
-        """Take the folder's generation_config.json as `generation_config`."""
-        self.generation_config, faults = GenerationConfig.from_folder(folder)
-        return [f"{GENERATION_FILE}: {fault}; left out" for fault in faults]
+        """Take what the folder says about generating as `generation_config`."""
+        self.generation_config, unknown = GenerationConfig.from_folder(folder, self.config)
+        return [f"{GENERATION_FILE}: {name!r} is no word for generating; left out" for name in unknown]
 
     def companions(self) -> dict[str, str]:
         """generation_config.json, where `generation_config` states anything."""
@@ -94,6 +101,8 @@ class GPTNeoForCausalLM(PreTrainedModel, CausalLM):
         attention_mask: Tensor | None = None,
         *,
         inputs: Tensor | Sequence[Sequence[int]] | Sequence[int] | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         generation_config: Any = None,
         tokenizer: Tokenizer | None = None,
         streamer: Streamer | None = None,
@@ -103,12 +112,15 @@ class GPTNeoForCausalLM(PreTrainedModel, CausalLM):
 
         `asked` are `GenerationConfig`'s fields, with transformers' names and defaults: `max_new_tokens`, `max_length`,
         `do_sample`, `temperature`, `top_k`, `top_p`, `num_return_sequences`, `stop_strings`, ... They count before
-        `generation_config`, and that before the model's own.
+        `generation_config`, and that before the model's own; None takes back what the others say.
 
         Args:
-            input_ids: the prompts; None begins with the end-of-text token.
-            attention_mask: `[B, T]`, 0 on padding, which may be on either side.
+            input_ids: the prompts; None begins with the beginning of a text (`bos_token_id`).
+            attention_mask: `[B, T]`, 0 on padding, which may be on either side. Without it, what equals `pad_token_id`
+                is padding, unless that also ends a text.
             inputs: transformers' other name for `input_ids`.
+            position_ids: `[B, T]`, from which new tokens count on; None counts the tokens of each row.
+            token_type_ids: `[B, T]`, embedded and added; new tokens have the last one's.
             generation_config: ours or transformers'.
             tokenizer: needed for `stop_strings`.
             streamer: told of the prompt and of each new id; transformers' streamers serve.
@@ -116,29 +128,66 @@ class GPTNeoForCausalLM(PreTrainedModel, CausalLM):
         Raises:
             ContextError: the result would not fit into the context.
             RequestError: an illegal value, or something that is not done here.
+            CheckpointError: the model's predictions are not finite.
         """
         if inputs is not None and input_ids is not None:
             raise RequestError("input_ids and inputs are two names of the same: give one of them")
         input_ids = inputs if input_ids is None else input_ids
-        config = self.generation_config
-        if generation_config is not None:
-            config = config.but(GenerationConfig.of(generation_config))
-        config = config.but(GenerationConfig.of(asked))
-        start = self.config.bos_token_id if self.config.bos_token_id is not None else 0
-        ids = as_ids([[start]] if input_ids is None else input_ids)
+        config = self.settings(generation_config, asked)
+        ids = as_ids([[self._beginning(config)]] if input_ids is None else input_ids)
+        given = {"attention_mask": attention_mask, "position_ids": position_ids, "token_type_ids": token_type_ids}
+        return self.generate_as(config, ids, given, tokenizer=tokenizer, streamer=streamer)
+
+    def generate_as(
+        self,
+        config: GenerationConfig,
+        ids: Tensor,
+        given: Mapping[str, Tensor | None],
+        *,
+        tokenizer: Tokenizer | None = None,
+        streamer: Streamer | None = None,
+    ) -> Tensor:
+        """`generate` with these settings alone; `given` are its other tensors of the shape of `ids[B, T]`, by name."""
+        given = dict(given)
+        if given.get("attention_mask") is None:
+            given["attention_mask"] = inferred_mask(ids, config.pad_token_id, config.ends())
         copies = config.copies()
         if copies > 1:
-            ids = ids.repeat_interleave(copies, dim=0)
-            attention_mask = None if attention_mask is None else attention_mask.repeat_interleave(copies, dim=0)
+            rows, ids = len(ids), ids.repeat_interleave(copies, dim=0)
+            given = {
+                name: each if each is None or len(each) != rows else each.repeat_interleave(copies, dim=0)
+                for name, each in given.items()
+            }
         return generate(
             self,
             ids,
-            attention_mask=attention_mask,
-            max_new_tokens=config.new_tokens(ids.shape[1]),
-            sampling=config.sampling(self.config.eos_token_id, ids.shape[1]),
+            **given,
+            max_new_tokens=config.new_tokens(ids.shape[1], self.config.max_position_embeddings),
+            sampling=config.sampling(ids.shape[1]),
             stop=ends_with(config.stops(), tokenizer),
             streamer=streamer,
         )
+
+    def settings(self, generation_config: Any, asked: Mapping[str, Any]) -> GenerationConfig:
+        """What `generate` is to do: as asked, as `generation_config` says, as the model's own settings say.
+
+        Raises RequestError for what is not done here.
+        """
+        config = self.generation_config
+        if generation_config is not None:
+            config = config.but(GenerationConfig.of(generation_config))
+        stated = GenerationConfig.of(asked)
+        config = config.unset(name for name, value in asked.items() if value is None).but(stated)
+        with locate("the model's generation settings"):
+            config.require_possible()
+        return config
+
+    def _beginning(self, config: GenerationConfig) -> int:
+        """The token that stands before a text."""
+        begin = self.config.bos_token_id if config.bos_token_id is None else config.bos_token_id
+        if begin is None:
+            raise RequestError("there is no prompt, and no bos_token_id for a text to begin with: give input_ids")
+        return begin
 
 
 class GPTNeoForSequenceClassification(PreTrainedModel, SequenceClassifier):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -185,14 +186,17 @@ _METHODS: Mapping[str, type[BitsAndBytesConfig] | type[GPTQConfig]] = {
 
 
 def read_config(said: Any) -> QuantizationConfig:
-    """What `quantization_config=` asks for: our own classes, transformers' of the same names, plain values or a Recipe.
+    """What `quantization_config=` asks for: our own classes, transformers' of the same names, plain values or a Recipe,
+    which may be named.
 
     Raises RequestError for another method, or a field that is not known.
     """
     if isinstance(said, BitsAndBytesConfig | GPTQConfig | Recipe):
         return said
+    if isinstance(said, str | Path):
+        return Recipe.load(said)
     if not isinstance(said, Mapping) and not hasattr(said, "to_dict"):
-        legal = "a BitsAndBytesConfig, a GPTQConfig, a Recipe or a dict"
+        legal = "a BitsAndBytesConfig, a GPTQConfig, a Recipe or its name, or a dict"
         raise RequestError(f"quantization_config is a {type(said).__name__}; legal is {legal}")
     values = dict(said if isinstance(said, Mapping) else said.to_dict())
     method = values.pop("quant_method", None)

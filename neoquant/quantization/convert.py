@@ -16,7 +16,7 @@ import torch
 
 from neoquant.checkpoint import SHARD_SIZE, Checkpoint, CheckpointWriter, TensorHeader, open_checkpoint
 from neoquant.errors import FormatError, RequestError, locate
-from neoquant.formats import FORMATS, Format, Gptq, detect
+from neoquant.formats import FORMATS, NAMED, Format, Gptq, detect
 from neoquant.formats.base import dtype_name
 from neoquant.formats.gptq import V1, V2
 from neoquant.grids import Grid
@@ -35,17 +35,8 @@ from neoquant.tensor import QuantizedTensor
 PLAIN = "safetensors"
 """What a checkpoint without quantized weights is called as a target."""
 
-# Target -> formats to try, in this order: the first that holds the first layer.
-TARGETS: Mapping[str, tuple[Format, ...]] = {
-    **{
-        family: tuple(format for format in FORMATS.values() if format.family == family)
-        for family in dict.fromkeys(format.family for format in FORMATS.values())
-    },
-    **{name: (format,) for name, format in FORMATS.items()},
-    "gptq-v1": (Gptq(version=V1),),
-    "gptq-v2": (Gptq(version=V2),),
-    PLAIN: (),
-}
+TARGETS: Mapping[str, tuple[Format, ...]] = {name: NAMED[name] for name in NAMED if name != "auto"} | {PLAIN: ()}
+"""Target -> formats to try, in this order: the first that holds the first layer."""
 
 
 @dataclass(frozen=True)

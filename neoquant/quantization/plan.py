@@ -16,7 +16,7 @@ import torch
 from neoquant.calibration.memory import CalibrationMemory
 from neoquant.checkpoint import SHARD_SIZE, Checkpoint, TensorHeader, expected_size
 from neoquant.errors import RecipeError
-from neoquant.formats import FORMATS, Format, why_not
+from neoquant.formats import NAMED, Format, why_not
 from neoquant.formats.base import dtype_name
 from neoquant.grids import Grid, make_grid
 from neoquant.model.config import GPTNeoConfig
@@ -240,14 +240,13 @@ def _table_grids(recipe: Recipe, format: Format, tables: Iterable[str]) -> dict[
 def _choose_format(recipe: Recipe, treatment: _Treatment) -> tuple[Format | None, list[str]]:
     """The first format of the choice that holds all targets in one checkpoint, and why those before it do not."""
     reasons: list[str] = []
-    for format in FORMATS.values():
-        if recipe.format in ("auto", format.family):
-            reason = why_not(format, treatment.targets, treatment.ordered)
-            if reason is None and recipe.embeddings in EMBEDDING_GRIDS and not format.holds_embeddings:
-                reason = f'format {format.name} keeps embeddings in half precision, format = "neoquant" can hold them'
-            if reason is None:
-                return format, reasons
-            reasons.append(reason)
+    for format in NAMED[recipe.format]:
+        reason = why_not(format, treatment.targets, treatment.ordered)
+        if reason is None and recipe.embeddings in EMBEDDING_GRIDS and not format.holds_embeddings:
+            reason = f'format {format.name} keeps embeddings in half precision, format = "neoquant" can hold them'
+        if reason is None:
+            return format, reasons
+        reasons.append(reason)
     return None, reasons
 
 

@@ -57,7 +57,7 @@ class QuantizeResult:
 
 def plan(
     source: str | Path | None,
-    recipe: Recipe,
+    recipe: Recipe | str | Path,
     *,
     revision: str | None = None,
     shard_size: int = SHARD_SIZE,
@@ -71,7 +71,7 @@ def plan(
 
     Args:
         source: a folder, a hub id, or None for the bundled model.
-        recipe: what is asked for.
+        recipe: what is asked for: a recipe, the name of one that comes with neoquant ("nf4", "gptq4"), or a TOML file.
         revision: branch, tag or commit on the hub.
         shard_size: bytes of tensors in one output file.
         name: of the output folder, which the model card mentions.
@@ -85,6 +85,7 @@ def plan(
             little for one block.
         CheckpointError, HubError: the source cannot be read, or is not a GPT-Neo.
     """
+    recipe = Recipe.of(recipe)
     with open_checkpoint(source, revision=revision, headers_only=True, progress=progress) as checkpoint:
         planned = _whole_plan(checkpoint, recipe, shard_size, name)
     if not needs_calibration(planned):
@@ -97,7 +98,7 @@ def plan(
 def quantize(
     source: str | Path | None,
     out: str | Path,
-    recipe: Recipe,
+    recipe: Recipe | str | Path,
     *,
     revision: str | None = None,
     force: bool = False,
@@ -115,7 +116,7 @@ def quantize(
     Args:
         source: a folder, a hub id, or None for the bundled model.
         out: the folder to make; with `force` it may be an existing model, which is replaced at the very end.
-        recipe: what is asked for.
+        recipe: what is asked for: a recipe, the name of one that comes with neoquant ("nf4", "gptq4"), or a TOML file.
         revision: branch, tag or commit on the hub.
         force: see `out`.
         shard_size: bytes of tensors in one output file.
@@ -134,6 +135,7 @@ def quantize(
             do not fit the type they are to be stored in.
     """
     started = time.perf_counter()
+    recipe = Recipe.of(recipe)
     out = Path(out).expanduser().resolve()
     require_another_folder(source, out)
     check_output(out, force)

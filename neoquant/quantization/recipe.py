@@ -3,7 +3,7 @@
 A recipe is a frozen value, written in TOML::
 
     name = "nf4-mixed"
-    format = "auto"                     # auto | bitsandbytes | gptq | neoquant
+    format = "auto"                     # auto | bitsandbytes | gptq | compressed-tensors | neoquant
     dtype = "auto"                      # of what is not quantized: auto | float16 | bfloat16
     embeddings = "auto"                 # of the token embedding and the head: auto | keep | int8 | nf4
 
@@ -53,7 +53,10 @@ if TYPE_CHECKING:
     from neoquant.grids import Grid
     from neoquant.quantizers import Quantizer
 
-FormatChoice = Literal["auto", "bitsandbytes", "gptq", "compressed-tensors", "neoquant"]
+# The keys of formats.NAMED, which would import torch.
+FormatChoice = Literal[
+    "auto", "bitsandbytes", "gptq", "compressed-tensors", "neoquant", "bnb4", "bnb8", "packed", "gptq-v1", "gptq-v2"
+]
 DtypeChoice = Literal["auto", "float16", "bfloat16"]
 EmbeddingsChoice = Literal["auto", "keep", "int8", "nf4"]
 
@@ -221,6 +224,15 @@ class Recipe(BaseModel):
             kept.append(Rule(match=glob, keep=True))
             kept[-1]._origin = Origin(f"{said} {glob!r}")
         return self.model_copy(update={"rules": (*kept, *self.rules)})
+
+    @classmethod
+    def of(cls, recipe: Recipe | str | Path) -> Recipe:
+        """A recipe, as it is or by `load`. Raises RecipeError for what is neither."""
+        if isinstance(recipe, cls):
+            return recipe
+        if isinstance(recipe, str | Path):
+            return cls.load(recipe)
+        raise RecipeError(f"recipe is a {type(recipe).__name__}; legal is a Recipe, a recipe's name or its file")
 
     @classmethod
     def load(cls, recipe: str | Path) -> Recipe:

@@ -226,15 +226,21 @@ def test_what_a_folder_says_about_generating_counts(make_model: Callable[..., Pa
     folder = make_model()
     said = {"_from_model_config": True, "do_sample": True, "top_k": 3, "max_new_tokens": 7, "eos_token_id": None}
     (folder / "generation_config.json").write_text(json.dumps(said | {"num_beams": 2}))
-    with pytest.warns(neoquant.LoadWarning, match="num_beams is 2; neoquant generates with 1 only; left out"):
-        model = neoquant.AutoModelForCausalLM.from_pretrained(folder)
+    model = neoquant.AutoModelForCausalLM.from_pretrained(folder)
     ids = torch.tensor([[1, 2, 3]])
+    with pytest.raises(RequestError, match="generation settings: num_beams is 2; neoquant generates with 1 only"):
+        model.generate(ids)
+    model.save_pretrained(tmp_path / "beams")
+    stated = {"do_sample": True, "max_new_tokens": 7, "top_k": 3, "num_beams": 2}
+    assert json.loads((tmp_path / "beams" / "generation_config.json").read_text()) == stated
+    (folder / "generation_config.json").write_text(json.dumps(said | {"colour": "red"}))
+    with pytest.warns(neoquant.LoadWarning, match=r"generation_config\.json: 'colour' is no word for generating"):
+        model = neoquant.AutoModelForCausalLM.from_pretrained(folder)
     assert (
         model.generate(ids, seed=1).tolist()
         == model.generate(ids, do_sample=True, top_k=3, max_new_tokens=7, seed=1).tolist()
     )
-    assert model.generate(ids, max_length=5).shape == (1, 5)  # the newer word about the length
+    assert model.generate(ids, max_length=5).shape == (1, 10)  # max_new_tokens has precedence, wherever it stands
     model.save_pretrained(tmp_path / "saved")
-    assert json.loads((tmp_path / "saved" / "generation_config.json").read_text()) == {
-        "do_sample": True, "max_new_tokens": 7, "top_k": 3,
-    }  # fmt: skip
+    del stated["num_beams"]
+    assert json.loads((tmp_path / "saved" / "generation_config.json").read_text()) == stated

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neoquant.errors import ContextError, RequestError
-from neoquant.generation.generate import Sampling, TextStream, filter_logits, generate_text, penalize
+from neoquant.generation.generate import Sampling, filter_logits, penalize
+from neoquant.generation.text import TextStream, generate_text
 from neoquant.loading.pretrained import GPTNeoForCausalLM
 from neoquant.model.config import GPTNeoConfig
 from neoquant.tokenizer.tokenizer import Tokenizer

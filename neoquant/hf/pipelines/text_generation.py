@@ -37,13 +37,11 @@ class TextGenerationPipeline(Pipeline):
         asked = {name: value for name, value in options.items() if name not in (*_OWN, *_PASSED_ON)}
         if "stop_sequence" in options:
             asked["stop_strings"] = options["stop_sequence"]
-        config = self.model.generation_config
-        if options.get("generation_config") is not None:
-            config = config.but(GenerationConfig.of(options["generation_config"]))
-        config = config.but(GenerationConfig.of(asked))
+        config: GenerationConfig = self.model.settings(options.get("generation_config"), asked)
         length = {} if config.max_length is not None else {"max_new_tokens": 256}
         chance = {"do_sample": True, "temperature": 0.7} if config.do_sample is not False else {}
-        return GenerationConfig(**{**length, **chance, **config.to_dict()})
+        filler = {"pad_token_id": self.tokenizer.pad_token_id}
+        return GenerationConfig.of({**length, **chance, **filler}).but(config)
 
     def _run(self, inputs: list[Any], options: dict[str, Any]) -> list[Any]:
         for text in inputs:
@@ -56,12 +54,8 @@ class TextGenerationPipeline(Pipeline):
         encoded = [self.tokenizer.prompt_ids(prompt) for prompt in prompts]
         ids, mask = self._collate(encoded, "left")
         config = self._generation(options)
-        out = self.model.generate(
-            ids,
-            mask,
-            generation_config=config,
-            tokenizer=self.tokenizer,
-            streamer=options.get("streamer"),
+        out = self.model.generate_as(
+            config, ids, {"attention_mask": mask}, tokenizer=self.tokenizer, streamer=options.get("streamer")
         )
         rows = out.view(len(inputs), -1, out.shape[1]).cpu()
         return [

@@ -1,0 +1,53 @@
+"""How `generate` and `chat` choose tokens: as the options say, else as the model's folder does, else by defaults."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from neoquant.cli.terminal import Terminal
+from neoquant.errors import RequestError, locate
+
+if TYPE_CHECKING:
+    from neoquant.generation.config import GenerationConfig
+
+DEFAULTS: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 0.95}
+
+_SEARCHES = ("num_beams", "num_beam_groups", "diversity_penalty", "penalty_alpha", "dola_layers")
+"""Other ways to choose tokens, instead of which an option may ask for ours."""
+
+
+def settings(
+    own: GenerationConfig,
+    terminal: Terminal,
+    *,
+    greedy: bool = False,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float | None = None,
+) -> GenerationConfig:
+    """What holds, given the folder's `own` settings and the options that were typed; `temperature=0` is greedy.
+
+    Raises RequestError for settings of the folder's that neoquant does not do.
+    """
+    from neoquant.generation.config import GenerationConfig
+
+    greedy = greedy or temperature == 0
+    options = {"temperature": temperature or None, "top_k": top_k, "top_p": top_p}
+    asked: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if greedy or asked:
+        own = own.unset(_SEARCHES)
+        asked["do_sample"] = not greedy
+    if repetition_penalty is not None:
+        asked["repetition_penalty"] = repetition_penalty
+    with locate("the model's generation settings"):
+        try:
+            own.require_possible()
+        except RequestError as error:
+            if own.others.keys() & set(_SEARCHES):
+                error.message += "; --greedy or --temperature generates without"
+            raise
+    if own.num_return_sequences not in (None, 1):
+        terminal.note(f"the model's generation settings ask for {own.num_return_sequences} continuations: one is shown")
+        own = own.unset(["num_return_sequences"])
+    return GenerationConfig.of(DEFAULTS).but(own).but(GenerationConfig.of(asked))

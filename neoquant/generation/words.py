@@ -1,0 +1,90 @@
+"""Transformers' words for generating: which neoquant knows, which values are legal, and which change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+# What transformers also takes and neoquant does in these ways only; None, which is legal for all, leaves it to them.
+ONLY: Mapping[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "diversity_penalty": (0,),
+    "penalty_alpha": (0,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,),
+    "typical_p": (1,),
+    "min_p": (0,),
+    "top_h": (),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "bad_words_ids": ([],),
+    "force_words_ids": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "forced_decoder_ids": ([],),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "sequence_bias": ({}, []),
+    "exponential_decay_length_penalty": (),
+    "guidance_scale": (1,),
+    "watermarking_config": (),
+    "constraints": ([],),
+    "dola_layers": (),
+    "prompt_lookup_num_tokens": (),
+    "assistant_early_exit": (),
+    "use_mtp": (False,),
+    "token_healing": (False,),
+    "max_time": (),
+    "remove_invalid_values": (False,),
+    "cache_implementation": ("dynamic", "static", "hybrid", "offloaded", "offloaded_static"),
+    "return_dict_in_generate": (False,),
+    "output_scores": (False,),
+    "output_logits": (False,),
+    "output_attentions": (False,),
+    "output_hidden_states": (False,),
+}
+# What changes no id that is generated: about speed, memory, beams that there are none of, or the file itself.
+WITHOUT_EFFECT = (
+    "use_cache", "cache_config", "max_cache_len", "low_memory", "disable_compile", "compile_config",
+    "prefill_chunk_size", "length_penalty", "early_stopping", "renormalize_logits", "is_assistant",
+    "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind",
+    "target_lookbehind", "max_matching_ngram_size", "continuous_batching_config", "decoder_start_token_id",
+    "transformers_version", "eos_token", "generation_kwargs",
+)  # fmt: skip
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _are_ids(value: Any) -> bool:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return _is_count(value) or (isinstance(value, Sequence) and all(map(_is_count, value)))
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, Sequence) and all(isinstance(each, str) for each in value))
+
+
+_COUNT = (_is_count, "an integer")
+_NUMBER = (_is_number, "a number")
+LEGAL: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("max_new_tokens", "max_length", "min_new_tokens", "min_length", "top_k"), _COUNT),
+    **dict.fromkeys(("num_return_sequences", "bos_token_id", "pad_token_id", "seed"), _COUNT),
+    **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), _NUMBER),
+    "do_sample": (lambda value: isinstance(value, bool), "true or false"),
+    "eos_token_id": (_are_ids, "an integer or a list of them"),
+    "stop_strings": (_are_texts, "a text or a list of them"),
+}
+
+
+def fault(name: str, value: Any) -> str | None:
+    """Why a value is not one of these words', or None."""
+    legal, what = LEGAL.get(name, (None, ""))
+    return None if legal is None or legal(value) else f"{name} is {value!r}; legal is {what}"
