@@ -1,4 +1,4 @@
-"""Quantize GPT-Neo, save it where others can read it, and know what it cost.
+"""Quantize GPT-Neo, save it in formats that other programs read, and measure the accuracy loss.
 
     import neoquant
 

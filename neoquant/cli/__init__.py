@@ -48,19 +48,19 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for name, verb, purpose in (
-    ("plan", plan.plan, "Say what quantizing would do, from headers alone."),
+    ("plan", plan.plan, "Show what quantizing would do, from headers alone."),
     ("quantize", quantize.quantize, "Quantize a model into a new folder."),
-    ("convert", convert.convert, "Write a model in another format, without rounding."),
+    ("convert", convert.convert, "Convert a model to another format, without rounding."),
     ("eval", eval.eval_, "Measure perplexity and bits per byte."),
-    ("compare", compare.compare, "Measure what quantizing cost, on identical windows."),
-    ("sweep", sweep.sweep, "Quantize and compare a grid of models, recipes and suites."),
-    ("inspect", inspect.inspect, "Say where quantization cost what, layer by layer."),
-    ("report", report.report, "Make a page, a table or a model card of saved results."),
+    ("compare", compare.compare, "Measure the accuracy loss of quantized models."),
+    ("sweep", sweep.sweep, "Quantize and compare models x recipes x suites."),
+    ("inspect", inspect.inspect, "Measure the accuracy loss layer by layer."),
+    ("report", report.report, "Turn saved results into a page, a table or a model card."),
     ("generate", generate.generate, "Continue a text."),
-    ("chat", chat.chat, "Go on with a text together, turn by turn."),
+    ("chat", chat.chat, "Write a text together with a model, turn by turn."),
     ("bench", bench.bench, "Measure speed and memory, beside other programs."),
-    ("push", push.push, "Send a model to the hub."),
-    ("info", info.info, "Say what a model is, or what this machine has."),
+    ("push", push.push, "Upload a model to the hub."),
+    ("info", info.info, "Describe a model, or this machine."),
 ):
     app.command(name, short_help=purpose)(verb)
 
@@ -79,7 +79,7 @@ def root(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Quantize GPT-Neo, save it where others can read it, and know what it cost.
+    """Quantize GPT-Neo, save it in formats that other programs read, and measure the accuracy loss.
 
     \b
     A first look, with the small model that comes with neoquant:

@@ -19,7 +19,7 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="MODEL...",
-            help="One or more folders or hub ids, or neoquant-demo, which is also what is used without one.",
+            help="One or more folders or hub ids, or neoquant-demo, which is the default.",
             show_default=False,
         ),
     ] = None,
@@ -37,7 +37,7 @@ def bench(
         typer.Option(
             "--python",
             metavar="PEER=PATH",
-            help="The interpreter that has a peer installed, where it is not this one. Repeat for more.",
+            help="Python interpreter that has a peer installed, if it is not this one. Repeat for more.",
             show_default=False,
         ),
     ] = None,
@@ -53,18 +53,18 @@ def bench(
     activations: Annotated[
         str,
         typer.Option(
-            "--activations", metavar="A", help="exact, int8, or both with a comma: what neoquant may do to activations."
+            "--activations", metavar="A", help="exact, int8, or both with a comma: how neoquant treats activations."
         ),
     ] = "exact",
     json: options.Json = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Measure loading, reading a prompt, generating and peak memory on the CPU, beside other programs.
+    """Measure loading, prefill, decoding and peak memory on the CPU, beside other programs.
 
-    Every run is a process of its own, and the programs take turns. transformers runs the plain model, and a
-    bitsandbytes folder as well; OpenVINO runs the plain model in int4, as optimum-intel exports it. A prompt is
-    random tokens, so that no tokenizer is needed.
+    Each run is a process of its own, and the programs take turns. transformers runs the plain model, and
+    bitsandbytes folders as well; OpenVINO runs the plain model in int4, as optimum-intel exports it. The prompt
+    is random tokens. `neoquant report` shows the results of --json beside size and accuracy loss.
 
     \b
     Examples:

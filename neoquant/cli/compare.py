@@ -1,4 +1,4 @@
-"""`neoquant compare`: what models lost against the one they were made from."""
+"""`neoquant compare`: the accuracy loss of models against the one they were made from."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 
 def compare(
     ctx: typer.Context,
-    base: Annotated[
-        str, typer.Argument(metavar="BASE", help="The model to compare with: a folder, hub id, or neoquant-demo.")
-    ],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The reference: a folder, hub id, or neoquant-demo.")],
     models: Annotated[
         list[str] | None,
         typer.Argument(metavar="MODEL...", help="Models made from it.", show_default=False),
@@ -52,19 +50,19 @@ def compare(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Measure what quantizing cost: every model reads the same windows as BASE, token by token.
+    """Measure the accuracy loss of models against BASE, token by token on the same windows of text.
 
-    Both perplexities and bits per byte, the change with its 95 % interval (over documents), how often
-    both find the same token likeliest, the KL divergence, size and bits per weight. --revision is
-    BASE's, --activations the others'.
+    Shows perplexity and bits per byte of both, the change, the KL divergence and the share of tokens with
+    the same top token, each with its 95 % interval over documents, and size and bits per weight. --revision
+    applies to BASE, --activations to the others.
 
-    BASE and MODEL may instead be files that --json wrote: nothing is run then, and results of other text or
-    another protocol are refused. With --json, a run that was interrupted goes on when the command is given again.
+    BASE and MODEL may also be files that --json wrote: then no model runs, and results of another text or
+    protocol are refused. With --json, an interrupted run resumes when the command is given again.
 
-    --fail-if FIELD OP NUMBER (>, >=, <, <=) exits with code 3 where it holds for a model, after everything is
-    written. Fields, of the total, or of any subset with any: before it: nll, perplexity, bits_per_byte; the
-    change: delta_nll, delta_nll_low, delta_nll_high, delta_bits_per_byte, perplexity_ratio; side by side:
-    agreement, kl, kl_median, kl_99, kl_99.9, kl_max, probability_rms.
+    --fail-if FIELD OP NUMBER (>, >=, <, <=) exits with code 3 if it holds for a model, after everything is
+    written. A field is of the total, or with any: before it of any subset. Fields of one model: nll,
+    perplexity, bits_per_byte. Of the change: delta_nll, delta_nll_low, delta_nll_high, delta_bits_per_byte,
+    perplexity_ratio. Of both predictions: agreement, kl, kl_median, kl_99, kl_99.9, kl_max, probability_rms.
 
     \b
     Examples:

@@ -12,7 +12,7 @@ from neoquant.cli import options
 from neoquant.cli.models import find_model, short_name
 from neoquant.cli.output import check_writable, write_text
 from neoquant.cli.terminal import Terminal
-from neoquant.report.formatting import size
+from neoquant.report.formatting import duration, size
 from neoquant.sizes import parse_size
 
 
@@ -30,31 +30,34 @@ def convert(
         ),
     ] = None,
     dequantize: Annotated[
-        bool, typer.Option("--dequantize", help="Plain weights, which every program reads, instead of quantized ones.")
+        bool,
+        typer.Option("--dequantize", help="Write plain weights, which every program reads."),
     ] = False,
     dtype: Annotated[
         str | None,
         typer.Option(
-            "--dtype", metavar="TYPE", help="Of plain weights: float16, bfloat16 or float32. [default: the source's]"
+            "--dtype",
+            metavar="TYPE",
+            help="Of plain weights: float16, bfloat16 or float32. [default: the source's]",
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder to make. [default: MODEL-FORMAT, here]")
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Output folder. [default: MODEL-FORMAT, here]")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the folder if it is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
     shard_size: options.ShardSize = "5GB",
     revision: options.Revision = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write what became of each tensor to FILE.")
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write how each tensor was converted to FILE.")
     ] = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Write a model in another format without rounding again, into a folder that appears whole or not at all.
+    """Convert a model to another format without rounding again, by an atomic write of a new folder.
 
-    Codes and scales stay what they are, bit for bit; a format that cannot hold them is refused, and what
-    could is named: nf4 and fp4 live in bitsandbytes and neoquant, int8 in the same two, affine grids in
-    gptq, compressed-tensors and neoquant.
+    Codes and scales stay the same, bit for bit. A format that cannot hold them is refused, with those that
+    can: bitsandbytes and neoquant hold nf4, fp4 and int8; gptq, compressed-tensors and neoquant hold affine
+    grids.
 
     \b
     Examples:
@@ -88,6 +91,6 @@ def convert(
         f"{folder}: {made.before} -> {made.after}, {layers} quantized layers of {len(made.tensors)} tensors, "
         f"{size(made.source_bytes)} -> {size(made.weights_bytes)}"
     )
-    terminal.note(f"took {made.seconds:.1f} s and {size(made.peak_rss_bytes)} of memory")
+    terminal.note(f"took {duration(made.seconds)} and {size(made.peak_rss_bytes)} of memory")
     if json_file is not None:
         write_text(json_file, json.dumps(made.to_dict(), indent=1, sort_keys=True) + "\n", terminal)

@@ -41,11 +41,10 @@ def eval_(
 ) -> None:
     """Measure a model on a suite: perplexity and bits per byte, for each subset and in total.
 
-    What quantizing cost shows better, and with fewer documents, in `neoquant compare`.
+    To measure the accuracy loss of quantization, use `neoquant compare`: it needs fewer documents.
 
-    With --json, a run that was interrupted goes on where it stopped when the command is given again. Several
-    processes share the work under torchrun, with the same result. --fail-if takes nll, perplexity and
-    bits_per_byte.
+    With --json, an interrupted run resumes when the same command is given again. Under torchrun, several
+    processes share the work, with the same result. --fail-if takes nll, perplexity and bits_per_byte.
 
     \b
     Examples:

@@ -10,7 +10,7 @@ from neoquant.cli import options
 from neoquant.cli.models import find_model
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import RequestError
-from neoquant.report.formatting import size
+from neoquant.report.formatting import plural, size
 
 if TYPE_CHECKING:
     from neoquant.checkpoint import Checkpoint
@@ -21,13 +21,14 @@ def info(
     ctx: typer.Context,
     model: options.Model = None,
     env: Annotated[
-        bool, typer.Option("--env", help="This machine instead: versions, CPU features, which kernels run and why.")
+        bool,
+        typer.Option("--env", help="Describe this machine instead: versions, CPU features, kernels."),
     ] = False,
     revision: options.Revision = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Say what a model is: its shape, size, grids, bits per weight, and who can read it. Reads no weights.
+    """Describe a model: its shape, size, grids, bits per weight, and which programs read it. Reads no weights.
 
     \b
     Examples:
@@ -65,11 +66,11 @@ def _facts(checkpoint: Checkpoint, found: Description) -> list[tuple[str, str]]:
     local = sum(kind == "local" for kind in config.attention_layers)
     facts = [
         ("model", f"{checkpoint.source}{f' at {checkpoint.revision}' if checkpoint.revision else ''}"),
-        ("layers", f"{config.num_layers}, {local} of them local with a window of {config.window_size}"),
-        ("width", f"{config.hidden_size}, {config.num_heads} heads, {config.inner_size} inside"),
-        ("context", f"{config.max_position_embeddings:,} tokens of a vocabulary of {config.vocab_size:,}"),
+        ("layers", f"{config.num_layers}, {local} with local attention of window {config.window_size}"),
+        ("width", f"{config.hidden_size}, {config.num_heads} heads, MLP {config.inner_size}"),
+        ("context", f"{config.max_position_embeddings:,} tokens, vocabulary {config.vocab_size:,}"),
         ("parameters", f"{found.parameters:,}"),
-        ("size", f"{size(found.bytes)} in {len(checkpoint.headers)} tensors"),
+        ("size", f"{size(found.bytes)} in {plural(len(checkpoint.headers), 'tensor')}"),
         (
             "bits",
             f"{found.bits_per_weight_linears:.3f} per weight of the block linears, "

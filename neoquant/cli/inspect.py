@@ -1,4 +1,4 @@
-"""`neoquant inspect`: where quantization cost what."""
+"""`neoquant inspect`: the accuracy loss of quantization, layer by layer."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def inspect(
         bool,
         typer.Option(
             "--sensitivity",
-            help="Also what the loss makes of each layer alone: BASE runs again from that layer on, once a layer.",
+            help="Also measure loss and KL with each layer alone quantized: BASE runs again from that layer on.",
         ),
     ] = False,
     rows: Annotated[
-        int, typer.Option("--rows", metavar="N", help="Windows of text, spread evenly over the suite.")
+        int, typer.Option("--rows", metavar="N", help="Number of windows, spread evenly over the suite.")
     ] = 16,
     suite: options.Suite = None,
     data: options.Data = None,
@@ -45,10 +45,10 @@ def inspect(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Say where quantization cost what, layer by layer: each weight's error, the error of what the layer gives on
-    BASE's own activations, and with --sensitivity the loss and divergence of BASE with that layer alone quantized.
+    """Measure the accuracy loss layer by layer: the error of each weight, the error of the layer's output on BASE's
+    activations, and with --sensitivity the loss and KL divergence of BASE with that layer alone quantized.
 
-    Errors are relative mean squares; the embedding and the head are left as they are in BASE. --revision is BASE's.
+    Errors are relative mean squares. Embedding and head stay as in BASE. --revision applies to BASE.
 
     \b
     Examples:

@@ -29,7 +29,7 @@ Model = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL",
-        help="A folder, a hub id (EleutherAI/gpt-neo-1.3B), or neoquant-demo, which is also what is used without one.",
+        help="A folder, a hub id (EleutherAI/gpt-neo-1.3B), or neoquant-demo, which is the default.",
         show_default=False,
     ),
 ]
@@ -54,8 +54,8 @@ Activations = Annotated[
     typer.Option(
         "--activations",
         metavar="A",
-        help="exact, or int8: also round what quantized weights are multiplied with. Faster for many tokens; what it "
-        "loses, `neoquant compare` measures.",
+        help="exact, or int8: also quantize the activations that meet quantized weights. Faster for many tokens; "
+        "`neoquant compare` measures the accuracy loss.",
     ),
 ]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write everything measured to FILE.")]
@@ -65,12 +65,12 @@ FailIf = Annotated[
     typer.Option(
         "--fail-if",
         metavar="CONDITION",
-        help="Exit with code 3 where it holds: 'delta_nll > 0.05', 'any:kl >= 0.1' (any subset). Repeat for more.",
+        help="Exit with code 3 if it holds: 'delta_nll > 0.05', 'any:kl >= 0.1' (any subset). Repeat for more.",
         show_default=False,
     ),
 ]
 
-# What the quantized model shall be: the same for `plan` and `quantize`.
+# How to quantize: the same for `plan` and `quantize`.
 Bits = Annotated[
     int | None, typer.Option("--bits", metavar="N", help="2, 3, 4 or 8. [default: what --type needs, else 4]")
 ]
@@ -79,8 +79,8 @@ Type = Annotated[
     typer.Option(
         "--type",
         metavar="T",
-        help="nf4 or fp4 with 4 bits, int8 with 8, affine (rounded integers in groups) or gptq (the same with error "
-        "feedback from --calibration) with 2, 3, 4 or 8. "
+        help="nf4 or fp4 with 4 bits, int8 with 8, affine (integers in groups, round-to-nearest) or gptq (the same, "
+        "quantized by GPTQ with --calibration) with 2, 3, 4 or 8. "
         "[default: nf4, int8 with 8 bits, affine with 2 or 3]",
     ),
 ]
@@ -99,19 +99,21 @@ GroupSize = Annotated[
     typer.Option(
         "--group-size",
         metavar="N",
-        help="Weights of a row that share a scale (affine): 16, 32, 64, 128, 256, or -1 for whole rows. [default: 128]",
+        help="Group size (affine): weights of a row that share a scale, 16, 32, 64, 128, 256, or -1 for whole rows. "
+        "[default: 128]",
     ),
 ]
 Symmetric = Annotated[
-    bool, typer.Option("--symmetric", help="Groups without a zero of their own (affine): smaller, a little worse.")
+    bool,
+    typer.Option("--symmetric", help="Groups without a zero-point (affine): smaller, a little less accurate."),
 ]
 Order = Annotated[
     str | None,
     typer.Option(
         "--order",
         metavar="O",
-        help="Order in which error feedback rounds inputs: static (large activations first), off (as they come) or "
-        "dynamic (large ones first, in groups of their own: not for bitsandbytes). [default: static]",
+        help="Activation order of GPTQ (desc_act): static (large activations first, groups as they lie), off, or "
+        "dynamic (large ones first, groups likewise; not for bitsandbytes). [default: static]",
     ),
 ]
 Scales = Annotated[
@@ -119,21 +121,20 @@ Scales = Annotated[
     typer.Option(
         "--scales",
         metavar="S",
-        help="How error feedback finds scales: range (of the weights), mse or weighted (by activations). "
-        "[default: range]",
+        help="How GPTQ finds scales: range (of the weights), mse or weighted (by activations). [default: range]",
     ),
 ]
 Damping = Annotated[
     float | None,
-    typer.Option("--damping", metavar="X", help="Damping of error feedback, of the mean diagonal. [default: 0.01]"),
+    typer.Option("--damping", metavar="X", help="Damping of GPTQ, relative to the mean diagonal. [default: 0.01]"),
 ]
 Objective = Annotated[
     str | None,
     typer.Option(
         "--objective",
         metavar="WHAT",
-        help="What error feedback rounds queries, keys and values for: attention (what it gives) or layer (their own "
-        "outputs). [default: attention]",
+        help="What GPTQ minimizes for queries, keys and values: the error of the attention's output (attention) or "
+        "of their own (layer). [default: attention]",
     ),
 ]
 Keep = Annotated[
@@ -141,7 +142,7 @@ Keep = Annotated[
     typer.Option(
         "--keep",
         metavar="GLOB",
-        help="Leave these layers in half precision, e.g. '*.c_proj' or 'transformer.h.0.*'. Repeat for more.",
+        help="Do not quantize these layers, e.g. '*.c_proj' or 'transformer.h.0.*'. Repeat for more.",
         show_default=False,
     ),
 ]
@@ -150,7 +151,7 @@ RecipeName = Annotated[
     typer.Option(
         "--recipe",
         metavar="FILE|NAME",
-        help="Rules per layer instead of --bits and --type: a TOML file, or the name of one that comes with neoquant.",
+        help="Rules for each layer instead of --bits and --type: a TOML file, or the name of a built-in recipe.",
         show_default=False,
     ),
 ]
@@ -168,21 +169,26 @@ Calibration = Annotated[
     typer.Option(
         "--calibration",
         metavar="TEXT",
-        help="Round with error feedback (GPTQ) on what layers see in this text: pile, demo, a suite's name, or a file.",
+        help="Quantize by GPTQ, with samples of this text: pile, demo, a suite's name, or a file.",
         show_default=False,
     ),
 ]
-Rows = Annotated[int, typer.Option("--rows", metavar="N", help="Rows of calibration text.")]
+Rows = Annotated[int, typer.Option("--rows", metavar="N", help="Number of calibration samples.")]
 Length = Annotated[
-    int | None, typer.Option("--length", metavar="N", help="Tokens a row. [default: 2048 or the model's context]")
+    int | None,
+    typer.Option(
+        "--length",
+        metavar="N",
+        help="Sequence length of a sample. [default: 2048 or the model's context]",
+    ),
 ]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Which rows are drawn from the text.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed for drawing the calibration samples.")]
 MaxMemory = Annotated[
     str | None,
     typer.Option(
         "--max-memory",
         metavar="SIZE",
-        help="Memory that a calibrated run may take, like 3GB: what the text's rows need beyond it goes to disk.",
+        help="Memory limit of a calibrated run, like 3GB: hidden states beyond it go to files.",
         show_default=False,
     ),
 ]
@@ -191,7 +197,7 @@ KeptDtype = Annotated[
     typer.Option(
         "--dtype",
         metavar="TYPE",
-        help="Of what is not quantized: float16 or bfloat16. [default: the source's, if half]",
+        help="Type of tensors that are not quantized: float16 or bfloat16. [default: the source's, if half]",
     ),
 ]
 Embeddings = Annotated[
@@ -199,13 +205,11 @@ Embeddings = Annotated[
     typer.Option(
         "--embeddings",
         metavar="E",
-        help="The token embedding, and the head: int8 or nf4 (format neoquant), or keep. "
+        help="Token embedding and head: int8 or nf4 (format neoquant), or keep. "
         "[default: int8 in the format neoquant, else keep]",
     ),
 ]
-ShardSize = Annotated[
-    str, typer.Option("--shard-size", metavar="SIZE", help="Largest file of weights: 500MB, 5GB, ...")
-]
+ShardSize = Annotated[str, typer.Option("--shard-size", metavar="SIZE", help="Largest weight file: 500MB, 5GB, ...")]
 
 # What to evaluate on: the same for `eval` and `compare`.
 Suite = Annotated[
@@ -222,22 +226,20 @@ Data = Annotated[
     typer.Option(
         "--data",
         metavar="FILE|FOLDER",
-        help="Documents to read, with --suite instead of the suite's: .jsonl, .jsonl.zst or plain text, or a folder.",
+        help="Documents to read, in place of the suite's own: .jsonl, .jsonl.zst or plain text, or a folder.",
     ),
 ]
 Subset = Annotated[
     list[str] | None,
-    typer.Option("--subset", metavar="NAME", help="Only this part of the data. Repeat for more.", show_default=False),
+    typer.Option("--subset", metavar="NAME", help="Only this subset. Repeat for more.", show_default=False),
 ]
-Documents = Annotated[
-    int | None, typer.Option("--documents", metavar="N", help="At most this many documents of each subset.")
-]
+Documents = Annotated[int | None, typer.Option("--documents", metavar="N", help="Limit of documents in each subset.")]
 Context = Annotated[
     int | None, typer.Option("--context", metavar="N", help="Tokens a window, at most the model's own context.")
 ]
 ExcludeCalibrated = Annotated[
     bool,
-    typer.Option("--exclude-calibrated", help="Leave out documents that any of the models was calibrated on."),
+    typer.Option("--exclude-calibrated", help="Skip documents that any of the models was calibrated on."),
 ]
 Protocol = Annotated[
     str | None,

@@ -12,7 +12,7 @@ from neoquant.cli import options
 from neoquant.cli.models import BUNDLED, choose_recipe, find_model, short_name, suite_for
 from neoquant.cli.plan import show_plan
 from neoquant.cli.terminal import Terminal
-from neoquant.report.formatting import size
+from neoquant.report.formatting import duration, size
 from neoquant.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -43,11 +43,11 @@ def quantize(
     dtype: options.KeptDtype = None,
     embeddings: options.Embeddings = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder to make. [default: MODEL-RECIPE, here]")
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Output folder. [default: MODEL-RECIPE, here]")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the folder if it is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Drop what a calibrated run left that was ended, and begin anew.")
+        bool, typer.Option("--restart", help="Discard an interrupted calibrated run and start again.")
     ] = False,
     shard_size: options.ShardSize = "5GB",
     revision: options.Revision = None,
@@ -55,12 +55,12 @@ def quantize(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Quantize a model, tensor by tensor, into a folder that appears whole or not at all.
+    """Quantize a model into a new folder, tensor by tensor, by round-to-nearest (RTN) or GPTQ.
 
-    The folder is an ordinary bitsandbytes checkpoint wherever that format can hold the recipe:
-    transformers loads it, and so does neoquant. Tokenizer, licence and a model card travel with it.
-    A run with --calibration that was ended, however, goes on from its last finished block when the same
-    command is given again, and makes the same bytes.
+    The folder is a bitsandbytes checkpoint wherever that format can hold the recipe: transformers loads it,
+    and so does neoquant. Tokenizer, licence and a model card are written with it. The write is atomic: the
+    folder appears when it is complete. An interrupted run with --calibration resumes after its last finished
+    block when the same command is given again, with the same result.
 
     \b
     Examples:
@@ -109,7 +109,7 @@ def quantize(
             ),
             terminal,
         )
-        terminal.show(f"folder     {folder} (not made: this was a dry run)")
+        terminal.show(f"folder     {folder} (dry run: nothing was written)")
         return
     shown = _calibration(source, revision, calibration, rows, length, seed, terminal)
     made = quantization.quantize(
@@ -138,9 +138,9 @@ def quantize(
         terminal.show(calibration_table(made.layers, made.layer_seconds))
         for remark in remarks(made.layers):
             terminal.note(f"note: {remark}")
+    measure = shlex.join(["neoquant", "compare", model or BUNDLED, str(folder), "--suite", suite_for(model)])
     terminal.note(
-        f"took {made.seconds:.1f} s and {size(made.peak_rss_bytes)} of memory; "
-        f"what it cost: {shlex.join(['neoquant', 'compare', model or BUNDLED, str(folder)])} --suite {suite_for(model)}"
+        f"took {duration(made.seconds)} and {size(made.peak_rss_bytes)} of memory; measure the accuracy loss: {measure}"
     )
 
 

@@ -20,35 +20,35 @@ def report(
     ctx: typer.Context,
     results: Annotated[
         list[Path],
-        typer.Argument(metavar="FILE...", help="What compare and inspect wrote with --json; one comparison at least."),
+        typer.Argument(metavar="FILE...", help="Files that compare, inspect and bench wrote with --json."),
     ],
     html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="One page with charts, which needs no network.")
+        Path | None, typer.Option("--html", metavar="FILE", help="Write one page with charts, which needs no network.")
     ] = None,
     markdown: Annotated[
-        Path | None, typer.Option("--markdown", metavar="FILE", help="Tables for a README; - for the terminal.")
+        Path | None, typer.Option("--markdown", metavar="FILE", help="Write tables for a README; - for the terminal.")
     ] = None,
     card: Annotated[
         list[Path] | None,
         typer.Option(
             "--card",
             metavar="FOLDER",
-            help="Write what was measured into this checkpoint's model card (README.md). Repeat for more.",
+            help="Write the measured figures into this checkpoint's model card (README.md). Repeat for more.",
             show_default=False,
         ),
     ] = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Make a page, Markdown or a model card of saved results; the table in the terminal comes with each.
+    """Turn saved results into a page, Markdown or a model card; the terminal shows the table and the verdict.
 
-    Several comparisons become one if base, data and protocol agree. The page shows the documents' worst passages:
-    share it only where the text may be shared.
+    Comparisons of the same base, data and protocol become one. Speed and memory come from files of neoquant bench.
+    The page quotes passages of the documents: share it only where the text may be shared.
 
     \b
     Examples:
       neoquant report cost.json --html cost.html
-      neoquant report cost.json layers.json --html cost.html --markdown cost.md
+      neoquant report cost.json layers.json bench.json --html cost.html --markdown cost.md
       neoquant report cost.json --card gpt-neo-1.3B-nf4
     """
     terminal: Terminal = ctx.obj
@@ -108,11 +108,11 @@ def _measured(folder: Path, result: Comparison, terminal: Terminal) -> Candidate
     from neoquant.cli.describe import hash_weights
 
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder: --card takes a checkpoint's")
+        raise CheckpointError(f"{folder} is not a folder: --card takes the folder of a checkpoint")
     with open_checkpoint(folder, progress=terminal.progress) as checkpoint:
         sha256 = hash_weights(checkpoint, terminal.progress)
     for candidate in result.candidates:
         if candidate.evaluation.model.sha256 == sha256:
             return candidate
     names = ", ".join(candidate.evaluation.model.name for candidate in result.candidates)
-    raise RequestError(f"{folder} holds none of the weights that were measured ({names}): its hash is {sha256[:12]}")
+    raise RequestError(f"{folder} is none of the measured models ({names}): the sha256 of its weights is {sha256[:12]}")

@@ -33,7 +33,18 @@ class Terminal:
         """A result of labelled lines: `label  text`."""
         facts = list(facts)
         width = max(len(label) for label, _ in facts)
-        self.show(*(f"{label:<{width}}  {text}" for label, text in facts))
+        if not self._out.is_terminal:  # a line each, whatever its length: for grep
+            self.show(*(f"{label:<{width}}  {text}" for label, text in facts))
+            return
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table.grid(padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True, style="dim")
+        table.add_column(overflow="fold")
+        for label, text in facts:
+            table.add_row(Text(label), Text(text))
+        self.show(table)
 
     def note(self, text: str) -> None:
         """One line that is not a result, to stderr."""

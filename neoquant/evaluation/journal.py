@@ -1,8 +1,8 @@
-"""What has been scored so far, in a file, so that an evaluation that was interrupted goes on where it stopped.
+"""What has been scored so far, in a file, so that an interrupted evaluation can resume.
 
 A file holds a whole tally and the numbers of the batches in it, and is replaced by one rename: it is there and right,
 whenever the process ends. A tally does not depend on the order of its batches, so the figures are those of an
-evaluation that was never interrupted. Of a team, each process keeps its own file, and whoever goes on reads them all.
+evaluation that was never interrupted. Of a team, each process keeps its own file, and the run that resumes reads them all.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ INTERVAL = 15.0
 
 
 class ResumeNote(UserWarning):
-    """An evaluation goes on from what an earlier one left, or cannot."""
+    """An evaluation resumes an interrupted one, or cannot."""
 
 
 class Journal:
@@ -47,7 +47,7 @@ class Journal:
                     tally.merge(state["tally"])
                     done |= state["done"]
             if done:
-                _note(f"going on from {self.path}: {len(done)} of {batches} batches are scored")
+                _note(f"resuming from {self.path}: {len(done)} of {batches} batches are scored")
                 self.write(tally, done)
             elif files:
                 _note(f"{self.path} is of another evaluation or damaged: starting from the beginning")

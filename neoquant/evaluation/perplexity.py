@@ -52,7 +52,7 @@ def evaluate(
 
     `calibrated_on` are the fingerprints of documents that the model was rounded with (in its `calibration.json`): the
     result says how many of them it was scored on, or they are left out where `exclude_calibrated` asks for it.
-    `journal` names a file for what has been scored so far: the same call goes on from it after an interruption, and it
+    `journal` names a file for what has been scored so far: the same call resumes from it after an interruption, and it
     is removed at the end. `team` shares the work with other processes.
 
     Raises RequestError (context longer than the model's, another model's tokenizer), DataError, HubError,

@@ -1,4 +1,4 @@
-"""What an evaluation found, as frozen values that go to JSON and back with all that is needed to repeat it.
+"""Results of evaluations, as frozen values that go to JSON and back with all that is needed to repeat them.
 
 docs/evaluation.md describes the JSON field by field. A field that is added keeps the schema's version; one whose
 meaning changes, or that goes, raises it.
@@ -25,7 +25,7 @@ class Record(BaseModel):
 
 
 class ModelInfo(Record):
-    """Which model was evaluated, and what it costs to keep."""
+    """Which model was evaluated, and its size."""
 
     name: str
     source: str = ""  # hub id, or the folder's name without where it lay: sha256 says which weights these are

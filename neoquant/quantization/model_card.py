@@ -1,4 +1,4 @@
-"""The model card (`README.md`) of a quantized checkpoint: what it is, how it was made, how to load it, what it cost.
+"""The model card (`README.md`) of a quantized checkpoint: what it is, how it was made, how to load it, its accuracy loss.
 
 A pure function of a plan: the same request gives the same bytes.
 """
@@ -193,11 +193,11 @@ def _layers(plan: Plan) -> str:
 
 
 def _calibration(layers: Layers) -> str:
-    """What error feedback did to each kind of layer, and what was not as usual."""
+    """The output errors of each kind of layer by round-to-nearest and as stored, and remarks."""
     lines = [
         "Output errors, relative mean squares on the calibration text, medians over the blocks:",
         "",
-        "| | layers | to nearest | as stored | ratio | largest ratio |",
+        "| | layers | RTN | as stored | ratio | largest ratio |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     lines += [

@@ -41,7 +41,7 @@ _NO_DIGEST = "0" * 64  # as long as SHA-256's
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """What `quantize` made: the plan as it was carried out, with the sizes as they became, and what it cost."""
+    """What `quantize` made: the plan as carried out, with the final sizes, the time and the memory."""
 
     folder: Path
     plan: Plan

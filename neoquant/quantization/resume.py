@@ -1,4 +1,4 @@
-"""What a calibrated run has done so far, kept beside its output so that the same request goes on after any end.
+"""What a calibrated run has done so far, kept beside its output so that the same request can resume.
 
     .NAME.unfinished/
       run.json                            what identifies the run
@@ -93,8 +93,7 @@ class ResumableRun:
         os.close(self._lock)
         if kind is KeyboardInterrupt and self.finished:
             raise KeyboardInterrupt(
-                f"after block {self.finished} of {self.blocks}: the same command goes on from there, "
-                "--restart begins anew"
+                f"after block {self.finished} of {self.blocks}: the same command resumes there, --restart starts again"
             ) from error
 
     def begin(self, run: Mapping[str, Any], blocks: int) -> None:

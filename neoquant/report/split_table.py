@@ -90,5 +90,16 @@ class SplitTable:
             cells = [column.cells[row] for column in columns]
             texts = [Text(cell) if isinstance(cell, str) else cell for cell in cells]  # a name is no markup
             style = "bold" if self.total and row == last else self.styles[row]
-            table.add_row(Text(label), *texts, style=style, end_section=self.total and row == last - 1)
+            table.add_row(Text(_folded(label, name)), *texts, style=style, end_section=self.total and row == last - 1)
         return table
+
+
+def _folded(name: str, width: int) -> str:
+    """A name on lines of at most `width` cells, broken after a space or a mark where that leaves no short line."""
+    lines = []
+    while cell_len(name) > width:
+        marks = [place + 1 for place, letter in enumerate(name[:width]) if letter in " .-/" and 3 * place >= width]
+        cut = marks[-1] if marks else width
+        lines.append(name[:cut].rstrip())
+        name = name[cut:]
+    return "\n".join([*lines, name])

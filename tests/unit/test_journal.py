@@ -80,7 +80,7 @@ def test_going_on_gives_the_same_figures(
             warnings.simplefilter("ignore")
             compare(base, others, tokenizer, suite, journal=kept, progress=Stops(after, error))
         assert kept.is_file()
-    with pytest.warns(ResumeNote, match=r"going on from .*partial: \d+ of \d+ batches are scored"):
+    with pytest.warns(ResumeNote, match=r"resuming from .*partial: \d+ of \d+ batches are scored"):
         resumed = compare(base, others, tokenizer, suite, journal=kept)
     assert figures(resumed) == figures(whole)
     assert not list(tmp_path.glob("*.partial*"))
@@ -153,7 +153,7 @@ def test_killed_and_shared(suite: Suite, tiny_model: Path, make_model: Callable[
     tables = {name: finished(process) for name, process in running.items()}
     again = start(tmp_path, *words, "--json", "killed.json")
     out, err = again.communicate(timeout=300)
-    assert again.returncode == 0 and "going on from killed.json.partial" in err
+    assert again.returncode == 0 and "resuming from killed.json.partial" in err
     tables["killed"] = out
     expected = figures(Comparison.from_json((tmp_path / "alone.json").read_text()))
     for name, table in tables.items():

@@ -117,7 +117,7 @@ class Stop(Progress):
 
 
 def stop_after(blocks: int, model: Path, out: Path, **named: Any) -> None:
-    with pytest.raises(KeyboardInterrupt, match=f"after block {blocks} of 3: the same command goes on"):
+    with pytest.raises(KeyboardInterrupt, match=f"after block {blocks} of 3: the same command resumes"):
         quantize(model, out, RECIPE, calibration=calibration(), progress=Stop(blocks), **named)
     assert not out.exists() and (out.parent / f".{out.name}.unfinished").is_dir()
 
@@ -222,7 +222,7 @@ def test_the_command_line_goes_on(cli: Cli, model: Path, tmp_path: Path, text_fi
         patch.setattr("neoquant.cli.terminal.Notes.task", Stop(1).task)
         ended = cli("quantize", model, *words, "--out", tmp_path / "out")
     assert ended.code == 130
-    assert ended.error == ("interrupted after block 1 of 3: the same command goes on from there, --restart begins anew")
+    assert ended.error == ("interrupted after block 1 of 3: the same command resumes there, --restart starts again")
     refused = cli("quantize", model, *words, "--symmetric", "--out", tmp_path / "out")
     assert refused.code == 2 and "rules 1.symmetric was not stated, now true" in refused.error
     done = cli("quantize", model, *words, "--out", tmp_path / "out")
