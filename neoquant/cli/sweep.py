@@ -42,15 +42,13 @@ class _Run(NamedTuple):
 def sweep(
     ctx: typer.Context,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What to measure: a TOML file.")],
-    out: Annotated[
-        Path, typer.Option("--out", metavar="FOLDER", help="Everything that is made; given again, it goes on.")
-    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Output folder. Run again with it to resume.")],
     device: options.Device = None,
     dtype: options.Dtype = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Quantize models by recipes and compare them with their originals on suites.
+    """Quantize each model by each recipe, and compare the results with the original on each suite.
 
     The file names models, suites (as for --suite) and recipes, each with the options of neoquant quantize;
     documents and context, if given, are those of neoquant compare:
@@ -62,9 +60,10 @@ def sweep(
       nf4 = "--bits 4 --type nf4"
       gptq3 = "--bits 3 --type gptq --calibration pile"
 
-    FOLDER gets models/, results/ (a JSON for every model and suite) and table.md. What is done already is not
-    done again: after an interruption, or with recipes added to the file, the same command goes on, and runs beside
-    the original only what is new. Under torchrun the processes share each comparison.
+    FOLDER gets models/, results/ (a JSON for every model and suite), table.md and report.html, a page with the
+    verdict (with several comparisons, an index of pages). The same command resumes an interrupted sweep, and
+    after recipes are added to the file it runs only what is new. Under torchrun the processes share each
+    comparison.
     """
     terminal: Terminal = ctx.obj
     wanted = read_sweep(file)
@@ -93,12 +92,14 @@ def sweep(
         if team.rank:
             return
 
+    from neoquant.report.sweep import sweep_pages, sweep_table
     from neoquant.report.table import summary_table
 
     for result in results:
         terminal.show(f"{result.reference.model.name} on {result.reference.suite.name}", summary_table(result), "")
-    _write(out / "table.md", table(results))
-    terminal.note(f"wrote {out / 'table.md'}")
+    for name, text in {"table.md": sweep_table(results), **sweep_pages(results)}.items():
+        _write(out / name, text)
+        terminal.note(f"wrote {out / name}")
 
 
 def read_sweep(path: Path) -> dict[str, Any]:
@@ -222,28 +223,6 @@ def _score(model: str, made: Sequence[Path], suite: Suite, file: Path, run: _Run
         journal=Path(f"{file}.partial"),
         team=run.team,
     )
-
-
-def table(results: list[Comparison]) -> str:
-    """Markdown: a line for every candidate."""
-    lines = [
-        "| model | suite | MB | bits/weight | bits/byte | perplexity | Δ nats/token [95 %] | top-1 | KL |",
-        "| --- | --- | --: | --: | --: | --: | --: | --: | --: |",
-    ]
-
-    from neoquant.report.formatting import agreement, change_interval, divergence, number, perplexity
-
-    for result in results:
-        rows = [(result.reference, None), *((c.evaluation, c.total) for c in result.candidates)]
-        for evaluation, change in rows:
-            size = "" if evaluation.model.bytes_on_disk is None else f"{evaluation.model.bytes_on_disk / 1e6:,.1f}"
-            cells = [
-                *(evaluation.model.name, evaluation.suite.name, size, number(evaluation.model.bits_per_weight_model)),
-                *(f"{evaluation.total.bits_per_byte:.4f}", perplexity(evaluation.total)),
-                *((change_interval(change), agreement(change), divergence(change.kl)) if change else ("", "", "")),
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
 
 
 def _fingerprint(*parts: object) -> str:

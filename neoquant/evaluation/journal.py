@@ -2,7 +2,7 @@
 
 A file holds a whole tally and the numbers of the batches in it, and is replaced by one rename: it is there and right,
 whenever the process ends. A tally does not depend on the order of its batches, so the figures are those of an
-evaluation that was never interrupted. Of a team, each process keeps its own file, and the run that resumes reads them all.
+evaluation that was never interrupted. Of a team, each process keeps its own file, and whoever resumes reads them all.
 """
 
 from __future__ import annotations

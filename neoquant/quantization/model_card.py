@@ -1,4 +1,4 @@
-"""The model card (`README.md`) of a quantized checkpoint: what it is, how it was made, how to load it, its accuracy loss.
+"""The model card (`README.md`) of a quantized checkpoint: what it is, how it was made and loads, its accuracy loss.
 
 A pure function of a plan: the same request gives the same bytes.
 """

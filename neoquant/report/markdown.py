@@ -23,7 +23,7 @@ from neoquant.report.verdict import percent_change, percent_interval, recommende
 def markdown_report(result: Comparison, speed: MeasuredSpeed = NO_SPEED) -> str:
     """The verdict, a line for each model, and a line for each subset."""
     sections = [
-        " ".join(map(_escape, [verdict(result), *remarks(result)])),
+        " ".join(map(escape_markdown, [verdict(result), *remarks(result)])),
         summary_table(result, speed),
         subset_table(result),
         provenance(result),
@@ -48,14 +48,14 @@ def summary_table(result: Comparison, speed: MeasuredSpeed = NO_SPEED) -> str:
 def subset_table(result: Comparison) -> str:
     """A line for each subset: each candidate's KL where it was measured, else its change."""
     measured = all(candidate.total.kl is not None for candidate in result.candidates)
-    names = [_escape(candidate.evaluation.model.name) for candidate in result.candidates]
+    names = [escape_markdown(candidate.evaluation.model.name) for candidate in result.candidates]
     what = "KL, nats a token" if measured else "Δ perplexity"
     lines = [f"| {what} | {' | '.join(names)} |", f"| --- |{' --: |' * len(names)}"]
     changes = [[*candidate.subsets, candidate.total] for candidate in result.candidates]
     subsets, few = subset_names(result.reference)
     for place, subset in enumerate(subsets):
         cells = [divergence(row[place].kl) if measured else percent_change(row[place]) for row in changes]
-        lines.append(f"| {_escape(subset)} | {' | '.join(cells)} |")
+        lines.append(f"| {escape_markdown(subset)} | {' | '.join(cells)} |")
     return "\n".join([*lines, *(["", FEW_NOTE] if few else [])])
 
 
@@ -65,10 +65,10 @@ def provenance(result: Comparison) -> str:
     total, machine = reference.total, reference.environment
     return (
         f"{total.documents:,} documents, {total.tokens:,} tokens, {total.bytes:,} bytes of "
-        f"{_escape(reference.data.source)} "
-        f"({_escape(suite_label(reference.suite))}, sha256 {reference.data.sha256[:12]}); intervals over "
+        f"{escape_markdown(reference.data.source)} "
+        f"({escape_markdown(suite_label(reference.suite))}, sha256 {reference.data.sha256[:12]}); intervals over "
         f"{result.resampling.unit}s; "
-        f"{machine.dtype} on {_escape(machine.device)}, neoquant {machine.neoquant}, torch {machine.torch}."
+        f"{machine.dtype} on {escape_markdown(machine.device)}, neoquant {machine.neoquant}, torch {machine.torch}."
     )
 
 
@@ -78,14 +78,14 @@ def measured_block(result: Comparison, candidate: Candidate) -> str:
     scores = [*candidate.evaluation.subsets, candidate.evaluation.total]
     changes = [*candidate.subsets, candidate.total]
     lines = [
-        f"Against {_escape(result.reference.model.name)}, on the same windows:",
+        f"Against {escape_markdown(result.reference.model.name)}, on the same windows:",
         "",
         "| | perplexity | bits/byte | Δ nats/token [95 %] | KL [95 %] | same top token [95 %] |",
         "| --- | --: | --: | --: | --: | --: |",
     ]
     for before, score, change in zip(befores, scores, changes, strict=True):
         lines.append(
-            f"| {_escape(score.subset)} | {perplexity(before)} → {perplexity(score)} "
+            f"| {escape_markdown(score.subset)} | {perplexity(before)} → {perplexity(score)} "
             f"| {before.bits_per_byte:.4f} → {score.bits_per_byte:.4f} "
             f"| {change_interval(change)} | {divergence_interval(change)} | {agreement_interval(change)} |"
         )
@@ -94,7 +94,7 @@ def measured_block(result: Comparison, candidate: Candidate) -> str:
 
 def _line(result: Evaluation, candidate: Candidate | None, best: bool, speed: MeasuredSpeed) -> str:
     model = result.model
-    name = f"**{_escape(model.name)}**" if best else _escape(model.name)
+    name = f"**{escape_markdown(model.name)}**" if best else escape_markdown(model.name)
     cells = [
         NONE if model.bytes_on_disk is None else size(model.bytes_on_disk),
         f"{number(model.bits_per_weight_linears)}, {number(model.bits_per_weight_model)}",
@@ -115,7 +115,7 @@ def _changed(change: Change) -> list[str]:
     ]
 
 
-def _escape(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Text that Markdown shows as it is, on one line of a table."""
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
     return "".join(f"\\{c}" if c in "\\`*[]|" else c for c in text)

@@ -18,6 +18,7 @@ from neoquant.report.formatting import (
     size,
 )
 from neoquant.report.gather import Gathered
+from neoquant.report.markdown import escape_markdown
 from neoquant.report.page import render_page
 from neoquant.report.page_elements import visible
 from neoquant.report.verdict import figures, headline, subject, verdict_of
@@ -49,13 +50,13 @@ def sweep_table(results: Sequence[Comparison]) -> str:
     for result in results:
         for evaluation, change in [(result.reference, None), *((c.evaluation, c.total) for c in result.candidates)]:
             model, total = evaluation.model, evaluation.total
-            cells = [model.name, evaluation.suite.name]
+            cells = [escape_markdown(evaluation.suite.name)]
             cells += [NONE if model.bytes_on_disk is None else size(model.bytes_on_disk)]
             cells += [number(model.bits_per_weight_model), f"{total.bits_per_byte:.4f}", perplexity(total)]
             if change:
                 cells += [change_interval(change), divergence_interval(change), agreement_interval(change)]
             cells += [verdict_of(change).state.value] if change else [""] * 4
-            lines.append(f"| {' | '.join(cells)} |")
+            lines.append(f"| {escape_markdown(model.name)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

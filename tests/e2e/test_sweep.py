@@ -11,6 +11,7 @@ from conftest import Cli
 
 from neoquant.cli import sweep
 from neoquant.evaluation import Comparison
+from neoquant.report.verdict import headline
 
 SWEEP = """
 models = ["{model}"]
@@ -70,6 +71,7 @@ def test_a_sweep(cli: Cli, write: Callable[..., Path], monkeypatch: pytest.Monke
     assert both.candidates[0] == Comparison.from_json(before.decode()).candidates[0]
     table = Path("swept/table.md").read_text()
     assert len(table.splitlines()) == 5 and "| tiny-neo-nf4 | mine |" in table
+    assert headline(both) in Path("swept/report.html").read_text()
     assert not list(Path("swept").rglob("*.partial"))
     assert cli("sweep", write(), "--out", "swept").code == 0 and len(compared) == 2  # a recipe taken out
     assert len(Path("swept/table.md").read_text().splitlines()) == 4

@@ -168,7 +168,7 @@ def test_inspect_maps_the_layers(
 ) -> None:
     text = ("--context", "16", "--data", text_file)
     result = cli("inspect", quantized, "--against", tiny_model, *text, "--sensitivity", "--json", "layers.json")
-    assert result.code == 0 and "q_proj" in result.out and "costliest layers" in result.out
+    assert result.code == 0 and "q_proj" in result.out and "layers with the largest loss" in result.out
     written = json.loads(Path("layers.json").read_text(encoding="utf-8"))
     assert len(written["layers"]) == 12 and written["base"]["name"] == tiny_model.name
     assert cli("inspect", quantized, "--against", tiny_model, *text, "--rows", "0").code == 2
@@ -186,17 +186,17 @@ def test_report_makes_a_page_markdown_and_a_card(cli: Cli, tiny_model: Path, qua
     page, card = Path("x.html").read_text("utf-8"), (quantized / "README.md").read_text("utf-8")
     total = json.loads(Path("cost.json").read_text())["candidates"][0]["total"]
     for written in (page, Path("x.md").read_text("utf-8"), card):
-        assert f"{100 * total['agreement']:.2f} ± " in written
+        assert f"{100 * total['agreement']:.2f} [{100 * total['agreement_low']:.2f}, " in written
     assert "Not measured yet" in before and "Not measured yet" not in card
     assert card.startswith(before.partition("## Measured")[0])
     assert cli("report", "cost.json", "--card", quantized).code == 0
     assert (quantized / "README.md").read_text("utf-8") == card
     assert cli("report", "cost.json", "--markdown", "-").out == Path("x.md").read_text("utf-8")
     refused = cli("report", "cost.json", "--card", tiny_model, "--html", "y.html")
-    assert refused.code == 2 and "holds none of the weights that were measured (tiny-nf4)" in refused.error
+    assert refused.code == 2 and "is none of the measured models (tiny-nf4)" in refused.error
     assert not Path("y.html").exists()
     assert "cost.json is not a folder" in cli("report", "cost.json", "--card", "cost.json").error
-    assert "layers.json holds no comparison" in cli("report", "layers.json").error
+    assert "layers.json: no comparison" in cli("report", "layers.json").error
     assert "no/such" in cli("report", "cost.json", "--html", "no/such/x.html").error
 
 

@@ -31,6 +31,7 @@ from neoquant.report.markdown import markdown_report, measured_block
 from neoquant.report.page import render_page
 from neoquant.report.page_elements import visible
 from neoquant.report.remarks import remarks
+from neoquant.report.sweep import page_path, sweep_pages, sweep_table
 from neoquant.report.verdict import (
     State,
     headline,
@@ -483,3 +484,23 @@ def test_the_cards_block_is_replaced_and_nothing_else() -> None:
         assert "other" in with_measured(once, "other") and block not in with_measured(once, "other")
         assert ("## Licence\n\nfree\n" in once) == ("Licence" in card)
     assert with_measured("x", r"\1 \g<0>").count(r"\1 \g<0>") == 1
+
+
+def test_one_comparison_of_a_sweep_is_its_page() -> None:
+    result = make_comparison(make_candidate("m-a"))
+    assert sweep_pages([result]) == {"report.html": page(result)[0]}
+
+
+def test_several_comparisons_of_a_sweep_have_an_index() -> None:
+    bases = (("m", 0.001), (f"x{HOSTILE}", 0.5))
+    results = [make_comparison(make_candidate("m-a", nats), base=base) for base, nats in bases]
+    made = sweep_pages(results)
+    paths = [page_path(result) for result in results]
+    assert list(made) == [*paths, "report.html"] and paths[0] == "results/m-pile-core.html"
+    index = Parsed(made["report.html"])
+    assert index.targets[0] == paths[0] and "script" not in index.tags
+    for result in results:
+        assert headline(result) in index.said
+    table = sweep_table(results)
+    assert [line.count("|") for line in table.splitlines() if "script" not in line] == [11] * 5
+    assert "| passes |" in table and "| fails |" in table
