@@ -20,7 +20,7 @@ from neoquant.errors import FormatError, RequestError
 from neoquant.grids.base import TO_INTEGER, Columns, Grid, Params, ParamShapes, count_pieces, row_spans
 from neoquant.grids.decoding import Decoding, Scale
 from neoquant.native import rounding
-from neoquant.native.feedback import Levels
+from neoquant.native.gptq import Levels
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from neoquant.errors import FormatError
 from neoquant.grids.decoding import CHUNK, Decoding
-from neoquant.native.feedback import Levels
+from neoquant.native.gptq import Levels
 
 Params = dict[str, Tensor]
 ParamShapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]

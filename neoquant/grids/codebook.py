@@ -19,7 +19,7 @@ from neoquant.errors import RequestError
 from neoquant.grids.base import Columns, Grid, Params, ParamShapes, count_pieces, require_finite, spans
 from neoquant.grids.decoding import NESTED_GROUP, Decoding, Scale, tensor_of
 from neoquant.native import rounding, team_size
-from neoquant.native.feedback import Levels
+from neoquant.native.gptq import Levels
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 CELLS = 1024  # cells between 0 and 1 when the nearest value is looked up

@@ -1,5 +1,5 @@
-"""GPTQ (Frantar et al., arXiv:2210.17323) on any grid: each column's rounding error is pushed into the columns that
-are not rounded yet, so that the layer's output changes least."""
+"""GPTQ (Frantar et al., arXiv:2210.17323) on any grid: the rounding error of each column is compensated in the columns
+that are not rounded yet, so that the layer's output changes least."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from neoquant.errors import RequestError
 from neoquant.grids import Columns, Grid
-from neoquant.native import feedback
+from neoquant.native import gptq as native
 from neoquant.quantizers.base import Quantizer
-from neoquant.quantizers.hessian import LEGAL_DAMPING, Across, Hessian
+from neoquant.quantizers.hessian import LEGAL_DAMPING, Factor, Hessian, OutputFactor
 from neoquant.tensor import QuantizedTensor
 
-BLOCK = 128  # columns whose errors are gathered before the columns behind them are corrected at once
-MEASURED = 256  # rows of a weight whose errors are reported, for all: measuring more takes as long as rounding
+BLOCK = 128  # columns whose errors are gathered before the columns after them are corrected at once
+REPORTED_ROWS = 256  # rows of a weight whose errors are reported, for all: measuring more takes as long as rounding
 ORDERS = ("static", "off", "dynamic")
 SCALES = ("range", "mse", "weighted")
 OBJECTIVES = ("attention", "layer")
@@ -55,17 +55,18 @@ class Report:
 
 @dataclass(frozen=True)
 class Gptq(Quantizer):
-    """Rounding with error feedback.
+    """GPTQ, with activation order and, for attention, an output Hessian.
 
     order      static: inputs with large activations first, groups stay where they are, and the stored format does not
-               change. off: in their natural order; a group's parameters are fitted when its turn comes. dynamic:
-               large ones first, and groups of them in that order, which the result carries (not every format holds it).
+               change. off: in their natural order; a group's parameters are fitted when it is reached. dynamic
+               (`desc_act`): large ones first, and groups of them in that order, which the result carries (not every
+               format holds it).
     scales     range: they cover the weights. mse: of least squared error. weighted: each input's error by its diagonal
-               entry of the Hessian. Both clip large weights, which feedback cannot mend: on GPT-Neo they lose more.
+               entry of the Hessian. Both clip large weights, which cannot be compensated: on GPT-Neo they lose more.
     damping    part of the Hessian's mean diagonal that is added to all of it; raised tenfold where that is too little.
-    objective  attention: queries, keys and values are rounded for what attention gives, not for what the layer gives:
-               a row's error is pushed into the later rows of its head as well (see `hessian.Across`). layer: every
-               layer for its own output, as in the paper.
+    objective  attention: queries, keys and values are rounded for the output of attention, not for their own: a row's
+               error is also compensated in the later rows of its head (see `hessian.OutputFactor`). layer: every layer
+               for its own output, as in the paper.
     """
 
     order: str = "static"
@@ -90,8 +91,8 @@ class Gptq(Quantizer):
         if self.objective not in OBJECTIVES:
             raise RequestError(f"objective {self.objective!r}: legal are {', '.join(OBJECTIVES)}")
 
-    def observer(self, columns: int, device: torch.device | str = "cpu") -> Hessian:
-        return Hessian(columns, device)
+    def observer(self, in_features: int, device: torch.device | str = "cpu") -> Hessian:
+        return Hessian(in_features, device)
 
     @property
     def uses_output_hessian(self) -> bool:
@@ -102,159 +103,189 @@ class Gptq(Quantizer):
     ) -> tuple[QuantizedTensor, Report]:
         started = time.perf_counter()
         assert hessian is not None
-        if output_hessian is not None and (
-            output_hessian.dim() != 3 or len(output_hessian) * output_hessian.shape[1] != len(w)
-        ):
-            raise RequestError(f"output Hessian {list(output_hessian.shape)} is not that of {len(w)} rows")
+        output_hessian = self._used_output_hessian(output_hessian, len(w))
         factor = hessian.factor(self.order != "off", self.damping)
-        across = (
-            None if output_hessian is None or not self.uses_output_hessian else Across.of(output_hessian, self.damping)
-        )
-        search, importance = self.scales != "range", hessian.diagonal if self.scales == "weighted" else None
-        single, order = w.detach().float(), None
-        if self.order == "dynamic":
-            order = hessian.order()
-            single = single[:, order]
-            importance = None if importance is None else importance[order]
-        shape = (w.shape[0], w.shape[1])
-        columns = grid.columns(grid.fit(single, search, importance), shape)
-        nearest = grid.decode(grid.round(single, columns.params), columns.params)
-        sequence = hessian.order() if self.order == "static" else torch.arange(shape[1])
-        fitting = None if self.order == "static" else Fitting(search, importance)
-        codes = feed_back(single.T[sequence], factor.upper, columns, sequence, fitting, across)
+        order = hessian.order() if self.order == "dynamic" else None
+        weight = w.detach().float() if order is None else w.detach().float()[:, order]
+        refit = self._refit(hessian, order)
+        columns = grid.columns(grid.fit(weight, refit.search, refit.importance), (w.shape[0], w.shape[1]))
+        nearest = grid.decode(grid.round(weight, columns.params), columns.params)
+        codes = self._round(weight, columns, refit, factor, hessian, output_hessian)
         q = QuantizedTensor(codes, grid, columns.params, None if order is None else order.int(), w.dtype)
-
-        H = hessian.matrix if order is None else hessian.matrix[order[:, None], order]
-        weighing = output_hessian if across is not None else None
-        rows = slice(None, None, max(1, len(w) // MEASURED) if weighing is None else 1)
-        single, nearest, decoded = single[rows], nearest[rows], grid.decode(q.codes, q.params)[rows]
-        size = _square(single, H, weighing) or 1.0
-        report = Report(
-            objective="layer" if across is None else "attention",
+        rounded = grid.decode(q.codes, q.params)
+        error_nearest, error = _relative_errors(weight, (nearest, rounded), hessian, order, output_hessian)
+        return q, Report(
+            objective="layer" if output_hessian is None else "attention",
             scales=self.scales,
             damping=factor.damping,
             retries=factor.retries,
             double=factor.double,
             dead=int((hessian.diagonal == 0).sum()),
-            error_nearest=_square(nearest - single, H, weighing) / size,
-            error=_square(decoded - single, H, weighing) / size,
+            error_nearest=error_nearest,
+            error=error,
             seconds=time.perf_counter() - started,
         )
-        return q, report
+
+    def _used_output_hessian(self, output_hessian: Tensor | None, rows: int) -> Tensor | None:
+        """`output_hessian` where it is used. Raises RequestError if it is not that of so many rows."""
+        if output_hessian is None:
+            return None
+        if output_hessian.dim() != 3 or len(output_hessian) * output_hessian.shape[1] != rows:
+            raise RequestError(f"output Hessian {list(output_hessian.shape)} is not that of {rows} rows")
+        return output_hessian if self.uses_output_hessian else None
+
+    def _refit(self, hessian: Hessian, order: Tensor | None) -> Refit:
+        """How groups are fitted, with the inputs in `order`."""
+        if self.scales != "weighted":
+            return Refit(self.scales == "mse", None)
+        return Refit(True, hessian.diagonal if order is None else hessian.diagonal[order])
+
+    def _round(
+        self,
+        weight: Tensor,
+        columns: Columns,
+        refit: Refit,
+        factor: Factor,
+        hessian: Hessian,
+        output_hessian: Tensor | None,
+    ) -> Tensor:
+        """The codes of weight[O, I], uint8[O, I]; unless the order is static, `columns` are fitted on the way."""
+        output_factor = None if output_hessian is None else OutputFactor.of(output_hessian, self.damping)
+        if self.order == "static":
+            order = hessian.order()
+            return round_columns(weight.T[order], factor.upper, columns, order, None, output_factor)
+        natural = torch.arange(weight.shape[1])
+        return round_columns(weight.T[natural], factor.upper, columns, natural, refit, output_factor)
 
 
 @dataclass(frozen=True)
-class Fitting:
-    """How a group's parameters are fitted when its turn comes."""
+class Refit:
+    """How a group's parameters are fitted when its first column is reached: the arguments of `Grid.fit`."""
 
     search: bool
     importance: Tensor | None  # [I]
 
 
-def feed_back(
-    work: Tensor,
+def round_columns(
+    weights: Tensor,
     upper: Tensor,
     columns: Columns,
-    sequence: Tensor,
-    fitting: Fitting | None = None,
-    across: Across | None = None,
+    order: Tensor,
+    refit: Refit | None = None,
+    output_factor: OutputFactor | None = None,
     block: int = BLOCK,
 ) -> Tensor:
-    """Round column after column, correcting those that follow: codes uint8[O, I], columns in their natural order.
+    """Round one column after the other, compensating errors in those that follow: codes uint8[O, I] in natural order.
 
     Args:
-        work: the weight's columns as rows, [I, O], in the order of `sequence`.
+        weights: the weight's columns as rows, [I, O], in `order`.
         upper: the factor of the inverse Hessian in that order, [I, I].
-        columns: the grid; its parameters are fitted on the way if `fitting` is given, where columns are grouped.
-        sequence: which column of the weight stands in each row of `work`; natural if `fitting` is given.
-        across: how the rows of a head hang together, if they do.
-        block: how many columns are dealt with before those behind them are corrected, as one matrix product. Changes
-            nothing but the speed.
+        columns: the grid; its parameters are fitted on the way if `refit` is given, where columns are grouped.
+        order: int64[I], which column of the weight stands in each row of `weights`; natural if `refit` is given.
+        output_factor: how errors are compensated within the rows of a head, if they are.
+        block: columns that are rounded before those after them are corrected, as one matrix product (section 3.3,
+            "lazy batch-updates"). Changes only the speed.
     """
-    plain, work = work, work.clone(memory_format=torch.contiguous_format)
-    upper = upper.to(work.dtype).contiguous()
-    codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
-    width = len(work) if fitting is None or columns.width is None else min(columns.width, len(work))
-    if width < len(work):  # a group is fitted when every error before it has reached it
+    original, weights = weights, weights.clone(memory_format=torch.contiguous_format)
+    upper = upper.to(weights.dtype).contiguous()
+    codes = torch.empty(weights.shape, dtype=torch.uint8, device=weights.device)
+    width = len(weights) if refit is None or columns.width is None else min(columns.width, len(weights))
+    if width < len(weights):  # a group is fitted when all errors before it are compensated
         block = math.gcd(block, width)
-    round_block = _round_native if _is_native(work, columns, across) else _round_block
-    for start in range(0, len(work), block):
-        stop = min(start + block, len(work))
-        if fitting is not None and columns.width is not None and start % width == 0:
-            end = min(start + width, len(work))
-            weight = None if fitting.importance is None else fitting.importance[start:end]
-            columns.refit(start, work[start:end].T, fitting.search, weight)
-        inside = upper[start:stop, start:stop]
-        given = None if across is None else (across, plain[start:stop])
-        errors = round_block(work[start:stop], inside, columns, sequence[start:stop], given, codes)
-        if stop < len(work):
-            work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    round_block = _round_native if _is_native(weights, columns, output_factor) else _round_block
+    for start in range(0, len(weights), block):
+        stop = min(start + block, len(weights))
+        if refit is not None and columns.width is not None and start % width == 0:
+            end = min(start + width, len(weights))
+            importance = None if refit.importance is None else refit.importance[start:end]
+            columns.refit(start, weights[start:end].T, refit.search, importance)
+        corner = upper[start:stop, start:stop]
+        heads = None if output_factor is None else (output_factor, original[start:stop])
+        errors = round_block(weights[start:stop], corner, columns, order[start:stop], heads, codes)
+        if stop < len(weights):
+            weights[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
     return codes.T.contiguous()
 
 
 def _round_block(
-    work: Tensor,
+    weights: Tensor,
     upper: Tensor,
     columns: Columns,
-    sequence: Tensor,
-    across: tuple[Across, Tensor] | None,
+    order: Tensor,
+    heads: tuple[OutputFactor, Tensor] | None,
     codes: Tensor,
 ) -> Tensor:
-    """A block of `feed_back` in torch: fills in codes[I, O] and returns the errors, [columns of the block, O]."""
-    errors = torch.empty_like(work)
+    """A block of `round_columns` in torch: writes codes[I, O], returns the errors over the diagonal, [n, O].
+
+    `heads` are the output factor and the block's columns before any compensation, [n, O].
+    """
+    errors = torch.empty_like(weights)
     diagonal = upper.diagonal().tolist()
-    for i, place in enumerate(sequence.tolist()):
-        if across is None:
-            codes[place], values = columns.round(place, work[i])
+    for i, column in enumerate(order.tolist()):
+        if heads is None:
+            codes[column], values = columns.round(column, weights[i])
         else:
-            values, pushed = _round_heads(work[i], across[0], across[1][i], columns, place, codes[place])
-            work[i] += pushed
-        torch.sub(work[i], values, out=errors[i]).div_(diagonal[i])
-        work[i + 1 :].addr_(upper[i, i + 1 :], errors[i], alpha=-1)
+            values, compensation = _round_heads(weights[i], heads[0], heads[1][i], columns, column, codes[column])
+            weights[i] += compensation
+        torch.sub(weights[i], values, out=errors[i]).div_(diagonal[i])
+        weights[i + 1 :].addr_(upper[i, i + 1 :], errors[i], alpha=-1)
     return errors
 
 
 def _round_heads(
-    w: Tensor, across: Across, plain: Tensor, columns: Columns, place: int, codes: Tensor
+    w: Tensor, factor: OutputFactor, original: Tensor, columns: Columns, column: int, codes: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One column w[O], row after row of every head at once: the values, and what earlier rows pushed into each, [O]."""
-    heads, size = across.turn.shape
-    rows = across.turn + torch.arange(heads, device=w.device)[:, None] * size
-    values, pushed = torch.empty_like(w), w.new_zeros(heads, size)
+    """One column w[O], row after row of all heads at once: the values, and each row's compensation for the rows before
+    it, [O]."""
+    heads, size = factor.row_order.shape
+    rows = factor.row_order + torch.arange(heads, device=w.device)[:, None] * size
+    values, compensation = torch.empty_like(w), w.new_zeros(heads, size)
     for i in range(size):
-        now = rows[:, i]
-        codes[now], values[now] = columns.round(place, w[now] + pushed[:, i], now)
-        error = plain[now] + pushed[:, i] - values[now]
-        pushed[:, i + 1 :] -= error[:, None] * across.unit[:, i, i + 1 :]
-    at_rows = torch.empty_like(w)
-    at_rows[rows] = pushed
-    return values, at_rows
+        row = rows[:, i]
+        codes[row], values[row] = columns.round(column, w[row] + compensation[:, i], row)
+        error = original[row] + compensation[:, i] - values[row]
+        compensation[:, i + 1 :] -= error[:, None] * factor.unit[:, i, i + 1 :]
+    in_place = torch.empty_like(w)
+    in_place[rows] = compensation
+    return values, in_place
 
 
-def _is_native(work: Tensor, columns: Columns, across: Across | None) -> bool:
-    if work.dtype != torch.float32 or work.device.type != "cpu" or columns.levels() is None:
+def _is_native(weights: Tensor, columns: Columns, output_factor: OutputFactor | None) -> bool:
+    if weights.dtype != torch.float32 or weights.device.type != "cpu" or columns.levels() is None:
         return False
-    return feedback.refuse(0 if across is None else across.turn.shape[1]) is None
+    return native.refuse(0 if output_factor is None else output_factor.row_order.shape[1]) is None
 
 
 def _round_native(
-    work: Tensor,
+    weights: Tensor,
     upper: Tensor,
     columns: Columns,
-    sequence: Tensor,
-    across: tuple[Across, Tensor] | None,
+    order: Tensor,
+    heads: tuple[OutputFactor, Tensor] | None,
     codes: Tensor,
 ) -> Tensor:
     """The same in C."""
     levels = columns.levels()
     assert levels is not None
-    heads = None
-    if across is not None:
-        heads = feedback.Heads(across[0].unit.float(), across[0].turn.int(), across[1].contiguous())
-    return feedback.round_columns(work, upper, levels, sequence, heads, codes)
+    coupled = None
+    if heads is not None:
+        factor, original = heads
+        coupled = native.Heads(factor.unit.float(), factor.row_order.int(), original.contiguous())
+    return native.round_columns(weights, upper, levels, order, coupled, codes)
 
 
-def _square(w: Tensor, H: Tensor, outputs: Tensor | None) -> float:
-    """The mean square of w[O, I] times the inputs, seen through `outputs`[heads, size, size], but for a factor."""
-    seen = w if outputs is None else (outputs @ w.view(len(outputs), -1, w.shape[1])).view_as(w)
-    return float((w @ H).mul_(seen).sum())
+def _relative_errors(
+    weight: Tensor, results: tuple[Tensor, ...], hessian: Hessian, order: Tensor | None, output_hessian: Tensor | None
+) -> list[float]:
+    """The mean square of the output error of each of `results`[O, I], relative to the output of weight[O, I]."""
+    H = hessian.matrix if order is None else hessian.matrix[order[:, None], order]
+    rows = slice(None, None, max(1, len(weight) // REPORTED_ROWS) if output_hessian is None else 1)
+    weight = weight[rows]
+    norm = _output_norm(weight, H, output_hessian) or 1.0
+    return [_output_norm(result[rows] - weight, H, output_hessian) / norm for result in results]
+
+
+def _output_norm(w: Tensor, H: Tensor, output_hessian: Tensor | None) -> float:
+    """tr(K w H wᵀ) of w[O, I], summed over heads: proportional to the mean square of the output."""
+    left = w if output_hessian is None else (output_hessian @ w.view(len(output_hessian), -1, w.shape[1])).view_as(w)
+    return float((w @ H).mul_(left).sum())

@@ -1,4 +1,4 @@
-"""What a layer's inputs say about its weight: the matrix of their second moments, and its inverse's factor."""
+"""The Hessian of a layer's output error, the Cholesky factor of its inverse, and the same for the rows of heads."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from neoquant.errors import FormatError, RequestError
 STRIP = 256  # columns of a matrix of which only one triangle is computed
 TALL_STRIP = 1024  # rows of it that are multiplied together
 LEGAL_DAMPING = "legal is more than 0, at most 1 (a part of the mean diagonal)"
-STEPS = 4  # how often the damping is raised tenfold before giving up
+MAX_TRIES = 4  # at a positive definite Hessian; each raises the damping tenfold
 
 
 @dataclass(frozen=True)
 class Factor:
-    """`upper`[I, I] with H**-1 = upperᵀ upper, for H damped and in the order asked for."""
+    """`upper`[I, I] with H**-1 = upperᵀ upper, for H damped and permuted."""
 
     upper: Tensor
     damping: float  # part of the mean diagonal that was added, perhaps more than asked for
@@ -28,7 +28,8 @@ class Factor:
 class Hessian:
     """H = 2 / n * sum of x xᵀ over the n inputs x[I] that were added: of the squared output error, for each row.
 
-    Layers that share their inputs (q, k, v) share one; the factor is then computed once.
+    The `H` of GPTQ (Frantar et al., arXiv:2210.17323, section 3). Layers that share their inputs (q, k, v) share one;
+    the factor is then computed once.
     """
 
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
@@ -37,7 +38,7 @@ class Hessian:
         self._factors: dict[tuple[bool, float], Factor] = {}
 
     def add(self, x: Tensor) -> None:
-        """Take in inputs x[..., I]. Raises FormatError if they are not finite, or of another width."""
+        """Add inputs x[..., I]. Raises FormatError if they are not finite, or of another width."""
         if x.shape[-1] != self.columns:
             raise FormatError(f"the layer has {self.columns} inputs, got {x.shape[-1]}")
         x = x.detach().reshape(-1, self.columns).float()
@@ -62,18 +63,18 @@ class Hessian:
 
     @property
     def diagonal(self) -> Tensor:
-        """Of H, float32[I]: how much each input counts."""
+        """Of H, float32[I]: the weight of each input."""
         return self._sum.diagonal() * (2 / max(1, self.rows))
 
     def order(self) -> Tensor:
-        """Inputs by falling weight, int64[I]; equal ones keep their order."""
+        """Inputs by descending diagonal, int64[I] (the activation order of GPTQ's `act-order`); ties keep theirs."""
         return self.diagonal.argsort(descending=True, stable=True)
 
     def factor(self, ordered: bool, damping: float) -> Factor:
-        """See `Factor`; `ordered` takes the inputs in `order()`. Kept until more inputs come.
+        """See `Factor`; `ordered` permutes the inputs by `order()`. Cached until more inputs are added.
 
         Dead inputs, which were always zero, are given the mean diagonal: their weights are rounded to nearest, and
-        nothing is corrected through them. Raises RequestError if damping does not make H positive definite.
+        compensate nothing. Raises RequestError if damping does not make H positive definite.
         """
         if not 0 < damping <= 1:
             raise RequestError(f"damping {damping}: {LEGAL_DAMPING}")
@@ -82,8 +83,8 @@ class Hessian:
             mean = float(diagonal.mean()) or 1.0
             H.diagonal()[diagonal == 0] = mean
             if ordered:
-                turn = self.order().flip(0)
-                H = H[turn[:, None], turn]
+                reverse = self.order().flip(0)
+                H = H[reverse[:, None], reverse]
             else:
                 H = H.flip(0, 1)
             self._factors[ordered, damping] = _factor(H, mean, damping)
@@ -91,63 +92,63 @@ class Hessian:
 
 
 @dataclass(frozen=True)
-class Across:
-    """How the rows of a head hang together: what an error in one is to add to those that are not rounded yet.
+class OutputFactor:
+    """How an error in one row of an attention head is compensated in those that are not rounded yet.
 
-    Given are, for each head, the second moments K[size, size] by which errors in its rows meet in the output: with
-    error D[O, I], what counts is the sum over heads of tr(K D H Dᵀ), so errors are fed back along rows through the
-    factor of K as they are along columns through that of H (a Kronecker product's factor is that of its factors;
-    two-sided feedback: Tseng et al., arXiv:2505.22988).
+    It follows from the output Hessian K[D, D] of each head: with a weight error E[O, I], the error of the attention
+    output is the sum over heads of tr(K E H Eᵀ). Errors are therefore compensated along rows with the factor of K as
+    they are along columns with that of H, since a Kronecker product's factor is that of its factors (two-sided
+    compensation: Tseng et al., arXiv:2505.22988).
 
-    unit  [heads, size, size]: with an error e in its i-th row, a head's row k > i is to lose unit[i, k] * e.
-    turn  int64[heads, size]: which of its rows is the i-th; rows with much weight come first.
+    unit       [heads, D, D]: an error e in the i-th row subtracts unit[i, k] * e from the k-th, k > i.
+    row_order  int64[heads, D]: which of a head's rows is the i-th; those of the largest diagonal come first.
     """
 
     unit: Tensor
-    turn: Tensor
+    row_order: Tensor
 
     @staticmethod
-    def of(moments: Tensor, damping: float) -> Across:
-        """Of K, float32[heads, size, size], damped as H is."""
-        units, turns = [], []
-        for K in moments:
+    def of(output_hessian: Tensor, damping: float) -> OutputFactor:
+        """Of K, float32[heads, D, D], damped as H is."""
+        units, orders = [], []
+        for K in output_hessian:
             diagonal = K.diagonal()
             mean = float(diagonal.mean()) or 1.0
-            turn = diagonal.argsort(descending=True, stable=True)
-            damped, back = K.clone(), turn.flip(0)
-            damped.diagonal()[diagonal == 0] = mean
-            upper = _factor(damped[back[:, None], back], mean, damping).upper
+            order = diagonal.argsort(descending=True, stable=True)
+            filled, reverse = K.clone(), order.flip(0)
+            filled.diagonal()[diagonal == 0] = mean
+            upper = _factor(filled[reverse[:, None], reverse], mean, damping).upper
             units.append(upper / upper.diagonal()[:, None])
-            turns.append(turn)
-        return Across(torch.stack(units), torch.stack(turns))
+            orders.append(order)
+        return OutputFactor(torch.stack(units), torch.stack(orders))
 
 
-def _factor(turned: Tensor, mean: float, damping: float) -> Factor:
-    """Of H, float32[I, I] with its rows and columns in reverse, which is used up."""
-    diagonal = turned.diagonal().clone()
-    for retries in range(STEPS):
+def _factor(reversed_hessian: Tensor, mean: float, damping: float) -> Factor:
+    """Of H, float32[I, I] with its rows and columns reversed; H is overwritten."""
+    diagonal = reversed_hessian.diagonal().clone()
+    for retries in range(MAX_TRIES):
         for dtype in (torch.float32, torch.float64):
-            damped = turned.to(dtype)
+            damped = reversed_hessian.to(dtype)
             damped.diagonal().copy_(diagonal.to(dtype) + damping * mean)
             upper = inverse_factor(damped)
             if upper is not None:
                 return Factor(upper.float(), damping, dtype == torch.float64, retries)
         damping *= 10
-    raise RequestError(f"the inputs' second moments are not positive definite, even with damping {damping / 10:g}")
+    raise RequestError(f"the inputs' Hessian is not positive definite, even with damping {damping / 10:g}")
 
 
-def inverse_factor(turned: Tensor) -> Tensor | None:
-    """Upper triangular U[I, I] with H**-1 = Uᵀ U, in the memory of `turned`, which is H with its rows and columns in
-    reverse; or None, and nothing changed, if H is not positive definite in its precision.
+def inverse_factor(reversed_hessian: Tensor) -> Tensor | None:
+    """Upper triangular U[I, I] with H**-1 = Uᵀ U, in the memory of H, which is given with its rows and columns
+    reversed; or None, and H unchanged, if it is not positive definite in its precision.
 
-    A Cholesky factor of `turned`, turned back, is R with H = R Rᵀ, and U = R**-1: one factor and one triangular
-    inverse, where inverting H first takes two of each. Of the largest layers a matrix takes 268 MB at 1.3B, so there is
-    but one beside this one at any time.
+    A Cholesky factor of the reversed H, reversed again, is R with H = R Rᵀ, and U = R**-1: one factor and one
+    triangular inverse, where inverting H first takes two of each. The largest matrix takes 268 MB at 1.3B, so there is
+    only one beside this one at any time.
     """
-    lower, info = torch.linalg.cholesky_ex(turned)
+    lower, info = torch.linalg.cholesky_ex(reversed_hessian)
     if int(info) or not bool(lower.diagonal().reciprocal().sum().isfinite()):  # the diagonal that U will have
         return None
-    upper = turned
+    upper = reversed_hessian
     for start in range(0, len(upper), STRIP):
         upper[start : start + STRIP] = lower[max(0, len(upper) - start - STRIP) : len(upper) - start].flip(0, 1)
     del lower
@@ -156,13 +157,13 @@ def inverse_factor(turned: Tensor) -> Tensor | None:
 
 
 def _invert_triangle(upper: Tensor) -> None:
-    """An upper triangular matrix, in place, a strip of columns after the other: behind the inverse A of what is left
-    of it and above, [B; C] becomes [-A B C**-1; C**-1]."""
+    """Invert an upper triangular matrix in place, one strip of columns after the other: with the inverse A of the part
+    to the left, [B; C] becomes [-A B C**-1; C**-1]."""
     for start in range(0, len(upper), STRIP):
         stop = min(start + STRIP, len(upper))
         corner = upper[start:stop, start:stop]
         corner.copy_(torch.linalg.solve_triangular(corner, torch.eye(stop - start).to(corner), upper=True))
         above = upper[:start, start:stop] @ corner
-        for top in range(0, start, TALL_STRIP):  # what is left of A's diagonal is zero
+        for top in range(0, start, TALL_STRIP):  # left of A's diagonal is zero
             bottom = min(top + TALL_STRIP, start)
             upper[top:bottom, start:stop] = (upper[top:bottom, top:start] @ above[top:]).neg_()

@@ -1,4 +1,4 @@
-"""Error feedback: equal to its definition, to rounding where nothing is correlated, and better where something is."""
+"""GPTQ: equal to its definition, to rounding where nothing is correlated, and better where something is."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from neoquant.errors import FormatError, RequestError
 from neoquant.grids import Affine, Codebook, Columns, Grid, Int8Rows
 from neoquant.quantizers import Gptq, Hessian, gptq
 from neoquant.quantizers import hessian as hessians
-from neoquant.quantizers.gptq import ORDERS, SCALES, Fitting, feed_back
-from neoquant.quantizers.hessian import Across, inverse_factor
+from neoquant.quantizers.gptq import ORDERS, SCALES, Refit, round_columns
+from neoquant.quantizers.hessian import OutputFactor, inverse_factor
 from neoquant.tensor import QuantizedTensor
 
 GRIDS = [
@@ -53,14 +53,14 @@ def rounded(w: Tensor, grid: Grid, chosen: Gptq, hessian: Hessian) -> QuantizedT
     return QuantizedTensor(grid.round(w, params), grid, params, dtype=w.dtype)
 
 
-def one_by_one(w: Tensor, H: Tensor, grid: Grid, fitting: Fitting | None) -> Tensor:
+def one_by_one(w: Tensor, H: Tensor, grid: Grid, refit: Refit | None) -> Tensor:
     """GPTQ from its definition, in double precision: after each column the inverse Hessian loses a row and a column."""
     w, columns = w.double().clone(), grid.columns(grid.fit(w), (w.shape[0], w.shape[1]))
     codes = torch.empty(w.shape, dtype=torch.uint8)
     inverse = torch.linalg.inv(H.double())
     for j in range(w.shape[1]):
-        if fitting is not None and columns.width is not None and j % columns.width == 0:
-            columns.refit(j, w[:, j : j + columns.width], fitting.search, fitting.importance)
+        if refit is not None and columns.width is not None and j % columns.width == 0:
+            columns.refit(j, w[:, j : j + columns.width], refit.search, refit.importance)
         codes[:, j], values = columns.round(j, w[:, j])
         error = (w[:, j] - values) / inverse[0, 0]
         w[:, j:] -= error[:, None] * inverse[0]
@@ -69,19 +69,17 @@ def one_by_one(w: Tensor, H: Tensor, grid: Grid, fitting: Fitting | None) -> Ten
 
 
 @every_grid
-@pytest.mark.parametrize(
-    "fitting", [None, Fitting(False, None), Fitting(True, None)], ids=["before", "range", "search"]
-)
-def test_blocks_change_nothing(grid: Grid, fitting: Fitting | None) -> None:
+@pytest.mark.parametrize("refit", [None, Refit(False, None), Refit(True, None)], ids=["before", "range", "search"])
+def test_blocks_change_nothing(grid: Grid, refit: Refit | None) -> None:
     w = make_weight((24, 150), torch.float32, "normal")
     H = seen(correlated(400, 150)).matrix.double()
     H.diagonal().add_(0.01 * H.diagonal().mean())
     upper = inverse_factor(H.flip(0, 1))
     assert upper is not None
-    expected = one_by_one(w, H, grid, fitting)
+    expected = one_by_one(w, H, grid, refit)
     for block in (1, 7, 32, 128, 1000):
         columns = grid.columns(grid.fit(w), (24, 150))
-        found = feed_back(w.T.double(), upper, columns, torch.arange(150), fitting, block=block)
+        found = round_columns(w.T.double(), upper, columns, torch.arange(150), refit, block=block)
         # a value within 1e-12 of the middle between two codes may go either way
         assert (found != expected).float().mean() < 2e-3, block
 
@@ -205,36 +203,36 @@ def test_what_cannot_be_is_refused() -> None:
         seen(torch.ones(2, 8)).factor(True, 0)
 
 
-def head_moments(heads: int, size: int, seed: int = 0) -> Tensor:
-    """Output moments of heads in which a few directions count, and rows count differently."""
+def output_hessians(heads: int, size: int, seed: int = 0) -> Tensor:
+    """Output Hessians of heads in which a few directions count, and rows count differently."""
     return torch.stack([seen(correlated(3 * size, size, seed + head)).matrix for head in range(heads)])
 
 
-def kronecker(w: Tensor, hessian: Hessian, moments: Tensor, columns: Columns) -> Tensor:
-    """Two-sided feedback from its definition: GPTQ of each head's flattened weight, one number after the other, for
-    the Kronecker product of both second moments, in double precision."""
+def kronecker(w: Tensor, hessian: Hessian, K: Tensor, columns: Columns) -> Tensor:
+    """Two-sided compensation by its definition: GPTQ of each head's flattened weight, one number after the other, for
+    the Kronecker product of both Hessians, in double precision."""
     upper, sequence = hessian.factor(True, 0.01).upper.double(), hessian.order()
-    across = Across.of(moments, 0.01)
+    factor = OutputFactor.of(K, 0.01)
     codes = torch.empty(w.shape, dtype=torch.uint8)
-    for head, turn in enumerate(across.turn):
-        rows = turn + head * len(turn)
+    for head, row_order in enumerate(factor.row_order):
+        rows = row_order + head * len(row_order)
         flat = w[rows][:, sequence].double().T.reshape(-1)  # rows of a column, then the next column
-        factor = torch.kron(upper.contiguous(), across.unit[head].double().contiguous())
+        both = torch.kron(upper.contiguous(), factor.unit[head].double().contiguous())
         for at in range(len(flat)):
             column, row = int(sequence[at // len(rows)]), rows[at % len(rows), None]
             codes[row, column], value = columns.round(column, flat[at : at + 1], row)
-            flat[at + 1 :] -= factor[at, at + 1 :] * (flat[at] - value) / factor[at, at]
+            flat[at + 1 :] -= both[at, at + 1 :] * (flat[at] - value) / both[at, at]
     return codes
 
 
 @pytest.mark.parametrize("grid", [*GRIDS, Codebook("nf4", 64)], ids=str)
 def test_heads_as_a_kronecker_product(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
-    w, hessian, moments = make_weight((12, 96), torch.float32, "normal"), seen(correlated(300, 96)), head_moments(3, 4)
-    expected = kronecker(w, hessian, moments, grid.columns(grid.fit(w), (12, 96)))
-    found = Gptq().quantize(w, grid, hessian, moments)
+    w, hessian, K = make_weight((12, 96), torch.float32, "normal"), seen(correlated(300, 96)), output_hessians(3, 4)
+    expected = kronecker(w, hessian, K, grid.columns(grid.fit(w), (12, 96)))
+    found = Gptq().quantize(w, grid, hessian, K)
     assert (found.codes != expected).float().mean() < 2e-3  # a value within 1e-6 of the middle may go either way
     monkeypatch.setattr(gptq, "_is_native", lambda *given: False)
-    plain = Gptq().quantize(w, grid, hessian, moments)
+    plain = Gptq().quantize(w, grid, hessian, K)
     assert (plain.codes != found.codes).float().mean() < 2e-3
 
 
@@ -252,14 +250,14 @@ def test_native_is_torch(grid: Grid, shape: tuple[int, int], monkeypatch: pytest
 
 @every_grid
 def test_better_for_heads_than_without_them(grid: Grid) -> None:
-    w, hessian, moments = make_weight((64, 96), torch.float32, "normal"), seen(correlated(400, 96)), head_moments(4, 16)
+    w, hessian, K = make_weight((64, 96), torch.float32, "normal"), seen(correlated(400, 96)), output_hessians(4, 16)
 
     def error(q: QuantizedTensor) -> float:
         D = (q.dequantize(torch.float32) - w).view(4, 16, 96).double()
-        return float((moments.double() @ D @ hessian.matrix.double()).mul_(D).sum())
+        return float((K.double() @ D @ hessian.matrix.double()).mul_(D).sum())
 
-    q, report = Gptq().quantize_with_report(w, grid, hessian, moments)
-    alone, plain = Gptq(objective="layer").quantize_with_report(w, grid, hessian, moments)
+    q, report = Gptq().quantize_with_report(w, grid, hessian, K)
+    alone, plain = Gptq(objective="layer").quantize_with_report(w, grid, hessian, K)
     assert error(q) < 0.9 * error(alone)
     assert (report.objective, plain.objective) == ("attention", "layer")
     assert report.error / report.error_nearest == pytest.approx(
@@ -269,9 +267,9 @@ def test_better_for_heads_than_without_them(grid: Grid) -> None:
 
 
 def test_heads_that_do_not_count_are_rounded_as_if_alone() -> None:
-    w, hessian, moments = make_weight((8, 32), torch.float32, "normal"), seen(correlated(99, 32)), torch.zeros(2, 4, 4)
+    w, hessian, K = make_weight((8, 32), torch.float32, "normal"), seen(correlated(99, 32)), torch.zeros(2, 4, 4)
     assert torch.equal(
-        Gptq().quantize(w, Affine(4, 32), hessian, moments).codes, Gptq().quantize(w, Affine(4, 32), hessian).codes
+        Gptq().quantize(w, Affine(4, 32), hessian, K).codes, Gptq().quantize(w, Affine(4, 32), hessian).codes
     )
     with pytest.raises(RequestError, match=r"output Hessian \[2, 3, 3\] is not that of 8 rows"):
         Gptq().quantize(w, Affine(4, 32), hessian, torch.ones(2, 3, 3))

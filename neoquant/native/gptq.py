@@ -1,0 +1,80 @@
+"""GPTQ on the columns of one block, in C. Every tensor is on the CPU; the caller sees to shapes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from neoquant.native.loader import active, threads
+
+LARGEST_HEAD = 1024  # as in gptq.c
+
+
+class Levels(NamedTuple):
+    """The quantization levels of each column; `width` columns share the scales scale[groups, O], float32.
+
+    Even steps: value = (code - zero[groups, O]) * scale, codes up to `top`. Or a codebook of sixteen: `bounds`
+    float32[15] are the midpoints between its sorted values, `order` uint8[16] the codes of the intervals, and `table`
+    float32[16] the values by code.
+    """
+
+    scale: Tensor
+    inverse: Tensor  # 1 / scale, or what stands for it where that is 0
+    width: int
+    zero: Tensor | None = None
+    top: int = 0
+    bounds: Tensor | None = None
+    order: Tensor | None = None
+    table: Tensor | None = None
+
+
+class Heads(NamedTuple):
+    """Rows whose errors are compensated in later rows of the same attention head.
+
+    `unit` float32[heads, D, D] and `row_order` int32[heads, D] are those of `quantizers.hessian.OutputFactor`;
+    `original` float32[n, O] holds the block's columns before any compensation.
+    """
+
+    unit: Tensor
+    row_order: Tensor
+    original: Tensor
+
+
+def refuse(head_size: int) -> str | None:
+    """Why the native library cannot round heads of so many rows (0: no heads), or None."""
+    if head_size > LARGEST_HEAD:
+        return f"heads have {head_size} rows; native are up to {LARGEST_HEAD}"
+    return None if active().library is not None else active().reason
+
+
+def round_columns(
+    weights: Tensor, upper: Tensor, levels: Levels, columns: Tensor, heads: Heads | None, codes: Tensor
+) -> Tensor:
+    """Round the columns weights[n, O] one after the other, compensating each one's error in the later ones.
+
+    Args:
+        weights: float32, contiguous, a column of the weight matrix in each row; overwritten.
+        upper: float32[n, n] with contiguous rows, the block of the inverse Hessian's factor.
+        columns: int64[n], where each stands in the weight matrix.
+        codes: uint8[I, O]; row columns[i] receives the codes of column i.
+
+    Returns:
+        Each column's rounding error divided by its diagonal entry of `upper`, float32[n, O].
+    """
+    errors = torch.empty_like(weights)
+    n, rows = weights.shape
+    size = 0 if heads is None else heads.row_order.shape[1]
+    unit, row_order, original = (None, None, None) if heads is None else heads
+    active().call(
+        "nq_feed_back", weights.data_ptr(), _address(original), upper.data_ptr(), upper.stride(0), n, rows,
+        columns.data_ptr(), levels.scale.data_ptr(), levels.inverse.data_ptr(), _address(levels.zero), levels.width,
+        levels.top, _address(levels.bounds), _address(levels.order), _address(levels.table), _address(unit),
+        _address(row_order), size, codes.data_ptr(), errors.data_ptr(), active().isa, threads(),
+    )  # fmt: skip
+    return errors
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
