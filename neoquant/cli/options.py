@@ -107,6 +107,24 @@ Symmetric = Annotated[
     bool,
     typer.Option("--symmetric", help="Groups without a zero-point (affine): smaller, a little less accurate."),
 ]
+Quantizer = Annotated[
+    str | None,
+    typer.Option(
+        "--quantizer",
+        metavar="NAME",
+        help="What rounds weights to the grid, by its name in recipes; any other name prints the legal ones. "
+        "[default: nearest, or gptq with --calibration]",
+    ),
+]
+QuantizerOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--quantizer-option",
+        metavar="NAME=VALUE",
+        help="Any option of the quantizer, as in a recipe. Repeat for more.",
+        show_default=False,
+    ),
+]
 Order = Annotated[
     str | None,
     typer.Option(

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import typer
 
 from neoquant.cli import options
-from neoquant.cli.models import choose_recipe, find_model
+from neoquant.cli.models import find_model
 from neoquant.cli.output import check_writable, write_text
+from neoquant.cli.recipes import RecipeOptions, choose_recipe
 from neoquant.cli.terminal import Terminal
 from neoquant.report.formatting import duration, grid_label, plural, size
 from neoquant.sizes import parse_size
@@ -31,10 +32,12 @@ def plan(
     no_double_quant: options.NoDoubleQuant = False,
     group_size: options.GroupSize = None,
     symmetric: options.Symmetric = False,
+    quantizer: options.Quantizer = None,
     order: options.Order = None,
     scales: options.Scales = None,
     damping: options.Damping = None,
     objective: options.Objective = None,
+    quantizer_option: options.QuantizerOption = None,
     keep: options.Keep = None,
     recipe: options.RecipeName = None,
     format: options.Format = None,
@@ -64,21 +67,24 @@ def plan(
     from neoquant.quantization import quantize as quantization
 
     terminal: Terminal = ctx.obj
-    chosen = choose_recipe(
+    asked = RecipeOptions(
         bits=bits,
         type=type,
         block_size=block_size,
         no_double_quant=no_double_quant,
         group_size=group_size,
         symmetric=symmetric,
-        quantizer_options={"order": order, "scales": scales, "damping": damping, "objective": objective},
-        calibrated=calibration is not None and recipe is None,
+        quantizer=quantizer,
+        named_options={"order": order, "scales": scales, "damping": damping, "objective": objective},
+        quantizer_option=quantizer_option,
+        calibrated=calibration is not None,
         keep=keep,
         format=format,
         dtype=dtype,
         embeddings=embeddings,
         recipe=recipe,
     )
+    chosen = choose_recipe(asked)
     check_writable(json)
     source = find_model(model, terminal, "plan")
     made = quantization.plan(

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from neoquant.cli import options
-from neoquant.cli.models import BUNDLED, choose_recipe, find_model, short_name, suite_for
+from neoquant.cli.models import BUNDLED, find_model, short_name, suite_for
 from neoquant.cli.plan import show_plan
+from neoquant.cli.recipes import RecipeOptions, choose_recipe
 from neoquant.cli.terminal import Terminal
 from neoquant.report.formatting import duration, size
 from neoquant.sizes import parse_size
@@ -28,10 +29,12 @@ def quantize(
     no_double_quant: options.NoDoubleQuant = False,
     group_size: options.GroupSize = None,
     symmetric: options.Symmetric = False,
+    quantizer: options.Quantizer = None,
     order: options.Order = None,
     scales: options.Scales = None,
     damping: options.Damping = None,
     objective: options.Objective = None,
+    quantizer_option: options.QuantizerOption = None,
     calibration: options.Calibration = None,
     rows: options.Rows = 128,
     length: options.Length = None,
@@ -75,21 +78,24 @@ def quantize(
     from neoquant.quantization import quantize as quantization
 
     terminal: Terminal = ctx.obj
-    chosen = choose_recipe(
+    asked = RecipeOptions(
         bits=bits,
         type=type,
         block_size=block_size,
         no_double_quant=no_double_quant,
         group_size=group_size,
         symmetric=symmetric,
-        quantizer_options={"order": order, "scales": scales, "damping": damping, "objective": objective},
-        calibrated=calibration is not None and recipe is None,
+        quantizer=quantizer,
+        named_options={"order": order, "scales": scales, "damping": damping, "objective": objective},
+        quantizer_option=quantizer_option,
+        calibrated=calibration is not None,
         keep=keep,
         format=format,
         dtype=dtype,
         embeddings=embeddings,
         recipe=recipe,
     )
+    chosen = choose_recipe(asked)
     largest = parse_size(shard_size, "--shard-size")
     limit = None if max_memory is None else parse_size(max_memory, "--max-memory")
     source = find_model(model, terminal, "quantize")

@@ -27,7 +27,13 @@ from neoquant.model.names import canonical_layer
 from neoquant.progress import SILENT, Progress
 from neoquant.quantization.plan import Plan, PlanRow, make_plan
 from neoquant.quantization.recipe import Recipe
-from neoquant.quantization.sequential import QuantizedBlock, embed, needs_calibration, quantize_blocks
+from neoquant.quantization.sequential import (
+    QuantizedBlock,
+    embed,
+    needing_calibration,
+    needs_calibration,
+    quantize_blocks,
+)
 from neoquant.quantization.streaming import output_tensors
 from neoquant.tensor import QuantizedTensor
 from neoquant.tokenizer.tokenizer import Tokenizer
@@ -64,7 +70,8 @@ def load_quantized(
         blocks: Iterator[QuantizedBlock] = iter(())
         if needs_calibration(plan):
             if not isinstance(config, GPTQConfig):
-                raise RequestError("a recipe with the quantizer gptq must see text: pass a GPTQConfig with a dataset")
+                needing = needing_calibration(plan)
+                raise RequestError(f"{needing} needs calibration samples: pass a GPTQConfig with a dataset")
             blocks = _blocks(checkpoint, plan, _calibration(checkpoint, config, progress), progress)
         view = _Rounding(checkpoint, plan, blocks)
         return read_model(view, cls, compute_dtype=compute_dtype, progress=progress, **options)

@@ -25,7 +25,6 @@ from neoquant.quantization.resume import ResumableRun, has_interrupted_run
 from neoquant.quantization.sequential import needs_calibration, require_calibration
 from neoquant.quantization.source_hash import join_hashes
 from neoquant.quantization.streaming import Written, write_streaming
-from neoquant.quantizers.gptq import Report
 from neoquant.sizes import peak_rss_bytes
 
 RECORD = "neoquant.json"
@@ -189,10 +188,12 @@ def _whole_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: int, name: s
     layers: dict[str, Any] = {}
     written = [_json(planned.config)]
     if needs_calibration(planned):
-        error = 0.012345678901234567
-        report = Report("attention", "range", 0.01, 0, False, 0, error, error, 0.0).to_dict()
         samples = {"source": "about so long", "sha256": _NO_DIGEST, "rows": ROWS, "length": LENGTH, "seed": 0}
-        layers = {row.layer: report for row in planned.rows if row.needs_calibration}
+        layers = {
+            row.layer: report.to_dict()
+            for row in planned.rows
+            if row.quantizer is not None and (report := row.quantizer.sample_report()) is not None
+        }
         written.append(_json({"calibration": samples, "layers": layers}))
     written += _own_files(Written(planned, join_hashes([]), layers), name).values()
     companions = checkpoint.companion_sizes()

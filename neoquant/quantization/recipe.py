@@ -140,8 +140,12 @@ class Rule(BaseModel):
         absent = [key for key in ("bits", "type") if getattr(self, key) is None]
         if absent:
             raise RecipeError(f"{' and '.join(absent)} missing: a rule needs bits and type, or keep = true")
-        self.grid()
-        self.make_quantizer()
+        if reason := self.refusal():
+            raise RecipeError(reason)
+
+    def refusal(self) -> str | None:
+        """Why the quantizer of a rule that quantizes cannot round to its grid, or None."""
+        return self.make_quantizer().refuse(self.grid())
 
     def _refuse_unknown(self) -> None:
         """Keys that are neither a rule's nor an option of any quantizer."""
@@ -198,9 +202,10 @@ class Recipe(BaseModel):
         stated = {"bits": bits, "type": type, "quantizer": quantizer, **grid, **options}
         everything = {"match": "*", **{key: value for key, value in stated.items() if value is not None}}
         Rule.model_validate(everything).check()  # here, so that the message does not speak of a rule nobody wrote
-        named = f"{type}{bits}" if sum(name == type for _, name in legal_pairs()) > 1 else type
+        several_bits = sum(name == type for _, name in legal_pairs()) > 1
+        named = f"{type}{bits}" if several_bits else type
         if quantizer not in (None, "nearest"):
-            named = f"gptq{bits}" if type == "affine" else f"{named}-{quantizer}"
+            named = f"{quantizer}{bits}" if several_bits else f"{named}-{quantizer}"
         if embeddings not in ("auto", "keep"):
             named = f"{named}-{embeddings}-embeddings"
         recipe = cls.parse(
@@ -292,7 +297,7 @@ class Recipe(BaseModel):
         return next((rule for rule in self.rules if rule.matches(layer)), None)
 
     def complaints(self, layers: Iterable[str], others: Iterable[str] = ()) -> list[str]:
-        """Why each rule that would change nothing changes nothing.
+        """Why rules cannot be carried out: the quantizer refuses the grid, or the rule would change nothing.
 
         Args:
             layers: names of the layers that may be quantized.
@@ -302,9 +307,13 @@ class Recipe(BaseModel):
         deciding = [self.rule_for(layer) for layer in layers]
         faults = []
         for number, rule in enumerate(self.rules, 1):
-            if any(rule is decider for decider in deciding) or rule._origin.words == "":
-                continue  # or the one rule of `simple`: if all is kept, the rules that keep it are to be spoken of
-            reason = _why_idle(rule, layers, others)
+            decided = [layer for layer, decider in zip(layers, deciding, strict=True) if decider is rule]
+            if decided:
+                reason = _why_refused(rule, decided)
+            elif rule._origin.words == "":
+                continue  # the one rule of `simple`: if all is kept, the rules that keep it are to be spoken of
+            else:
+                reason = _why_idle(rule, layers, others)
             if reason is not None:
                 faults.append(f"{rule_place(number, rule)}: {reason}")
         return faults
@@ -325,6 +334,14 @@ def _shelf() -> Path:
     package = Path(__file__).parent
     installed = package / "recipes"
     return installed if installed.is_dir() else package.parents[1] / "recipes"
+
+
+def _why_refused(rule: Rule, layers: list[str]) -> str | None:
+    """Why a rule cannot be carried out on the layers that it decides about, or None."""
+    reason = None if rule.keep else rule.refusal()
+    if reason is None:
+        return None
+    return f"{reason} ({layers[0]}{f' and {len(layers) - 1} more' if len(layers) > 1 else ''})"
 
 
 def _why_idle(rule: Rule, layers: list[str], others: list[str]) -> str | None:

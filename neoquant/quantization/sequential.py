@@ -23,7 +23,7 @@ from neoquant.model.gpt_neo import Block
 from neoquant.model.names import BASE_PREFIX, SHARED_INPUTS
 from neoquant.progress import Progress
 from neoquant.quantization.plan import Plan, PlanRow
-from neoquant.quantizers import Hessian, Quantizer
+from neoquant.quantizers import Hessian, Quantizer, calibrated_quantizers
 from neoquant.tensor import QuantizedTensor
 
 ATTENTION_INPUTS = frozenset(SHARED_INPUTS[0])
@@ -43,20 +43,25 @@ def needs_calibration(plan: Plan) -> bool:
     return any(row.needs_calibration for row in plan.rows)
 
 
+def needing_calibration(plan: Plan) -> str:
+    """The names of the plan's quantizers that need calibration; empty if none does."""
+    return " and ".join(sorted({row.quantizer.name for row in plan.rows if row.quantizer and row.needs_calibration}))
+
+
 def require_calibration(plan: Plan, calibration: Calibration | None) -> None:
     """Raise RequestError where calibration is asked for and not given, or given for nothing, or does not fit."""
-    needed = {row.target.quantizer.name for row in plan.rows if row.target is not None and row.needs_calibration}
+    needed = needing_calibration(plan)
     if needed and calibration is None:
         raise RequestError(
-            f"{' and '.join(sorted(needed))} needs calibration samples: name their text with --calibration "
-            "(pile, demo, a suite or a file)"
+            f"{needed} needs calibration samples: name their text with --calibration (pile, demo, a suite or a file)"
         )
     if calibration is None:
         return
     if not needed:
         given = {row.target.quantizer.name for row in plan.rows if row.target is not None}
         raise RequestError(
-            f"{' and '.join(sorted(given))} needs no calibration: leave it out, or ask for the quantizer gptq"
+            f"{' and '.join(sorted(given))} needs no calibration: leave it out, or "
+            f"ask for {' or '.join(calibrated_quantizers())}"
         )
     config = GPTNeoConfig.from_dict(dict(plan.config))
     length, largest = calibration.ids.shape[1], int(calibration.ids.max())

@@ -58,6 +58,10 @@ class Quantizer(ABC):
         """Why this quantizer cannot round to `grid`, or None."""
         return None
 
+    def sample_report(self) -> LayerReport | None:
+        """A report as long as those of `quantize_with_report`, for the sizes in a plan; None if there are none."""
+        return None
+
     def observer(self, in_features: int, device: torch.device | str = "cpu") -> Hessian | None:
         """What is shown a layer's inputs by `add(x[..., I])` and then given as `hessian`; None if nothing is needed."""
         return None

@@ -91,6 +91,10 @@ class Gptq(Quantizer):
         if self.objective not in OBJECTIVES:
             raise RequestError(f"objective {self.objective!r}: legal are {', '.join(OBJECTIVES)}")
 
+    def sample_report(self) -> Report:
+        error = 0.012345678901234567
+        return Report(self.objective, self.scales, self.damping, 0, False, 0, error, error, 0.0)
+
     def observer(self, in_features: int, device: torch.device | str = "cpu") -> Hessian:
         return Hessian(in_features, device)
 

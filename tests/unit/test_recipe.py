@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from neoquant.errors import RecipeError, RequestError
-from neoquant.grids import Codebook, Int8Rows
+from neoquant.grids import Codebook, Grid, Int8Rows, legal_pairs, make_grid
 from neoquant.quantization.recipe import Recipe, Rule
-from neoquant.quantizers import QUANTIZERS, Gptq, make_quantizer
+from neoquant.quantizers import (
+    QUANTIZERS,
+    Gptq,
+    Hessian,
+    Quantizer,
+    make_quantizer,
+    parse_option,
+    quantizer_with_options,
+)
+from neoquant.tensor import QuantizedTensor
 
 LAYERS = [
     f"transformer.h.{block}.{name}"
@@ -89,7 +102,96 @@ def test_options_reach_the_quantizer_and_may_be_any_that_it_has() -> None:
     for name, cls in QUANTIZERS.items():
         chosen = make_quantizer(name, **cls.options())
         assert chosen == cls() and chosen.describe() == {"name": name, **cls.options()}
-        assert parse({**NF4, "quantizer": name, **cls.options()}).rules[0].make_quantizer() == chosen
+        bits, type = next(pair for pair in legal_pairs() if chosen.refuse(make_grid(*pair)) is None)
+        rule = {"match": "*", "bits": bits, "type": type, "quantizer": name, **cls.options()}
+        assert parse(rule).rules[0].make_quantizer() == chosen
+
+
+@dataclass(frozen=True)
+class Picky(Quantizer):
+    """Rounds to int8 rows only."""
+
+    steps: int = 3
+    fast: bool = False
+    name: ClassVar[str] = "picky"
+
+    def refuse(self, grid: Grid) -> str | None:
+        return None if isinstance(grid, Int8Rows) else f"picky cannot round to {grid.name}"
+
+    def _quantize(
+        self, w: Tensor, grid: Grid, hessian: Hessian | None, output_hessian: Tensor | None
+    ) -> tuple[QuantizedTensor, None]:
+        codes, params = grid.nearest(w)
+        return QuantizedTensor(codes, grid, params, dtype=w.dtype), None
+
+
+@pytest.fixture
+def picky(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(QUANTIZERS, "picky", Picky)
+
+
+@pytest.mark.usefixtures("picky")
+def test_a_quantizer_refuses_a_grid() -> None:
+    assert Recipe.simple(8, "int8", quantizer="picky", steps=5).rules[0].make_quantizer() == Picky(steps=5)
+    with pytest.raises(RequestError, match=r"^picky cannot round to nf4$"):
+        Recipe.simple(4, "nf4", quantizer="picky")
+    with pytest.raises(RequestError, match=r"rule 2 \(match = '\*'\): picky cannot round to nf4$"):
+        parse({"match": "*.c_fc", "keep": True}, {**NF4, "quantizer": "picky"})
+    with pytest.raises(RequestError, match="picky cannot round to nf4"):
+        Picky().quantize(torch.ones(2, 64), Codebook("nf4"))
+    unchecked = Recipe.model_validate(
+        {"name": "test", "rules": [{**NF4, "quantizer": "picky"}, {"match": "*.c_fk", "keep": True}]}
+    )
+    refusal, idle = unchecked.complaints(LAYERS, OTHERS)
+    assert refusal == f"rule 1 (match = '*'): picky cannot round to nf4 ({LAYERS[0]} and {len(LAYERS) - 1} more)"
+    assert idle.startswith("rule 2"), "beside all other reasons"
+
+
+@pytest.mark.parametrize(
+    ("bits", "type", "quantizer", "name"),
+    [
+        (4, "nf4", None, "nf4"),
+        (4, "nf4", "nearest", "nf4"),
+        (8, "int8", None, "int8"),
+        (3, "affine", None, "affine3"),
+        (4, "affine", "gptq", "gptq4"),
+        (4, "nf4", "gptq", "nf4-gptq"),
+        (8, "int8", "picky", "int8-picky"),
+    ],
+)
+@pytest.mark.usefixtures("picky")
+def test_names_say_what_rounds(bits: int, type: str, quantizer: str | None, name: str) -> None:
+    """A quantizer's name stands for the grid's where the grid has several widths, and follows it otherwise."""
+    assert Recipe.simple(bits, type, quantizer=quantizer).name == name
+
+
+@pytest.mark.usefixtures("picky")
+def test_options_are_read_from_text() -> None:
+    texts = {"steps": "7", "fast": "true"}
+    parsed = {key: parse_option("picky", key, text) for key, text in texts.items()}
+    assert make_quantizer("picky", **parsed) == Picky(steps=7, fast=True)
+    assert make_quantizer("gptq", damping=parse_option("gptq", "damping", "0.5")) == Gptq(damping=0.5)
+    for key, text, words in (
+        ("steps", "1.5", "steps is a number .its default is 3., got '1.5'"),
+        ("fast", "yes", "fast is true or false"),
+        ("step", "1", "'picky' has no option step; .*picky has steps, fast"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            make_quantizer("picky", **{key: parse_option("picky", key, text)})
+    with pytest.raises(RequestError, match=r"'pickier' is not one of .*picky"):
+        parse_option("pickier", "steps", "7")
+
+
+@pytest.mark.usefixtures("picky")
+def test_options_imply_the_quantizer_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert quantizer_with_options(["order", "damping"]) == "gptq"
+    assert quantizer_with_options(["fast"]) == "picky"
+    for none in (["fast", "order"], ["speed"]):
+        with pytest.raises(RequestError, match=r"no quantizer has the option .*gptq has order"):
+            quantizer_with_options(none)
+    monkeypatch.setitem(QUANTIZERS, "other", Picky)
+    with pytest.raises(RequestError, match="picky and other have the option fast: name one"):
+        quantizer_with_options(["fast"])
 
 
 def test_first_match_wins() -> None:
@@ -119,7 +221,7 @@ def test_a_rule_may_name_the_weight() -> None:
         ({"rules": [NF4, {**NF4, "bits": 8, "type": "int8", "block_size": 64}]}, ["rule 2", "int8", "block_size"]),
         ({"rules": [{"match": "*"}]}, ["rule 1", "bits and type missing", "keep = true"]),
         ({"rules": [{"match": "*", "type": "nf4"}]}, ["rule 1", "bits missing"]),
-        ({"rules": [{**NF4, "quantizer": "gptk"}]}, ["rule 1", "'gptk' is not one of nearest, gptq"]),
+        ({"rules": [{**NF4, "quantizer": "gptk"}]}, ["rule 1", "'gptk' is not one of", "nearest", "gptq"]),
         ({"rules": [{**NF4, "group_size": 64}]}, ["rule 1", "nf4 does not know group_size"]),
         ({"rules": [{**NF4, "keep": True}]}, ["rule 1", "keep = true", "bits, type cannot apply"]),
         ({"rules": [{**NF4, "quantizer": "gptkew"}]}, ["rule 1", "'gptkew'", "nearest"]),

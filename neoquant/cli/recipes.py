@@ -1,0 +1,135 @@
+"""The recipe that command-line options describe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from neoquant.errors import RequestError
+
+if TYPE_CHECKING:
+    from neoquant.quantization.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions:
+    """What `quantize` and `plan` take to describe a recipe, as it was typed. None, False or empty: not stated."""
+
+    bits: int | None
+    type: str | None
+    block_size: int | None
+    no_double_quant: bool
+    group_size: int | None
+    symmetric: bool
+    quantizer: str | None
+    named_options: Mapping[str, str | float | None]
+    """Options of a quantizer that have a command-line option of their own."""
+    quantizer_option: Iterable[str] | None
+    """Any options of the quantizer, each `NAME=VALUE`."""
+    calibrated: bool
+    """Whether there are calibration samples."""
+    keep: list[str] | None
+    format: str | None
+    dtype: str | None
+    embeddings: str | None
+    recipe: str | None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What is stated of the recipe beside its rules."""
+        return _stated({"format": self.format, "dtype": self.dtype, "embeddings": self.embeddings})
+
+    @property
+    def grid(self) -> dict[str, Any]:
+        """What is stated of the grid beside bits and type."""
+        double_quant = False if self.no_double_quant else None
+        symmetric = self.symmetric or None
+        size = {"block_size": self.block_size, "group_size": self.group_size}
+        return _stated({**size, "double_quant": double_quant, "symmetric": symmetric})
+
+
+def choose_recipe(options: RecipeOptions) -> Recipe:
+    """The recipe of that name or file, or the simple one that the options describe.
+
+    Raises:
+        RequestError: the options contradict each other, or there is no such grid, quantizer or recipe.
+    """
+    from neoquant.quantization.recipe import Recipe
+
+    if options.recipe is None:
+        recipe = _simple(options)
+    else:
+        _refuse_rule_options(options)
+        recipe = Recipe.parse({**Recipe.load(options.recipe).model_dump(exclude_unset=True), **options.fields})
+    return recipe.keeping(options.keep or (), "--keep")
+
+
+def _refuse_rule_options(options: RecipeOptions) -> None:
+    """Raise RequestError for options that say what the rules of a recipe say."""
+    switches = {"double_quant": "no-double-quant"}
+    rule = {"bits": options.bits, "type": options.type, **options.grid, "quantizer": options.quantizer}
+    stated = [*_stated(rule), *_stated(options.named_options), *(["quantizer-option"] * bool(options.quantizer_option))]
+    if stated:
+        names = [f"--{switches.get(name, name).replace('_', '-')}" for name in stated]
+        raise RequestError(f"--recipe decides the grids, so {', '.join(names)} cannot be given with it")
+
+
+def _simple(options: RecipeOptions) -> Recipe:
+    """One grid and one quantizer for all layers. `--type QUANTIZER` is short for the affine grid rounded by it."""
+    from neoquant.quantization.recipe import Recipe
+    from neoquant.quantizers import QUANTIZERS
+
+    bits, type, quantizer = options.bits, options.type, options.quantizer
+    if type in QUANTIZERS:
+        if quantizer not in (None, type):
+            raise RequestError(f"--type {type} is the affine grid and --quantizer {type}, not --quantizer {quantizer}")
+        bits, type, quantizer = 4 if bits is None else bits, "affine", type
+    texts = _pairs(options.quantizer_option or ())
+    named = _stated(options.named_options)
+    quantizer = quantizer or _implied_quantizer([*named, *texts], options.calibrated)
+    bits, type = _complete(bits, type, quantizer)
+    return Recipe.simple(
+        bits, type, quantizer=quantizer, **options.grid, **options.fields, **named, **_parsed(quantizer, texts)
+    )
+
+
+def _implied_quantizer(option_names: list[str], calibrated: bool) -> str | None:
+    """The quantizer that calibration samples, or a quantizer's options, ask for."""
+    from neoquant.quantizers import CALIBRATED_QUANTIZER, quantizer_with_options
+
+    if calibrated:
+        return CALIBRATED_QUANTIZER
+    return quantizer_with_options(option_names) if option_names else None
+
+
+def _pairs(texts: Iterable[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in texts]
+    for name, equals, value in pairs:
+        if not name or not equals:
+            raise RequestError(f"--quantizer-option {name + equals + value!r} is not NAME=VALUE")
+    return {name: value for name, _, value in pairs}
+
+
+def _parsed(quantizer: str | None, texts: Mapping[str, str]) -> dict[str, Any]:
+    from neoquant.quantizers import parse_option
+
+    return {} if quantizer is None else {name: parse_option(quantizer, name, text) for name, text in texts.items()}
+
+
+def _stated(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _complete(bits: int | None, type: str | None, quantizer: str | None) -> tuple[int, str]:
+    """Bits and type where only one of them, or neither, is named: the first that the quantizer does not refuse. An
+    illegal pair is passed on to be refused."""
+    from neoquant.grids import legal_pairs, make_grid
+    from neoquant.quantizers import make_quantizer
+
+    rounds = None if quantizer is None else make_quantizer(quantizer)
+    for pair in ((4, "nf4"), (8, "int8"), (4, "affine"), *sorted(legal_pairs())):
+        legal = bits in (None, pair[0]) and type in (None, pair[1])
+        if legal and (rounds is None or rounds.refuse(make_grid(*pair)) is None):
+            return pair
+    return 4 if bits is None else bits, type or "nf4"
