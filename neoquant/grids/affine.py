@@ -8,7 +8,7 @@ the group size does not divide ends in a shorter group; a row shorter than a gro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -98,15 +98,27 @@ class Affine(Grid):
         return self.round(w, params), params
 
     def fit(self, w: Tensor, search: bool = False, importance: Tensor | None = None) -> Params:
-        width = self.width(w.shape[1])
         params = self._empty(w)
         if not search and rounding.refuse(w) is None and self._fit_natively(w, params, None):
             return params
+
+        def solve(groups: Tensor, columns: slice) -> Params:
+            weights = None if importance is None else importance[columns].view(1, -1, groups.shape[-1]).float()
+            return self.search_range(groups, weights) if search else self.cover_range(groups)
+
+        return self.fit_groups(w, solve)
+
+    def fit_groups(self, w: Tensor, solve: Callable[[Tensor, slice], Params]) -> Params:
+        """Parameters for w[O, I], solved a piece at a time.
+
+        `solve` is given groups, float32[R, G, width], and which columns of w these are; it returns their stored
+        parameters {name: [R, G]}.
+        """
+        width, params = self.width(w.shape[1]), self._empty(w)
         for rows in row_spans(w):
-            for columns, groups in self._split(w[rows].detach(), width):  # [R, G, width]
-                weights = None if importance is None else importance[columns].view(1, -1, groups.shape[-1]).float()
+            for columns, groups in self._split(w[rows].detach(), width):
                 at = slice(columns.start // width, count_pieces(columns.stop, width))
-                for name, fitted in self._fit(groups.float(), search, weights).items():
+                for name, fitted in solve(groups.float(), columns).items():
                     params[name][rows, at] = fitted
         return params
 
@@ -160,49 +172,69 @@ class Affine(Grid):
         if body < w.shape[1]:
             yield slice(body, w.shape[1]), w[:, body:].unsqueeze(1)
 
-    def _fit(self, groups: Tensor, search: bool, importance: Tensor | None) -> Params:
-        """Parameters of groups[R, G, width], rounded to their stored types: {name: [R, G]}."""
-        low, high = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
-        if self.symmetric:
-            high = torch.maximum(high, -low)
-            low = -high
-        best = self._params(low, high)
-        scale = best["scale"]
-        if not scale.isfinite().all():
+    def cover_range(self, groups: Tensor) -> Params:
+        """The stored parameters {name: [R, G]} that cover the range of groups[R, G, width] and zero.
+
+        Raises FormatError where the groups are not finite, or their scales no float16.
+        """
+        low, high = self._range(groups)
+        params = self._params(low, high)
+        if not params["scale"].isfinite().all():
             if not (low.isfinite().all() and high.isfinite().all()):
                 raise FormatError("the weight holds infinity or NaN, which no grid can hold")
             raise FormatError(
                 f"scales are float16, which ends at 65504; the largest is {(high - low).max() / self.top:g}"
             )
-        if search:
-            error = self._error(groups, best, importance)
-            start, end, steps = SEARCHED[self.bits]
-            if self.symmetric:  # the range ends half a step beyond the highest value: a larger scale may be better
-                end *= self.top / (self.top - 1)
-            for part in torch.linspace(end, start, steps).tolist():
-                tried = self._params(low * part, high * part)
-                found = self._error(groups, tried, importance)
-                better = found < error
-                error = torch.where(better, found, error)
-                best = {name: torch.where(better, tried[name], best[name]) for name in best}
+        return params
+
+    def search_range(self, groups: Tensor, importance: Tensor | None = None) -> Params:
+        """Those of least squared error, weighted by `importance`[1, G, width] where given, among parts of that range.
+
+        Raises FormatError as `cover_range` does.
+        """
+        best = self.cover_range(groups)
+        low, high = self._range(groups)
+        error = self._error(groups, best, importance)
+        start, end, steps = SEARCHED[self.bits]
+        if self.symmetric:  # the range ends half a step beyond the highest value: a larger scale may be better
+            end *= self.top / (self.top - 1)
+        for part in torch.linspace(end, start, steps).tolist():
+            tried = self._params(low * part, high * part)
+            found = self._error(groups, tried, importance)
+            better = found < error
+            error = torch.where(better, found, error)
+            best = {name: torch.where(better, tried[name], best[name]) for name in best}
         return best
+
+    def group_steps(self, groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """The codes nearest to groups[R, G, width] under scale and zero[R, G], less the zero: float32[R, G, width]."""
+        steps = (groups * reciprocal(scale)[..., None]).add_(TO_INTEGER).sub_(TO_INTEGER)
+        torch.maximum(steps, -zero[..., None], out=steps)
+        return torch.minimum(steps, self.top - zero[..., None], out=steps)
+
+    def store(self, scale: Tensor, zero: Tensor) -> Params:
+        """Scale and integer zero, float32[R, G], as they are stored; a symmetric grid has no zero of its own."""
+        stored = {"scale": scale.to(torch.float16)}
+        return stored if self.symmetric else {**stored, "zero": zero.to(torch.uint8)}
+
+    def _range(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Between what, [R, G], the values of groups[R, G, width] and zero lie; evenly about zero if symmetric."""
+        low, high = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
+        if self.symmetric:
+            high = torch.maximum(high, -low)
+            low = -high
+        return low, high
 
     def _params(self, low: Tensor, high: Tensor) -> Params:
         """The stored parameters whose values run from `low` to `high`."""
-        scale = ((high - low) / self.top).abs_().to(torch.float16)  # a group of zeros has not minus zero
-        if self.symmetric:
-            return {"scale": scale}
-        zero = (-low * reciprocal(scale.float())).add_(TO_INTEGER).sub_(TO_INTEGER).clamp_(0, self.top)
-        return {"scale": scale, "zero": zero.nan_to_num_(0).to(torch.uint8)}
+        scale = ((high - low) / self.top).abs_().to(torch.float16).float()  # a group of zeros has not minus zero
+        zero = (-low * reciprocal(scale)).add_(TO_INTEGER).sub_(TO_INTEGER).clamp_(0, self.top)
+        return self.store(scale, zero.nan_to_num_(0))
 
     def _error(self, groups: Tensor, params: Params, importance: Tensor | None) -> Tensor:
         """The squared error of every group, weighted by `importance`[1, G, width] where given: [R, G]."""
         scale, zero = self.scale_and_zero(params)
-        scale, zero = scale[..., None], zero[..., None]
-        values = (groups * reciprocal(scale)).add_(TO_INTEGER).sub_(TO_INTEGER)
-        torch.maximum(values, -zero, out=values)
-        torch.minimum(values, self.top - zero, out=values)
-        values.mul_(scale).sub_(groups).square_()
+        values = self.group_steps(groups, scale, zero).mul_(scale[..., None]).sub_(groups).square_()
         return values.sum(2) if importance is None else values.mul_(importance).sum(2)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from weights import DTYPES, KINDS, make_weight
 
-from neoquant.errors import FormatError
+from neoquant.errors import FormatError, RequestError
 from neoquant.formats import FORMATS, Format, choose, detect
 from neoquant.grids import Affine, Grid, legal_pairs, make_grid
 from neoquant.kernels import KERNELS, Kernel
@@ -56,9 +56,18 @@ def legal(refuse: Callable[..., str | None], **axes: Iterable[Any]) -> pytest.Ma
     return pytest.mark.parametrize(list(axes), cases)
 
 
+def rounding(quantizer: str, grid: Grid, shape: tuple[int, int] = (32, 96)) -> str | None:
+    """Why the quantizer does not round to this grid, or None; the same for every shape."""
+    return QUANTIZERS[quantizer]().refuse(grid)
+
+
 def storing(grid: Grid, format: Format, shape: tuple[int, int] = (32, 96)) -> str | None:
     """Why the format does not store such a weight, or None."""
     return format.refuse(grid, shape)
+
+
+def rounding_and_storing(quantizer: str, grid: Grid, format: Format, shape: tuple[int, int]) -> str | None:
+    return rounding(quantizer, grid) or storing(grid, format, shape)
 
 
 def running(
@@ -68,12 +77,11 @@ def running(
     return kernel.refuse(grid, shape, torch.device(device), has_order)
 
 
+ROUNDED: dict[str, Iterable[Any]] = {"quantizer": QUANTIZERS, "grid": GRIDS + VARIANTS}
 STORED: dict[str, Iterable[Any]] = {"grid": GRIDS + VARIANTS, "format": FORMATS.values()}
 RUN: dict[str, Iterable[Any]] = {"grid": GRIDS + VARIANTS, "kernel": KERNELS.values()}
 
-every_quantizer = pytest.mark.parametrize("quantizer", QUANTIZERS)
 every_grid = pytest.mark.parametrize("grid", GRIDS + VARIANTS, ids=grid_id)
-every_shape = pytest.mark.parametrize("shape", SHAPES, ids=label)
 
 
 def quantize(
@@ -104,9 +112,17 @@ def test_names_are_keys() -> None:
     assert all(grid.name == name and grid.bits == bits for grid, (bits, name) in zip(GRIDS, legal_pairs(), strict=True))
 
 
-@every_quantizer
-@every_grid
-@every_shape
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_quantizers_round_to_some_grids_and_refuse_others_with_a_reason(quantizer: str) -> None:
+    refused = {grid: reason for grid in GRIDS + VARIANTS if (reason := rounding(quantizer, grid))}
+    for grid, reason in refused.items():
+        with pytest.raises(RequestError) as caught:
+            quantize(quantizer, grid, (32, 96))
+        assert caught.value.message == reason and "\n" not in reason
+    assert len(refused) < len(GRIDS + VARIANTS)
+
+
+@legal(rounding, **ROUNDED, shape=SHAPES)
 def test_quantizers_give_what_the_grid_holds(quantizer: str, grid: Grid, shape: tuple[int, int]) -> None:
     for dtype, kind in itertools.product(DTYPES, KINDS):
         q = quantize(quantizer, grid, shape, dtype, kind)
@@ -115,8 +131,7 @@ def test_quantizers_give_what_the_grid_holds(quantizer: str, grid: Grid, shape: 
         assert q.equals(quantize(quantizer, grid, shape, dtype, kind)), "two runs, the same bits"
 
 
-@every_quantizer
-@every_grid
+@legal(rounding, **ROUNDED)
 def test_quantizers_come_close(quantizer: str, grid: Grid) -> None:
     w = make_weight((96, 1024), torch.float16, "normal").float()
     q = quantize(quantizer, grid, (96, 1024))
@@ -136,8 +151,7 @@ def test_formats_store_some_weights_and_refuse_others_with_a_reason(format: Form
     assert refused < len(GRIDS + VARIANTS) * len(SHAPES)
 
 
-@every_quantizer
-@legal(storing, **STORED, shape=SHAPES)
+@legal(rounding_and_storing, quantizer=QUANTIZERS, **STORED, shape=SHAPES)
 def test_formats_give_back_every_bit(quantizer: str, grid: Grid, format: Format, shape: tuple[int, int]) -> None:
     for dtype in DTYPES:
         q = quantize(quantizer, grid, shape, dtype)
