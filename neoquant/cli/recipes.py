@@ -87,6 +87,8 @@ def _simple(options: RecipeOptions) -> Recipe:
         bits, type, quantizer = 4 if bits is None else bits, "affine", type
     texts = _pairs(options.quantizer_option or ())
     named = _stated(options.named_options)
+    if twice := next((name for name in texts if name in named), None):
+        raise RequestError(f"--{twice} and --quantizer-option {twice} are the same: give one of them")
     quantizer = quantizer or _implied_quantizer([*named, *texts], options.calibrated)
     bits, type = _complete(bits, type, quantizer)
     return Recipe.simple(

@@ -288,3 +288,40 @@ def test_quantize_with_calibration(cli: Cli, tiny_model: Path, text_file: Path) 
     assert "calibration 'nowhere': give a file of text, or one of pile, demo" in unknown.error
     assert cli("quantize", tiny_model, "--type", "int8", "--recipe", "nf4", *shown, "--out", "x").code == 2
     assert not Path("x").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "stated"),
+    [
+        ("--quantizer nearest", "nf4", {"bits": 4, "type": "nf4", "quantizer": "nearest"}),
+        ("--quantizer gptq", "nf4-gptq", {"bits": 4, "type": "nf4", "quantizer": "gptq"}),
+        ("--bits 3 --quantizer gptq", "gptq3", {"bits": 3, "type": "affine", "quantizer": "gptq"}),
+        ("--type gptq --quantizer gptq", "gptq4", {"bits": 4, "type": "affine", "quantizer": "gptq"}),
+        (
+            "--quantizer-option damping=0.5 --quantizer-option order=off --type affine",
+            "gptq4",
+            {"bits": 4, "type": "affine", "quantizer": "gptq", "damping": 0.5, "order": "off"},
+        ),
+    ],
+)
+def test_quantizers_by_name(cli: Cli, tiny_model: Path, words: str, name: str, stated: dict[str, object]) -> None:
+    assert cli("plan", tiny_model, *words.split(), "--json", "p.json").code == 0
+    recipe = json.loads(Path("p.json").read_text())["recipe"]
+    assert recipe["name"] == name and recipe["rules"] == [{"match": "*", **stated}]
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ("--quantizer gptk", "quantizer 'gptk' is not one of"),
+        ("--type nearest --quantizer gptq", "--type nearest is the affine grid and --quantizer nearest, not"),
+        ("--quantizer nearest --order off", "quantizer 'nearest' has no option order"),
+        ("--quantizer-option speed=1", "no quantizer has the option speed"),
+        ("--quantizer gptq --quantizer-option damping", "--quantizer-option 'damping' is not NAME=VALUE"),
+        ("--quantizer gptq --quantizer-option damping=much", "damping is a number (its default is 0.01), got 'much'"),
+        ("--order off --quantizer-option order=static", "--order and --quantizer-option order are the same"),
+        ("--recipe nf4 --quantizer gptq --quantizer-option a=b", "so --quantizer, --quantizer-option cannot be given"),
+    ],
+)
+def test_quantizers_are_refused(cli: Cli, tiny_model: Path, words: str, error: str) -> None:
+    assert error in cli("plan", tiny_model, *words.split()).error

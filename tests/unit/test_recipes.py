@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import functools
+import importlib
+from types import ModuleType
 
 import pytest
+from conftest import REPOSITORY
 from shapes import SIZES, checkpoint_of
 
 from neoquant.quantization.plan import Plan, make_plan
 from neoquant.quantization.recipe import Recipe, recipe_names
 from neoquant.quantizers import QUANTIZERS
 
-FOLDER = Path(__file__).parents[2] / "recipes"
+FOLDER = REPOSITORY / "recipes"
+
+
+@functools.cache
+def recipe_rows() -> ModuleType:
+    """The script that prints a row."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(REPOSITORY / "eval")
+        return importlib.import_module("recipe_rows")
 
 
 def plans(name: str) -> dict[str, Plan]:
@@ -34,6 +45,7 @@ def test_recipe(name: str) -> None:
     common = {"bitsandbytes": "yes", "gptq": "with GPTQModel"}.get(plan.format.family, "no")
     row = f"| [{name}]({name}.toml) | {plan.bits_per_weight_linears:.2f} | {' | '.join(sizes)} | {common} |"
     assert row in (FOLDER / "README.md").read_text(encoding="utf-8").splitlines()
+    assert recipe_rows().row(name) == row
 
 
 def test_every_quantizer_has_a_recipe() -> None:
