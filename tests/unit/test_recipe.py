@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -72,6 +72,7 @@ rules = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(
     name=texts,
     description=st.text(max_size=12),
