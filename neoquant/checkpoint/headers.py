@@ -54,6 +54,12 @@ class TensorHeader(NamedTuple):
         return self.numel * self.dtype.itemsize
 
 
+def float_type(headers: Iterable[TensorHeader]) -> torch.dtype | None:
+    """The type of a checkpoint's weights, as transformers takes it: the first floating-point tensor's, by name."""
+    floats = {header.name: header.dtype for header in headers if header.dtype.is_floating_point}
+    return floats[min(floats)] if floats else None
+
+
 def parse_header(text: bytes, data_bytes: int | None) -> list[tuple[TensorHeader, int]]:
     """Read the JSON of a safetensors header.
 

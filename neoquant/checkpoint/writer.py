@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -40,15 +40,24 @@ class CheckpointWriter:
         tensors: how many are to come, to reserve space for the header; a wrong guess costs time, not correctness.
         force: replace an existing model folder. The old one stays until the new one is complete.
         shard_size: bytes of tensors in a file, at most, unless one tensor alone is larger.
+        keeps: names of files that `out` may hold without `force`, since they will be among the files of `finish`.
 
     Raises:
         OutputError: on entering, where `out` may not be written; later, where the disk is full or refuses.
     """
 
-    def __init__(self, out: str | Path, *, tensors: int, force: bool = False, shard_size: int = SHARD_SIZE) -> None:
+    def __init__(
+        self,
+        out: str | Path,
+        *,
+        tensors: int,
+        force: bool = False,
+        shard_size: int = SHARD_SIZE,
+        keeps: Collection[str] = (),
+    ) -> None:
         self.out = Path(out).resolve()
         self.shard_size = shard_size
-        self._force = force
+        self._force, self._keeps = force, keeps
         self._reserve = header_reserve(tensors)
         self._partial = self.out.parent / f".{self.out.name}.partial-{os.getpid()}"
         self._replaced = self.out.parent / f".{self.out.name}.replaced-{os.getpid()}"
@@ -61,7 +70,7 @@ class CheckpointWriter:
         with _explained("create the folder", self.out):
             self.out.parent.mkdir(parents=True, exist_ok=True)
             _sweep(self.out)
-            check_output(self.out, self._force)
+            check_output(self.out, self._force, self._keeps)
             try:
                 self._partial.mkdir()
             except FileExistsError:
@@ -138,7 +147,7 @@ class CheckpointWriter:
         if not self.out.exists() or not any(self.out.iterdir()):
             self._partial.rename(self.out)
         else:
-            check_output(self.out, self._force)  # it may have appeared since we began
+            check_output(self.out, self._force, self._keeps)  # it may have appeared since we began
             try:
                 self.out.rename(self._replaced)
                 self._partial.rename(self.out)
@@ -150,8 +159,10 @@ class CheckpointWriter:
         _sync_folder(self.out.parent)
 
 
-def check_output(out: Path, force: bool) -> None:
+def check_output(out: Path, force: bool, keeps: Collection[str] = ()) -> None:
     """Raise OutputError unless `out` is free, empty, or, with `force`, a model folder that may be replaced.
+
+    It may also hold files named in `keeps`, which are to be kept.
 
     Replacing is deleting, so whatever is not plainly a model folder is left alone.
     """
@@ -162,7 +173,7 @@ def check_output(out: Path, force: bool) -> None:
     entries = list(out.iterdir())
     if out.resolve() == Path.cwd():  # to replace it would leave the user's shell in a folder that is gone
         raise OutputError(f"{out.resolve()} is the current folder, expected the name of a new one")
-    if not entries:
+    if all(entry.name in keeps and entry.is_file() and not entry.is_symlink() for entry in entries):
         return
     if not force:
         raise OutputError(f"{out} exists; choose another name, or replace it with --force")

@@ -50,7 +50,7 @@ def info(
 
     source = find_model(model, terminal, "info")
     with open_checkpoint(source, revision=revision, headers_only=True, progress=terminal.progress) as checkpoint:
-        terminal.show_facts(_facts(checkpoint, describe(checkpoint)))
+        terminal.show_facts([*_facts(checkpoint, describe(checkpoint)), *(("note", note) for note in checkpoint.notes)])
         layers = calibration_record(checkpoint).get("layers")
     if isinstance(layers, dict) and layers:
         from neoquant.calibration.summary import remarks

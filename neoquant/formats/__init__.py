@@ -5,8 +5,10 @@ The order is that of preference: what other tools read comes first.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
+
+from torch import Tensor
 
 from neoquant.errors import FormatError, RequestError
 from neoquant.formats.base import Format
@@ -42,6 +44,7 @@ __all__ = [
     "Packed",
     "choose",
     "detect",
+    "detect_checked",
     "why_not",
 ]
 
@@ -92,6 +95,18 @@ def detect(config: Mapping[str, Any], names: Iterable[str]) -> Format | None:
     if method in families:
         raise FormatError(f"config.json says {method}, but no tensor of the checkpoint is quantized that way")
     raise FormatError(f"config.json says quant_method {method!r}; neoquant reads {', '.join(families)}")
+
+
+def detect_checked(
+    config: Mapping[str, Any], names: Iterable[str], view: Callable[[str], Tensor]
+) -> tuple[Format | None, tuple[str, ...]]:
+    """`detect`, held against the tensors, which `view` gives by name; and notes where config.json contradicts them.
+
+    Raises FormatError for a quantized checkpoint that no format here reads.
+    """
+    names = list(names)
+    found = detect(config, names)
+    return (None, ()) if found is None else found.checked(found.quantized(names), view)
 
 
 def why_not(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -36,6 +36,16 @@ class Format(ABC):
     def configured(self, said: Mapping[str, Any]) -> Format:
         """The format as a checkpoint of this `quantization_config` has it, where its tensors do not say all."""
         return self
+
+    def checked(
+        self, layers: Mapping[str, Iterable[str]], view: Callable[[str], Tensor]
+    ) -> tuple[Format, tuple[str, ...]]:
+        """The format as the checkpoint's tensors have it, where config.json contradicts them; and notes that say so.
+
+        `layers` is layer -> suffixes of its tensors, as `quantized` gives it; `view` gives a tensor by its name.
+        Raises FormatError where the tensors contradict each other.
+        """
+        return self, ()
 
     @abstractmethod
     def refuse(self, grid: Grid, shape: tuple[int, ...]) -> str | None:

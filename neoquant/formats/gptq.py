@@ -8,7 +8,7 @@ as v2.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +22,7 @@ from neoquant.grids import Affine, Grid
 from neoquant.tensor import QuantizedTensor
 
 V1, V2 = "gptq", "gptq_v2"
+_OTHER_METHODS = ("awq",)  # which call their tensors the same, and pack them otherwise
 MULTIPLE = 32  # of inputs and outputs: whole words at every number of bits
 
 
@@ -30,7 +31,7 @@ class Gptq(Format):
 
     name: ClassVar[str] = "gptq"
     family: ClassVar[str] = "gptq"
-    markers: ClassVar[tuple[str, ...]] = (".g_idx",)
+    markers: ClassVar[tuple[str, ...]] = (".qweight", ".g_idx")
     holds_order: ClassVar[bool] = True
 
     def __init__(self, said: Mapping[str, Any] | None = None, version: str | None = None) -> None:
@@ -42,7 +43,32 @@ class Gptq(Format):
         self.version = version
 
     def configured(self, said: Mapping[str, Any]) -> Format:
+        if said.get("quant_method") in _OTHER_METHODS:
+            raise FormatError(f"config.json says quant_method {said['quant_method']!r}; neoquant reads gptq")
         return Gptq(said)
+
+    def checked(
+        self, layers: Mapping[str, Iterable[str]], view: Callable[[str], Tensor]
+    ) -> tuple[Format, tuple[str, ...]]:
+        """Symmetric zeros are all the same number, which shows the version that they are stored in.
+
+        Programs have written v2's zeros under v1's label, and the other way; every weight would be off by its scale.
+        """
+        grid, stated = self._stated()
+        if not grid.symmetric:
+            return self, ()
+        shown = {layer: _version_of(view(f"{layer}.qzeros"), grid) for layer, has in layers.items() if ".qzeros" in has}
+        versions = set(shown.values()) - {None}
+        if len(versions) > 1:
+            first, other = (next(layer for layer in shown if shown[layer] == version) for version in (V1, V2))
+            raise FormatError(f"qzeros of {first} are of checkpoint_format {V1}, and those of {other} of {V2}")
+        if not versions or stated in versions or None in shown.values():
+            return self, ()
+        (version,) = versions
+        said = {key: value for key, value in self.said.items() if key != "format"} | {"checkpoint_format": version}
+        verb = "says" if {"checkpoint_format", "format"} & self.said.keys() else "leaves it at"
+        note = f"qzeros are of checkpoint_format {version!r}, as sym: true shows, and config.json {verb} {stated!r}"
+        return Gptq(said), (f"{note}; they are read as {version!r}",)
 
     def refuse(self, grid: Grid, shape: tuple[int, ...]) -> str | None:
         if not isinstance(grid, Affine):
@@ -82,6 +108,7 @@ class Gptq(Format):
         self, tensors: Mapping[str, Tensor], shape: tuple[int, ...] | None = None, dtype: torch.dtype = torch.float16
     ) -> QuantizedTensor:
         grid, version = self._stated()
+        tensors = self._with_groups(tensors, grid)
         require_suffixes(tensors, (".qweight", ".qzeros", ".scales", ".g_idx"))
         rows, columns = _shape(tensors)
         require_shape((rows, columns), shape)
@@ -137,6 +164,15 @@ class Gptq(Format):
             **(partly if left_out else {}),
         }
 
+    def _with_groups(self, tensors: Mapping[str, Tensor], grid: Affine) -> Mapping[str, Tensor]:
+        """The tensors with `g_idx`, the group of each input, which the first programs left out."""
+        if ".g_idx" in tensors or ".qweight" not in tensors:
+            return tensors
+        if self.said.get("desc_act"):
+            raise FormatError("the quantized weight lacks g_idx, and with desc_act: true its order is not known")
+        columns = tensors[".qweight"].shape[0] * 32 // grid.bits
+        return {**tensors, ".g_idx": torch.arange(columns, dtype=torch.int32) // grid.width(columns)}
+
     def _written(self, grid: Affine) -> str:
         return self.version or (V1 if grid.symmetric else V2)
 
@@ -175,6 +211,16 @@ class Gptq(Format):
             return Affine(*stated), version  # type: ignore[arg-type]
         except RequestError as error:
             raise FormatError(f"quantization_config: {error}") from error
+
+
+def _version_of(words: Tensor, grid: Affine) -> str | None:
+    """The version in which these words, int32[G, O * bits / 32], hold a symmetric grid's zeros; None for neither."""
+    outputs = words.shape[-1] * 32 // grid.bits
+    for version, stored in ((V1, grid.middle - 1), (V2, grid.middle)):
+        row = to_words(torch.full((1, outputs), stored, dtype=torch.uint8), grid.bits)
+        if words.dim() == 2 and words.numel() and words.dtype == torch.int32 and bool((words == row).all()):
+            return version
+    return None
 
 
 def _shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:

@@ -1,54 +1,33 @@
-"""Putting a checkpoint's tensors into an empty model, one at a time, each where it belongs."""
+"""Putting a checkpoint's tensors into an empty model, one at a time, each on its device."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from neoquant import formats
-from neoquant.checkpoint import TensorHeader
 from neoquant.errors import CheckpointError, RequestError, locate
 from neoquant.formats import Format
 from neoquant.formats.base import dtype_name
-from neoquant.loading.device_map import DeviceMap, unit_of
+from neoquant.loading.contents import Contents, Readable
+from neoquant.loading.device_map import DeviceMap
 from neoquant.model.base import LoadReport, Network
-from neoquant.model.dtypes import resolve_dtype
 from neoquant.model.names import BASE_PREFIX
+from neoquant.model.shapes import shape_problem
 from neoquant.nn.linear import QuantEmbedding, QuantLinear, StoredEmbedding, StoredLinear, is_native
 from neoquant.progress import Progress
 
 
 class LoadWarning(UserWarning):
-    """A checkpoint and a model class do not hold the same tensors, in a way that can be lived with."""
-
-
-class Readable(Protocol):
-    """What a model is made from: a checkpoint, or what reads like one."""
-
-    @property
-    def source(self) -> str: ...
-    @property
-    def folder(self) -> Path | None: ...
-    @property
-    def config(self) -> Mapping[str, Any]: ...
-    @property
-    def headers(self) -> Mapping[str, TensorHeader]: ...
-    @property
-    def dropped(self) -> tuple[str, ...]: ...
-    @property
-    def notes(self) -> tuple[str, ...]: ...
-    def view(self, name: str) -> Tensor: ...
-    def forget(self, name: str) -> None: ...
+    """A checkpoint is not what its files or the model class promise, in a way that can be lived with."""
 
 
 class NoInit(TorchFunctionMode):
-    """Skips the initialization of fresh weights: on the meta device, drawing none takes torch seconds of imports."""
+    """Skips the initialization of weights: on the meta device, drawing none takes torch seconds of imports."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -73,40 +52,31 @@ class Filler:
     ) -> None:
         self.checkpoint, self.model, self.format = checkpoint, model, format
         self.dtype, self.places, self.compute_dtype = dtype, places, compute_dtype
-        self.layers = format.quantized(checkpoint.headers) if format else {}
-        spelled = {layer + suffix for layer, suffixes in self.layers.items() for suffix in suffixes}
-        self.plain = [name for name in checkpoint.headers if name not in spelled]
+        self.contents = Contents.of(checkpoint, model, format)
 
-    def run(self, progress: Progress) -> None:
-        stored_base = _has_base_prefix(self.checkpoint.headers)
-        slots = dict(self.model.named_parameters(remove_duplicate=False))
+    def fill(self, progress: Progress) -> LoadReport:
+        """Load every parameter of the model, and initialize those of a head that the checkpoint lacks.
+
+        Raises CheckpointError for tensors of the network that are missing or have another shape.
+        """
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
         tied = self.model.tied_weights()
-        plain = {self._here(name, stored_base): name for name in self.plain}
-        layers = {self._here(name, stored_base): name for name in self.layers}
-        available = plain.keys() | {f"{layer}.weight" for layer in layers}
-        missing = [name for name in slots if name not in available and name not in tied]
-        unexpected = [name for name in available if name not in slots]
-        self._refuse_missing(missing)
-        with progress.task("loading", total=len(slots)) as advance:
-            for name, parameter in slots.items():
-                if name in tied or name in missing:
-                    continue
-                layer = name.removesuffix(".weight")
-                if layer in layers and name.endswith(".weight"):
-                    self._put_quantized(layer, layers[layer])
-                else:
-                    self._put_plain(name, plain[name], parameter)
-                advance(1)
+        available = self.contents.tensors
+        missing = [name for name in parameters if name not in available and name not in tied]
+        self._require_network(missing)
+        with progress.task("loading", total=len(parameters)) as advance:
+            for name, parameter in parameters.items():
+                if name not in tied and name in available:
+                    self._load(name, parameter)
+                    advance(1)
         for name, source in tied.items():
             self._tie(name.removesuffix(".weight"), source.removesuffix(".weight"))
-        self._draw(missing)
-        self._report(missing, [name for name in unexpected if name not in tied])
+        self._initialize(missing)
+        unexpected = sorted(name for name in available if name not in parameters)
+        return LoadReport(tuple(missing), tuple(unexpected), self.checkpoint.dropped)
 
-    def _here(self, name: str, stored_base: bool) -> str:
-        return _named(name, stored_base, self.model)
-
-    def _refuse_missing(self, missing: list[str]) -> None:
-        """Only the small heads for other tasks may be drawn anew; without the network itself there is no model."""
+    def _require_network(self, missing: list[str]) -> None:
+        """Only the small heads for other tasks may be missing; without the network itself there is no model."""
         fatal = [
             name for name in missing if name.startswith((BASE_PREFIX, "lm_head.")) or not self.model.base_model_prefix
         ]
@@ -114,48 +84,46 @@ class Filler:
             shown = ", ".join(fatal[:5]) + (f" and {len(fatal) - 5} more" if len(fatal) > 5 else "")
             raise CheckpointError(f"lacks {len(fatal)} of the model's tensors: {shown}")
 
-    def _put_plain(self, name: str, stored: str, slot: Tensor) -> None:
+    def _load(self, name: str, parameter: Tensor) -> None:
+        layer = name.removesuffix(".weight")
+        if name.endswith(".weight") and layer in self.contents.layers:
+            self._load_quantized(layer, self.contents.layers[layer])
+        else:
+            self._load_plain(name, self.contents.plain[name], parameter)
+
+    def _load_plain(self, name: str, stored: str, parameter: Tensor) -> None:
         header = self.checkpoint.headers[stored]
-        if header.shape != tuple(slot.shape):
-            raise CheckpointError(f"tensor {stored!r} is {list(header.shape)}, but config.json says {list(slot.shape)}")
+        if problem := shape_problem({stored: header.shape}, {stored: tuple(parameter.shape)}):
+            raise CheckpointError(problem)
         if not header.dtype.is_floating_point:
             raise CheckpointError(f"tensor {stored!r} is {header.dtype}, a weight is floating-point")
-        _set_parameter(self.model, name, nn.Parameter(self._plain(stored, name)))
-        self._let_compute(name.rpartition(".")[0])
+        _set_parameter(self.model, name, nn.Parameter(self._tensor(stored, name)))
+        self._compute_with_stored_type(name.rpartition(".")[0])
 
-    def _plain(self, stored: str, name: str) -> Tensor:
-        """A tensor in the model's type, where it belongs: in the file's own memory, if that is both already."""
+    def _tensor(self, stored: str, name: str) -> Tensor:
+        """A tensor in the model's type, on its device: in the file's own memory, if it is both already."""
         tensor = self.checkpoint.view(stored)
         if tensor.dtype != self.dtype and self.places.is_mapped(name):
             raise RequestError(
                 f"{name} is to stay on disk, where it is {dtype_name(tensor.dtype)}: {dtype_name(self.dtype)} would be "
                 "a copy in memory, so load it with dtype='auto'"
             )
-        if self._stays_half(name, tensor):
+        if self._keeps_stored_type(name, tensor):
             return tensor
         placed = _cast(tensor, self.dtype, stored).to(self.places.of(name))
         if placed is not tensor:
             self.checkpoint.forget(stored)
         return placed
 
-    def _stays_half(self, name: str, tensor: Tensor) -> bool:
+    def _keeps_stored_type(self, name: str, tensor: Tensor) -> bool:
         """Whether an embedding or a head that a quantized checkpoint keeps in half precision stays so, though the model
         computes in float32: it may be the largest weight by far, and reading it decides how fast tokens are made."""
-        last = name.removeprefix(BASE_PREFIX) in ("wte.weight", "lm_head.weight")
-        here = self.places.of(name).type == "cpu" and self.dtype == torch.float32
-        return last and here and self.format is not None and tensor.dtype != self.dtype and is_native(tensor)
+        is_table = name.removeprefix(BASE_PREFIX) in ("wte.weight", "lm_head.weight")
+        in_float32 = self.places.of(name).type == "cpu" and self.dtype == torch.float32
+        return is_table and in_float32 and self.format is not None and tensor.dtype != self.dtype and is_native(tensor)
 
-    def _tie(self, layer: str, source: str) -> None:
-        """Let one layer have another's weight, quantized or not."""
-        module = self.model.get_submodule(source)
-        if isinstance(module, QuantEmbedding):
-            self.model.set_submodule(layer, module.table)
-        else:
-            _set_parameter(self.model, f"{layer}.weight", self.model.get_parameter(f"{source}.weight"))
-        self._let_compute(layer)
-
-    def _let_compute(self, layer: str) -> None:
-        """A layer whose weight stayed in half precision must know of it."""
+    def _compute_with_stored_type(self, layer: str) -> None:
+        """Where a layer's weight keeps another type than the model's, give it a layer that computes with it."""
         module = self.model.get_submodule(layer)
         weight = module._parameters.get("weight")
         if weight is None or weight.dtype == self.dtype or weight.is_meta:
@@ -165,55 +133,67 @@ class Filler:
         elif type(module) is nn.Embedding:
             self.model.set_submodule(layer, StoredEmbedding(weight, self.dtype))
 
-    def _put_quantized(self, layer: str, stored: str) -> None:
-        linear = self.model.get_submodule(layer)
-        if not isinstance(linear, nn.Linear | nn.Embedding) or self.format is None:
+    def _load_quantized(self, layer: str, stored: str) -> None:
+        module = self.model.get_submodule(layer)
+        if not isinstance(module, nn.Linear | nn.Embedding) or self.format is None:
             raise CheckpointError(f"{stored} is quantized, but only linear layers and embeddings can be")
         if self.places.is_mapped(f"{layer}.weight"):
             raise RequestError(
                 f"{layer} is to stay on disk, but quantized weights are held in memory, as kernels want them"
             )
+        suffixes = self.contents.suffixes[stored]
         with locate(stored):
-            tensors = {suffix: self.checkpoint.view(stored + suffix) for suffix in self.layers[stored]}
-            q = self.format.decode(tensors, tuple(linear.weight.shape), self.dtype)
+            tensors = {suffix: self.checkpoint.view(stored + suffix) for suffix in suffixes}
+            q = self.format.decode(tensors, tuple(module.weight.shape), self.dtype)
             q = q.to(self.places.of(f"{layer}.weight"))
-            if isinstance(linear, nn.Embedding):
+            if isinstance(module, nn.Embedding):
                 self.model.set_submodule(layer, QuantEmbedding(q, self.dtype))
                 return
-            bias = None
-            if linear.bias is not None:
-                if f"{stored}.bias" not in self.checkpoint.headers:
-                    raise CheckpointError("lacks its bias")
-                bias = self._plain(f"{stored}.bias", f"{layer}.bias")
-                if bias.shape != linear.bias.shape:
-                    raise CheckpointError(f"its bias is {list(bias.shape)}, config.json says {list(linear.bias.shape)}")
+            bias = None if module.bias is None else self._bias(layer, stored, module.bias)
             self.model.set_submodule(layer, QuantLinear(q, bias, compute_dtype=self.compute_dtype))
-            for suffix in self.layers[stored]:  # what the kernel uses where it lies comes back when it is used
+            for suffix in suffixes:  # what the kernel uses where it lies comes back when it is used
                 self.checkpoint.forget(stored + suffix)
 
-    def _draw(self, names: list[str]) -> None:
-        for name in names:
-            slot = self.model.get_parameter(name)
-            drawn = torch.empty(slot.shape, dtype=self.dtype, device=self.places.of(name))
-            std = 0.0 if name.endswith(".bias") else self.model.config.initializer_range
-            _set_parameter(self.model, name, nn.Parameter(nn.init.normal_(drawn, 0.0, std)))
+    def _bias(self, layer: str, stored: str, parameter: Tensor) -> Tensor:
+        """The bias of a quantized layer."""
+        if f"{stored}.bias" not in self.checkpoint.headers:
+            raise CheckpointError("lacks its bias")
+        bias = self._tensor(f"{stored}.bias", f"{layer}.bias")
+        if bias.shape != parameter.shape:
+            raise CheckpointError(f"its bias is {list(bias.shape)}, config.json says {list(parameter.shape)}")
+        return bias
 
-    def _report(self, fresh: list[str], unexpected: list[str]) -> None:
-        report = LoadReport(tuple(fresh), tuple(sorted(unexpected)), self.checkpoint.dropped)
-        self.model.load_report = report
-        source = self.checkpoint.source
-        if report.fresh:
-            warnings.warn(
-                f"{source} has no weights for {', '.join(report.fresh)}: drawn at random, to be trained",
-                LoadWarning,
-                stacklevel=2,
-            )
-        if report.unexpected:
-            warnings.warn(
-                f"{source} also holds {', '.join(report.unexpected)}, which {type(self.model).__name__} does not use",
-                LoadWarning,
-                stacklevel=2,
-            )
+    def _tie(self, layer: str, source: str) -> None:
+        """Let one layer have another's weight, quantized or not."""
+        module = self.model.get_submodule(source)
+        if isinstance(module, QuantEmbedding):
+            self.model.set_submodule(layer, module.table)
+        else:
+            _set_parameter(self.model, f"{layer}.weight", self.model.get_parameter(f"{source}.weight"))
+        self._compute_with_stored_type(layer)
+
+    def _initialize(self, names: Iterable[str]) -> None:
+        """Initialize parameters as GPT-Neo's are: normal(0, initializer_range), biases zero."""
+        for name in names:
+            shape = self.model.get_parameter(name).shape
+            value = torch.empty(shape, dtype=self.dtype, device=self.places.of(name))
+            std = 0.0 if name.endswith(".bias") else self.model.config.initializer_range
+            _set_parameter(self.model, name, nn.Parameter(nn.init.normal_(value, 0.0, std)))
+
+
+def warn_of(report: LoadReport, source: str, model: Network) -> None:
+    """A LoadWarning for what checkpoint and model do not have in common."""
+    if report.missing:
+        names = ", ".join(report.missing)
+        warnings.warn(
+            f"{source} has no weights for {names}: newly initialized, to be trained", LoadWarning, stacklevel=3
+        )
+    # A tied head that is stored as well has been found equal to the embedding.
+    if unexpected := [name for name in report.unexpected if name not in model.tied_weights()]:
+        names = ", ".join(unexpected)
+        warnings.warn(
+            f"{source} also holds {names}, which {type(model).__name__} does not use", LoadWarning, stacklevel=3
+        )
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -227,36 +207,6 @@ def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return cast
 
 
-def unit_sizes(checkpoint: Readable, model: Network, dtype: torch.dtype | str | None) -> dict[str, int]:
-    """Bytes of each unit of the model, in the order of computing: quantized weights as stored, others in their type."""
-    kind = resolve_dtype(dtype, model.config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    format = formats.detect(checkpoint.config, checkpoint.headers)
-    layers = format.quantized(checkpoint.headers) if format else {}
-    spelled = {layer + suffix for layer, suffixes in layers.items() for suffix in suffixes}
-    tied, stored_base = bool(model.tied_weights()), _has_base_prefix(checkpoint.headers)
-    units = [unit_of(name, tied) for name in dict(model.named_parameters(remove_duplicate=False))]
-    sizes = dict.fromkeys(units, 0)
-    for name, header in checkpoint.headers.items():
-        unit = unit_of(_named(name, stored_base, model), tied)
-        if unit in sizes:
-            sizes[unit] += header.nbytes if name in spelled else header.numel * kind.itemsize
-    return sizes
-
-
-def _named(name: str, stored_base: bool, model: Network) -> str:
-    """A stored name as this model calls it: a bare GPTNeoModel's tensors have no `transformer.` before them."""
-    wanted_base = bool(model.base_model_prefix)
-    if stored_base and not wanted_base:
-        return name.removeprefix(BASE_PREFIX)
-    if wanted_base and not stored_base:
-        return BASE_PREFIX + name
-    return name
-
-
-def _has_base_prefix(names: Iterable[str]) -> bool:
-    return any(name.startswith(BASE_PREFIX) for name in names)
-
-
 def _set_parameter(model: nn.Module, name: str, value: nn.Parameter) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, value)
+    path, _, last = name.rpartition(".")
+    setattr(model.get_submodule(path), last, value)

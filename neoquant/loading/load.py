@@ -13,8 +13,9 @@ from neoquant import formats
 from neoquant.checkpoint import open_checkpoint
 from neoquant.errors import RequestError, locate
 from neoquant.kernels import ACTIVATIONS
-from neoquant.loading.device_map import assign_devices
-from neoquant.loading.fill import Filler, LoadWarning, NoInit, Readable, unit_sizes
+from neoquant.loading.contents import Contents, Readable
+from neoquant.loading.device_map import DeviceMap, assign_devices
+from neoquant.loading.fill import Filler, LoadWarning, NoInit, warn_of
 from neoquant.model.attention import why_not
 from neoquant.model.base import Network
 from neoquant.model.config import GPTNeoConfig
@@ -95,31 +96,51 @@ def read_model(
         raise RequestError(f"activations are {activations!r}; legal are {' and '.join(ACTIVATIONS)}")
     with locate(f"{checkpoint.source}/config.json"), torch.device("meta"), NoInit():
         model = cls(config, attn_implementation)
-    places = assign_devices(device, max_memory, unit_sizes(checkpoint, model, dtype), bool(model.tied_weights()))
-    kind = resolve_dtype(dtype, config, places.first)
+    with locate(str(checkpoint.source)):
+        format, notes = formats.detect_checked(checkpoint.config, checkpoint.headers, checkpoint.view)
+        if format is None and activations != "exact":
+            raise RequestError(f"no weight is quantized, so that {activations} activations would meet none")
+    contents = Contents.of(checkpoint, model, format)
+    places = _assign_devices(contents, model, dtype, device, max_memory)
+    kind = resolve_dtype(dtype, config, places.first, contents.dtype)
     if reason := why_not(attn_implementation, kind, places.first):
         raise RequestError(f"attn_implementation {attn_implementation!r} is not possible here: {reason}")
     with locate(str(checkpoint.source)):
-        format = formats.detect(checkpoint.config, checkpoint.headers)
-        if format is None and activations != "exact":
-            raise RequestError(f"no weight is quantized, so that {activations} activations would meet none")
         if compute_dtype is None and format is not None:
             compute_dtype = format.compute_dtype(checkpoint.config.get("quantization_config") or {})
-        Filler(checkpoint, model, format, kind, places, compute_dtype).run(progress)
+        model.load_report = Filler(checkpoint, model, format, kind, places, compute_dtype).fill(progress)
     if len(set(places.units.values())) > 1:
         model.hf_device_map = places.describe()
-    if activations != "exact":
-        for module in model.modules():
-            if isinstance(module, QuantLinear):
-                module.set_activations(activations)
+    model.quantization_format = None if format is None else format.name
+    _arrange(model, activations)
+    warn_of(model.load_report, checkpoint.source, model)
+    remarks = [f": {note}" for note in (*checkpoint.notes, *notes)]
+    remarks += [f"/{remark}" for remark in model.read_companions(folder_of(checkpoint))]
+    for remark in remarks:
+        warnings.warn(f"{checkpoint.source}{remark}", LoadWarning, stacklevel=2)
+    return model.eval()
+
+
+def _assign_devices(
+    contents: Contents,
+    model: Network,
+    dtype: torch.dtype | str | None,
+    device: object,
+    max_memory: Mapping[int | str, int | str] | None,
+) -> DeviceMap:
+    """Where each unit of the model goes. Sizes count in the type that it would have on a GPU, if there is one."""
+    likely = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = contents.unit_sizes(model, resolve_dtype(dtype, model.config, likely, contents.dtype))
+    return assign_devices(device, max_memory, sizes, bool(model.tied_weights()))
+
+
+def _arrange(model: Network, activations: str) -> None:
+    """Let quantized layers and blocks compute in the way that was asked for, and fast."""
     for module in model.modules():
+        if isinstance(module, QuantLinear) and activations != "exact":
+            module.set_activations(activations)
         if isinstance(module, Block):
             module.step = fused_block
-    for note in checkpoint.notes:
-        warnings.warn(f"{checkpoint.source}: {note}", LoadWarning, stacklevel=2)
-    for remark in model.read_companions(folder_of(checkpoint)):
-        warnings.warn(f"{checkpoint.source}/{remark}", LoadWarning, stacklevel=2)
-    return model.eval()
 
 
 def folder_of(checkpoint: Readable) -> Path:

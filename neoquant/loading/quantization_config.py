@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from neoquant.errors import RequestError
+from neoquant.model.names import HEADS, is_block_linear
 from neoquant.quantization.recipe import Recipe
 
 _ELSEWHERE = ("wikitext2", "c4", "c4-new", "ptb")  # names that transformers has for training text
@@ -83,10 +84,10 @@ class BitsAndBytesConfig:
         kept: dict[str, None] = {}
         layers = list(layers)
         for pattern in self.llm_int8_skip_modules or ():
-            found = [layer for layer in layers if _names(pattern, layer)]
+            found = [layer for layer in [*layers, *HEADS] if _names(pattern, layer)]
             if not found:
                 raise RequestError(f"llm_int8_skip_modules names {pattern!r}, and no layer is called so")
-            kept |= dict.fromkeys(found)
+            kept |= dict.fromkeys(layer for layer in found if is_block_linear(layer))  # others are kept anyway
         return recipe.keeping(kept, "llm_int8_skip_modules")
 
     def to_dict(self) -> dict[str, Any]:
@@ -183,6 +184,40 @@ QuantizationConfig = BitsAndBytesConfig | GPTQConfig | Recipe
 _METHODS: Mapping[str, type[BitsAndBytesConfig] | type[GPTQConfig]] = {
     cls.quant_method: cls for cls in (BitsAndBytesConfig, GPTQConfig)
 }
+_STORED_ONLY = ("compressed-tensors", "neoquant")  # methods of stored checkpoints that say nothing of how to quantize
+
+
+def describes(given: Any, stored: Mapping[str, Any]) -> bool:
+    """Whether a `quantization_config=` is what the config.json of a quantized checkpoint says.
+
+    It may be a dict, or one of the classes here or in transformers. What says how weights were chosen is not compared,
+    but how they are stored.
+    """
+    if isinstance(given, Recipe) or not (isinstance(given, Mapping) or hasattr(given, "to_dict")):
+        return False
+    values = dict(given if isinstance(given, Mapping) else given.to_dict())
+    method = _method(values)
+    if method != _method(stored):
+        return False
+    if method == "bitsandbytes":
+        names = ["load_in_4bit", "load_in_8bit"]
+        names += ["bnb_4bit_quant_type", "bnb_4bit_use_double_quant"] if stored.get("load_in_4bit") else []
+        return all(values.get(name, _BNB_DEFAULTS[name]) == stored.get(name, _BNB_DEFAULTS[name]) for name in names)
+    if method == "gptq":
+        return all(name in values and values[name] == stored.get(name) for name in ("bits", "group_size", "sym"))
+    return all(stored.get(name) == value for name, value in values.items())
+
+
+def _method(values: Mapping[str, Any]) -> str | None:
+    """The `quant_method`, which old checkpoints and plain dicts of bitsandbytes leave out."""
+    method = values.get("quant_method")
+    method = getattr(method, "value", method)  # transformers' is an enumeration
+    if method is None and (values.get("load_in_4bit") or values.get("load_in_8bit")):
+        return BitsAndBytesConfig.quant_method
+    return method
+
+
+_BNB_DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(BitsAndBytesConfig)}
 
 
 def read_config(said: Any) -> QuantizationConfig:
@@ -199,11 +234,14 @@ def read_config(said: Any) -> QuantizationConfig:
         legal = "a BitsAndBytesConfig, a GPTQConfig, a Recipe or its name, or a dict"
         raise RequestError(f"quantization_config is a {type(said).__name__}; legal is {legal}")
     values = dict(said if isinstance(said, Mapping) else said.to_dict())
-    method = values.pop("quant_method", None)
-    method = getattr(method, "value", method)  # transformers' is an enumeration
-    if method is None and (values.get("load_in_4bit") or values.get("load_in_8bit")):
-        method = "bitsandbytes"
-    if method not in _METHODS:
+    method = _method(values)
+    values.pop("quant_method", None)
+    if method in _STORED_ONLY:
+        raise RequestError(
+            f"quantization_config says quant_method {method!r}, which describes stored weights: to quantize a plain "
+            "checkpoint, give a BitsAndBytesConfig, a GPTQConfig or a Recipe"
+        )
+    if method is None or method not in _METHODS:
         raise RequestError(f"quantization_config says quant_method {method!r}; legal are {', '.join(_METHODS)}")
     cls = _METHODS[method]
     if cls is GPTQConfig:
@@ -215,8 +253,13 @@ def read_config(said: Any) -> QuantizationConfig:
     return cls(**{name: value for name, value in values.items() if name in known})
 
 
+# What config.json of a GPTQ checkpoint states beside, where it says nothing unusual.
+_GPTQ_STORED: Mapping[str, Any] = {"lm_head": False, "pack_dtype": "int32", "static_groups": False}
+
+
 def _as_ours(values: dict[str, Any]) -> dict[str, Any]:
-    """transformers' GPTQConfig writes its defaults out, some of them under two names."""
+    """transformers' GPTQConfig writes its defaults out, some of them under two names; config.json has more of them."""
+    values = {name: value for name, value in values.items() if _GPTQ_STORED.get(name, ...) != value}
     version = values.pop("checkpoint_format", None)
     stated = values.pop("format", None) or version
     if stated == "gptq" and not values.get("sym", True):

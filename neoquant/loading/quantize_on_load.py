@@ -20,7 +20,7 @@ from neoquant.data.fingerprints import hash_texts
 from neoquant.errors import RequestError, locate
 from neoquant.formats import Format, detect
 from neoquant.loading.load import read_model
-from neoquant.loading.quantization_config import BitsAndBytesConfig, GPTQConfig, QuantizationConfig, read_config
+from neoquant.loading.quantization_config import BitsAndBytesConfig, GPTQConfig, describes, read_config
 from neoquant.model.base import Network
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.names import canonical_layer
@@ -57,15 +57,15 @@ def load_quantized(
 
     Raises RequestError for a request that cannot be carried out on this checkpoint, and what `load_model` raises.
     """
-    config = read_config(quantization_config)
     with open_checkpoint(source, revision=revision, progress=progress) as checkpoint:
-        compute_dtype = None if isinstance(config, Recipe) else config.compute_dtype
         found = detect(checkpoint.config, checkpoint.headers)
         if found is not None:
-            _require_the_same(checkpoint, config, found)
+            compute_dtype = _stored_compute_dtype(checkpoint, quantization_config, found)
             return read_model(checkpoint, cls, compute_dtype=compute_dtype, progress=progress, **options)
+        config = read_config(quantization_config)
+        compute_dtype = None if isinstance(config, Recipe) else config.compute_dtype
         layers = [canonical_layer(name) for name in checkpoint.headers if name.endswith(".weight")]
-        recipe = config if isinstance(config, Recipe) else config.recipe([*layers, *_heads(layers)])
+        recipe = config if isinstance(config, Recipe) else config.recipe(layers)
         plan = make_plan(checkpoint, recipe)
         blocks: Iterator[QuantizedBlock] = iter(())
         if needs_calibration(plan):
@@ -163,22 +163,17 @@ def _calibration(checkpoint: Checkpoint, config: GPTQConfig, progress: Progress)
     return Calibration(ids, "texts", hash_texts(texts), 0)
 
 
-def _heads(layers: list[str]) -> list[str]:
-    """Names that mean a head, of which a checkpoint may lack the weight: tied, or to be drawn."""
-    return [head for head in ("lm_head", "score", "classifier", "qa_outputs") if head not in layers]
+def _stored_compute_dtype(checkpoint: Checkpoint, quantization_config: Any, found: Format) -> torch.dtype | None:
+    """The type to multiply in that is asked for of a checkpoint which is quantized already; None leaves it as stored.
 
-
-def _require_the_same(checkpoint: Checkpoint, config: QuantizationConfig, found: Format) -> None:
-    """Raise RequestError unless the checkpoint is quantized just as it is asked for."""
-    said = checkpoint.config.get("quantization_config") or {}
-    if isinstance(config, BitsAndBytesConfig):
-        same = {"bnb4": config.load_in_4bit, "bnb8": config.load_in_8bit}.get(found.name, False)
-        if config.load_in_4bit:
-            names = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
-            same = same and all(getattr(config, name) == said.get(name) for name in names)
-        if same:
-            return
-    raise RequestError(
-        f"{checkpoint.source} is already quantized (format {found.name}), and not as quantization_config asks: "
-        "quantizing twice loses twice, so leave quantization_config out, or name the model it was made from"
-    )
+    Raises RequestError unless it is quantized just as `quantization_config` says.
+    """
+    stored = checkpoint.config.get("quantization_config") or {}
+    if not describes(quantization_config, stored):
+        read_config(quantization_config)
+        raise RequestError(
+            f"{checkpoint.source} is already quantized (format {found.name}), and not as quantization_config asks: "
+            "quantizing twice loses twice, so leave quantization_config out, or name the model it was made from"
+        )
+    config = read_config(quantization_config) if found.family == "bitsandbytes" else None
+    return config.compute_dtype if isinstance(config, BitsAndBytesConfig) else None

@@ -2,57 +2,134 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from neoquant import formats
 from neoquant.checkpoint import CheckpointWriter, companion_files
+from neoquant.errors import RequestError
+from neoquant.formats import Format
 from neoquant.formats.base import dtype_name
 from neoquant.model.base import Network
 from neoquant.nn.linear import QuantEmbedding, QuantLinear
+
+HALVES = (torch.float16, torch.bfloat16)
 
 
 def save_model(model: Network, folder: str | Path, *, force: bool = False) -> None:
     """Write a model's configuration and weights as a folder that transformers and neoquant read.
 
-    Quantized layers are written in the format that holds them all, without rounding again. A folder that `force`
-    replaces hands its tokenizer and other companions on. Raises OutputError where the folder exists already (and is
-    not replaced by `force`), and leaves nothing half-written.
+    Quantized layers are written in the format that they were loaded from, or else in the first that holds them all,
+    without rounding again. What lies in the folder beside a model (a tokenizer, a license) is kept, also where `force`
+    replaces a model there. Raises OutputError where a model is there already (and is not replaced by `force`), and
+    leaves nothing half-written.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-    layers = {name.removesuffix(".table"): layer for name, layer in layers.items()}  # of an embedding
-    everywhere = model.named_modules(remove_duplicate=False)  # a tied head is the embedding's table, met once more
-    held = [(name, module) for name, module in everywhere if isinstance(module, QuantLinear)]
-    inside = {f"{name}.{buffer}" for name, layer in held for buffer in dict(layer.named_buffers())}
-    tables = [module for module in model.modules() if isinstance(module, QuantEmbedding)]
-    targets = {name: (layer.grid, layer.shape) for name, layer in layers.items()}
-    ordered = [name for name, layer in layers.items() if layer.ordered]
-    format = formats.choose(targets, embeddings=bool(tables), ordered=ordered) if layers else None
-    tied = model.tied_weights()
-    plain = {name: tensor for name, tensor in model.state_dict().items() if name not in tied and name not in inside}
+    weights = _Weights.of(model)
+    format = _choose_format(model, weights)
+    dtype = None if format is None else _common_type(weights.plain.values())
+    companions = companion_files(Path(folder))
+    names = [path.name for path in companions]
+    with CheckpointWriter(folder, tensors=weights.count, force=force, keeps=names) as sink:
+        for name, tensor in _tensors(weights, format, dtype):
+            sink.put(name, tensor)
+        files: dict[str, Path | str] = {path.name: path for path in companions}
+        files |= model.companions()
+        sink.finish(_config(model, weights, format, dtype), files=files)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """A model's weights, each once: quantized layers by their stored names, and plain tensors."""
+
+    quantized: Mapping[str, QuantLinear]
+    plain: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, model: Network) -> _Weights:
+        # A quantized embedding's table is a layer inside it, and its weight is stored under the embedding's name. A
+        # tied head is that very layer, so that the model has two names for what is inside it.
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantLinear)}
+        inside = {
+            f"{name}.{buffer}"
+            for name, layer in model.named_modules(remove_duplicate=False)
+            if isinstance(layer, QuantLinear)
+            for buffer in dict(layer.named_buffers())
+        }
+        left_out = inside | model.tied_weights().keys()
+        return cls(
+            quantized={name.removesuffix(".table"): layer for name, layer in layers.items()},
+            plain={name: tensor.detach() for name, tensor in model.state_dict().items() if name not in left_out},
+        )
+
+    @property
+    def count(self) -> int:
+        """Tensors that will be stored, about."""
+        return len(self.plain) + 8 * len(self.quantized)
+
+    @property
+    def ordered(self) -> list[str]:
+        """Layers with an activation order."""
+        return [name for name, layer in self.quantized.items() if layer.ordered]
+
+
+def _choose_format(model: Network, weights: _Weights) -> Format | None:
+    """The format that the model was loaded from if it holds every layer, else the first that does; None for none."""
+    if not weights.quantized:
+        return None
+    targets = {name: (layer.grid, layer.shape) for name, layer in weights.quantized.items()}
+    embeddings = any(isinstance(module, QuantEmbedding) for module in model.modules())
+    for wanted in (model.quantization_format, "auto"):
+        if wanted is not None:
+            try:
+                return formats.choose(targets, wanted, embeddings=embeddings, ordered=weights.ordered)
+            except RequestError:
+                if wanted == "auto":
+                    raise
+    raise AssertionError("auto returns or raises")
+
+
+def _common_type(tensors: Iterable[Tensor]) -> torch.dtype:
+    """One type for all tensors beside quantized layers: a half type that holds their values exactly, else float32.
+
+    In memory some may be in float32 and others as they were stored; other programs run only one type.
+    """
+    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
+    found = [dtype for dtype in HALVES if any(tensor.dtype == dtype for tensor in floats)]
+    for dtype in dict.fromkeys((*found, *HALVES)):
+        if all(torch.equal(tensor.to(dtype).to(tensor.dtype), tensor) for tensor in floats):
+            return dtype
+    return torch.float32
+
+
+def _tensors(weights: _Weights, format: Format | None, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor to store, on the CPU: plain ones in `dtype`, or as they are."""
+    for name, tensor in weights.plain.items():
+        cast = dtype is not None and tensor.is_floating_point()
+        yield name, tensor.to("cpu", dtype if cast else tensor.dtype)
+    for name, layer in weights.quantized.items():
+        assert format is not None
+        for suffix, tensor in format.encode(layer.quantized.to("cpu")).items():
+            yield name + suffix, tensor
+
+
+def _config(model: Network, weights: _Weights, format: Format | None, dtype: torch.dtype | None) -> dict[str, Any]:
+    """config.json of the folder."""
     config = model.config.to_dict() | {
         "architectures": [type(model).__name__],
-        "dtype": dtype_name(model.dtype),
+        "dtype": dtype_name(dtype or model.dtype),
     }
     config.pop("quantization_config", None)
-    if format is not None:
-        kept = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        config["quantization_config"] = format.config(
-            {name: layer.grid for name, layer in layers.items()},
-            kept,
-            ordered=bool(ordered),
-        )
-        computed = {layer.compute_dtype for layer in layers.values()} - {None}
-        if format.compute_key and len(computed) == 1:
-            config["quantization_config"][format.compute_key] = dtype_name(*computed)  # type: ignore[arg-type]
-    with CheckpointWriter(folder, tensors=len(plain) + 8 * len(layers), force=force) as sink:
-        for name, tensor in plain.items():
-            sink.put(name, tensor.detach().cpu())
-        for name, layer in layers.items():
-            if format is not None:
-                for suffix, tensor in format.encode(layer.quantized.to("cpu")).items():
-                    sink.put(name + suffix, tensor)
-        files: dict[str, Path | str] = {path.name: path for path in companion_files(Path(folder))}
-        files |= model.companions()
-        sink.finish(config, files=files)
+    if format is None:
+        return config
+    kept = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    grids = {name: layer.grid for name, layer in weights.quantized.items()}
+    stated = format.config(grids, kept, ordered=bool(weights.ordered))
+    computed = {layer.compute_dtype for layer in weights.quantized.values()} - {None}
+    if format.compute_key and len(computed) == 1:
+        stated[format.compute_key] = dtype_name(*computed)  # type: ignore[arg-type]
+    return config | {"quantization_config": stated}

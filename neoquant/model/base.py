@@ -1,4 +1,4 @@
-"""What every network shares, whatever its head: its configuration, its device and type, fresh weights."""
+"""What every network shares, whatever its head: its configuration, its device and type, initial weights."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ OutputT = TypeVar("OutputT", bound=ModelOutput)
 class LoadReport:
     """What a checkpoint and the model that was loaded from it did not have in common.
 
-    fresh        of the model's head, not in the checkpoint: drawn at random
+    missing      of the model's head, not in the checkpoint: newly initialized
     unexpected   in the checkpoint, not in the model: not used
-    dropped      old mask buffers and second names of a tensor, left out by name
+    dropped      old mask buffers and the second name of a tied head, left out by name
     """
 
-    fresh: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
 
@@ -38,6 +38,8 @@ class Network(nn.Module):
     config: GPTNeoConfig
     load_report = LoadReport()
     """What was found when it was loaded from a checkpoint."""
+    quantization_format: str | None = None
+    """The format that its quantized layers were loaded from, which saving keeps; None where that is to be chosen."""
     hf_device_map: dict[str, int | str]
     """Where each part lies, by transformers' name; there is none while all of it is on one device."""
     base_model_prefix = "transformer"
@@ -78,7 +80,7 @@ class Network(nn.Module):
         raise AssertionError("every model has position embeddings")
 
     def init_weights(self, seed: int | None = None) -> Self:
-        """Draw fresh weights as GPT-Neo's training began: normal(0, initializer_range), zero biases, unit norms.
+        """Initialize the weights as GPT-Neo's are: normal(0, initializer_range), zero biases, unit norms.
 
         `seed=None` draws from torch's own generator. Weights on the meta device have no values, and stay as they are.
         """

@@ -120,6 +120,8 @@ class GPTNeoConfig:
                 ours[key] = values[key]
         if "id2label" in values and isinstance(values["id2label"], dict) and "num_labels" not in values:
             ours["num_labels"] = max(1, len(values["id2label"]))
+        if values.get("attention_types") is None and values.get("attention_layers") is not None:
+            ours["attention_types"] = _compact(values["attention_layers"])
         derived = ("attention_layers", "model_type")
         extra = {key: value for key, value in values.items() if key not in known and key not in derived}
         try:
@@ -186,6 +188,15 @@ def _expand(attention_types: Any) -> list[str]:
     if unknown:
         raise ConfigError(f"attention_types holds {', '.join(unknown)}; legal are {', '.join(ATTENTION_TYPES)}")
     return layers
+
+
+def _compact(attention_layers: Any) -> list[Any]:
+    """`attention_types` from one word a layer: the shortest run of them that the whole repeats."""
+    if not isinstance(attention_layers, list | tuple) or not attention_layers:
+        raise ConfigError(f"attention_layers is {attention_layers!r}; legal is a list with a word for each layer")
+    layers = list(attention_layers)
+    length = next(n for n in range(1, len(layers) + 1) if layers == layers[:n] * (len(layers) // n))
+    return [[layers[:length], len(layers) // length]]
 
 
 def _is_count(value: object) -> bool:

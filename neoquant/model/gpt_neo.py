@@ -259,7 +259,7 @@ class Decoder(Network):
 
         Raises ContextError beyond `max_position_embeddings`.
         """
-        x = self._embed(input_ids, inputs_embeds)  # [B, T, C]
+        x = self._embed(input_ids, inputs_embeds, attention_mask)  # [B, T, C]
         T = x.shape[1]
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = KVCache(len(self.h), capacity=max(1, T))
@@ -287,11 +287,16 @@ class Decoder(Network):
         hidden_states = (*seen[:-1], x) if output_hidden_states else None
         return self.output(BaseModelOutput(x, past_key_values, hidden_states), return_dict)
 
-    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
             raise RequestError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is not None:
             return inputs_embeds
+        assert input_ids is not None
+        if attention_mask is not None and attention_mask.dim() == 2:  # padding may have an id that no token has
+            hidden = attention_mask[:, -input_ids.shape[1] :] == 0
+            if hidden.shape == input_ids.shape:
+                input_ids = input_ids.masked_fill(hidden.to(input_ids.device), 0)
         x: Tensor = self.wte(input_ids)
         return x
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from neoquant.checkpoint import SHARD_SIZE, Checkpoint, CheckpointWriter, TensorHeader, open_checkpoint
+from neoquant.checkpoint.headers import float_type
 from neoquant.errors import FormatError, RequestError, locate
-from neoquant.formats import FORMATS, NAMED, Format, Gptq, detect
+from neoquant.formats import FORMATS, NAMED, Format, Gptq, detect_checked
 from neoquant.formats.base import dtype_name
 from neoquant.formats.gptq import V1, V2
 from neoquant.grids import Grid
@@ -114,17 +115,20 @@ def convert(
         with locate(f"{checkpoint.source}/config.json"):
             config = GPTNeoConfig.from_dict(checkpoint.config)
         with locate(checkpoint.source):
-            found = detect(checkpoint.config, checkpoint.headers)
+            found, notes = detect_checked(checkpoint.config, checkpoint.headers, checkpoint.view)
         _require_sense(checkpoint, found, to, dequantize, dtype)
         with locate(checkpoint.source):
             layers = found.quantized(checkpoint.headers) if found else {}
             require_tensors([*checkpoint.headers, *(f"{layer}.weight" for layer in layers)], config)
-        own = resolve_dtype("auto", config, torch.device("cpu"))
-        plain = (
-            None if dtype is None and not dequantize else resolve_dtype(dtype or "auto", config, torch.device("cpu"))
-        )
+        packed = {layer + suffix for layer, suffixes in layers.items() for suffix in suffixes}
+        stored = float_type(header for name, header in checkpoint.headers.items() if name not in packed)
+        own = resolve_dtype("auto", config, torch.device("cpu"), stored)
+        plain = None
+        if dtype is not None or dequantize:
+            plain = resolve_dtype(dtype or "auto", config, torch.device("cpu"), stored)
         with CheckpointWriter(folder, tensors=2 * len(checkpoint.headers), force=force, shard_size=shard_size) as sink:
             job = _Conversion(checkpoint, found, None if dequantize or to == PLAIN else TARGETS[to or ""], own, plain)
+            job.notes |= dict.fromkeys(notes)
             with torch.inference_mode(), progress.task("converting", total=checkpoint.nbytes) as advance:
                 for name, tensor, read in job.tensors():
                     if tensor is not None:

@@ -53,7 +53,10 @@ def test_transformers_reads_what_we_write(tmp_path: Path) -> None:
         ({"num_heads": 5}, "num_heads is 5; legal is a divisor of .*2048"),
         ({"attention_types": [[["global", "sparse"], 12]]}, "holds sparse; legal are global, local"),
         ({"attention_types": "global"}, "legal is a list"),
-        ({"attention_layers": ["global"] * 24}, "attention_layers is .* attention_types gives"),
+        (
+            {"attention_layers": ["global"] * 24, "attention_types": [[["global", "local"], 12]]},
+            "attention_layers is .* attention_types gives",
+        ),
         ({"window_size": 0}, "window_size is 0; legal is an integer of at least 1"),
         ({"hidden_size": 2048.0}, "hidden_size is 2048.0"),
         ({"vocab_size": "many"}, "vocab_size is 'many'"),
@@ -81,3 +84,16 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         GPTNeoConfig.from_pretrained(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 24, "torch_dtype": "float16"}))
     assert GPTNeoConfig.from_pretrained(tmp_path).dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [["global"], ["global", "local"] * 3, ["local", "local", "global"], ["global"] * 5, ["local", "global", "local"]],
+)
+def test_one_word_a_layer_is_enough(layers: list[str]) -> None:
+    config = GPTNeoConfig.from_dict({"num_layers": len(layers), "attention_layers": layers})
+    assert config.attention_layers == layers
+    assert GPTNeoConfig.from_dict(config.to_dict()) == config
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.GPTNeoConfig(num_layers=len(layers), attention_types=config.attention_types)
+    assert theirs.attention_layers == layers

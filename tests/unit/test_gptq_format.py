@@ -12,7 +12,7 @@ from torch import Tensor
 from weights import make_weight
 
 from neoquant.errors import FormatError
-from neoquant.formats import FORMATS, Gptq, choose, detect
+from neoquant.formats import FORMATS, Gptq, choose, detect, detect_checked
 from neoquant.grids import GROUP_SIZES, Affine, Codebook
 from neoquant.loading.load import load_model
 from neoquant.loading.pretrained import GPTNeoForCausalLM
@@ -163,6 +163,70 @@ def test_zeros_count_more_than_what_is_said_of_symmetry() -> None:
     tensors = FORMATS["gptq"].encode(q)
     found = reader(Affine(4, 32, True), "gptq_v2").decode(tensors)
     assert found.grid == Affine(4, 32) and found.dequantize().equal(q.dequantize())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("stored", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("label", ["gptq", "gptq_v2", None])
+@pytest.mark.parametrize("made_by", [None, "gptqmodel:5.0.0"])
+def test_symmetric_zeros_show_their_version(bits: int, stored: str, label: str | None, made_by: str | None) -> None:
+    q = Nearest().quantize(make_weight((64, 64), torch.float16, "normal"), Affine(bits, 32, True))
+    tensors = {f"a{suffix}": tensor for suffix, tensor in Gptq(version=stored).encode(q).items()}
+    said = {"quant_method": "gptq", "bits": bits, "group_size": 32, "sym": True, "meta": {"quantizer": made_by}}
+    said |= {} if label is None else {"checkpoint_format": label}
+    found, notes = detect_checked({"quantization_config": said}, tensors, tensors.__getitem__)
+    assert found is not None
+    assert found.decode({name.removeprefix("a"): tensor for name, tensor in tensors.items()}).equals(q)
+    fits = stored == (label or "gptq")
+    assert fits == (notes == ())
+    if not fits:
+        verb = "leaves it at 'gptq'" if label is None else f"says {label!r}"
+        assert notes == (
+            f"qzeros are of checkpoint_format {stored!r}, as sym: true shows, and config.json {verb}; "
+            f"they are read as {stored!r}",
+        )
+
+
+def test_zeros_that_contradict_each_other_are_refused() -> None:
+    q = Nearest().quantize(make_weight((32, 64), torch.float16, "normal"), Affine(4, 32, True))
+    tensors = {f"a{suffix}": tensor for suffix, tensor in Gptq(version="gptq").encode(q).items()}
+    tensors |= {f"b{suffix}": tensor for suffix, tensor in Gptq(version="gptq_v2").encode(q).items()}
+    said = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
+    with pytest.raises(FormatError, match="qzeros of a are of checkpoint_format gptq, and those of b of gptq_v2"):
+        detect_checked({"quantization_config": said}, tensors, tensors.__getitem__)
+
+
+def test_asymmetric_zeros_are_what_the_label_says() -> None:
+    grid = Affine(4, 32)
+    q = Nearest().quantize(make_weight((32, 64), torch.float16, "normal").abs(), grid)  # zeros of 0
+    tensors = {f"a{suffix}": tensor for suffix, tensor in FORMATS["gptq"].encode(q).items()}
+    for label in ("gptq", "gptq_v2"):
+        said = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "checkpoint_format": label}
+        found, notes = detect_checked({"quantization_config": said}, tensors, tensors.__getitem__)
+        assert found is not None and notes == ()
+        inside = {name.removeprefix("a"): tensor for name, tensor in tensors.items()}
+        if label == "gptq_v2":
+            assert found.decode(inside).equals(q)
+    full = torch.full_like(tensors["a.qzeros"], -1)  # 15 everywhere, which v1 cannot hold
+    with pytest.raises(FormatError, match="qzeros holds 15 in a v1 checkpoint"):
+        reader(grid, "gptq").decode({**inside, ".qzeros": full})
+
+
+@pytest.mark.parametrize("group_size", [32, 64, -1])
+def test_groups_follow_each_other_where_g_idx_is_missing(group_size: int) -> None:
+    grid = Affine(4, group_size)
+    q = Nearest().quantize(make_weight((32, 160), torch.float16, "normal"), grid)
+    tensors = {suffix: tensor for suffix, tensor in FORMATS["gptq"].encode(q).items() if suffix != ".g_idx"}
+    assert reader(grid, "gptq_v2").decode(tensors).equals(q)
+    assert FORMATS["gptq"].quantized([f"a{suffix}" for suffix in tensors]) == {"a": list(tensors)}
+    with pytest.raises(FormatError, match="lacks g_idx, and with desc_act: true its order is not known"):
+        reader(grid, "gptq_v2", desc_act=True).decode(tensors)
+
+
+def test_awq_is_not_taken_for_gptq() -> None:
+    names = ["a.qweight", "a.qzeros", "a.scales"]
+    with pytest.raises(FormatError, match="quant_method 'awq'; neoquant reads gptq"):
+        detect({"quantization_config": {"quant_method": "awq", "bits": 4}}, names)
 
 
 def test_what_is_refused() -> None:

@@ -141,9 +141,9 @@ def test_a_new_head_is_drawn_and_said(tmp_path: Path) -> None:
     with pytest.warns(LoadWarning) as caught:
         model = GPTNeoForTokenClassification.from_pretrained(tmp_path)
     said = " ".join(str(warning.message) for warning in caught)
-    assert "no weights for classifier.weight, classifier.bias: drawn at random" in said
+    assert "no weights for classifier.weight, classifier.bias: newly initialized" in said
     assert "also holds lm_head.weight, which GPTNeoForTokenClassification does not use" in said
-    assert model.load_report.fresh == ("classifier.weight", "classifier.bias")
+    assert model.load_report.missing == ("classifier.weight", "classifier.bias")
     assert model.classifier.weight.std() > 0
     assert not model.classifier.bias.any()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,25 @@ def test_blocks_must_be_as_the_configuration_says() -> None:
         planned(TINY_CONFIG, shapes=wrong)
     with pytest.raises(CheckpointError, match=r"q_proj\.weight is float64, expected one of float32, float16, bfloat16"):
         planned(TINY_CONFIG, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("base", [True, False])
+def test_every_tensor_of_the_network_must_be_there_in_its_shape(tied: bool, base: bool) -> None:
+    config = TINY_CONFIG | {"tie_word_embeddings": tied, "architectures": None if base else ["GPTNeoForCausalLM"]}
+    shapes = tiny_shapes(config)
+    for name, shape in shapes.items():
+        optional = name == "lm_head.weight" and base
+        without = {known: size for known, size in shapes.items() if known != name}
+        stored = {known.removeprefix("transformer."): size for known, size in without.items()} if base else without
+        if optional:
+            planned(config, shapes=stored)
+        else:
+            with pytest.raises(CheckpointError, match=f"lacks 1 of the model's tensors: {re.escape(name)};"):
+                planned(config, shapes=stored)
+        wrong = shapes | {name: (shape[0] + 1, *shape[1:])}
+        with pytest.raises(CheckpointError, match=f"'{re.escape(name)}' is \\[{shape[0] + 1}.*says \\[{shape[0]}"):
+            planned(config, shapes=wrong)
 
 
 def test_what_is_unknown_is_kept_and_said() -> None:

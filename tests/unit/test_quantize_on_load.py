@@ -262,3 +262,59 @@ def test_versions_of_gptq_are_said_by_symmetry() -> None:
     assert read_config(GPTQConfig(4, sym=False, format="gptq_v2").to_dict()) == GPTQConfig(
         4, sym=False, format="gptq_v2"
     )
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_heads_may_be_named_among_what_is_skipped(tiny_model: Path, bits: str) -> None:
+    expected = neoquant.GPTNeoForCausalLM.from_pretrained(tiny_model, quantization_config={bits: True})
+    for skipped in (["lm_head"], ["lm_head", "score"], ["wte"]):
+        said = {bits: True, "llm_int8_skip_modules": skipped}
+        found = neoquant.GPTNeoForCausalLM.from_pretrained(tiny_model, quantization_config=said)
+        assert layers(found).keys() == layers(expected).keys() and torch.equal(logits(found), logits(expected))
+    wrong = {bits: True, "llm_int8_skip_modules": ["c_fk"]}
+    with pytest.raises(RequestError, match="llm_int8_skip_modules names 'c_fk', and no layer is called so"):
+        neoquant.GPTNeoForCausalLM.from_pretrained(tiny_model, quantization_config=wrong)
+
+
+STORED: dict[str, neoquant.Recipe] = {
+    "bnb4": neoquant.Recipe.simple(4, "nf4", keep=["*.c_fc"]),
+    "bnb8": neoquant.Recipe.simple(8, "int8", format="bitsandbytes"),
+    "gptq": neoquant.Recipe.simple(4, "affine", group_size=16, format="gptq"),
+    "compressed-tensors": neoquant.Recipe.simple(4, "affine", group_size=16, format="compressed-tensors"),
+    "packed": neoquant.Recipe.simple(3, "affine", group_size=16, format="neoquant"),
+}
+
+
+@pytest.mark.parametrize("format", STORED)
+def test_a_saved_configuration_may_be_handed_back(make_model: Callable[..., Path], tmp_path: Path, format: str) -> None:
+    source = make_model(hidden_size=32, num_heads=4)
+    made = neoquant.quantize(source, tmp_path / "out", STORED[format]).folder
+    model = neoquant.GPTNeoForCausalLM.from_pretrained(made)
+    model.save_pretrained(tmp_path / "again")
+    for folder in (made, tmp_path / "again"):
+        stated = json.loads((folder / "config.json").read_text())["quantization_config"]
+        found = neoquant.GPTNeoForCausalLM.from_pretrained(folder, quantization_config=stated)
+        assert torch.equal(logits(found, IDS[:1] % 200), logits(model, IDS[:1] % 200))
+    other = "bnb8" if format != "bnb8" else "bnb4"
+    elsewhere = neoquant.quantize(source, tmp_path / "other", STORED[other]).folder
+    with pytest.raises(RequestError, match=r"is already quantized|describes stored weights|GPTQ must see text"):
+        neoquant.GPTNeoForCausalLM.from_pretrained(elsewhere, quantization_config=stated)
+    if format.startswith("bnb"):  # which says how to quantize, and not only how weights are stored
+        again = neoquant.GPTNeoForCausalLM.from_pretrained(source, quantization_config=stated)
+        assert torch.equal(logits(again, IDS[:1] % 200), logits(model, IDS[:1] % 200))
+    else:
+        with pytest.raises(RequestError, match=r"describes stored weights|GPTQ must see text"):
+            neoquant.GPTNeoForCausalLM.from_pretrained(source, quantization_config=stated)
+
+
+def test_transformers_gptq_configuration_is_compared_with_what_is_stored(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = make_model(hidden_size=32, num_heads=4)
+    recipe = neoquant.Recipe.simple(4, "affine", group_size=16, symmetric=True, format="gptq")
+    made = neoquant.quantize(source, tmp_path / "out", recipe).folder
+    neoquant.GPTNeoForCausalLM.from_pretrained(made, quantization_config=GPTQConfig(4, group_size=16))
+    with pytest.raises(RequestError, match=r"is already quantized .*not as quantization_config asks"):
+        neoquant.GPTNeoForCausalLM.from_pretrained(made, quantization_config=GPTQConfig(4, group_size=32))
+    with pytest.raises(RequestError, match=r"is already quantized .*not as quantization_config asks"):
+        neoquant.GPTNeoForCausalLM.from_pretrained(made, quantization_config=recipe)

@@ -1,0 +1,182 @@
+"""Saved models: in one type, in the format they came from, beside what the folder holds already."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import write_tokenizer
+from safetensors.torch import load_file, save_file
+
+import neoquant
+from neoquant import GPTNeoForCausalLM, OutputError, Recipe
+from neoquant.formats import detect
+from neoquant.model.names import EMBEDDING
+
+MakeModel = Callable[..., Path]
+IDS = torch.arange(1, 9)[None]
+HALVES = [torch.float16, torch.bfloat16]
+FLOATS = [torch.float32, *HALVES]
+WIDE: dict[str, Any] = {"hidden_size": 64, "num_heads": 4}
+NF4 = Recipe.simple(4, "nf4")
+
+
+def plain_types(folder: Path) -> set[torch.dtype]:
+    """The types of the tensors that are no part of a quantized layer."""
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    format = detect(config, tensors)
+    layers = format.quantized(tensors) if format else {}
+    packed = {layer + suffix for layer, suffixes in layers.items() for suffix in suffixes}
+    return {tensor.dtype for name, tensor in tensors.items() if name not in packed}
+
+
+@pytest.mark.parametrize("stored", FLOATS)
+@pytest.mark.parametrize("computed", [None, *FLOATS])
+@pytest.mark.parametrize("said", [{"load_in_4bit": True}, {"load_in_8bit": True}])
+def test_plain_tensors_beside_quantized_ones_have_one_type(
+    make_model: MakeModel, tmp_path: Path, stored: torch.dtype, computed: torch.dtype | None, said: dict[str, Any]
+) -> None:
+    source = make_model(dtype=str(stored).removeprefix("torch."))
+    model = GPTNeoForCausalLM.from_pretrained(source, quantization_config=said, dtype=computed, device_map="cpu")
+    model.save_pretrained(tmp_path / "out")
+    (found,) = plain_types(tmp_path / "out")
+    assert found == (stored if computed in (None, torch.float32) else computed)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(found).removeprefix("torch.")
+    again = GPTNeoForCausalLM.from_pretrained(tmp_path / "out", dtype=model.dtype, device_map="cpu")
+    for name, value in again.state_dict().items():
+        assert torch.equal(value.float(), model.state_dict()[name].float()), "no value has changed"
+
+
+@pytest.mark.parametrize("stored", FLOATS)
+@pytest.mark.parametrize(
+    "recipe", [NF4, Recipe.simple(8, "int8", format="bitsandbytes"),
+               Recipe.simple(4, "affine", group_size=32, symmetric=True, format="compressed-tensors")],
+    ids=["bnb4", "bnb8", "compressed"],
+)  # fmt: skip
+def test_transformers_runs_what_was_quantized_on_loading(
+    make_model: MakeModel, tmp_path: Path, stored: torch.dtype, recipe: Recipe
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("compressed_tensors" if recipe.format == "compressed-tensors" else "bitsandbytes")
+    source = make_model(dtype=str(stored).removeprefix("torch."), **WIDE)
+    model = GPTNeoForCausalLM.from_pretrained(source, quantization_config=recipe, device_map="cpu")
+    model.save_pretrained(tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map="cpu").eval()
+    with torch.no_grad():
+        found, expected = theirs(IDS).logits.float(), model(IDS).logits.float()
+    assert (found - expected).abs().max() <= 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize("asked", ["bitsandbytes", "gptq", "compressed-tensors", "neoquant"])
+def test_the_format_stays(make_model: MakeModel, tmp_path: Path, asked: Any) -> None:
+    kind = ("nf4", {}) if asked == "bitsandbytes" else ("affine", {"group_size": 32, "symmetric": True})
+    recipe = Recipe.simple(4, kind[0], format=asked, **kind[1])  # type: ignore[arg-type]
+    made = neoquant.quantize(make_model(**WIDE), tmp_path / "made", recipe)
+    model = GPTNeoForCausalLM.from_pretrained(made.folder)
+    assert model.quantization_format == made.plan.format.name
+    for number in range(2):
+        model.save_pretrained(tmp_path / str(number))
+        stated = json.loads((tmp_path / str(number) / "config.json").read_text())["quantization_config"]
+        assert stated["quant_method"] == asked
+        before, model = model, GPTNeoForCausalLM.from_pretrained(tmp_path / str(number))
+        assert torch.equal(model(IDS).logits, before(IDS).logits)
+
+
+def test_a_format_that_no_longer_holds_all_layers_is_left(make_model: MakeModel, tmp_path: Path) -> None:
+    from neoquant.grids import make_grid
+    from neoquant.nn.linear import QuantLinear
+    from neoquant.quantizers import Nearest
+
+    model = GPTNeoForCausalLM.from_pretrained(make_model(**WIDE), quantization_config=NF4)
+    assert model.quantization_format == "bnb4"
+    layer = model.transformer.h[0].mlp.c_fc
+    other = Nearest().quantize(layer.quantized.dequantize(torch.float32), make_grid(8, "int8"))
+    model.set_submodule("transformer.h.0.mlp.c_fc", QuantLinear(other, layer.bias))
+    model.save_pretrained(tmp_path / "out")
+    stated = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert stated["quant_method"] == "neoquant"
+    assert torch.equal(GPTNeoForCausalLM.from_pretrained(tmp_path / "out")(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_model_goes_where_a_tokenizer_is(make_model: MakeModel, tmp_path: Path, force: bool) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    write_tokenizer(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    model = GPTNeoForCausalLM.from_pretrained(make_model())
+    model.save_pretrained(folder, force=force)
+    assert before.items() <= {path.name: path.read_bytes() for path in folder.iterdir()}.items()
+    assert torch.equal(neoquant.load(folder)[0](IDS).logits, model(IDS).logits)
+    with pytest.raises(OutputError, match="exists"):
+        model.save_pretrained(folder)
+
+
+def test_other_files_are_not_replaced(make_model: MakeModel, tmp_path: Path) -> None:
+    model = GPTNeoForCausalLM.from_pretrained(make_model())
+    folder = tmp_path / "out"
+    folder.mkdir()
+    write_tokenizer(folder)
+    (folder / "thesis.tex").write_text("the only copy")
+    with pytest.raises(OutputError, match="exists"):
+        model.save_pretrained(folder)
+    with pytest.raises(OutputError, match="not a model folder"):
+        model.save_pretrained(folder, force=True)
+    assert (folder / "thesis.tex").read_text() == "the only copy"
+
+
+@pytest.mark.parametrize("stored", FLOATS)
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_auto_is_the_files_type_where_config_json_is_silent(
+    make_model: MakeModel, stored: torch.dtype, kind: str
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    source = make_model(dtype=str(stored).removeprefix("torch."))
+    config = json.loads((source / "config.json").read_text())
+    del config["dtype"]
+    (source / "config.json").write_text(json.dumps(config))
+    tensors = load_file(source / "model.safetensors")
+    if kind == "bin":
+        torch.save(tensors, source / "pytorch_model.bin")
+        (source / "model.safetensors").unlink()
+    else:  # one tensor of another type does not decide
+        tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"].float()
+        save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    model = GPTNeoForCausalLM.from_pretrained(source, dtype="auto")
+    assert model.dtype == stored == transformers.AutoModelForCausalLM.from_pretrained(source, dtype="auto").dtype
+
+
+@pytest.mark.parametrize("stored", HALVES)
+@pytest.mark.parametrize("silent", [True, False])
+@pytest.mark.parametrize("recipe", [Recipe.simple(8, "int8", format="bitsandbytes"), NF4], ids=["int8", "nf4"])
+def test_dequantized_weights_have_the_type_of_what_is_beside_them(
+    make_model: MakeModel, tmp_path: Path, stored: torch.dtype, silent: bool, recipe: Recipe
+) -> None:
+    made = neoquant.quantize(make_model(dtype=str(stored).removeprefix("torch.")), tmp_path / "made", recipe).folder
+    if silent:
+        config = json.loads((made / "config.json").read_text())
+        del config["dtype"]
+        (made / "config.json").write_text(json.dumps(config))
+    plain = neoquant.convert(made, tmp_path / "plain", dequantize=True).folder
+    assert {tensor.dtype for tensor in load_file(plain / "model.safetensors").values()} == {stored}
+    assert json.loads((plain / "config.json").read_text())["dtype"] == str(stored).removeprefix("torch.")
+    assert EMBEDDING in load_file(plain / "model.safetensors")
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_padding_may_have_an_id_that_no_token_has(make_model: MakeModel, quantized: bool) -> None:
+    source = make_model()
+    recipe = Recipe.simple(8, "int8", format="neoquant", embeddings="int8") if quantized else None
+    model = GPTNeoForCausalLM.from_pretrained(source, quantization_config=recipe)
+    ids, mask = torch.tensor([[5, 6, 7, 300], [1, 2, 3, 4]]), torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    inside = ids.masked_fill(mask == 0, 0)
+    found, expected = model(ids, attention_mask=mask).logits, model(inside, attention_mask=mask).logits
+    assert torch.equal(found[mask == 1], expected[mask == 1])
+    flipped, behind = ids.flip(1), mask.flip(1)
+    new = model.generate(flipped, attention_mask=behind, max_new_tokens=3)[:, 4:]
+    assert torch.equal(new, model.generate(inside.flip(1), attention_mask=behind, max_new_tokens=3)[:, 4:])
