@@ -84,11 +84,11 @@ def detect(config: Mapping[str, Any], names: Iterable[str]) -> Format | None:
     by_names = [format for format in FORMATS.values() if format.quantized(names)]
     if len(by_names) > 1:
         raise FormatError(f"tensors of several formats are mixed: {', '.join(format.name for format in by_names)}")
-    if by_names:
-        return by_names[0].configured(said)
     method = said.get("quant_method") or (
         "bitsandbytes" if said.get("load_in_4bit") or said.get("load_in_8bit") else ""
     )
+    if by_names and method not in by_names[0].other_methods:
+        return by_names[0].configured(said)
     if not method:
         return None
     families = dict.fromkeys(format.family for format in FORMATS.values())

@@ -27,6 +27,7 @@ class Format(ABC):
     name: ClassVar[str]
     family: ClassVar[str]  # what a recipe says: "bitsandbytes", "gptq", "compressed-tensors" or "neoquant"
     markers: ClassVar[tuple[str, ...]]  # a layer X is quantized if a tensor X + one of these exists
+    other_methods: ClassVar[tuple[str, ...]] = ()  # quant_methods with the same markers that pack weights otherwise
     holds_order: ClassVar[bool] = False  # whether an activation order can be stored
     holds_dtype: ClassVar[bool] = False  # whether a layer says what type its weight was before
     holds_embeddings: ClassVar[bool] = False  # whether who reads it can look rows up in a quantized weight

@@ -22,7 +22,6 @@ from neoquant.grids import Affine, Grid
 from neoquant.tensor import QuantizedTensor
 
 V1, V2 = "gptq", "gptq_v2"
-_OTHER_METHODS = ("awq",)  # which call their tensors the same, and pack them otherwise
 MULTIPLE = 32  # of inputs and outputs: whole words at every number of bits
 
 
@@ -32,6 +31,7 @@ class Gptq(Format):
     name: ClassVar[str] = "gptq"
     family: ClassVar[str] = "gptq"
     markers: ClassVar[tuple[str, ...]] = (".qweight", ".g_idx")
+    other_methods: ClassVar[tuple[str, ...]] = ("awq",)
     holds_order: ClassVar[bool] = True
 
     def __init__(self, said: Mapping[str, Any] | None = None, version: str | None = None) -> None:
@@ -43,8 +43,6 @@ class Gptq(Format):
         self.version = version
 
     def configured(self, said: Mapping[str, Any]) -> Format:
-        if said.get("quant_method") in _OTHER_METHODS:
-            raise FormatError(f"config.json says quant_method {said['quant_method']!r}; neoquant reads gptq")
         return Gptq(said)
 
     def checked(
