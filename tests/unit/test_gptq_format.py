@@ -225,7 +225,7 @@ def test_groups_follow_each_other_where_g_idx_is_missing(group_size: int) -> Non
 
 def test_awq_is_not_taken_for_gptq() -> None:
     names = ["a.qweight", "a.qzeros", "a.scales"]
-    with pytest.raises(FormatError, match="quant_method 'awq'; neoquant reads gptq"):
+    with pytest.raises(FormatError, match="quant_method 'awq'; neoquant reads bitsandbytes, gptq"):
         detect({"quantization_config": {"quant_method": "awq", "bits": 4}}, names)
 
 
