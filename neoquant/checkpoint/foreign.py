@@ -25,12 +25,12 @@ _FOLDERS = (
         "it is an adapter (LoRA): load the model it was trained on, then load_peft_model with this folder",
     ),
     (
-        r"flax_model.*\.msgpack(\.index\.json)?",
+        r".*\.msgpack(\.index\.json)?",
         "{} holds Flax weights: transformers 4 converts them, "
         "GPTNeoForCausalLM.from_pretrained(folder, from_flax=True).save_pretrained(out)",
     ),
     (
-        r"tf_model.*\.h5(\.index\.json)?",
+        r".*\.h5(\.index\.json)?",
         "{} holds TensorFlow weights, and transformers has no GPT-Neo for TensorFlow: save the model with PyTorch",
     ),
     (

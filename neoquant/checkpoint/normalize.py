@@ -54,10 +54,11 @@ def normalize(stored: Iterable[Stored], config: Mapping[str, Any]) -> Normalized
     if ties_head(config):
         by_name, second_names = _without_second_names(by_name)
         dropped += second_names
+    left_out = set(dropped)
     kept = {
         name: entry._replace(header=entry.header._replace(name=name))
         for name, entry in by_name.items()
-        if name not in dropped
+        if name not in left_out
     }
     return Normalized(kept, tuple(dropped), tuple(notes))
 

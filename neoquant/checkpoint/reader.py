@@ -180,7 +180,8 @@ class Checkpoint:
         if first.dtype == second.dtype:
             first, second = first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8)
         else:
-            first, second = first.to(torch.float64), second.to(torch.float64)
+            exact = torch.promote_types(first.dtype, second.dtype)
+            first, second = first.to(exact), second.to(exact)
         same = torch.equal(first, second)
         self.forget(name)
         self.forget(other)

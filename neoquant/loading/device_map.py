@@ -79,7 +79,7 @@ def assign_devices(
     if isinstance(device_map, Mapping) and set(device_map) != {""}:
         if max_memory is not None:
             raise RequestError("max_memory goes with device_map='auto': an explicit map says itself what lies where")
-        return DeviceMap(_as_told(device_map, sizes), tied)
+        return DeviceMap(_explicit(device_map, sizes), tied)
     if isinstance(device_map, Mapping):
         device_map = device_map[""]
     if max_memory is not None and device_map not in _SPREAD:
@@ -107,25 +107,27 @@ def resolve_device(device: object) -> torch.device:
     return found
 
 
-def _as_told(device_map: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, torch.device | str]:
+def _explicit(device_map: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, torch.device | str]:
     """The longest name in the map that a unit's begins with decides about it."""
-    told = {name.removeprefix("transformer.").removesuffix("."): where for name, where in device_map.items()}
-    told = {"" if name == "transformer" else name: where for name, where in told.items()}
+    stated = {name.removeprefix("transformer.").removesuffix("."): where for name, where in device_map.items()}
+    stated = {"" if name == "transformer" else name: where for name, where in stated.items()}
     used: set[str] = set()
     placed: dict[str, torch.device | str] = {}
     for unit in sizes:
         bare = unit.removeprefix("transformer.")
-        names = [name for name in told if name in ("", bare) or bare.startswith(f"{name}.")]
+        names = [name for name in stated if name in ("", bare) or bare.startswith(f"{name}.")]
         if not names:
             raise RequestError(f"device_map says nothing about {unit}; '' stands for all that is not named")
         name = max(names, key=len)
         used.add(name)
-        placed[unit] = DISK if told[name] == DISK else resolve_device(told[name])
-    idle = [name for name in told if name not in used and name not in ("", "wpe", "lm_head", "h")]
+        placed[unit] = DISK if stated[name] == DISK else resolve_device(stated[name])
+    idle = [name for name in stated if name not in used and name not in ("", "wpe", "lm_head", "h")]
     if idle:
         raise RequestError(f"device_map names {idle[0]!r}, and what is placed as a whole is {', '.join(sizes)}")
     for together in ("wpe", "lm_head"):
-        wanted = DISK if told.get(together) == DISK else resolve_device(told[together]) if together in told else None
+        wanted = (
+            DISK if stated.get(together) == DISK else resolve_device(stated[together]) if together in stated else None
+        )
         alone = any(unit.endswith(together) for unit in sizes)
         if wanted is not None and not alone and wanted != next(iter(placed.values())):
             raise RequestError(f"device_map puts {together} elsewhere than wte, and they must lie together")
@@ -142,9 +144,9 @@ def _limits(max_memory: Mapping[int | str, int | str] | None) -> list[tuple[torc
     for key in max_memory:
         if str(key) != "cpu" and not str(key).isdecimal():
             raise RequestError(f"max_memory names {key!r}; legal are the numbers of GPUs, and 'cpu'")
-    said = {str(key): parse_size(size, f"max_memory of {key}", least=0) for key, size in max_memory.items()}
-    gpus = [(resolve_device(number), float(said[str(number)])) for number in numbers]
-    return [*gpus, (torch.device("cpu"), float(said.get("cpu", float("inf"))))]
+    limits = {str(key): parse_size(size, f"max_memory of {key}", least=0) for key, size in max_memory.items()}
+    gpus = [(resolve_device(number), float(limits[str(number)])) for number in numbers]
+    return [*gpus, (torch.device("cpu"), float(limits.get("cpu", float("inf"))))]
 
 
 def _spread(limits: list[tuple[torch.device, float]], sizes: Mapping[str, int]) -> dict[str, torch.device | str]:

@@ -73,11 +73,11 @@ def load_quantized(
                 needing = needing_calibration(plan)
                 raise RequestError(f"{needing} needs calibration samples: pass a GPTQConfig with a dataset")
             blocks = _blocks(checkpoint, plan, _calibration(checkpoint, config, progress), progress)
-        view = _Rounding(checkpoint, plan, blocks)
+        view = _QuantizedView(checkpoint, plan, blocks)
         return read_model(view, cls, compute_dtype=compute_dtype, progress=progress, **options)
 
 
-class _Rounding:
+class _QuantizedView:
     """A plain checkpoint as the quantized one of a plan: weights are rounded when they are looked at.
 
     What is not quantized is what it was, in its own type.
@@ -94,34 +94,34 @@ class _Rounding:
         for row in plan.rows:
             for header in row.stored if row.grid is not None else [row.source] if row.action != "drop" else []:
                 self.headers[header.name], self._rows[header.name] = header, row
-        self._made: dict[str, dict[str, torch.Tensor]] = {}
-        self._given: dict[str, QuantizedTensor] = {}
+        self._tensors: dict[str, dict[str, torch.Tensor]] = {}
+        self._calibrated_weights: dict[str, QuantizedTensor] = {}
 
     def view(self, name: str) -> torch.Tensor:
         row = self._rows[name]
         if row.grid is None:
             return self._checkpoint.view(row.name)
-        if row.name not in self._made:
+        if row.name not in self._tensors:
             with locate(row.name), torch.no_grad():
                 weight = self._checkpoint.view(row.name)
-                self._made[row.name] = output_tensors(
+                self._tensors[row.name] = output_tensors(
                     weight, row, self._checkpoint, self._plan.format, self._calibrated(row)
                 )
-        return self._made[row.name][name]
+        return self._tensors[row.name][name]
 
     def forget(self, name: str) -> None:
         row = self._rows[name]
-        self._made.pop(row.name, None)
-        self._given.pop(row.name, None)
+        self._tensors.pop(row.name, None)
+        self._calibrated_weights.pop(row.name, None)
         self._checkpoint.forget(row.name)
 
     def _calibrated(self, row: PlanRow) -> QuantizedTensor | None:
         """The weight as a calibrated quantizer gives it, which takes all blocks before its own."""
         if row.quantizer is None or not row.quantizer.needs_calibration:
             return None
-        while row.name not in self._given:
-            self._given |= next(self._blocks).weights
-        return self._given[row.name]
+        while row.name not in self._calibrated_weights:
+            self._calibrated_weights |= next(self._blocks).weights
+        return self._calibrated_weights[row.name]
 
 
 def _blocks(

@@ -14,11 +14,14 @@ import huggingface_hub
 import pytest
 import torch
 from hub_stand_in import COMMIT, OLD_COMMIT, StandIn, go_offline
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from neoquant.checkpoint import hub, open_checkpoint
 from neoquant.errors import CheckpointError, ConfigError, HubError
+from neoquant.model.names import EMBEDDING, TIED_HEAD
 from neoquant.progress import Progress
+from neoquant.quantization.quantize import plan, quantize
+from neoquant.quantization.recipe import Recipe
 
 CONFIG = json.dumps({"model_type": "gpt_neo", "hidden_size": 64}).encode()
 TENSORS = {f"transformer.h.{n}.mlp.c_fc.weight": torch.full((256, 64), float(n)) for n in range(8)}
@@ -105,6 +108,48 @@ def test_headers_are_the_same_near_and_far(stand_in: StandIn) -> None:
             assert list(far.headers.items()) == list(near.headers.items())
             assert (far.nbytes, far.config, far.revision) == (near.nbytes, near.config, near.revision)
             assert torch.equal(near.read(list(TENSORS)[5]), TENSORS[list(TENSORS)[5]])
+
+
+def test_weights_by_another_name_and_their_own_description(stand_in: StandIn) -> None:
+    stand_in.files = {
+        "config.json": CONFIG,
+        "quantize_config.json": b'{"bits": 4, "group_size": 32, "sym": true}',
+        "gptq_model-4bit-32g.safetensors": save(TENSORS),
+    }
+    for headers_only in (True, False):
+        with open_checkpoint("user/neo", headers_only=headers_only) as checkpoint:
+            assert checkpoint.headers.keys() == TENSORS.keys()
+            stated = checkpoint.config["quantization_config"]
+            assert stated == {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
+
+
+def test_what_a_repository_holds_instead_of_weights_is_said(stand_in: StandIn) -> None:
+    stand_in.files = {"config.json": CONFIG, "flax_model.msgpack": b"x"}
+    with pytest.raises(HubError, match=r"user/neo holds no weights .*; flax_model\.msgpack holds Flax weights"):
+        open_checkpoint("user/neo")
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_far_away_is_compared_once_it_is_here(
+    stand_in: StandIn, make_model: Callable[..., Path], tmp_path: Path, same: bool
+) -> None:
+    """Headers alone cannot say whether a head is the embedding that config.json ties it to."""
+    source = make_model()
+    state = load_file(source / "model.safetensors")
+    state[TIED_HEAD] = state[EMBEDDING].clone() if same else state[EMBEDDING] + 1
+    stand_in.files = {
+        "config.json": (source / "config.json").read_bytes(), "tokenizer.json": b"{}", "model.safetensors": save(state)
+    }  # fmt: skip
+    recipe = Recipe.simple(4, "nf4")
+    planned = plan("user/neo", recipe)
+    assert any("quantizing keeps it if the values differ" in note for note in planned.notes)
+    made = quantize("user/neo", tmp_path / "out", recipe)
+    stored = load_file(made.folder / "model.safetensors")
+    assert (TIED_HEAD in stored) == (not same)
+    if not same:
+        assert torch.equal(stored[TIED_HEAD], state[TIED_HEAD])
+        assert json.loads((made.folder / "config.json").read_text())["tie_word_embeddings"] is False
+        assert any(note.startswith("lm_head.weight differs") for note in made.plan.notes)
 
 
 def test_headers_of_a_torch_file_need_the_file(stand_in: StandIn, tmp_path: Path) -> None:
