@@ -97,9 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code. Results go to stdout, everything else to stderr."""
     terminal = Terminal()
     command = typer.main.get_command(app)
-    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    typed = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        with _our_warnings_only(terminal), command.make_context("neoquant", words, obj=terminal) as ctx:
+        with _our_warnings_only(terminal), command.make_context("neoquant", typed, obj=terminal) as ctx:
             command.invoke(ctx)
         sys.stdout.flush()
     except typer.Exit as exit:
@@ -135,7 +135,7 @@ def _our_warnings_only(terminal: Terminal) -> Iterator[None]:
 
 
 def explain(error: Exception) -> tuple[str, int]:
-    """What to say about an error, in one line, and the exit code: 1 is ours, 2 the request's."""
+    """The message for an error, in one line, and the exit code: 1 it could not be done, 2 the request is not legal."""
     if isinstance(error, NeoquantError):
         return str(error), error.exit_code
     if hasattr(error, "format_message"):  # typer's own, whichever version raised it

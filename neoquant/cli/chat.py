@@ -1,4 +1,4 @@
-"""`neoquant chat`: go on with a text together, turn by turn."""
+"""`neoquant chat`: write a text together with a model, turn by turn."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 LONGEST_TURN = 60
 
-HELP = "/again: another continuation · /undo: without the last turn · /reset: begin anew · /show: all of it · /quit"
+HELP = "/again: another continuation · /undo: drop the last turn · /reset: start again · /show: the whole text · /quit"
 
 
 def chat(
@@ -35,7 +35,7 @@ def chat(
         typer.Option(
             "--roles",
             metavar="YOU,MODEL",
-            help="Write a dialogue between these two, such as Human,Robot. [default: your lines are simply continued]",
+            help="Write a dialogue between these two, such as Human,Robot. [default: no roles]",
             show_default=False,
         ),
     ] = None,
@@ -53,7 +53,7 @@ def chat(
         typer.Option(
             "--temperature",
             metavar="T",
-            help="Below 1 is safer, above is wilder, 0 is greedy. [default: the model's, else 0.8]",
+            help="Below 1 less random, above more, 0 greedy. [default: the model's, else 0.8]",
         ),
     ] = None,
     top_p: Annotated[
@@ -61,7 +61,7 @@ def chat(
         typer.Option(
             "--top-p",
             metavar="P",
-            help="Only the likeliest tokens that make up P together. [default: the model's, else 0.95]",
+            help="Only the likeliest tokens of total probability P. [default: the model's, else 0.95]",
         ),
     ] = None,
     repetition_penalty: Annotated[
@@ -69,7 +69,7 @@ def chat(
         typer.Option(
             "--repetition-penalty",
             metavar="R",
-            help="Above 1, tokens already there become less likely. [default: the model's, else 1]",
+            help="Above 1, tokens of the text become less likely. [default: the model's, else 1]",
         ),
     ] = None,
     seed: Annotated[
@@ -83,12 +83,11 @@ def chat(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Go on with a text together: what you type is added to it, and the model continues; all of it is remembered.
+    """Write a text together: what you type is appended, and the model continues the whole text.
 
-    GPT-Neo was not trained to answer: it goes on with what is there. With --roles, your lines and its own are written
-    as a dialogue, and it stops where you would speak.
-    What no option says is as the model's generation_config.json has it. /help lists what else can be typed; Ctrl-D
-    ends.
+    GPT-Neo was not trained to answer questions: it continues the text. With --roles, your lines and the model's form a
+    dialogue, and the model stops where your next line begins. Defaults come from the model's generation_config.json.
+    /help lists the commands; Ctrl-D ends.
 
     \b
     Examples:
@@ -160,7 +159,7 @@ class _Chat:
 
     @property
     def text(self) -> str:
-        return "".join(typed + said for typed, said in self.turns)
+        return "".join(typed + continuation for typed, continuation in self.turns)
 
     def run(self, lines: Iterator[str]) -> None:
         commands: dict[str, Callable[[], None]] = {
@@ -207,7 +206,7 @@ class _Chat:
         ids = self.tokenizer.prompt_ids(self.text + typed)
         room = context - self.longest
         if len(ids) > room:
-            self.terminal.note(f"the text has {len(ids)} tokens: the first {len(ids) - room} are out of sight now")
+            self.terminal.note(f"the text has {len(ids)} tokens: the first {len(ids) - room} no longer fit the context")
             ids = ids[-room:]
         stops = (*self.settings.stops(), *((f"\n{self.names[0]}:",) if self.names else ()))
         ends = self.settings.ends()
@@ -240,23 +239,23 @@ class _Shown:
 
     def add(self, text: str) -> None:
         self._text += text
-        said = self._said()
-        ended = len(said) < len(self._text)
-        self._write(said, 0 if ended else max((_overlap(said, stop) for stop in self._stops), default=0))
+        visible = self._visible()
+        ended = len(visible) < len(self._text)
+        self._write(visible, 0 if ended else max((_overlap(visible, stop) for stop in self._stops), default=0))
 
     def end(self) -> str:
         """Write what is left, and return all of it."""
-        said = self._said()
-        self._write(said, 0)
+        visible = self._visible()
+        self._write(visible, 0)
         _write("\n")
-        return said
+        return visible
 
-    def _said(self) -> str:
+    def _visible(self) -> str:
         return min((self._text.partition(stop)[0] for stop in self._stops), key=len, default=self._text)
 
-    def _write(self, said: str, waiting: int) -> None:
-        upto = len(said) - waiting
-        _write(said[self._written : upto])
+    def _write(self, visible: str, waiting: int) -> None:
+        upto = len(visible) - waiting
+        _write(visible[self._written : upto])
         self._written = max(self._written, upto)
 
 

@@ -34,7 +34,7 @@ class Description:
 
     @property
     def grids(self) -> str:
-        """The grids in words: counted where neoquant's record lists them, else what config.json says."""
+        """The grids and their options: counted where neoquant's record lists them, else what config.json says."""
         from neoquant.grids import grid_from_dict
         from neoquant.report.formatting import grid_label
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from neoquant.cli.terminal import Terminal
 
 BUNDLED = "neoquant-demo"
 """How the model that comes with neoquant is called on the command line."""
+
+
+class Loading(NamedTuple):
+    """The options that say how a model is loaded."""
+
+    revision: str | None
+    device: str | None
+    dtype: str | None
 
 
 def find_model(model: str | None, terminal: Terminal, verb: str) -> str | Path:

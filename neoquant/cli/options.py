@@ -1,4 +1,8 @@
-"""Options that several verbs share, each described once."""
+"""Options that several verbs share, each described once.
+
+Verbs still list the options that they take: typer reads them from a function's signature, has no notion of a group of
+options, and a decorator that merges signatures would hide from readers and type checkers what a verb takes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names and ticks of charts: words beside points and rows, numbers that can be read."""
+"""Names of points and rows in charts, and ticks that can be read."""
 
 from __future__ import annotations
 

@@ -22,16 +22,16 @@ def remarks(result: Comparison) -> list[str]:
 
 def _blind(result: Comparison) -> Iterator[str]:
     """That predictions changed where perplexity did not surely rise."""
-    unseen = [
+    blind = [
         (c.total.kl, c.evaluation.model.name)
         for c in result.candidates
         if c.total.kl is not None and c.total.kl >= NOTICED and c.total.low is not None and c.total.low <= 0
     ]
-    if not unseen:
+    if not blind:
         return
-    least, most = divergence(min(unseen)[0]), divergence(max(unseen)[0])
+    least, most = divergence(min(blind)[0]), divergence(max(blind)[0])
     span = most if least == most else f"{least} to {most}"
-    who = f"{unseen[0][1]}’s predictions" if len(unseen) == 1 else f"the predictions of {len(unseen)} models"
+    who = f"{blind[0][1]}’s predictions" if len(blind) == 1 else f"the predictions of {len(blind)} models"
     yield (
         f"Perplexity shows little on this text: {who} changed (KL {span}), but the interval of the change of "
         "perplexity includes zero. Judge by KL and by the same top token."

@@ -58,7 +58,7 @@ _LINK = "{http://www.w3.org/1999/xlink}href"
 
 
 def standalone(svg: str, description: str) -> str:
-    """A chart as a file of its own, light or dark as its reader is; `description` says in words what it shows."""
+    """A chart as a file of its own, light or dark as its reader is; `description` is its text alternative."""
     from xml.sax.saxutils import escape
 
     style = f"svg{{{LIGHT}background:var(--paper)}}@media(prefers-color-scheme:dark){{svg{{{DARK}}}}}"

@@ -53,7 +53,7 @@ def test_other_tasks_print_a_line_for_each_text(
     [
         (("--model", "b"), "two models are named"),
         (("--task", "translation"), "task is 'translation'; legal are"),
-        (("--task", "text-classification", "--greedy"), "generates nothing, so --greedy cannot"),
+        (("--task", "text-classification", "--greedy"), "generates nothing: leave out --greedy"),
         (("--task", "text-classification", "--question", "x"), "--question goes with"),
         (("--question", "x"), "--question goes with"),
         (("--task", "question-answering"), "with --question TEXT"),
@@ -84,7 +84,7 @@ def test_turns_can_be_taken_back_and_done_again(cli: Cli, tiny_model: Path) -> N
     result = cli(*words, stdin="ab\n/again\n/undo\n/undo\n/again\n/what\n/help\n/quit\nnot read\n")
     first, second, _ = result.out.split("\n", 2)
     assert first + "\n" == plain and second != first
-    for note in ("no turn to undo", "no turn to do again", "/what is no command", "/reset: begin anew"):
+    for note in ("no turn to undo", "no turn to do again", "/what is no command", "/reset: start again"):
         assert note in result.err
     assert cli(*words, stdin="ab\n/reset\nxy\n/show\n").out.count("xy") == 1
     assert cli(*words, stdin="").out == ""
@@ -93,7 +93,7 @@ def test_turns_can_be_taken_back_and_done_again(cli: Cli, tiny_model: Path) -> N
 def test_a_long_chat_says_what_it_cannot_see_any_more(cli: Cli, tiny_model: Path) -> None:
     result = cli("chat", tiny_model, "--max-new-tokens", 400, stdin="a" * 30 + "\n")
     assert result.code == 0
-    assert "the text has 30 tokens: the first 14 are out of sight now" in result.err
+    assert "the text has 30 tokens: the first 14 no longer fit the context" in result.err
 
 
 def test_a_dialogue_has_two_names(cli: Cli, tiny_model: Path) -> None:

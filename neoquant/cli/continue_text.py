@@ -1,0 +1,103 @@
+"""`neoquant generate` without `--task`: a text and its continuation, as it is made."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from neoquant.cli.generation import settings
+from neoquant.cli.models import Loading
+from neoquant.cli.terminal import Terminal
+
+if TYPE_CHECKING:
+    from neoquant.generation.config import GenerationConfig
+    from neoquant.generation.generate import Sampling
+    from neoquant.loading.pretrained import GPTNeoForCausalLM
+    from neoquant.tokenizer.tokenizer import Tokenizer
+
+DEFAULT_TOKENS = 100
+
+
+class Choices(NamedTuple):
+    """The options that choose tokens; None where the model's own settings hold."""
+
+    greedy: bool
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
+    max_new_tokens: int | None
+
+
+def continue_text(
+    source: str | Path, text: str, choices: Choices, loading: Loading, activations: str, terminal: Terminal
+) -> None:
+    """Print `text` and what the model continues it with; how many tokens a second is a note.
+
+    Raises RequestError where the text leaves no room in the context.
+    """
+    from neoquant.generation.generate import check_room
+    from neoquant.loading.pretrained import load
+
+    network, tokenizer = load(source, **loading._asdict(), activations=activations, progress=terminal.progress)
+    own = settings(
+        network.generation_config,
+        terminal,
+        greedy=choices.greedy,
+        temperature=choices.temperature,
+        top_k=choices.top_k,
+        top_p=choices.top_p,
+        repetition_penalty=choices.repetition_penalty,
+    )
+    ids = tokenizer.prompt_ids(text)
+    seed = random.SystemRandom().randrange(2**31) if choices.seed is None else choices.seed
+    sampling = replace(own.sampling(len(ids)), seed=seed)
+    length = choices.max_new_tokens
+    if length is None:
+        length = own.new_tokens(len(ids), network.config.max_position_embeddings, default=DEFAULT_TOKENS)
+    check_room(network, len(ids), length)  # before the prompt is printed
+
+    started = time.perf_counter()
+    _write(text)
+    tokens = _print_continuation(network, tokenizer, ids, length, sampling, own)
+    seconds = time.perf_counter() - started
+    repeat = "" if sampling.temperature == 0 else f"; to repeat: --seed {seed}"
+    terminal.note(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s{repeat}")
+
+
+def _print_continuation(
+    network: GPTNeoForCausalLM,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    length: int,
+    sampling: Sampling,
+    own: GenerationConfig,
+) -> int:
+    """Print at most `length` tokens after `ids`, and count them."""
+    import torch
+
+    from neoquant.generation.generate import stream
+    from neoquant.generation.stopping import ends_with
+    from neoquant.generation.text import TextStream
+
+    out = TextStream(tokenizer, _write)
+    stop, ends, tokens = ends_with(own.stops(), tokenizer), own.ends(), 0
+    try:
+        for chosen in stream(network, torch.tensor([ids]), max_new_tokens=length, sampling=sampling, stop=stop):
+            tokens += 1
+            if int(chosen[0]) not in ends:
+                out.put(int(chosen[0]))
+    finally:
+        out.end()
+        _write("\n")
+    return tokens
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
