@@ -54,9 +54,9 @@ def test_other_tasks_print_a_line_for_each_text(
         (("--model", "b"), "two models are named"),
         (("--task", "translation"), "task is 'translation'; legal are"),
         (("--task", "text-classification", "--greedy"), "generates nothing: leave out --greedy"),
-        (("--task", "text-classification", "--question", "x"), "--question goes with"),
-        (("--question", "x"), "--question goes with"),
-        (("--task", "question-answering"), "with --question TEXT"),
+        (("--task", "text-classification", "--question", "x"), "--question belongs to --task"),
+        (("--question", "x"), "--question belongs to --task"),
+        (("--task", "question-answering"), "give --question TEXT"),
     ],
 )
 def test_contradictions_are_refused(cli: Cli, tiny_model: Path, words: tuple[str, ...], message: str) -> None:
