@@ -24,8 +24,9 @@ from neoquant.grids.base import Columns, Grid, Params, ParamShapes
 from neoquant.grids.codebook import BLOCK_SIZES, FP4, NF4, Codebook, double_quant_table, load_bitsandbytes
 from neoquant.grids.decoding import NESTED_GROUP, Decoding, Scale
 from neoquant.grids.int8 import Int8Rows
+from neoquant.grids.mxfp4 import Mxfp4
 
-GRIDS: dict[str, type[Grid]] = {"nf4": Codebook, "fp4": Codebook, "int8": Int8Rows, "affine": Affine}
+GRIDS: dict[str, type[Grid]] = {"nf4": Codebook, "fp4": Codebook, "int8": Int8Rows, "affine": Affine, "mxfp4": Mxfp4}
 
 __all__ = [
     "BLOCK_SIZES",
