@@ -83,8 +83,8 @@ Type = Annotated[
     typer.Option(
         "--type",
         metavar="T",
-        help="nf4 or fp4 with 4 bits, int8 with 8, affine (integers in groups, round-to-nearest) or gptq (the same, "
-        "quantized by GPTQ with --calibration) with 2, 3, 4 or 8. "
+        help="nf4, fp4 or mxfp4 with 4 bits, int8 with 8, affine (integers in groups, round-to-nearest) or gptq (the "
+        "same, quantized by GPTQ with --calibration) with 2, 3, 4 or 8. "
         "[default: nf4, int8 with 8 bits, affine with 2 or 3]",
     ),
 ]
