@@ -62,7 +62,11 @@ Activations = Annotated[
         "`neoquant compare` measures the accuracy loss.",
     ),
 ]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write everything measured to FILE.")]
+Json = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Also write what was measured to FILE; - for stdout.")
+]
+
+Force = Annotated[bool, typer.Option("--force", help="Replace FILE where it is there and is not such a result.")]
 
 FailIf = Annotated[
     list[str] | None,
@@ -204,7 +208,9 @@ Length = Annotated[
         help="Sequence length of a sample. [default: 2048 or the model's context]",
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed for drawing the calibration samples.")]
+Seed = Annotated[
+    int, typer.Option("--seed", metavar="N", min=0, max=2**63 - 1, help="Seed for drawing the calibration samples.")
+]
 MaxMemory = Annotated[
     str | None,
     typer.Option(

@@ -93,13 +93,19 @@ def score(
                 done.add(number)
                 if journal:
                     journal.keep(tally, done)
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit) as error:
         if journal:
             journal.write(tally, done)
+            if isinstance(error, KeyboardInterrupt):
+                raise type(error)(
+                    f"after {len(done)} of {len(work)} batches: the same command resumes from {journal.path}"
+                ) from error
         raise
     for rank, state in enumerate(team.share(tally.state() if team.size > 1 else None)):
         if rank != team.rank:
             tally.merge(Tally.of_state(state))
+    if journal and team.rank == 0:
+        journal.write(tally, set(range(len(work))))
     return tally
 
 

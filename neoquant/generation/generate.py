@@ -229,6 +229,15 @@ def _like(ids: Tensor, given: Tensor | None, name: str) -> Tensor | None:
     return given.expand(ids.shape)
 
 
+def require_known_tokens(model: CausalLM, ids: Sequence[int]) -> None:
+    """Raise RequestError where a tokenizer gave a token that the model has no row for."""
+    if (largest := max(ids, default=0)) >= model.config.vocab_size:
+        raise RequestError(
+            f"the tokenizer gives token {largest}, but the model knows {model.config.vocab_size} tokens: "
+            "is it the model's own tokenizer?"
+        )
+
+
 def check_room(model: CausalLM, prompt: int, max_new_tokens: int) -> None:
     """Raise ContextError unless a prompt of that many tokens leaves room for the new ones."""
     limit = model.config.max_position_embeddings

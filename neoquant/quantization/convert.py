@@ -16,7 +16,8 @@ import torch
 
 from neoquant.checkpoint import SHARD_SIZE, Checkpoint, CheckpointWriter, TensorHeader, open_checkpoint
 from neoquant.checkpoint.headers import float_type
-from neoquant.errors import RequestError, locate
+from neoquant.errors import CheckpointError, RequestError, locate
+from neoquant.files.reading import MAX_LARGE_BYTES, read_json, read_text
 from neoquant.formats import FORMATS, Format, detect_checked
 from neoquant.formats.base import dtype_name
 from neoquant.grids import Grid
@@ -282,7 +283,7 @@ def _files(checkpoint: Checkpoint, job: _Conversion, result: ConvertResult) -> d
     if job.target is not None and calibration.is_file():
         files[CALIBRATION] = calibration
     before = _record(checkpoint.folder)
-    measured = measured_in(card.read_text(encoding="utf-8")) if job.target is not None and card.is_file() else None
+    measured = measured_in(read_text(card)) if job.target is not None and card.is_file() else None
     made_by = {key: before[key] for key in ("neoquant", "source") if key in before}
     record: dict[str, Any] = {
         "neoquant": __version__,
@@ -312,7 +313,7 @@ def _files(checkpoint: Checkpoint, job: _Conversion, result: ConvertResult) -> d
 def _record(folder: Path) -> dict[str, Any]:
     """neoquant's own record of the source, empty where there is none that can be read."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = read_json(folder / RECORD, limit=MAX_LARGE_BYTES)
+    except CheckpointError:
         return {}
     return record if isinstance(record, dict) else {}

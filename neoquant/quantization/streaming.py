@@ -44,6 +44,7 @@ def write_streaming(checkpoint: Checkpoint, plan: Plan, sink: CheckpointWriter, 
     rows: list[PlanRow] = []
     lines: list[bytes] = []
     behind: deque[tuple[PlanRow, Future[bytes]]] = deque()
+    waiting = 0  # bytes of all that is in `behind`
     with (
         progress.task("quantizing", total=plan.source_bytes) as advance,
         torch.inference_mode(),
@@ -52,17 +53,20 @@ def write_streaming(checkpoint: Checkpoint, plan: Plan, sink: CheckpointWriter, 
     ):
 
         def wait_for_the_oldest() -> None:
+            nonlocal waiting
             row, written = behind.popleft()
+            waiting -= _bytes_waiting(row)
             lines.append(written.result())
             advance(row.source.nbytes)
 
         for row in plan.rows:
-            while sum(_bytes_waiting(waiting) for waiting, _ in list(behind)[:-1]) > IN_FLIGHT_BYTES:
+            while behind and waiting - _bytes_waiting(behind[-1][0]) > IN_FLIGHT_BYTES:
                 wait_for_the_oldest()
             with locate(checkpoint.source), locate(row.name):
                 weight = checkpoint.view(row.name)
                 tensors = output_tensors(weight, row, plan.format)
             rows.append(replace(row, stored=headers_of(tensors)))
+            waiting += _bytes_waiting(rows[-1])
             behind.append((rows[-1], writing.submit(_write_behind, row.source, weight, tensors, checkpoint, sink)))
         while behind:
             wait_for_the_oldest()
