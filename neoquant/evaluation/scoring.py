@@ -52,7 +52,8 @@ class Model(Protocol):
 
 def last_hidden_state(model: Model, ids: torch.Tensor) -> torch.Tensor:
     """What `model` gives for `ids[B, T]` before its head, [B, T, C]; no keys and values are kept."""
-    output = model.transformer(ids.to(model.device), use_cache=False, output_hidden_states=False, return_dict=True)
+    alone = {"use_cache": False, "output_attentions": False, "output_hidden_states": False}
+    output = model.transformer(ids.to(model.device), **alone, return_dict=True)
     state: torch.Tensor = output.last_hidden_state
     return state
 

@@ -134,6 +134,7 @@ class _Inputs:
             position_ids=self.positions,
             token_type_ids=self.types,
             past_key_values=cache,
+            output_attentions=False,
             output_hidden_states=False,
             return_dict=True,
             logits_to_keep=1,

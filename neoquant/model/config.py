@@ -16,7 +16,15 @@ from neoquant.model.config_values import MAX_LAYERS, check_values, require
 ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu", "silu", "swish", "tanh")
 ATTENTION_TYPES = ("global", "local")
 # Written where they are not the default.
-_OPTIONAL = ("pad_token_id", "problem_type", "output_hidden_states", "return_dict", "dtype", "num_labels")
+_OPTIONAL = (
+    "pad_token_id",
+    "problem_type",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "dtype",
+    "num_labels",
+)
 # transformers accepts both spellings; config.json files in the wild carry the first.
 _ALIASES = {"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads", "torch_dtype": "dtype"}
 
@@ -54,6 +62,7 @@ class GPTNeoConfig:
     tie_word_embeddings: bool = True
     num_labels: int = 2
     problem_type: str | None = None
+    output_attentions: bool = False
     output_hidden_states: bool = False
     return_dict: bool = True
     dtype: str | None = None
