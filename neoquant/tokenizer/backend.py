@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +54,7 @@ def build_backend(folder: Path, fast: dict[str, Any] | None, settings: Tokenizer
     except Exception as error:  # the library raises bare Exception for a damaged file
         raise CheckpointError(f"{name} cannot be read as a tokenizer: {error}") from None
     _add_tokens(backend, settings)
+    _check_ids(backend, fast, settings)
     backend.encode_special_tokens = settings.split_special_tokens
     if settings.add_bos_token is not None or settings.add_eos_token is not None:
         bos = settings.special.get("bos_token") if settings.add_bos_token else None
@@ -81,9 +81,16 @@ def set_template(backend: tokenizers.Tokenizer, first: str | None, last: str | N
     backend.post_processor = TemplateProcessing(single=single, pair=[*single, *second], special_tokens=[*ids.items()])
 
 
-def require_ids(backend: tokenizers.Tokenizer, tokens: Iterable[tuple[int, str]]) -> None:
-    """Raise CheckpointError where a token's id is not the stated one: text would become ids of other tokens."""
-    for number, content in tokens:
+def _check_ids(backend: tokenizers.Tokenizer, fast: dict[str, Any] | None, settings: TokenizerSettings) -> None:
+    """Raise CheckpointError where an added token's id is not the stated one: text would become ids of other tokens."""
+    stated = {token.content: number for number, token in settings.added.items()}
+    in_file = {token["content"]: token["id"] for token in (fast or {}).get("added_tokens") or ()}
+    if settings.gpt2 and (dropped := [content for content in in_file if backend.token_to_id(content) is None]):
+        _warn(
+            f"{FAST} adds {', '.join(map(repr, dropped))}, which added_tokens_decoder does not name: GPT2Tokenizer "
+            "drops what it does not name, as in transformers 5; tokenizer_class PreTrainedTokenizerFast keeps it"
+        )
+    for content, number in (stated if settings.gpt2 else {**in_file, **stated}).items():
         found = backend.token_to_id(content)
         if found != number:
             raise CheckpointError(
@@ -146,7 +153,6 @@ def _add_tokens(backend: tokenizers.Tokenizer, settings: TokenizerSettings) -> N
             tokens.append(settings.flagged.get(content) or AddedToken(content, special=True))
             known.add(content)
     backend.add_tokens(tokens)
-    require_ids(backend, ((number, token.content) for number, token in settings.added.items()))
 
 
 def _warn(message: str) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from neoquant.checkpoint import find_companions
 from neoquant.errors import CheckpointError, RequestError, locate
-from neoquant.tokenizer.backend import build_backend, require_ids
+from neoquant.tokenizer.backend import build_backend
 from neoquant.tokenizer.encoding import BatchEncoding, as_tensors, lengths, padded_columns, truncating
 from neoquant.tokenizer.saving import save_tokenizer
 from neoquant.tokenizer.settings import (
@@ -76,8 +76,6 @@ class Tokenizer(Vocabulary):
             fast = _read_fast(folder / FAST) if has_fast else None
             read = read_settings(folder, fast, settings)
             backend = build_backend(folder, fast, read)
-            if fast is not None:
-                require_ids(backend, ((token["id"], token["content"]) for token in fast.get("added_tokens") or ()))
             return cls(backend, read)
 
     def __call__(
