@@ -103,8 +103,10 @@ class _QuantizedView:
             return self._checkpoint.view(row.name)
         if row.name not in self._tensors:
             with locate(row.name), torch.no_grad():
-                weight, given = self._checkpoint.view(row.name), self._calibrated(row)
-                self._tensors[row.name] = output_tensors(weight, row, self._plan.format, given)
+                weight = self._checkpoint.view(row.name)
+                self._tensors[row.name] = output_tensors(
+                    weight, row, self._checkpoint, self._plan.format, self._calibrated(row)
+                )
         return self._tensors[row.name][name]
 
     def forget(self, name: str) -> None:
