@@ -34,6 +34,9 @@ _DEMO = StdlibData(
 )
 
 
+MAX_TOKENS = 2**30  # that are drawn at once: 8 GB
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Rows of token ids, and where they come from.
@@ -61,6 +64,10 @@ def draw(texts: Sequence[Sequence[int]], end: int, rows: int, length: int, seed:
     """
     if rows < 1 or length < 1:
         raise RequestError(f"{rows} rows of {length} tokens: at least one of each is needed")
+    if not 0 <= seed < 2**63:
+        raise RequestError(f"seed is {seed}; legal is 0 to {2**63 - 1}")
+    if rows * length > MAX_TOKENS:
+        raise RequestError(f"{rows:,} rows of {length:,} tokens: at most {MAX_TOKENS:,} tokens are drawn")
     stream = torch.tensor([token for text in texts for token in (*text, end)], dtype=torch.int64)
     return torch.stack([stream[start : start + length] for start in _starts(len(stream), rows, length, seed)])
 
@@ -99,7 +106,7 @@ def load_calibration(
 
     Raises RequestError for a name that is none of these or too little text, DataError for data that cannot be read.
     """
-    suite = _suite(source)
+    suite = calibration_suite(source)
     found, documents = read_documents(suite, progress)
     texts = [document.text for document in documents]
     end = tokenizer.eos_token_id
@@ -118,7 +125,8 @@ def _everything(data: FileData | StdlibData) -> Suite:
     return Suite.model_validate({"name": "calibration", "data": data})
 
 
-def _suite(source: str | Path) -> Suite:
+def calibration_suite(source: str | Path) -> Suite:
+    """The suite whose data is calibrated on. Raises RequestError for a name that is none."""
     if Path(source).is_file() and Path(source).suffix != ".toml":
         return _everything(FileData(kind="file", path=str(source)))
     if str(source) == "demo":

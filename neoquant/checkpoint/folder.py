@@ -13,6 +13,7 @@ from neoquant.checkpoint.foreign import explain_file, explain_folder
 from neoquant.checkpoint.stored import Span, Stored
 from neoquant.checkpoint.weight_files import WeightFiles, choose_weight_files, is_companion
 from neoquant.errors import CheckpointError, ConfigError, RequestError, locate
+from neoquant.files.reading import MAX_LARGE_BYTES, check_size
 from neoquant.model.names import EMBEDDING, TIED_HEAD
 
 CONFIG, GPTQ_CONFIG = "config.json", "quantize_config.json"
@@ -131,7 +132,8 @@ def _snapshot(folder: Path) -> Path:
 
 def _read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ConfigError for anything else."""
-    text = path.read_text(encoding="utf-8")
+    check_size(path)
+    text = path.read_text(encoding="utf-8-sig")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -193,9 +195,15 @@ def _file_of_each(stored: list[Stored]) -> dict[str, Path]:
 
 def _parse_index(path: Path) -> dict[str, str]:
     """Tensor -> shard."""
+    check_size(path, MAX_LARGE_BYTES)
     try:
         shard_of = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        legal = all(isinstance(shard, str) and shard == Path(shard).name for shard in shard_of.values())
+        legal = isinstance(shard_of, dict)
+        for name, shard in shard_of.items():
+            if not isinstance(shard, str) or shard != Path(shard).name or not shard:
+                raise CheckpointError(
+                    f"weight_map gives {shard!r:.100} for {name!r:.100}, expected a file of this folder"
+                )
     except OSError:
         raise
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):

@@ -113,7 +113,7 @@ def _parse_entry(name: str, entry: Any) -> tuple[TensorHeader, int, int]:
     """Check one tensor's line in the header; return it with its first byte and the byte after its last."""
     try:
         dtype_name, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        legal = isinstance(dtype_name, str) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        legal = isinstance(dtype_name, str) and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end))
     except (TypeError, KeyError, ValueError):
         legal = False
     if not legal:

@@ -205,6 +205,11 @@ def _explained(source: str, revision: str | None) -> Iterator[None]:
         raise HubError(f"{source} has no revision {revision!r}, expected a branch, tag or commit") from error
     except transport_errors() as error:
         raise HubError(_transport_problem(source, error)) from error
+    except (ValueError, KeyError, TypeError) as error:  # JSON that is none, or another's
+        raise HubError(
+            f"what answers at {constants.ENDPOINT} is not the hub (a login page of the network, or a proxy?): "
+            f"its answer about {source} cannot be read"
+        ) from error
 
 
 def _transport_problem(source: str, error: BaseException) -> str:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from neoquant.checkpoint.headers import TensorHeader
+from neoquant.checkpoint.headers import MAX_HEADER_BYTES, TensorHeader
 from neoquant.checkpoint.stored import Span
 from neoquant.errors import CheckpointError
 
@@ -32,6 +32,9 @@ class TorchFile(NamedTuple):
 
     tensors: list[tuple[TensorHeader, Span | torch.Tensor]]
     key: str | None
+
+
+_MOST_SHRUNK = 20  # how many times smaller a compressed file of weights may be
 
 
 def list_tensors(path: Path) -> TorchFile:
@@ -69,6 +72,17 @@ def _span(name: str, tensor: torch.Tensor, members: list[zipfile.ZipInfo]) -> Sp
     return Span(place + int(tensor.storage_offset()) * tensor.itemsize, tensor.stride())
 
 
+def _require_bounded(members: list[zipfile.ZipInfo], file_size: int) -> None:
+    """Refuse a zip that becomes much more than it is: weights hardly shrink, and a pickle holds names and shapes."""
+    for member in members:
+        if member.filename.endswith(".pkl") and member.file_size > MAX_HEADER_BYTES:
+            raise CheckpointError(
+                f"its pickle has {member.file_size:,} bytes, and at most {MAX_HEADER_BYTES:,} are read"
+            )
+    if (whole := sum(member.file_size for member in members)) > max(_MOST_SHRUNK * file_size, 1 << 26):
+        raise CheckpointError(f"{file_size:,} bytes would become {whole:,}, which weights do not: the file is damaged")
+
+
 def _plain_members(path: Path) -> list[zipfile.ZipInfo] | None:
     """The members of a zip in file order; None where bytes are not stored as they are, in this machine's order."""
     if not zipfile.is_zipfile(path):
@@ -76,6 +90,7 @@ def _plain_members(path: Path) -> list[zipfile.ZipInfo] | None:
     try:
         with zipfile.ZipFile(path) as archive:
             members = sorted(archive.infolist(), key=lambda member: member.header_offset)
+            _require_bounded(members, path.stat().st_size)
             orders = [archive.read(member) for member in members if member.filename.endswith("/byteorder")]
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:  # damaged, unknown compression, encrypted
         raise CheckpointError(f"the file is damaged ({error})") from None

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,9 @@ import torch
 
 from neoquant.checkpoint.headers import DTYPE_NAMES, TensorHeader
 from neoquant.checkpoint.shard import Layout, Shard, header_reserve
-from neoquant.errors import OutputError
+from neoquant.errors import CheckpointError, OutputError
+from neoquant.files.reading import read_json
+from neoquant.files.writing import sync_folder
 
 SHARD_SIZE = 5_000_000_000
 
@@ -128,7 +131,7 @@ class CheckpointWriter:
             with _explained(f"write {name}", self.out):
                 _write_file(self._partial / name, content)
         with _explained("rename the finished folder", self.out):
-            _sync_folder(self._partial)
+            sync_folder(self._partial)
             self._put_in_place()
         self._finished = True
 
@@ -156,7 +159,7 @@ class CheckpointWriter:
                     self._replaced.rename(self.out)
                 raise
             shutil.rmtree(self._replaced, ignore_errors=True)
-        _sync_folder(self.out.parent)
+        sync_folder(self.out.parent)
 
 
 def check_output(out: Path, force: bool, keeps: Collection[str] = ()) -> None:
@@ -246,19 +249,10 @@ def _write_file(path: Path, content: bytes | str | Path) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _is_model_config(path: Path) -> bool:
     try:
-        return "model_type" in json.loads(path.read_bytes())
-    except (OSError, ValueError, TypeError):
+        return "model_type" in read_json(path)
+    except (CheckpointError, TypeError):
         return False
 
 
@@ -266,7 +260,8 @@ def _sweep(out: Path) -> None:
     """Clear up behind writers of `out` that were killed."""
 
     def leftovers(kind: str) -> list[Path]:
-        return [path for path in out.parent.iterdir() if path.name.startswith(f".{out.name}.{kind}-")]
+        ours = re.compile(rf"\.{re.escape(out.name)}\.{kind}-\d+")
+        return [path for path in out.parent.iterdir() if ours.fullmatch(path.name) and not path.is_symlink()]
 
     for replaced in leftovers("replaced"):
         if out.exists():

@@ -38,6 +38,11 @@ from neoquant.cli.options import Debug, Quiet
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import NeoquantError
 
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: what handles an interruption handles this."""
+
+
 INTERRUPTED = 130  # what shells report of a program ended by SIGINT
 TERMINATED = 143  # ... and by SIGTERM
 
@@ -105,8 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except typer.Exit as exit:
         return exit.exit_code
     except (typer.Abort, KeyboardInterrupt) as error:
-        terminal.say_last(" ".join(["interrupted", *map(str, error.args)]))
-        return INTERRUPTED
+        terminated = isinstance(error, Terminated)
+        terminal.say_last(" ".join(["terminated" if terminated else "interrupted", *map(str, error.args)]))
+        return TERMINATED if terminated else INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has gone (`| head`): there is nobody to tell. Python would complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -157,6 +163,11 @@ def _usage_message(error: Any) -> str:
     return f"{message[:1].lower()}{message[1:]}{help}"
 
 
+def _terminate(*_: Any) -> None:
+    """Unwind as an interruption does, so that partial results are removed and finished work is kept."""
+    raise Terminated
+
+
 def run() -> None:
     """The `neoquant` command."""
     sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115 - none where it was closed
@@ -164,6 +175,8 @@ def run() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a byte that is no UTF-8 is found where the text is used
     logging.getLogger().addHandler(logging.NullHandler())  # what libraries tell developers is not for users
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # unwinds, so that partial results are removed
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(main())

@@ -8,7 +8,7 @@ import typer
 
 from neoquant.cli import options
 from neoquant.cli.models import find_model
-from neoquant.cli.output import check_writable, write_text
+from neoquant.cli.output import check_output_file, json_kind, write_text
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import RequestError
 
@@ -57,6 +57,7 @@ def bench(
         ),
     ] = "exact",
     json: options.Json = None,
+    force: options.Force = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
@@ -73,7 +74,7 @@ def bench(
       neoquant bench gpt-neo-1.3B-nf4 --against openvino --base gpt-neo-1.3B --python openvino=ov/bin/python
     """
     terminal: Terminal = ctx.obj
-    check_writable(json)
+    check_output_file(json, json_kind("benchmark"), terminal, inputs=[*(models or ()), base], force=force)
     pythons = [pair.partition("=") for pair in python or ()]
     for name, _, path in pythons:
         if not path:
@@ -100,11 +101,11 @@ def bench(
         pythons={name: path for name, _, path in pythons},
     )
     result = measure(request, progress=terminal.progress)
+    if json is not None:
+        write_text(json, result.to_json() + "\n", terminal)
     for note in result.notes:
         terminal.note(f"note: {note}")
     terminal.show(speed_table(result))
-    if json is not None:
-        write_text(json, result.to_json() + "\n", terminal)
 
 
 def _names(listed: str) -> list[str]:

@@ -14,7 +14,7 @@ import typer
 from neoquant.cli import options
 from neoquant.cli.generation import settings
 from neoquant.cli.models import find_model
-from neoquant.cli.terminal import Terminal
+from neoquant.cli.terminal import Terminal, escape_controls
 from neoquant.errors import RequestError
 
 if TYPE_CHECKING:
@@ -142,7 +142,10 @@ def _typed(terminal: Terminal) -> Iterator[str]:
         line = sys.stdin.readline()
         if not line:
             return
-        yield line.removesuffix("\n")
+        try:
+            yield line.encode("utf-8", "surrogateescape").decode("utf-8").removesuffix("\n")
+        except UnicodeDecodeError:
+            terminal.note("a line that is not UTF-8 is left out")
 
 
 @dataclass
@@ -198,12 +201,13 @@ class _Chat:
         """Continue everything so far and `typed`, show it as it comes, and remember both."""
         import torch
 
-        from neoquant.generation.generate import stream
+        from neoquant.generation.generate import require_known_tokens, stream
         from neoquant.generation.stopping import ends_with
         from neoquant.generation.text import TextStream
 
         context = self.network.config.max_position_embeddings
         ids = self.tokenizer.prompt_ids(self.text + typed)
+        require_known_tokens(self.network, ids)
         room = context - self.longest
         if len(ids) > room:
             self.terminal.note(f"the text has {len(ids)} tokens: the first {len(ids) - room} no longer fit the context")
@@ -265,5 +269,5 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(escape_controls(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()

@@ -8,9 +8,12 @@ import typer
 
 from neoquant.cli import options
 from neoquant.cli.evaluation import (
+    check_choices,
+    check_device,
     choose_suite,
     conditions_of,
     fail_where,
+    inputs_of,
     is_result,
     journal_of,
     load_contestant,
@@ -18,7 +21,7 @@ from neoquant.cli.evaluation import (
     publish,
     team_of,
 )
-from neoquant.cli.output import check_writable
+from neoquant.cli.output import check_output_file, json_kind
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import RequestError
 
@@ -42,6 +45,7 @@ def compare(
     protocol: options.Protocol = None,
     stride: options.Stride = None,
     json: options.Json = None,
+    force: options.Force = False,
     fail_if: options.FailIf = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -73,14 +77,17 @@ def compare(
     """
     terminal: Terminal = ctx.obj
     models = models or []
-    check_writable(json)
-    conditions = conditions_of(fail_if)
+    check_choices(dtype, activations)
+    check_device(device)
     saved = [is_result(name) for name in (base, *models)]
     if any(saved) and not all(saved):
         raise RequestError(
             "give models or saved results, not both: evaluate the model first, with neoquant eval --json FILE"
         )
+    # from saved evaluations nothing that needs both models side by side can be had, from comparisons it can
+    conditions = conditions_of(fail_if, side_by_side=True)
     if all(saved):
+        check_output_file(json, json_kind("comparison"), terminal, inputs=[base, *models], force=force)
         result = _compare_saved([base, *models], terminal)
     else:
         if not models:
@@ -95,6 +102,8 @@ def compare(
             context=context,
             stride=stride,
         )
+        inputs = inputs_of(chosen, suite, base, *models)
+        check_output_file(json, json_kind("comparison"), terminal, inputs=inputs, force=force)
         with team_of(terminal) as team:
             device = own_device(device, team)
             reference, tokenizer = load_contestant(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +40,7 @@ def continue_text(
 
     Raises RequestError where the text leaves no room in the context.
     """
-    from neoquant.generation.generate import check_room
+    from neoquant.generation.generate import check_room, require_known_tokens
     from neoquant.loading.pretrained import load
 
     network, tokenizer = load(source, **loading._asdict(), activations=activations, progress=terminal.progress)
@@ -60,11 +59,12 @@ def continue_text(
     length = choices.max_new_tokens
     if length is None:
         length = own.new_tokens(len(ids), network.config.max_position_embeddings, default=DEFAULT_TOKENS)
+    require_known_tokens(network, ids)
     check_room(network, len(ids), length)  # before the prompt is printed
 
     started = time.perf_counter()
-    _write(text)
-    tokens = _print_continuation(network, tokenizer, ids, length, sampling, own)
+    terminal.show_raw(text)
+    tokens = _print_continuation(network, tokenizer, ids, length, sampling, own, terminal)
     seconds = time.perf_counter() - started
     repeat = "" if sampling.temperature == 0 else f"; to repeat: --seed {seed}"
     terminal.note(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s{repeat}")
@@ -77,6 +77,7 @@ def _print_continuation(
     length: int,
     sampling: Sampling,
     own: GenerationConfig,
+    terminal: Terminal,
 ) -> int:
     """Print at most `length` tokens after `ids`, and count them."""
     import torch
@@ -85,7 +86,7 @@ def _print_continuation(
     from neoquant.generation.stopping import ends_with
     from neoquant.generation.text import TextStream
 
-    out = TextStream(tokenizer, _write)
+    out = TextStream(tokenizer, terminal.show_raw)
     stop, ends, tokens = ends_with(own.stops(), tokenizer), own.ends(), 0
     try:
         for chosen in stream(network, torch.tensor([ids]), max_new_tokens=length, sampling=sampling, stop=stop):
@@ -94,10 +95,5 @@ def _print_continuation(
                 out.put(int(chosen[0]))
     finally:
         out.end()
-        _write("\n")
+        terminal.show_raw("\n")
     return tokens
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()

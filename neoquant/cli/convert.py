@@ -10,9 +10,9 @@ import typer
 
 from neoquant.cli import options
 from neoquant.cli.models import find_model, short_name
-from neoquant.cli.output import check_writable, write_text
+from neoquant.cli.output import check_output_file, json_kind, write_text
 from neoquant.cli.terminal import Terminal
-from neoquant.report.formatting import duration, size
+from neoquant.report.formatting import size
 from neoquant.sizes import parse_size
 
 
@@ -69,7 +69,7 @@ def convert(
     from neoquant.quantization.convert import convert as convert_checkpoint
 
     terminal: Terminal = ctx.obj
-    check_writable(json_file)
+    check_output_file(json_file, json_kind("conversion"), terminal, inputs=[model], force=force)
     largest = parse_size(shard_size, "--shard-size")
     source = find_model(model, terminal, "convert")
     folder = out or Path(f"{short_name(model)}-{to or PLAIN}")
@@ -84,6 +84,9 @@ def convert(
         shard_size=largest,
         progress=terminal.progress,
     )
+    if json_file is not None:
+        written = {"schema_version": "neoquant.conversion/1", **made.to_dict()}
+        write_text(json_file, json.dumps(written, indent=1) + "\n", terminal)
     for note in made.notes:
         terminal.note(f"note: {note}")
     layers = sum(row["action"] != "copy" and row["action"] != "drop" for row in made.tensors)
@@ -91,6 +94,4 @@ def convert(
         f"{folder}: {made.before} -> {made.after}, {layers} quantized layers of {len(made.tensors)} tensors, "
         f"{size(made.source_bytes)} -> {size(made.weights_bytes)}"
     )
-    terminal.note(f"took {duration(made.seconds)} and {size(made.peak_rss_bytes)} of memory")
-    if json_file is not None:
-        write_text(json_file, json.dumps(made.to_dict(), indent=1, sort_keys=True) + "\n", terminal)
+    terminal.note(f"took {made.seconds:.1f} s and {size(made.peak_rss_bytes)} of memory")

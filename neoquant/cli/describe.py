@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from neoquant.errors import CheckpointError, NeoquantError
+from neoquant.files.reading import MAX_LARGE_BYTES, read_json
 from neoquant.progress import Progress
 
 if TYPE_CHECKING:
@@ -39,8 +40,11 @@ class Description:
         from neoquant.report.formatting import grid_label
 
         rows = [row["grid"] for row in self.record.get("tensors", []) if "grid" in row]
-        if rows:
+        try:
             counted = Counter(grid_label(grid_from_dict(row)) for row in rows)
+        except NeoquantError:
+            return "not stated: the record is damaged"
+        if counted:
             return "; ".join(f"{count} weights {grid}" for grid, count in counted.items())
         stated = self.quantization
         if stated.get("load_in_4bit"):
@@ -137,10 +141,19 @@ def calibration_record(checkpoint: Checkpoint) -> dict[str, Any]:
 def _read_record(folder: Path | None, name: str) -> dict[str, Any]:
     """A record that neoquant left in a folder; empty where there is none that can be read: it is not needed to run."""
     try:
-        record = json.loads((folder / name).read_text(encoding="utf-8")) if folder is not None else {}
-    except (OSError, ValueError):
+        record = read_json(folder / name, limit=MAX_LARGE_BYTES) if folder is not None else {}
+    except CheckpointError:
         return {}
-    return record if isinstance(record, dict) else {}
+    return record if isinstance(record, dict) and all(map(_is_part_of_record, record, record.values())) else {}
+
+
+def _is_part_of_record(key: str, value: Any) -> bool:
+    """Whether a value has the type that it has in a record of neoquant."""
+    if key == "tensors":
+        return isinstance(value, list) and all(
+            isinstance(row, dict) and isinstance(row.get("grid", {}), dict) for row in value
+        )
+    return isinstance(value, dict) or key not in ("recipe", "converted_from", "layers", "calibration")
 
 
 def hash_weights(checkpoint: Checkpoint, progress: Progress) -> str:

@@ -6,16 +6,19 @@ import typer
 
 from neoquant.cli import options
 from neoquant.cli.evaluation import (
+    check_choices,
+    check_device,
     choose_suite,
     conditions_of,
     fail_where,
+    inputs_of,
     journal_of,
     load_contestant,
     own_device,
     publish,
     team_of,
 )
-from neoquant.cli.output import check_writable
+from neoquant.cli.output import check_output_file, json_kind
 from neoquant.cli.terminal import Terminal
 
 
@@ -31,6 +34,7 @@ def eval_(
     protocol: options.Protocol = None,
     stride: options.Stride = None,
     json: options.Json = None,
+    force: options.Force = False,
     fail_if: options.FailIf = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -54,11 +58,14 @@ def eval_(
       neoquant eval gpt-neo-1.3B-nf4 --suite pile-core --data my-texts.jsonl --protocol strided --stride 512
     """
     terminal: Terminal = ctx.obj
-    check_writable(json)
+    conditions = conditions_of(fail_if, side_by_side=False)
+    check_choices(dtype, activations)
+    check_device(device)
     chosen = choose_suite(
         suite, model, data=data, subset=subset, documents=documents, protocol=protocol, context=context, stride=stride
     )
-    conditions = conditions_of(fail_if)
+    inputs = inputs_of(chosen, suite, model)
+    check_output_file(json, json_kind("evaluation"), terminal, inputs=inputs, force=force)
     with team_of(terminal) as team:
         device = own_device(device, team)
         contestant, tokenizer = load_contestant(

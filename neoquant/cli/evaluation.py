@@ -12,7 +12,7 @@ import typer
 
 from neoquant.cli.describe import calibrated_on, model_info
 from neoquant.cli.models import BUNDLED, find_model, short_name, suite_for
-from neoquant.cli.output import write_text
+from neoquant.cli.output import is_stdout, write_text
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import RequestError
 
@@ -69,7 +69,15 @@ def is_result(name: str) -> bool:
 
 def journal_of(json: Path | None) -> Path | None:
     """Where what has been scored so far is kept, so that the same command goes on after an interruption."""
-    return None if json is None else Path(f"{json}.partial")
+    return None if json is None or is_stdout(json) else Path(f"{json}.partial")
+
+
+def inputs_of(suite: Suite, suite_name: str | None, *models: str | None) -> list[str | None]:
+    """The files and folders that an evaluation reads: no output may take their place."""
+    from neoquant.data.suite import FileData
+
+    data = suite.data
+    return [suite_name, *([data.path] if isinstance(data, FileData) else []), *models]
 
 
 @contextmanager
@@ -93,11 +101,35 @@ def own_device(device: str | None, team: Team) -> str | None:
     return device
 
 
-def conditions_of(texts: list[str] | None) -> list[Condition]:
-    """Raises RequestError for what is not a condition, before the work."""
-    from neoquant.evaluation.thresholds import parse
+def conditions_of(texts: list[str] | None, *, side_by_side: bool) -> list[Condition]:
+    """The conditions of --fail-if. Raises RequestError, before the work, for what is none.
 
-    return [parse(text) for text in texts or ()]
+    One model alone (not `side_by_side`) has no figures that need two.
+    """
+    from neoquant.evaluation.thresholds import parse, require_scores
+
+    conditions = [parse(text) for text in texts or ()]
+    if not side_by_side:
+        require_scores(conditions)
+    return conditions
+
+
+def check_device(device: str | None) -> None:
+    """Refuse a device that is none, or is not there, before any model is opened."""
+    if device is not None:
+        from neoquant.loading.device_map import resolve_device
+
+        resolve_device(device)
+
+
+def check_choices(dtype: str | None, activations: str) -> None:
+    """Refuse options that no model could be loaded with, before any is opened."""
+    from neoquant.kernels import ACTIVATIONS
+    from neoquant.model.dtypes import check_dtype
+
+    check_dtype(dtype)
+    if activations not in ACTIVATIONS:
+        raise RequestError(f"activations are {activations!r}; legal are {' and '.join(ACTIVATIONS)}")
 
 
 def fail_where(conditions: list[Condition], result: Evaluation | Comparison, terminal: Terminal) -> None:
@@ -118,12 +150,19 @@ def publish(
     json: Path | None,
     terminal: Terminal,
 ) -> None:
-    """Show the notes, each once, and the table; write the result to `json`, if that is asked for."""
+    """Show the notes, each once, and the table; write the result to `json`, if that is asked for.
+
+    The journal of the work goes only when the result is safe.
+    """
+    from neoquant.evaluation.journal import remove_journal
+
+    if json is not None:
+        write_text(json, result.to_json() + "\n", terminal)
+        if journal := journal_of(json):
+            remove_journal(journal)
     for note in dict.fromkeys(notes):
         terminal.note(f"note: {note}")
     terminal.show(table)
-    if json is not None:
-        write_text(json, result.to_json() + "\n", terminal)
 
 
 def load_contestant(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
@@ -10,6 +9,7 @@ import typer
 from neoquant.cli import options
 from neoquant.cli.continue_text import DEFAULT_TOKENS, Choices, continue_text
 from neoquant.cli.models import Loading, find_model
+from neoquant.cli.prompt import prompt_text
 from neoquant.cli.run_task import run_task
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import RequestError
@@ -116,24 +116,16 @@ def generate(
         if question is not None:
             raise RequestError("--question belongs to --task question-answering")
         choices = Choices(greedy, temperature, top_k, top_p, repetition_penalty, seed, max_new_tokens)
-        text = _read_prompt() if prompt is None else prompt
+        text = prompt_text(prompt)
         continue_text(find_model(model, terminal, "generate"), text, choices, loading, activations, terminal)
         return
-    sampling = {**randomness, "--greedy": greedy or None, "--max-new-tokens": max_new_tokens}
+    from neoquant.hf.pipelines import require_task
+
+    require_task(task)
+    sampling: dict[str, object] = {**randomness, "--greedy": greedy or None, "--max-new-tokens": max_new_tokens}
     sampling |= {"--repetition-penalty": repetition_penalty}
     sampling |= {"--activations": None if activations == "exact" else activations}
     if given := [option for option, value in sampling.items() if value is not None]:
         raise RequestError(f"--task {task} generates nothing: leave out {', '.join(given)}")
-    text = _read_prompt() if prompt is None else prompt
+    text = prompt_text(prompt)
     run_task(task, find_model(model, terminal, "generate"), text, question, loading, terminal)
-
-
-def _read_prompt() -> str:
-    """Standard input, without the line end that `echo` adds.
-
-    Raises:
-        RequestError: nothing is piped in.
-    """
-    if sys.stdin.isatty():
-        raise RequestError("no text: give --prompt TEXT, or pipe a text in")
-    return sys.stdin.read().removesuffix("\n")

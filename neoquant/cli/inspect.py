@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from neoquant.cli import options
-from neoquant.cli.evaluation import choose_suite, load_contestant, publish
+from neoquant.cli.evaluation import check_choices, check_device, choose_suite, inputs_of, load_contestant, publish
 from neoquant.cli.models import BUNDLED
-from neoquant.cli.output import check_writable
+from neoquant.cli.output import check_output_file, json_kind
 from neoquant.cli.terminal import Terminal
 
 
@@ -39,6 +39,7 @@ def inspect(
     exclude_calibrated: options.ExcludeCalibrated = False,
     context: options.Context = None,
     json: options.Json = None,
+    force: options.Force = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
     revision: options.Revision = None,
@@ -56,10 +57,13 @@ def inspect(
       neoquant inspect gpt-neo-1.3B-nf4 --against EleutherAI/gpt-neo-1.3B --suite pile-core --json layers.json
     """
     terminal: Terminal = ctx.obj
-    check_writable(json)
+    check_choices(dtype, "exact")
+    check_device(device)
     chosen = choose_suite(
         suite, against, data=data, subset=subset, documents=documents, protocol=None, context=context, stride=None
     )
+    inputs = inputs_of(chosen, suite, against, model)
+    check_output_file(json, json_kind("inspection"), terminal, inputs=inputs, force=force)
     base, tokenizer = load_contestant(against, terminal, "inspect", revision=revision, device=device, dtype=dtype)
     other, _ = load_contestant(model, terminal, "inspect", revision=None, device=device, dtype=dtype)
 

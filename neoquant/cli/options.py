@@ -62,7 +62,11 @@ Activations = Annotated[
         "`neoquant compare` measures the accuracy loss.",
     ),
 ]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write everything measured to FILE.")]
+Json = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Also write what was measured to FILE; - for stdout.")
+]
+
+Force = Annotated[bool, typer.Option("--force", help="Replace FILE where it is there and is not such a result.")]
 
 FailIf = Annotated[
     list[str] | None,
@@ -83,8 +87,8 @@ Type = Annotated[
     typer.Option(
         "--type",
         metavar="T",
-        help="nf4 or fp4 with 4 bits, int8 with 8, affine (integers in groups, round-to-nearest) or gptq (the same, "
-        "quantized by GPTQ with --calibration) with 2, 3, 4 or 8. "
+        help="nf4, fp4 or mxfp4 with 4 bits, int8 with 8, affine (integers in groups, round-to-nearest) or gptq (the "
+        "same, quantized by GPTQ with --calibration) with 2, 3, 4 or 8. "
         "[default: nf4, int8 with 8 bits, affine with 2 or 3]",
     ),
 ]
@@ -204,7 +208,9 @@ Length = Annotated[
         help="Sequence length of a sample. [default: 2048 or the model's context]",
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed for drawing the calibration samples.")]
+Seed = Annotated[
+    int, typer.Option("--seed", metavar="N", min=0, max=2**63 - 1, help="Seed for drawing the calibration samples.")
+]
 MaxMemory = Annotated[
     str | None,
     typer.Option(

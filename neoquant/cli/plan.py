@@ -12,7 +12,7 @@ import typer
 
 from neoquant.cli import options
 from neoquant.cli.models import find_model
-from neoquant.cli.output import check_writable, write_text
+from neoquant.cli.output import check_output_file, json_kind, write_text
 from neoquant.cli.recipes import RecipeOptions, choose_recipe
 from neoquant.cli.terminal import Terminal
 from neoquant.report.formatting import duration, grid_label, plural, size
@@ -50,6 +50,7 @@ def plan(
     shard_size: options.ShardSize = "5GB",
     revision: options.Revision = None,
     json: options.Json = None,
+    force: options.Force = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
@@ -85,7 +86,7 @@ def plan(
         recipe=recipe,
     )
     chosen = choose_recipe(asked)
-    check_writable(json)
+    check_output_file(json, json_kind("plan"), terminal, inputs=[model, recipe], force=force)
     source = find_model(model, terminal, "plan")
     made = quantization.plan(
         source,
@@ -97,10 +98,11 @@ def plan(
         max_memory=None if max_memory is None else parse_size(max_memory, "--max-memory"),
         progress=terminal.progress,
     )
-    show_plan(made, terminal)
     if json is not None:
         calibrating = {} if made.calibrating is None else {"calibrating": asdict(made.calibrating)}
-        write_text(json, dumps({**made.to_dict(), **calibrating}, indent=2) + "\n", terminal)
+        written = {"schema_version": "neoquant.plan/1", **made.to_dict(), **calibrating}
+        write_text(json, dumps(written, indent=2) + "\n", terminal)
+    show_plan(made, terminal)
 
 
 def show_plan(plan: Plan, terminal: Terminal) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from neoquant.cli import options
-from neoquant.cli.output import check_writable, write_text
+from neoquant.cli.output import check_output_file, json_kind, write_text
 from neoquant.cli.terminal import Terminal
 from neoquant.report.formatting import plural, size
 
@@ -35,6 +35,7 @@ def push(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write what was sent to FILE.")
     ] = None,
+    force: options.Force = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
@@ -52,7 +53,7 @@ def push(
     from neoquant.checkpoint.upload import push as send
 
     terminal: Terminal = ctx.obj
-    check_writable(json_file)
+    check_output_file(json_file, json_kind("push"), terminal, inputs=[folder], force=force)
     sent = send(
         folder,
         repo,
@@ -63,6 +64,9 @@ def push(
         dry_run=dry_run,
         progress=terminal.progress,
     )
+    if json_file is not None:
+        written = {"schema_version": "neoquant.push/1", **sent.to_dict()}
+        write_text(json_file, json.dumps(written, indent=1) + "\n", terminal)
     terminal.show(*(f"{size(count):>12}  {name}" for name, count in sent.files.items()))
     total = f"{plural(len(sent.files), 'file')}, {size(sum(sent.files.values()))}"
     if dry_run:
@@ -73,5 +77,3 @@ def push(
         terminal.note(f"note: left out, since no part of the model: {', '.join(sent.left_out)}")
     if sent.removed:
         terminal.note(f"note: removed on the hub, replaced by the new weights: {', '.join(sent.removed)}")
-    if json_file is not None:
-        write_text(json_file, json.dumps(sent.to_dict(), indent=1, sort_keys=True) + "\n", terminal)

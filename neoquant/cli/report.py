@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from neoquant.cli import options
-from neoquant.cli.output import check_writable, write_text
+from neoquant.cli.output import (
+    MARKDOWN,
+    PAGE,
+    check_different,
+    check_output_file,
+    check_writable,
+    is_stdout,
+    write_text,
+)
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import CheckpointError, RequestError
 
@@ -37,6 +45,7 @@ def report(
             show_default=False,
         ),
     ] = None,
+    force: options.Force = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
@@ -52,13 +61,16 @@ def report(
       neoquant report cost.json --card gpt-neo-1.3B-nf4
     """
     terminal: Terminal = ctx.obj
-    piped = str(markdown) == "-"
-    for path in (html, None if piped else markdown):
-        check_writable(path)
+    piped = is_stdout(markdown)
+    inputs = [*results, *(card or ())]
+    check_different(html, markdown)
+    check_output_file(html, PAGE, terminal, inputs=inputs, force=force)
+    if not piped:
+        check_output_file(markdown, MARKDOWN, terminal, inputs=inputs, force=force)
 
     from neoquant.report.gather import gather
     from neoquant.report.layers import inspection_table
-    from neoquant.report.markdown import markdown_report
+    from neoquant.report.markdown import MARK, markdown_report
     from neoquant.report.remarks import remarks
     from neoquant.report.table import comparison_table
     from neoquant.report.verdict import verdict
@@ -77,7 +89,7 @@ def report(
 
         write_text(html, render_page(gathered), terminal)
     if markdown is not None and not piped:
-        write_text(markdown, markdown_report(gathered.comparison, gathered.speed), terminal)
+        write_text(markdown, f"{MARK}\n{markdown_report(gathered.comparison, gathered.speed)}", terminal)
     for path, text in cards:
         write_text(path, text, terminal)
 

@@ -14,18 +14,20 @@ from neoquant.errors import RequestError
 def run_task(
     task: str, source: str | Path, text: str, question: str | None, loading: Loading, terminal: Terminal
 ) -> None:
-    """Print the task's result for each line of `text`, in order.
+    """Print the task's result for each line of `text`, in order; null for a blank one, so that outputs line up.
 
     Raises RequestError for a question without question-answering, or the other way, or an unknown task.
     """
     from neoquant.hf.pipelines import ALIASES, pipeline
 
-    inputs: list[Any] = [line for line in text.splitlines() if line.strip()]
+    lines = text.split("\n")
+    inputs: list[Any] = [line for line in lines if line.strip()]
     if ALIASES.get(task, task) == "question-answering":
         if question is None:
             raise RequestError("question-answering needs a question: give --question TEXT")
         inputs = [{"question": question, "context": line} for line in inputs]
     elif question is not None:
         raise RequestError("--question belongs to --task question-answering")
-    for result in pipeline(task, source, **loading._asdict())(inputs):
-        terminal.show(json.dumps(result, ensure_ascii=False))
+    results = iter(pipeline(task, source, **loading._asdict())(inputs) if inputs else ())
+    for line in lines:
+        terminal.show(json.dumps(next(results) if line.strip() else None, ensure_ascii=False))

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shlex
-import subprocess
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from neoquant.cli import options
-from neoquant.cli.evaluation import load_contestant, own_device, team_of
+from neoquant.cli.evaluation import check_choices, check_device, load_contestant, own_device, team_of
 from neoquant.cli.models import short_name
+from neoquant.cli.progress_lines import run_with_progress
+from neoquant.cli.sweep_file import BEGUN, Record, fingerprint, read_sweep
 from neoquant.cli.terminal import Terminal
-from neoquant.errors import DataError, NeoquantError, OutputError, RequestError
+from neoquant.errors import NeoquantError, OutputError, RequestError
+from neoquant.files.writing import write_file
 
 if TYPE_CHECKING:
     from neoquant.evaluation import Comparison, Suite
     from neoquant.evaluation.distributed import Team
 
-FIELDS = {"models": list, "suites": list, "recipes": dict, "documents": int, "context": int}
-STATE = "sweep.json"
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -33,6 +31,7 @@ class _Run(NamedTuple):
     """What holds for a whole sweep."""
 
     out: Path
+    record: Record
     team: Team
     terminal: Terminal
     device: str | None
@@ -66,29 +65,23 @@ def sweep(
     comparison.
     """
     terminal: Terminal = ctx.obj
+    check_choices(dtype, "exact")
+    check_device(device)
     wanted = read_sweep(file)
     try:
         for folder in ("models", "results"):
             (out / folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{out} cannot be written: {error.strerror}") from error
-    from neoquant.evaluation import load_suite
-
-    results: list[Comparison] = []
+    record = Record(out)
+    _say_what_is_done(wanted, record, terminal)
     with team_of(terminal) as team:
-        for model in wanted["models"]:
-            made = []
-            for name, words in wanted["recipes"].items():
-                made.append(out / "models" / f"{short_name(model)}-{name}")
-                failure = None
-                if team.rank == 0:
-                    failure = _quantize(model, words, made[-1], out, terminal)
-                if reason := team.share(failure)[0]:  # all end where the first one does
-                    raise NeoquantError(f"recipe {name} of {model}: {reason}")
-            for name in wanted["suites"]:
-                suite = load_suite(name).override(documents=wanted.get("documents"), context=wanted.get("context"))
-                if result := _compare(model, made, suite, _Run(out, team, terminal, device, dtype)):
-                    results.append(result)
+        run = _Run(out, record, team, terminal, device, dtype)
+        try:
+            results = [result for model in wanted["models"] for result in _sweep_model(model, wanted, run)]
+        except KeyboardInterrupt as error:
+            reason = error.args or (f"the same command resumes from what is in {out}",)
+            raise type(error)(*reason) from error
         if team.rank:
             return
 
@@ -98,66 +91,60 @@ def sweep(
     for result in results:
         terminal.show(f"{result.reference.model.name} on {result.reference.suite.name}", summary_table(result), "")
     for name, text in {"table.md": sweep_table(results), **sweep_pages(results)}.items():
-        _write(out / name, text)
+        record.claim(name)
+        write_file(out / name, text)
         terminal.note(f"wrote {out / name}")
 
 
-def read_sweep(path: Path) -> dict[str, Any]:
-    """What a sweep's file says. Raises DataError for one that is none, RequestError for a suite that does not exist."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
+def _say_what_is_done(wanted: Mapping[str, Any], record: Record, terminal: Terminal) -> None:
+    done = record.read()
+    quantized = [f"models/{short_name(model)}-{name}" for model in wanted["models"] for name in wanted["recipes"]]
+    if found := sum(done.get(key, BEGUN) != BEGUN for key in quantized):
+        terminal.note(f"resuming from {record.out}: {found} of {len(quantized)} models are quantized")
 
+
+def _sweep_model(model: str, wanted: Mapping[str, Any], run: _Run) -> Iterator[Comparison]:
+    """Quantize one model by every recipe, then compare on every suite."""
     from neoquant.evaluation import load_suite
 
-    try:
-        found: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: {error}") from None
-    for key, value in found.items():
-        kind = FIELDS.get(key)
-        if kind is None or not isinstance(value, kind):
-            legal = ", ".join(f"{name} ({kind.__name__})" for name, kind in FIELDS.items())
-            raise DataError(f"{path}: {key} = {value!r}; legal are {legal}")
-    for key in ("models", "suites", "recipes"):
-        if not found.get(key) or not all(
-            isinstance(v, str) for v in (*found[key], *dict(found.get("recipes", {})).values())
-        ):
-            raise DataError(f"{path}: {key} names nothing, or something that is not a string")
-    names = [short_name(model) for model in found["models"]]
-    if len(set(names)) < len(names):
-        raise DataError(f"{path}: two models are called {next(n for n in names if names.count(n) > 1)}")
-    for suite in found["suites"]:
-        load_suite(suite)
-    return found
+    made = []
+    for name, words in wanted["recipes"].items():
+        made.append(run.out / "models" / f"{short_name(model)}-{name}")
+        failure = None
+        if run.team.rank == 0:
+            failure = _quantize(model, words, made[-1], run.record, run.terminal)
+        if reason := run.team.share(failure)[0]:  # all end where the first one does
+            raise NeoquantError(f"recipe {name} of {model}: {reason}")
+    for name in wanted["suites"]:
+        suite = load_suite(name).override(documents=wanted.get("documents"), context=wanted.get("context"))
+        if result := _compare(model, made, suite, run):
+            yield result
 
 
-def _quantize(model: str, words: str, folder: Path, out: Path, terminal: Terminal) -> str | None:
+def _quantize(model: str, words: str, folder: Path, record: Record, terminal: Terminal) -> str | None:
     """Quantize unless exactly this was done; the reason if it failed. A process of its own gives its memory back."""
     key = f"models/{folder.name}"
-    fingerprint = _fingerprint(model, words)
-    if folder.is_dir() and _state(out).get(key) == fingerprint:
+    asked = fingerprint(model, words)
+    if folder.is_dir() and record.read().get(key) == asked:
         return None
+    record.claim(key)
     terminal.note(f"quantizing {folder.name}")
-    command = [sys.executable, "-m", "neoquant", "--quiet", "quantize", model, *shlex.split(words)]
+    command = [sys.executable, "-m", "neoquant", "quantize", model, *shlex.split(words), "--out", str(folder)]
     environment = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
-    done = subprocess.run(
-        [*command, "--out", str(folder), "--force"], env=environment, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        return done.stderr.strip().removeprefix("error: ") or f"exit code {done.returncode}"
-    _remember(out, {key: fingerprint})
+    code, errors = run_with_progress([*command, "--force"], environment, terminal.progress)
+    if code:
+        return errors.strip().splitlines()[-1].removeprefix("error: ") if errors.strip() else f"exit code {code}"
+    record.add({key: asked})
     return None
 
 
 def _compare(model: str, made: Sequence[Path], suite: Suite, run: _Run) -> Comparison | None:
     """One model on one suite: what is saved, and in one pass what is missing. None in all processes but the first."""
     file = run.out / "results" / f"{short_name(model)}-{suite.name}.json"
-    state = _state(run.out)
+    state = run.record.read()
     keys = {path.name: f"results/{file.stem}/{path.name}" for path in made}
     asked = {
-        keys[path.name]: _fingerprint(suite.model_dump_json(), run.dtype, model, state[f"models/{path.name}"])
+        keys[path.name]: fingerprint(suite.model_dump_json(), run.dtype, model, state[f"models/{path.name}"])
         for path in made
     }
     saved = None
@@ -165,6 +152,8 @@ def _compare(model: str, made: Sequence[Path], suite: Suite, run: _Run) -> Compa
         saved = _saved(file, {name for name, key in keys.items() if state.get(key) == asked[key]})
     there = run.team.share({c.evaluation.model.name for c in saved.candidates} if saved else set())[0]
     missing = [path for path in made if path.name not in there]
+    if missing and run.team.rank == 0:
+        run.record.claim(f"results/{file.name}")
     result = _score(model, missing, suite, file, run) if missing else saved
     if missing and there:
         result = _joined(saved, result)
@@ -173,21 +162,27 @@ def _compare(model: str, made: Sequence[Path], suite: Suite, run: _Run) -> Compa
             result = _score(model, made, suite, file, run)
     if run.team.rank or result is None:
         return None
+    from neoquant.evaluation.journal import remove_journal
+
     by_name = {candidate.evaluation.model.name: candidate for candidate in result.candidates}
     result = result.model_copy(update={"candidates": tuple(by_name[name] for name in keys)})
     if missing:
-        _write(file, result.to_json() + "\n")
-        _remember(run.out, asked)
+        write_file(file, result.to_json() + "\n")
+        run.record.add(asked)
+        remove_journal(_journal_of(file))
     return result
 
 
 def _saved(file: Path, names: Collection[str]) -> Comparison | None:
     """The saved comparison, with those of its candidates that are named; None where there is none of them."""
     from neoquant.evaluation import Comparison
+    from neoquant.evaluation.saved_results import read_result
 
     if not names or not file.is_file():
         return None
-    result = Comparison.from_json(file.read_text(encoding="utf-8"))
+    result = read_result(file)
+    if not isinstance(result, Comparison):
+        return None
     kept = tuple(candidate for candidate in result.candidates if candidate.evaluation.model.name in names)
     return result.model_copy(update={"candidates": kept}) if kept else None
 
@@ -202,6 +197,10 @@ def _joined(saved: Comparison | None, fresh: Comparison | None) -> Comparison | 
         return compare_saved([saved, fresh], ["what is saved", "what was missing"])
     except RequestError:
         return None
+
+
+def _journal_of(file: Path) -> Path:
+    return Path(f"{file}.partial")
 
 
 def _score(model: str, made: Sequence[Path], suite: Suite, file: Path, run: _Run) -> Comparison:
@@ -220,33 +219,6 @@ def _score(model: str, made: Sequence[Path], suite: Suite, file: Path, run: _Run
         tokenizer,
         suite,
         progress=run.terminal.progress,
-        journal=Path(f"{file}.partial"),
+        journal=_journal_of(file),
         team=run.team,
     )
-
-
-def _fingerprint(*parts: object) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
-def _state(out: Path) -> dict[str, str]:
-    """What is done: folder, or candidate in a result -> fingerprint of what it was made from."""
-    try:
-        found = json.loads((out / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _remember(out: Path, done: Mapping[str, str]) -> None:
-    _write(out / STATE, json.dumps({**_state(out), **done}, indent=1) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """The whole file or none of it."""
-    new = Path(f"{path}.new")
-    try:
-        new.write_text(text, encoding="utf-8")
-        new.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}") from error

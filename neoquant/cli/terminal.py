@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from neoquant.cli import progress_lines
 from neoquant.progress import Progress
 
 if TYPE_CHECKING:
@@ -15,6 +17,15 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichBars
 
 PIPED_WIDTH = 200  # columns for tables where no terminal says how many it has
+LONGEST_MESSAGE = 2000  # characters of an error: a value from a file may be of any length
+
+# C0 and C1 controls but for line ends and tabs, and what changes the direction of text.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def escape_controls(text: str) -> str:
+    """Text that does nothing to a terminal but appear: controls as `\\x1b`, those of direction as `\\u202e`."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class Terminal:
@@ -23,6 +34,8 @@ class Terminal:
     def __init__(self) -> None:
         self.quiet = False
         self.debug = False
+        self.file_on_stdout = False
+        """Whether a file that was asked for as `-` takes stdout: everything else then goes to stderr."""
 
     def show(self, *renderables: RenderableType) -> None:
         """A result: text without markup, or a table, to stdout."""
@@ -53,16 +66,26 @@ class Terminal:
 
     def say_last(self, message: str) -> None:
         """The one line that says why it ends here: never silent, and without rich, which may be what failed."""
-        print(" ".join(message.split()), file=sys.stderr)
+        line = escape_controls(" ".join(message.split()))
+        if len(line) > LONGEST_MESSAGE:
+            line = f"{line[: LONGEST_MESSAGE // 2]} ... {line[-LONGEST_MESSAGE // 2 :]}"
+        print(line, file=sys.stderr)
+
+    def show_raw(self, text: str) -> None:
+        """A piece of text to stdout as it is; on a terminal, without what would control it."""
+        sys.stdout.write(escape_controls(text) if sys.stdout.isatty() else text)
+        sys.stdout.flush()
 
     @cached_property
     def progress(self) -> Progress:
         """Bars with the time left where somebody watches; notes in any case."""
+        if progress_lines.is_asked_for():
+            return progress_lines.ProgressLines()
         return Bars(self, self._err) if self._err.is_terminal and not self.quiet else Notes(self)
 
     @cached_property
     def _out(self) -> Console:
-        return _console(stderr=False)
+        return _console(stderr=self.file_on_stdout)
 
     @cached_property
     def _err(self) -> Console:
@@ -70,9 +93,17 @@ class Terminal:
 
 
 def _console(*, stderr: bool) -> Console:
-    from rich.console import Console
+    from rich.console import Console, ConsoleOptions
+    from rich.segment import Segment
 
-    console = Console(stderr=stderr)
+    class EscapingConsole(Console):
+        """Escapes what renderables hold, in one place: names come from files, and those from anywhere."""
+
+        def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else segment._replace(text=escape_controls(segment.text))
+
+    console = EscapingConsole(stderr=stderr, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = PIPED_WIDTH
     return console
@@ -101,7 +132,7 @@ class Bars(Notes):
         """Show a bar called `label` until the block ends."""
         outermost = self._bars is None
         bars = self._bars = self._bars or self._make()
-        task = bars.add_task(label, total=total)
+        task = bars.add_task(escape_controls(label), total=total)
         if outermost:
             bars.start()
         try:
@@ -116,5 +147,10 @@ class Bars(Notes):
         from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichBars
 
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+        )
         return RichBars(*columns, console=self._console, transient=True)

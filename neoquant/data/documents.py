@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib
 import io
-import json
 import logging
+import os
 import platform
 import re
 import sysconfig
@@ -19,8 +20,22 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from neoquant.data.fingerprints import fingerprint
 from neoquant.data.pile import loose
 from neoquant.data.suite import FileData, HubData, StdlibData, Suite
+from neoquant.data.zstd_frames import ZstdFrames
 from neoquant.errors import DataError, HubError, locate
+from neoquant.files.reading import parse_json, read_bytes
 from neoquant.progress import Progress
+from neoquant.sizes import parse_size
+
+MAX_TEXT_BYTES = 32_000_000
+"""Of a document, or of a line of a file."""
+
+MAX_FILE_BYTES = 1 << 30
+"""Of a file that is one text."""
+
+VARIABLE = "NEOQUANT_MAX_TEXT_SIZE"
+"""Environment variable that takes the place of MAX_TEXT_BYTES, like `100MB`."""
+
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 @dataclass(frozen=True)
@@ -71,6 +86,22 @@ def _located(place: str | None, documents: Iterator[Document]) -> Iterator[Docum
         yield from documents
 
 
+def text_limit() -> int:
+    """The bytes of text that are tokenized at once: MAX_TEXT_BYTES, or what the environment says."""
+    stated = os.environ.get(VARIABLE)
+    return parse_size(stated, VARIABLE) if stated else MAX_TEXT_BYTES
+
+
+def require_short(text: str, what: str) -> None:
+    """Raise DataError for more text than is tokenized at once: a tokenizer takes about fifty times its memory."""
+    limit = text_limit()
+    if len(text) > limit // 4 and (size := len(text.encode("utf-8", "replace"))) > limit:
+        raise DataError(
+            f"{what} has {size:,} bytes of text, and at most {limit:,} are tokenized at once; "
+            f"set {VARIABLE} to read more"
+        )
+
+
 def select(documents: Iterable[Document], suite: Suite) -> Iterator[Document]:
     """The documents of the suite's subsets, as many and as long as it says; stops reading when it has them all.
 
@@ -87,7 +118,9 @@ def select(documents: Iterable[Document], suite: Suite) -> Iterator[Document]:
             continue
         taken[key] += 1
         known_by = fingerprint(document.text)
-        yield replace(document, text=document.text[: suite.characters], fingerprint=known_by)
+        text = document.text[: suite.characters]
+        require_short(text, document.id)
+        yield replace(document, text=text, fingerprint=known_by)
         if wanted and suite.documents and len(taken) == len(wanted) and min(taken.values()) == suite.documents:
             return
     if not seen:
@@ -162,7 +195,10 @@ def _kind(path: Path) -> str | None:
 
 
 def _text_document(path: Path, subset: str) -> Document:
-    text, mended = _decoded(path.read_bytes())
+    content = read_bytes(path, limit=MAX_FILE_BYTES, error=DataError)
+    if content.startswith(_UTF16):
+        raise DataError(f"{path.name} is UTF-16: convert it to UTF-8")
+    text, mended = _decoded(content.removeprefix(codecs.BOM_UTF8))
     return Document(path.name, subset, text, mended)
 
 
@@ -170,23 +206,34 @@ def _json_lines(path: Path, progress: Progress, subset: str) -> Iterator[Documen
     with path.open("rb") as file, progress.task(f"reading {path.name}", total=path.stat().st_size) as advance:
         position = 0
         with _decompressed(file, path) as lines:
-            for number, line in enumerate(lines, start=1):
+            for number, line in enumerate(_lines(lines, text_limit()), start=1):
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if line.strip():
                     yield _json_document(line, number, subset)
                 advance(file.tell() - position)
                 position = file.tell()
 
 
+def _lines(file: BinaryIO, limit: int) -> Iterator[bytes]:
+    """The lines of a file; one is never longer than `limit` bytes in memory."""
+    number = 0
+    while line := file.readline(limit + 1):
+        number += 1
+        if len(line) > limit:
+            raise DataError(f"line {number} has more than {limit:,} bytes; set {VARIABLE} to read more")
+        yield line
+
+
 @contextmanager
-def _decompressed(file: BinaryIO, path: Path) -> Iterator[Iterable[bytes]]:
-    """The lines of `file`, through zstandard where its name says so."""
+def _decompressed(file: BinaryIO, path: Path) -> Iterator[BinaryIO]:
+    """The content of `file`, through zstandard where its name says so."""
     if path.suffix != ".zst":
         yield file
         return
     import zstandard
 
     try:
-        yield io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
+        yield cast("BinaryIO", io.BufferedReader(ZstdFrames(file)))
     except zstandard.ZstdError as error:
         raise DataError(f"not a whole zstandard file: {error}") from None
 
@@ -195,7 +242,7 @@ def _json_document(line: bytes, number: int, subset: str) -> Document:
     with locate(f"line {number}"):
         text, mended = _decoded(line)
         try:
-            row = json.loads(text)
+            row = parse_json(text)
         except ValueError as error:
             raise DataError(f"not JSON: {error}") from None
         document = row_document(row, f"line {number}", subset)
@@ -204,15 +251,23 @@ def _json_document(line: bytes, number: int, subset: str) -> Document:
 
 def row_document(row: Any, name: str, subset: str) -> Document:
     """A document from a row in the Pile's form; one that names no `meta.pile_set_name` counts towards `subset`."""
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        found = sorted(row) if isinstance(row, dict) else type(row).__name__
-        raise DataError(f'a row needs a "text" that is a string (found {found})')
+    if not isinstance(row, dict):
+        raise DataError(f'a row is {_short(row)}, expected an object with a "text"')
+    if not isinstance(row.get("text"), str):
+        found = (
+            f'"text" is {_short(row["text"])}' if "text" in row else f"the row has no text, only {_short(sorted(row))}"
+        )
+        raise DataError(f"{found}; expected a string")
     meta = row.get("meta")
     if isinstance(meta, dict) and isinstance(meta.get("pile_set_name"), str):
         subset = meta["pile_set_name"]
     # JSON may spell half a surrogate pair, which no UTF-8 text holds
     text = row["text"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return Document(name, subset, text, mended=text != row["text"])
+
+
+def _short(value: Any) -> str:
+    return f"{value!r:.80}"
 
 
 def _decoded(raw: bytes) -> tuple[str, bool]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,11 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from neoquant.data.pile import pile_subsets
 from neoquant.errors import DataError, RequestError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from neoquant.files.reading import read_toml
 
 Protocol = Literal["rolling", "joined", "strided", "last-word"]
 Names = Annotated[tuple[str, ...], Field(strict=False)]  # TOML arrays arrive as lists
@@ -140,13 +135,11 @@ def load_suite(name: str | Path) -> Suite:
         path = Path(name)
         if path.suffix != ".toml" or not path.is_file():
             raise RequestError(f"no suite {str(name)!r}: give one of {', '.join(suite_names())}, or a .toml file")
+    fields = read_toml(path, error=DataError)
     try:
-        fields = tomllib.loads(path.read_text(encoding="utf-8"))
-        suite = Suite(**fields)
+        suite = Suite.model_validate(fields)
     except ValidationError as error:
         raise DataError(f"{path}: {_reasons(error)}") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: {error}") from None
     if isinstance(suite.data, FileData):
         data = FileData(kind="file", path=str(path.parent / suite.data.path))
         return suite.model_copy(update={"data": data})
@@ -167,7 +160,7 @@ def _folder() -> Path:
 def _reasons(error: ValidationError) -> str:
     def reason(detail: Any) -> str:
         place = ".".join(str(part) for part in detail["loc"])
-        found = "" if detail["type"] in ("missing", "value_error") else f" (found {detail['input']!r})"
+        found = "" if detail["type"] in ("missing", "value_error") else f" (found {detail['input']!r:.200})"
         message = detail["msg"].removeprefix("Value error, ")
         return f"{place}: {message}{found}" if place else message
 

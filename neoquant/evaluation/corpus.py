@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from neoquant.data.documents import Document, Source, open_documents, select
+from neoquant.data.documents import Document, Source, open_documents, require_short, select
 from neoquant.data.suite import Suite
 from neoquant.data.tasks import last_word, wikitext
 from neoquant.errors import DataError, RequestError
@@ -217,6 +217,7 @@ def _by_subset(
     notes: list[str] = []
     for subset in dict.fromkeys(document.subset for document in documents):
         text = "\n\n".join(document.text for document in documents if document.subset == subset)
+        require_short(text, f"subset {subset!r}, joined,")
         ids = tokenizer.encode(text, add_special_tokens=False)
         spans = list(_spans(len(ids), suite))
         offsets = byte_offsets(text, ids, (e for s in spans for e in (s.end - s.scored, s.end)), tokenizer.decode)

@@ -3,11 +3,11 @@
 A file holds a whole tally and the numbers of the batches in it, and is replaced by one rename: it is there and right,
 whenever the process ends. A tally does not depend on the order of its batches, so the figures are those of an
 evaluation that was never interrupted. Of a team, each process keeps its own file, and whoever resumes reads them all.
+The files stay until the result is stored safely, when `remove_journal` deletes them.
 """
 
 from __future__ import annotations
 
-import os
 import pickle
 import time
 import warnings
@@ -19,9 +19,12 @@ import torch
 from neoquant.errors import OutputError
 from neoquant.evaluation.accumulator import Tally
 from neoquant.evaluation.distributed import ALONE, Team
+from neoquant.files.writing import replacing
 
 INTERVAL = 15.0
 """Seconds between two writings, at least."""
+
+_ZIP = b"PK\x03\x04"
 
 
 class ResumeNote(UserWarning):
@@ -37,10 +40,15 @@ class Journal:
         self._written = time.monotonic()
 
     def restore(self, tally: Tally, batches: int) -> set[int]:
-        """Put what the files hold into the first process's tally; the numbers of the batches that are done."""
+        """Put what the files hold into the first process's tally; the numbers of the batches that are done.
+
+        Raises OutputError, and deletes nothing, where a file of that name is no journal.
+        """
         done: set[int] = set()
         if self.team.rank == 0:
-            files = self._files()
+            files = _journal_files(self.path)
+            for file in files:
+                _require_journal(file)
             found = sorted(filter(None, map(self._read, files)), key=lambda state: -len(state["done"]))
             for state in found:
                 if done.isdisjoint(state["done"]):  # else it was taken over already, before an interruption
@@ -63,26 +71,9 @@ class Journal:
 
     def write(self, tally: Tally, done: set[int]) -> None:
         """Replace this process's file. Raises OutputError where it cannot be written."""
-        new = Path(f"{self._own}.new")
-        try:
-            with new.open("wb") as file:
-                torch.save({"key": self.key, "done": sorted(done), **tally.state()}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            new.replace(self._own)
-        except OSError as error:
-            new.unlink(missing_ok=True)
-            raise OutputError(f"{self._own} cannot be written: {error.strerror}") from error
+        with replacing(self._own) as file:
+            torch.save({"key": self.key, "done": sorted(done), **tally.state()}, file)
         self._written = time.monotonic()
-
-    def remove(self) -> None:
-        """Delete the files: the result is where it was asked for."""
-        for file in self._files() if self.team.rank == 0 else []:
-            file.unlink(missing_ok=True)
-
-    def _files(self) -> list[Path]:
-        others = [file for file in self.path.parent.glob(f"{self.path.name}.*") if file.suffix[1:].isdigit()]
-        return [file for file in (self.path, *sorted(others)) if file.is_file()]
 
     def _read(self, file: Path) -> dict[str, Any] | None:
         """What a file holds; None if it is of another evaluation, or no journal at all."""
@@ -91,8 +82,30 @@ class Journal:
             if not isinstance(state, dict) or state.get("key") != self.key:
                 return None
             return {"done": set(state["done"]), "tally": Tally.of_state(state)}
-        except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError):
+        except (OSError, RuntimeError, ValueError, KeyError, EOFError, TypeError, pickle.UnpicklingError):
             return None
+
+
+def remove_journal(path: Path) -> None:
+    """Delete the files of the journal `path`: its result is stored."""
+    for file in _journal_files(path):
+        file.unlink(missing_ok=True)
+
+
+def _journal_files(path: Path) -> list[Path]:
+    others = [
+        file for file in path.parent.iterdir() if file.name.startswith(f"{path.name}.") and file.suffix[1:].isdigit()
+    ]
+    return [file for file in (path, *sorted(others)) if file.is_file()]
+
+
+def _require_journal(file: Path) -> None:
+    """A journal is what torch.save writes, a zip; a damaged one still begins like that."""
+    with file.open("rb") as opened:
+        if opened.read(len(_ZIP)) != _ZIP:
+            raise OutputError(
+                f"{file} is no journal of neoquant, and would be replaced: move it, or name another result"
+            )
 
 
 def _note(text: str) -> None:

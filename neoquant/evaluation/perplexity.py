@@ -52,8 +52,9 @@ def evaluate(
 
     `calibrated_on` are the fingerprints of documents that the model was rounded with (in its `calibration.json`): the
     result says how many of them it was scored on, or they are left out where `exclude_calibrated` asks for it.
-    `journal` names a file for what has been scored so far: the same call resumes from it after an interruption, and it
-    is removed at the end. `team` shares the work with other processes.
+    `journal` names a file for what has been scored so far: the same call resumes from it after an interruption. It
+    stays when this returns; `remove_journal` deletes it once the result is stored safely. `team` shares the work with
+    other processes.
 
     Raises RequestError (context longer than the model's, another model's tokenizer), DataError, HubError,
     CheckpointError (a loss that is not finite), OutputError (the journal).
@@ -79,10 +80,7 @@ def score_kept(
     team.agree(key)
     journal = Journal(path, key, team) if path else None
     models, names = [model for model, *_ in contestants], [contestant.describe.name for contestant in contestants]
-    tally = score(models, corpus, progress, names=names, journal=journal, team=team)
-    if journal:
-        journal.remove()
-    return tally
+    return score(models, corpus, progress, names=names, journal=journal, team=team)
 
 
 def _key(contestants: Sequence[Contestant], corpus: Corpus, tokenizer: Tokenizer) -> str:

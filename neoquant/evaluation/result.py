@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
+from pydantic import BaseModel, ConfigDict, ValidationError, computed_field, field_validator, model_validator
 
 from neoquant.data.suite import Suite
 from neoquant.errors import DataError
@@ -176,6 +176,13 @@ class Distribution(Record):
     quantiles: dict[str, float]  # "99.9" -> what 99.9 % of the tokens do not exceed; see QUANTILES
     histogram: Histogram | None = None  # in the total only
 
+    @field_validator("quantiles")
+    @classmethod
+    def _complete(cls, value: dict[str, float]) -> dict[str, float]:
+        if missing := [q for q in QUANTILES if q not in value]:
+            raise ValueError(f"lacks {', '.join(missing)}")
+        return value
+
     @property
     def median(self) -> float:
         return self.quantiles["50"]
@@ -325,6 +332,15 @@ class Comparison(Record):
     reference: Evaluation
     candidates: tuple[Candidate, ...]
     resampling: Resampling
+
+    @model_validator(mode="after")
+    def _same_subsets(self) -> Comparison:
+        names = [score.subset for score in self.reference.subsets]
+        for candidate in self.candidates:
+            for found in (candidate.subsets, candidate.evaluation.subsets):
+                if [part.subset for part in found] != names:
+                    raise ValueError(f"{candidate.evaluation.model.name} has other subsets than the reference")
+        return self
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,17 +10,18 @@ import torch
 from neoquant.errors import DataError, RequestError, locate
 from neoquant.evaluation.compare import macro_change, unit_changes
 from neoquant.evaluation.result import Candidate, Comparison, Evaluation, Resampling
+from neoquant.files.reading import MAX_LARGE_BYTES, parse_json, read_text
 
 
 def read_result(path: str | Path) -> Evaluation | Comparison:
     """What `--json` wrote. Raises DataError for a file that is not one of ours, or of another schema version."""
+    text = read_text(path, limit=MAX_LARGE_BYTES, error=DataError)
     with locate(str(path)):
         try:
-            text = Path(path).read_text(encoding="utf-8")
-            fields = json.loads(text)
-        except (OSError, ValueError) as error:
+            fields = parse_json(text)
+        except ValueError as error:
             raise DataError(f"cannot be read as a result: {error}") from None
-        version = fields.get("schema_version", "") if isinstance(fields, dict) else ""
+        version = str(fields.get("schema_version", "")) if isinstance(fields, dict) else ""
         return Comparison.from_json(text) if version.startswith("neoquant.comparison") else Evaluation.from_json(text)
 
 
@@ -72,6 +72,15 @@ def require_same_text(base: Evaluation, other: Evaluation, name: str) -> None:
     ]
     if differences:
         raise RequestError(f"not measured as {name} was: {'; '.join(differences)}")
+    if not base.units or not all(any(unit.subset == score.subset for unit in base.units) for score in base.subsets):
+        raise DataError(f"{name} does not hold what each document scored")
+    if any(unit.tokens < 1 or unit.bytes < 1 for unit in base.units if unit.tokens or unit.bytes):
+        raise DataError(f"{name} holds documents with fewer than no tokens or bytes")
+    ours, theirs = (
+        [(unit.id, unit.subset, unit.tokens, unit.bytes) for unit in result.units] for result in (base, other)
+    )
+    if ours != theirs or [score.subset for score in base.subsets] != [score.subset for score in other.subsets]:
+        raise DataError(f"its documents are not those of {name}, though it states the same text")
 
 
 def differing_environments(results: Sequence[Evaluation]) -> list[str]:
@@ -95,7 +104,9 @@ def _candidate(base: Evaluation, other: Evaluation) -> Candidate:
     loss = column(other, "nats") - column(base, "nats")
     tokens, size = column(base, "tokens"), column(base, "bytes")
     subsets = [score.subset for score in base.subsets]
-    chosen = {subset: torch.tensor([unit.subset == subset for unit in base.units]) for subset in subsets}
+    chosen = {
+        subset: torch.tensor([unit.subset == subset for unit in base.units], dtype=torch.bool) for subset in subsets
+    }
     total, *changes = (
         unit_changes(name, loss[units], tokens[units], size[units])
         for name, units in {"total": torch.ones(len(tokens), dtype=torch.bool), **chosen}.items()

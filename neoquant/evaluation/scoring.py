@@ -52,7 +52,8 @@ class Model(Protocol):
 
 def last_hidden_state(model: Model, ids: torch.Tensor) -> torch.Tensor:
     """What `model` gives for `ids[B, T]` before its head, [B, T, C]; no keys and values are kept."""
-    output = model.transformer(ids.to(model.device), use_cache=False, output_hidden_states=False, return_dict=True)
+    alone = {"use_cache": False, "output_attentions": False, "output_hidden_states": False}
+    output = model.transformer(ids.to(model.device), **alone, return_dict=True)
     state: torch.Tensor = output.last_hidden_state
     return state
 
@@ -93,13 +94,19 @@ def score(
                 done.add(number)
                 if journal:
                     journal.keep(tally, done)
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit) as error:
         if journal:
             journal.write(tally, done)
+            if isinstance(error, KeyboardInterrupt):
+                raise type(error)(
+                    f"after {len(done)} of {len(work)} batches: the same command resumes from {journal.path}"
+                ) from error
         raise
     for rank, state in enumerate(team.share(tally.state() if team.size > 1 else None)):
         if rank != team.rank:
             tally.merge(Tally.of_state(state))
+    if journal and team.rank == 0:
+        journal.write(tally, set(range(len(work))))
     return tally
 
 

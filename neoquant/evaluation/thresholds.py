@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable
@@ -79,13 +80,23 @@ def parse(text: str) -> Condition:
     """Raises RequestError for what is not a condition, with what would be one."""
     match = re.fullmatch(rf"\s*({ANY})?\s*([\w.]+)\s*(>=|<=|>|<)\s*(\S+)\s*", text)
     try:
-        if match and match[2] in FIELDS:
-            return Condition(match[2], match[3], float(match[4]), match[1] is not None)
+        if match and match[2] in FIELDS and not math.isnan(limit := float(match[4])):
+            return Condition(match[2], match[3], limit, match[1] is not None)
     except ValueError:
         pass
     raise RequestError(
         f"--fail-if {text!r}: write it like 'delta_nll > 0.05' or '{ANY}kl >= 0.1', with one of {', '.join(FIELDS)}"
     )
+
+
+def require_scores(conditions: list[Condition]) -> None:
+    """Raise RequestError for a condition that only a comparison can meet: what is measured is one model alone."""
+    for condition in conditions:
+        if condition.field not in _SCORES:
+            raise RequestError(
+                f"--fail-if {str(condition)!r}: {condition.field} needs a comparison; one model alone has "
+                f"{', '.join(_SCORES)}"
+            )
 
 
 def failures(conditions: list[Condition], result: Evaluation | Comparison) -> list[str]:

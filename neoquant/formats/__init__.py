@@ -81,6 +81,8 @@ def detect(config: Mapping[str, Any], names: Iterable[str]) -> Format | None:
     """
     names = list(names)
     said = config.get("quantization_config") or {}
+    if not isinstance(said, Mapping):
+        raise FormatError(f"config.json says quantization_config = {said!r:.100}, expected an object")
     by_names = [format for format in FORMATS.values() if format.quantized(names)]
     if len(by_names) > 1:
         raise FormatError(f"tensors of several formats are mixed: {', '.join(format.name for format in by_names)}")
@@ -91,6 +93,8 @@ def detect(config: Mapping[str, Any], names: Iterable[str]) -> Format | None:
         return by_names[0].configured(said)
     if not method:
         return None
+    if not isinstance(method, str):
+        raise FormatError(f"config.json says quant_method = {method!r:.100}, expected a string")
     families = dict.fromkeys(format.family for format in FORMATS.values())
     if method in families:
         raise FormatError(f"config.json says {method}, but no tensor of the checkpoint is quantized that way")

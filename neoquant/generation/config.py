@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from neoquant.errors import ConfigError, RequestError, locate
+from neoquant.files.reading import read_json
 from neoquant.generation.generate import Sampling
 from neoquant.generation.words import ONLY, WITHOUT_EFFECT, fault
 from neoquant.model.config import GPTNeoConfig
@@ -93,11 +93,8 @@ class GenerationConfig:
         path = folder / FILE
         if not path.is_file():
             return cls.from_model_config(config), []
+        values = read_json(path, error=ConfigError)
         with _as_config_error(), locate(str(path)):
-            try:
-                values = json.loads(path.read_text("utf-8"))
-            except (OSError, ValueError, RecursionError) as error:
-                raise ConfigError(f"not readable as JSON: {error}") from None
             if not isinstance(values, dict):
                 raise ConfigError(f"holds a {type(values).__name__}, not an object")
             return cls._read(values)

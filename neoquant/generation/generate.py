@@ -134,6 +134,7 @@ class _Inputs:
             position_ids=self.positions,
             token_type_ids=self.types,
             past_key_values=cache,
+            output_attentions=False,
             output_hidden_states=False,
             return_dict=True,
             logits_to_keep=1,
@@ -227,6 +228,15 @@ def _like(ids: Tensor, given: Tensor | None, name: str) -> Tensor | None:
     if given.shape != (1, ids.shape[1]):
         raise RequestError(f"{name} is {list(given.shape)}, but input_ids is {list(ids.shape)}")
     return given.expand(ids.shape)
+
+
+def require_known_tokens(model: CausalLM, ids: Sequence[int]) -> None:
+    """Raise RequestError where a tokenizer gave a token that the model has no row for."""
+    if (largest := max(ids, default=0)) >= model.config.vocab_size:
+        raise RequestError(
+            f"the tokenizer gives token {largest}, but the model knows {model.config.vocab_size} tokens: "
+            "is it the model's own tokenizer?"
+        )
 
 
 def check_room(model: CausalLM, prompt: int, max_new_tokens: int) -> None:

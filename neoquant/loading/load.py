@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,7 +12,7 @@ import torch
 
 from neoquant import formats
 from neoquant.checkpoint import open_checkpoint
-from neoquant.errors import RequestError, locate
+from neoquant.errors import CheckpointError, RequestError, locate
 from neoquant.kernels import ACTIVATIONS
 from neoquant.loading.contents import Contents, Readable
 from neoquant.loading.device_map import DeviceMap, assign_devices
@@ -26,6 +27,7 @@ from neoquant.nn.linear import QuantLinear
 from neoquant.progress import SILENT, Progress
 
 ModelT = TypeVar("ModelT", bound=Network)
+_BLOCK = re.compile(r"(?:transformer\.)?h\.(\d+)\.")
 
 
 def load_model(
@@ -94,6 +96,8 @@ def read_model(
         config = GPTNeoConfig.from_dict(checkpoint.config)
     if activations not in ACTIVATIONS:
         raise RequestError(f"activations are {activations!r}; legal are {' and '.join(ACTIVATIONS)}")
+    with locate(str(checkpoint.source)):
+        require_fit(config, checkpoint.headers)
     with locate(f"{checkpoint.source}/config.json"), torch.device("meta"), NoInit():
         model = cls(config, attn_implementation)
     with locate(str(checkpoint.source)):
@@ -141,6 +145,15 @@ def _arrange(model: Network, activations: str) -> None:
             module.set_activations(activations)
         if isinstance(module, Block):
             module.step = fused_block
+
+
+def require_fit(config: GPTNeoConfig, names: Iterable[str]) -> None:
+    """Raise CheckpointError, before a network is built, where `config.json` promises blocks that no tensor is of."""
+    numbers = {found[1] for name in names if (found := _BLOCK.match(name))}
+    if len(numbers) < config.num_layers:
+        raise CheckpointError(
+            f"config.json says num_layers = {config.num_layers:,}, the tensors are of {len(numbers):,} blocks"
+        )
 
 
 def folder_of(checkpoint: Readable) -> Path:

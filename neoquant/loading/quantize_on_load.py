@@ -103,10 +103,8 @@ class _QuantizedView:
             return self._checkpoint.view(row.name)
         if row.name not in self._tensors:
             with locate(row.name), torch.no_grad():
-                weight = self._checkpoint.view(row.name)
-                self._tensors[row.name] = output_tensors(
-                    weight, row, self._checkpoint, self._plan.format, self._calibrated(row)
-                )
+                weight, given = self._checkpoint.view(row.name), self._calibrated(row)
+                self._tensors[row.name] = output_tensors(weight, row, self._plan.format, given)
         return self._tensors[row.name][name]
 
     def forget(self, name: str) -> None:

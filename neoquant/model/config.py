@@ -9,11 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from neoquant.errors import ConfigError, locate
+from neoquant.files.reading import read_json
+from neoquant.files.writing import write_file
+from neoquant.model.config_values import MAX_LAYERS, check_values, require
 
 ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu", "silu", "swish", "tanh")
 ATTENTION_TYPES = ("global", "local")
 # Written where they are not the default.
-_OPTIONAL = ("pad_token_id", "problem_type", "output_hidden_states", "return_dict", "dtype", "num_labels")
+_OPTIONAL = (
+    "pad_token_id",
+    "problem_type",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "dtype",
+    "num_labels",
+)
 # transformers accepts both spellings; config.json files in the wild carry the first.
 _ALIASES = {"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads", "torch_dtype": "dtype"}
 
@@ -51,6 +62,7 @@ class GPTNeoConfig:
     tie_word_embeddings: bool = True
     num_labels: int = 2
     problem_type: str | None = None
+    output_attentions: bool = False
     output_hidden_states: bool = False
     return_dict: bool = True
     dtype: str | None = None
@@ -59,26 +71,20 @@ class GPTNeoConfig:
     def __post_init__(self) -> None:
         if self.attention_types is None:
             self.attention_types = [[["global", "local"], 12]]
-        counts = ("vocab_size", "max_position_embeddings", "hidden_size", "num_layers", "num_heads", "window_size")
-        for name in (*counts, "num_labels"):
-            _check(_is_count(getattr(self, name)), name, getattr(self, name), "an integer of at least 1")
+        check_values({f.name: getattr(self, f.name) for f in fields(self)})
         self._check_shapes()
 
     def _check_shapes(self) -> None:
         layers = self.attention_layers
         if len(layers) != self.num_layers:
             raise ConfigError(
-                f"attention_types describes {len(layers)} layers ({self.attention_types}), but num_layers is "
+                f"attention_types describes {len(layers)} layers ({self.attention_types!r:.100}), but num_layers is "
                 f"{self.num_layers}: they must agree"
             )
-        _check(self.hidden_size % self.num_heads == 0, "num_heads", self.num_heads, f"a divisor of {self.hidden_size=}")
-        _check(
-            self.intermediate_size is None or _is_count(self.intermediate_size),
-            "intermediate_size",
-            self.intermediate_size,
-            "null or an integer of at least 1",
+        require(
+            self.hidden_size % self.num_heads == 0, "num_heads", self.num_heads, f"a divisor of {self.hidden_size=}"
         )
-        _check(
+        require(
             self.activation_function in ACTIVATIONS,
             "activation_function",
             self.activation_function,
@@ -107,7 +113,7 @@ class GPTNeoConfig:
         Raises ConfigError for another `model_type`, or values that contradict each other.
         """
         model_type = values.get("model_type", "gpt_neo")
-        _check(model_type == "gpt_neo", "model_type", model_type, '"gpt_neo"')
+        require(model_type == "gpt_neo", "model_type", model_type, '"gpt_neo"')
         values = {_ALIASES.get(key, key): value for key, value in values.items()}
         known = {f.name: f for f in fields(cls) if f.name != "extra"}
         ours: dict[str, Any] = {}
@@ -129,8 +135,10 @@ class GPTNeoConfig:
         except TypeError as error:
             raise ConfigError(f"a value has the wrong type: {error}") from None
         stated = values.get("attention_layers")
-        if stated is not None and list(stated) != config.attention_layers:
-            raise ConfigError(f"attention_layers is {stated}, but attention_types gives {config.attention_layers}")
+        if stated is not None and stated != config.attention_layers:
+            raise ConfigError(
+                f"attention_layers is {stated!r:.100}, but attention_types gives {config.attention_layers!r:.100}"
+            )
         return config
 
     @classmethod
@@ -138,13 +146,8 @@ class GPTNeoConfig:
         """Read `folder/config.json` (or the file itself)."""
         path = Path(folder)
         path = path / "config.json" if path.is_dir() else path
+        values = read_json(path, error=ConfigError)
         with locate(str(path)):
-            try:
-                values = json.loads(path.read_text("utf-8"))
-            except FileNotFoundError:
-                raise ConfigError("there is no such file") from None
-            except (OSError, ValueError) as error:
-                raise ConfigError(f"not readable as JSON: {error}") from None
             if not isinstance(values, dict):
                 raise ConfigError(f"holds a {type(values).__name__}, not an object")
             return cls.from_dict(values)
@@ -171,22 +174,26 @@ class GPTNeoConfig:
         """Write `folder/config.json`."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-        (Path(folder) / "config.json").write_text(text, "utf-8")
+        write_file(Path(folder) / "config.json", text)
 
 
 def _expand(attention_types: Any) -> list[str]:
     layers: list[str] = []
     try:
         for kinds, count in attention_types:
+            if len(layers) + len(kinds) * count > MAX_LAYERS:
+                raise ConfigError(
+                    f"attention_types is {attention_types!r:.100}; at most {MAX_LAYERS:,} layers are legal"
+                )
             layers.extend(list(kinds) * count)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ConfigError(
-            f"attention_types is {attention_types!r}; legal is a list of [[types], count], "
+            f"attention_types is {attention_types!r:.100}; legal is a list of [[types], count], "
             'like [[["global", "local"], 12]]'
         ) from None
     unknown = sorted({str(kind) for kind in layers if kind not in ATTENTION_TYPES})
     if unknown:
-        raise ConfigError(f"attention_types holds {', '.join(unknown)}; legal are {', '.join(ATTENTION_TYPES)}")
+        raise ConfigError(f"attention_types holds {', '.join(unknown[:3])}; legal are {', '.join(ATTENTION_TYPES)}")
     return layers
 
 
@@ -200,16 +207,7 @@ def _states_types(values: Mapping[str, Any]) -> bool:
 def _compact(attention_layers: Any) -> list[Any]:
     """`attention_types` from one word a layer: the shortest run of them that the whole repeats."""
     if not isinstance(attention_layers, list | tuple) or not attention_layers:
-        raise ConfigError(f"attention_layers is {attention_layers!r}; legal is a list with a word for each layer")
+        raise ConfigError(f"attention_layers is {attention_layers!r:.100}; legal is a list with a word for each layer")
     layers = list(attention_layers)
     length = next(n for n in range(1, len(layers) + 1) if layers == layers[:n] * (len(layers) // n))
     return [[layers[:length], len(layers) // length]]
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _check(legal: bool, key: str, value: object, what: str) -> None:
-    if not legal:
-        raise ConfigError(f"{key} is {value!r}; legal is {what}")

@@ -10,6 +10,12 @@ from neoquant.model.config import GPTNeoConfig
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+def check_dtype(dtype: torch.dtype | str | None) -> None:
+    """Raise RequestError for a type that no model computes in."""
+    if dtype is not None and str(dtype).removeprefix("torch.") not in ("auto", *DTYPES):
+        raise RequestError(f"dtype is {str(dtype)!r}; legal are auto, {', '.join(DTYPES)}")
+
+
 def resolve_dtype(
     dtype: torch.dtype | str | None, config: GPTNeoConfig, device: torch.device, stored: torch.dtype | None = None
 ) -> torch.dtype:

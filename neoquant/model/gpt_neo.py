@@ -247,6 +247,7 @@ class Decoder(Network):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutput:
@@ -255,7 +256,8 @@ class Decoder(Network):
         `attention_mask[B, S]` is 0 on padding, which belongs on the right: positions are absolute, unless
         `position_ids[B, T]` says otherwise. With `past_key_values`, the T ids follow the positions it holds, and
         S = held + T. `use_cache` gives a cache to continue with. `token_type_ids[B, T]` are embedded by the token
-        embedding, and added. `return_dict=False` gives a tuple. None is what the configuration says.
+        embedding, and added. `return_dict=False` gives a tuple. None is what the configuration says. Attention
+        weights are not given: `output_attentions=True` is refused.
 
         Raises ContextError beyond `max_position_embeddings`.
         """
@@ -265,6 +267,8 @@ class Decoder(Network):
             past_key_values = KVCache(len(self.h), capacity=max(1, T))
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise RequestError("output_attentions is True: attention weights are not kept here, pass False")
         past = past_key_values.length if past_key_values is not None else 0
         x = x + self.wpe(self._positions(position_ids, past, T, x.device))
         if token_type_ids is not None:
@@ -340,6 +344,7 @@ class CausalLM(Network):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int = 0,
@@ -357,6 +362,7 @@ class CausalLM(Network):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )

@@ -97,7 +97,7 @@ def _output(
     checkpoint: Checkpoint, plan: Plan, row: PlanRow, quantized: QuantizedTensor | None = None
 ) -> dict[str, torch.Tensor]:
     with locate(checkpoint.source), locate(row.name):
-        return output_tensors(checkpoint.read(row.name), row, checkpoint, plan.format, quantized)
+        return output_tensors(checkpoint.read(row.name), row, plan.format, quantized)
 
 
 def _hidden_states(

@@ -16,28 +16,31 @@ import torch
 
 from neoquant.checkpoint import SHARD_SIZE, Checkpoint, CheckpointWriter, TensorHeader, open_checkpoint
 from neoquant.checkpoint.headers import float_type
-from neoquant.errors import FormatError, RequestError, locate
-from neoquant.formats import FORMATS, NAMED, Format, Gptq, detect_checked
+from neoquant.errors import CheckpointError, RequestError, locate
+from neoquant.files.reading import MAX_LARGE_BYTES, read_json, read_text
+from neoquant.formats import FORMATS, Format, detect_checked
 from neoquant.formats.base import dtype_name
-from neoquant.formats.gptq import V1, V2
 from neoquant.grids import Grid
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.dtypes import resolve_dtype
-from neoquant.model.names import EMBEDDING, HEADS, TABLES, TIED_HEAD, canonical_layer, is_mask_buffer
+from neoquant.model.names import EMBEDDING, HEADS, TIED_HEAD, canonical_layer, is_mask_buffer
 from neoquant.progress import SILENT, Progress
+from neoquant.quantization.conversion_targets import (
+    PLAIN,
+    TARGETS,
+    refuse_layer,
+    require_sense,
+    target_name,
+)
 from neoquant.quantization.model_card import measured_in, render_conversion_card
 from neoquant.quantization.plan_checks import require_tensors
 from neoquant.quantization.plan_rows import is_linear_weight
 from neoquant.quantization.quantize import CALIBRATION, CARD, RECORD, require_another_folder
-from neoquant.quantization.streaming import converted, require_tied
+from neoquant.quantization.streaming import converted
 from neoquant.sizes import peak_rss_bytes
 from neoquant.tensor import QuantizedTensor
 
-PLAIN = "safetensors"
-"""What a checkpoint without quantized weights is called as a target."""
-
-TARGETS: Mapping[str, tuple[Format, ...]] = {name: NAMED[name] for name in NAMED if name != "auto"} | {PLAIN: ()}
-"""Target -> formats to try, in this order: the first that holds the first layer."""
+__all__ = ["PLAIN", "TARGETS", "ConvertResult", "convert"]
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def convert(
             config = GPTNeoConfig.from_dict(checkpoint.config)
         with locate(checkpoint.source):
             found, notes = detect_checked(checkpoint.config, checkpoint.headers, checkpoint.view)
-        _require_sense(checkpoint, found, to, dequantize, dtype)
+        require_sense(checkpoint, found, to, dequantize, dtype)
         with locate(checkpoint.source):
             layers = found.quantized(checkpoint.headers) if found else {}
             require_tensors([*checkpoint.headers, *(f"{layer}.weight" for layer in layers)], config)
@@ -205,7 +208,7 @@ class _Conversion:
             source=self.checkpoint.source if revision else Path(self.checkpoint.source).resolve().name,
             revision=revision,
             before=self.found.name if self.found else PLAIN,
-            after=_name(self.target),
+            after=target_name(self.target),
             layers=self.grids,
             source_bytes=self.checkpoint.nbytes,
             weights_bytes=self.weights_bytes,
@@ -237,7 +240,6 @@ class _Conversion:
         if is_linear_weight(header):
             self.kept.append(canonical_layer(name))
         if name == TIED_HEAD and GPTNeoConfig.from_dict(self.checkpoint.config).tie_word_embeddings:
-            require_tied(weight, self.checkpoint.view(EMBEDDING))
             self.rows.append(row | {"action": "drop"})
             self.notes[f"{TIED_HEAD} is not written: it is {EMBEDDING}"] = None
             return {}
@@ -249,66 +251,26 @@ class _Conversion:
     def _choose(self, name: str, q: QuantizedTensor) -> Format:
         """The first target that holds this layer; if none does, the first, which is then refused with its reason."""
         assert self.targets
-        return next((format for format in self.targets if _why_not(format, name, q) is None), self.targets[0])
+        return next((format for format in self.targets if refuse_layer(format, name, q) is None), self.targets[0])
 
     def _require_exact(self, target: Format, name: str, q: QuantizedTensor) -> None:
         """Refuse a layer that the target cannot hold as it is; note what it does not say."""
-        reason = _why_not(target, name, q) or target.refuse_all(self.grids)
+        reason = refuse_layer(target, name, q) or target.refuse_all(self.grids)
         if reason is None:
             if caution := target.caution(q.grid, q.shape):
                 self.notes[caution] = None
             if not target.holds_dtype and q.dtype != self.own:
                 before, now = dtype_name(q.dtype), dtype_name(self.own)
-                self.notes[f"{_name(target)} does not say what type weights had before: {before} is now {now}"] = None
+                self.notes[
+                    f"{target_name(target)} does not say what type weights had before: {before} is now {now}"
+                ] = None
             return
         others = [key for key in FORMATS if key != target.name]
-        if target.name == "gptq" and _name(target) != "gptq-v2":  # the version may be all that is wrong
+        if target.name == "gptq" and target_name(target) != "gptq-v2":  # the version may be all that is wrong
             others.insert(0, "gptq-v2")
-        legal = [key for key in others if _why_not(TARGETS[key][0], name, q) is None]
+        legal = [key for key in others if refuse_layer(TARGETS[key][0], name, q) is None]
         exact = f"--to {', '.join(legal)} can, and " if legal else ""
         raise RequestError(f"{reason}: {exact}--dequantize gives plain weights")
-
-
-def _why_not(format: Format, name: str, q: QuantizedTensor) -> str | None:
-    """Why a layer cannot be spelled exactly in this format, or None."""
-    if name in TABLES and not format.holds_embeddings:
-        return f"format {format.name} keeps embeddings in half precision, and this one is {q.grid.name}"
-    reason = format.refuse(q.grid, q.shape)
-    if reason is None and q.order is not None:
-        reason = format.refuse_order()
-    if reason is None and isinstance(format, Gptq):  # the only format in which it depends on the values
-        try:
-            format.encode(q)
-        except FormatError as error:
-            reason = error.message
-    return reason
-
-
-def _require_sense(
-    checkpoint: Checkpoint, found: Format | None, to: str | None, dequantize: bool, dtype: torch.dtype | str | None
-) -> None:
-    """Refuse what contradicts itself or the checkpoint."""
-    if dequantize and to not in (None, PLAIN):
-        raise RequestError(f"dequantize gives plain weights, which {to} does not hold: ask for one of the two")
-    if not dequantize and to is None:
-        raise RequestError(f"nothing is asked for: --to names a format ({', '.join(TARGETS)}), or give --dequantize")
-    if found is None and dequantize:
-        raise RequestError(f"{checkpoint.source} is not quantized; --to {PLAIN} writes it anew")
-    if found is None and to != PLAIN:
-        raise RequestError(f"{checkpoint.source} is not quantized: `neoquant quantize` makes a quantized model of it")
-    if found is not None and to == PLAIN and not dequantize:
-        raise RequestError(
-            f"{checkpoint.source} is quantized (format {found.name}); --dequantize gives up the packing, "
-            f"or name another format: {', '.join(key for key in TARGETS if key != PLAIN)}"
-        )
-    if dtype is not None and to != PLAIN and not dequantize:
-        raise RequestError(f"dtype is for plain weights; what is kept beside {to} stays as it is stored")
-
-
-def _name(target: Format | None) -> str:
-    if target is None:
-        return PLAIN
-    return {V1: "gptq-v1", V2: "gptq-v2"}.get(getattr(target, "version", None) or "", target.name)
 
 
 def _files(checkpoint: Checkpoint, job: _Conversion, result: ConvertResult) -> dict[str, str | Path]:
@@ -321,7 +283,7 @@ def _files(checkpoint: Checkpoint, job: _Conversion, result: ConvertResult) -> d
     if job.target is not None and calibration.is_file():
         files[CALIBRATION] = calibration
     before = _record(checkpoint.folder)
-    measured = measured_in(card.read_text(encoding="utf-8")) if job.target is not None and card.is_file() else None
+    measured = measured_in(read_text(card)) if job.target is not None and card.is_file() else None
     made_by = {key: before[key] for key in ("neoquant", "source") if key in before}
     record: dict[str, Any] = {
         "neoquant": __version__,
@@ -351,7 +313,7 @@ def _files(checkpoint: Checkpoint, job: _Conversion, result: ConvertResult) -> d
 def _record(folder: Path) -> dict[str, Any]:
     """neoquant's own record of the source, empty where there is none that can be read."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = read_json(folder / RECORD, limit=MAX_LARGE_BYTES)
+    except CheckpointError:
         return {}
     return record if isinstance(record, dict) else {}

@@ -97,11 +97,11 @@ class PlanRow:
 
     @property
     def work_bytes(self) -> int:
-        """What is alive at once while it is carried out: the source's tensor, and what is made of it or compared."""
+        """What is alive at once while it is carried out: the source's tensor, and what is made of it."""
         if self.action == "quantize":
             return self.source.nbytes + _WORK_BYTES_PER_WEIGHT * self.source.numel
         if self.action == "drop":
-            return 2 * self.source.nbytes
+            return self.source.nbytes
         return self.source.nbytes + (0 if self.stored[0].dtype == self.dtype else self.out_bytes)
 
     def to_dict(self) -> dict[str, Any]:

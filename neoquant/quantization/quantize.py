@@ -221,6 +221,7 @@ def _resumable(out: Path, calibration: Calibration | None, restart: bool) -> Ite
         if calibration is not None:
             yield run
             return
+        run.require_own()
         if not restart:
             raise run.other_request("a calibrated one")
         run.remove()

@@ -33,21 +33,17 @@ from __future__ import annotations
 
 import difflib
 import json
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from neoquant.errors import RecipeError, locate
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from neoquant.files.names import LEGAL_NAME, is_safe_name, safe_name
+from neoquant.files.reading import read_toml
 
 if TYPE_CHECKING:
     from neoquant.grids import Grid
@@ -157,12 +153,18 @@ class Rule(BaseModel):
                 raise RecipeError(_unknown(key, [*type(self).model_fields, *options]))
 
 
+def _require_safe(name: str) -> str:
+    if not is_safe_name(name):
+        raise ValueError(f"should be part of a folder's name, so {LEGAL_NAME}")
+    return name
+
+
 class Recipe(BaseModel):
     """A whole request. Build one with `simple`, `load`, `from_toml` or `parse`, which check it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    name: str = Field(min_length=1)
+    name: Annotated[str, AfterValidator(_require_safe)]
     description: str = ""
     format: FormatChoice = "auto"
     dtype: DtypeChoice = "auto"
@@ -260,14 +262,9 @@ class Recipe(BaseModel):
             RecipeError: the file cannot be read, is not TOML, or is not a recipe; the message begins with its path.
         """
         path = Path(path)
+        data = read_toml(path, error=RecipeError)
         with locate(str(path)):
-            try:
-                data = tomllib.loads(path.read_text(encoding="utf-8"))
-            except OSError as error:
-                raise RecipeError(f"cannot be read: {error.strerror}") from error
-            except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-                raise RecipeError(f"is not TOML: {error}") from error
-            return cls.parse({"name": path.stem, **data})
+            return cls.parse({"name": safe_name(path.stem), **data})
 
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> Recipe:
@@ -365,7 +362,7 @@ def _fault(detail: Any) -> str:
     steps = [str(step + 1) if isinstance(step, int) else str(step) for step in detail["loc"]]
     if detail["type"] == "extra_forbidden":
         return _unknown(steps[-1], list(Recipe.model_fields))
-    return f"{' '.join(steps)}: {detail['msg'][0].lower()}{detail['msg'][1:]}, got {detail['input']!r}"
+    return f"{' '.join(steps)}: {detail['msg'][0].lower()}{detail['msg'][1:]}, got {detail['input']!r:.200}"
 
 
 def _unknown(key: str, known: list[str]) -> str:

@@ -17,6 +17,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,10 +39,14 @@ from neoquant.calibration.hidden_states import (
     writing,
 )
 from neoquant.errors import OutputError, RequestError
+from neoquant.files.writing import write_file
 
 _RUN = "run.json"
 _NEW = ".new"
 _DIGITS = 16  # of a digest, in a file's name
+_OURS = re.compile(
+    rf"\.?(run\.json|block-\d+-[0-9a-f]{{{_DIGITS}}}\.safetensors|hidden-\d+(-[0-9a-f]{{{_DIGITS}}})?)(.*\.new)?|{SCRATCH}.*"
+)
 
 Output = dict[str, dict[str, Tensor]]
 """Tensor of the source -> what the output holds in its place, by name."""
@@ -91,8 +96,8 @@ class ResumableRun:
         with suppress(OSError):  # it is gone, or holds something
             self.folder.rmdir()
         os.close(self._lock)
-        if kind is KeyboardInterrupt and self.finished:
-            raise KeyboardInterrupt(
+        if kind is not None and issubclass(kind, KeyboardInterrupt) and self.finished:
+            raise kind(
                 f"after block {self.finished} of {self.blocks}: the same command resumes there, --restart starts again"
             ) from error
 
@@ -101,8 +106,9 @@ class ResumableRun:
 
         Raises:
             RequestError: what is unfinished is another run; the message names what differs.
-            OutputError: its files cannot be read.
+            OutputError: its files cannot be read, or the folder holds others than a run's.
         """
+        self.require_own()
         run = json.loads(json.dumps(run))  # as it will be read
         if self._restart or not (self.folder / _RUN).exists():
             self._clear()
@@ -196,6 +202,15 @@ class ResumableRun:
         with_name = self.folder.stat() if self.folder.exists() else None
         return with_name is not None and os.path.samestat(with_name, os.fstat(self._lock))
 
+    def require_own(self) -> None:
+        """Nothing is deleted in a folder that only has the name of an unfinished run's."""
+        for path in self.folder.iterdir():
+            if not _OURS.fullmatch(path.name) or path.is_dir():
+                raise OutputError(
+                    f"{self.folder} holds {path.name}, which is no part of an unfinished run: "
+                    "move the folder, or name another one to make"
+                )
+
     def _require_same(self, run: Mapping[str, Any]) -> None:
         try:
             found = json.loads((self.folder / _RUN).read_bytes())
@@ -213,12 +228,7 @@ class ResumableRun:
         return next(self.folder.glob(pattern), None)
 
     def _write(self, name: str, content: bytes) -> None:
-        path = self.folder / f"{name}{_NEW}"
-        with writing(path), path.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        self._rename(path, name)
+        write_file(self.folder / name, content)
 
     def _rename(self, path: Path, name: str) -> None:
         with writing(path):

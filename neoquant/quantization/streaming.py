@@ -16,7 +16,6 @@ from neoquant.errors import CheckpointError, FormatError, locate
 from neoquant.formats import Format
 from neoquant.formats.base import dtype_name
 from neoquant.grids import Grid
-from neoquant.model.names import EMBEDDING
 from neoquant.native import leaving_cores
 from neoquant.progress import Progress
 from neoquant.quantization.plan import IN_FLIGHT_BYTES, Plan, PlanRow
@@ -45,6 +44,7 @@ def write_streaming(checkpoint: Checkpoint, plan: Plan, sink: CheckpointWriter, 
     rows: list[PlanRow] = []
     lines: list[bytes] = []
     behind: deque[tuple[PlanRow, Future[bytes]]] = deque()
+    waiting = 0  # bytes of all that is in `behind`
     with (
         progress.task("quantizing", total=plan.source_bytes) as advance,
         torch.inference_mode(),
@@ -53,17 +53,20 @@ def write_streaming(checkpoint: Checkpoint, plan: Plan, sink: CheckpointWriter, 
     ):
 
         def wait_for_the_oldest() -> None:
+            nonlocal waiting
             row, written = behind.popleft()
+            waiting -= _bytes_waiting(row)
             lines.append(written.result())
             advance(row.source.nbytes)
 
         for row in plan.rows:
-            while sum(_bytes_waiting(waiting) for waiting, _ in list(behind)[:-1]) > IN_FLIGHT_BYTES:
+            while behind and waiting - _bytes_waiting(behind[-1][0]) > IN_FLIGHT_BYTES:
                 wait_for_the_oldest()
             with locate(checkpoint.source), locate(row.name):
                 weight = checkpoint.view(row.name)
-                tensors = output_tensors(weight, row, checkpoint, plan.format)
+                tensors = output_tensors(weight, row, plan.format)
             rows.append(replace(row, stored=headers_of(tensors)))
+            waiting += _bytes_waiting(rows[-1])
             behind.append((rows[-1], writing.submit(_write_behind, row.source, weight, tensors, checkpoint, sink)))
         while behind:
             wait_for_the_oldest()
@@ -105,16 +108,15 @@ def headers_of(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorHeader, ...]:
 
 
 def output_tensors(
-    weight: torch.Tensor, row: PlanRow, checkpoint: Checkpoint, format: Format, given: QuantizedTensor | None = None
+    weight: torch.Tensor, row: PlanRow, format: Format, given: QuantizedTensor | None = None
 ) -> dict[str, torch.Tensor]:
     """The tensors of the output, by name, that take the place of one of the source.
 
     Raises:
-        CheckpointError: the weight is not finite, does not fit its type, or is not the tensor it is said to be tied to.
+        CheckpointError: the weight is not finite, or does not fit its type.
         FormatError: its grid cannot hold it.
     """
     if row.action == "drop":
-        require_tied(weight, checkpoint.read(EMBEDDING))
         return {}
     if row.target is None:
         return {row.stored[0].name: converted(weight, row.stored[0].dtype)}
@@ -130,13 +132,6 @@ def _quantized(weight: torch.Tensor, grid: Grid, quantizer: Quantizer) -> Quanti
     except FormatError:
         _require_finite(weight)
         raise
-
-
-def require_tied(head: torch.Tensor, embedding: torch.Tensor) -> None:
-    if not torch.equal(head, embedding):
-        raise CheckpointError(
-            f"differs from {EMBEDDING}, though config.json ties the two; set tie_word_embeddings to false to keep both"
-        )
 
 
 def converted(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

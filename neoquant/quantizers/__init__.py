@@ -8,9 +8,10 @@ from neoquant.errors import RequestError
 from neoquant.quantizers.base import Quantizer
 from neoquant.quantizers.gptq import Gptq
 from neoquant.quantizers.hessian import Hessian
+from neoquant.quantizers.hqq import Hqq
 from neoquant.quantizers.nearest import Nearest
 
-QUANTIZERS: dict[str, type[Quantizer]] = {cls.name: cls for cls in (Nearest, Gptq)}
+QUANTIZERS: dict[str, type[Quantizer]] = {cls.name: cls for cls in (Nearest, Gptq, Hqq)}
 
 CALIBRATED_QUANTIZER = Gptq.name
 """The quantizer that calibration samples imply where none is named."""

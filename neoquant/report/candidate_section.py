@@ -63,7 +63,6 @@ def _subset_rows(result: Comparison, candidate: Candidate) -> list[dict[str, Any
             "total": score is scores[-1],
             "tokens": f"{score.tokens:,}",
             "perplexity": f"{perplexity(before)} → {perplexity(score)}",
-            "bits_per_byte": f"{before.bits_per_byte:.4f} → {score.bits_per_byte:.4f}",
             "change": change_interval(change),
             "kl": divergence_interval(change),
             "agreement": agreement_interval(change),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +10,7 @@ from neoquant.benchmark.run import Speed
 from neoquant.errors import DataError, RequestError, locate
 from neoquant.evaluation.inspection_result import Inspection
 from neoquant.evaluation.result import Comparison, Evaluation, from_json
+from neoquant.files.reading import MAX_LARGE_BYTES, parse_json, read_text
 from neoquant.report.measured_speed import NO_SPEED, MeasuredSpeed, measured_speed
 
 
@@ -52,11 +52,9 @@ def gather(files: Sequence[Path]) -> Gathered:
 
 
 def _read(path: Path) -> Comparison | Inspection | Speed:
+    text = read_text(path, limit=MAX_LARGE_BYTES, error=DataError)
     try:
-        text = path.read_text(encoding="utf-8")
-        fields = dict(json.loads(text))
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
+        fields = dict(parse_json(text))
     except (ValueError, TypeError):
         raise DataError(f"{path} is not a result of neoquant: no JSON object") from None
     schema = str(fields.get("schema_version"))

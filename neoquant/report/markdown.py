@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from neoquant.data.suite import FileData
 from neoquant.evaluation.result import Candidate, Change, Comparison, Evaluation
 from neoquant.report.formatting import (
     NONE,
@@ -18,6 +21,9 @@ from neoquant.report.measured_speed import NO_SPEED, MeasuredSpeed
 from neoquant.report.remarks import remarks
 from neoquant.report.subsets import FEW_NOTE, subset_names
 from neoquant.report.verdict import percent_change, percent_interval, recommended, verdict, verdict_of
+
+MARK = "<!-- neoquant: report -->"
+"""The first line of a file of Markdown, by which it is known again; Markdown does not show it."""
 
 
 def markdown_report(result: Comparison, speed: MeasuredSpeed = NO_SPEED) -> str:
@@ -65,7 +71,7 @@ def provenance(result: Comparison) -> str:
     total, machine = reference.total, reference.environment
     return (
         f"{total.documents:,} documents, {total.tokens:,} tokens, {total.bytes:,} bytes of "
-        f"{escape_markdown(reference.data.source)} "
+        f"{escape_markdown(_source_name(reference))} "
         f"({escape_markdown(suite_label(reference.suite))}, sha256 {reference.data.sha256[:12]}); intervals over "
         f"{result.resampling.unit}s; "
         f"{machine.dtype} on {escape_markdown(machine.device)}, neoquant {machine.neoquant}, torch {machine.torch}."
@@ -90,6 +96,12 @@ def measured_block(result: Comparison, candidate: Candidate) -> str:
             f"| {change_interval(change)} | {divergence_interval(change)} | {agreement_interval(change)} |"
         )
     return "\n".join([*lines, "", provenance(result)])
+
+
+def _source_name(result: Evaluation) -> str:
+    """Where the text came from; of a file its name, without where it lies on this machine."""
+    source = result.data.source
+    return Path(source).name if isinstance(result.suite.data, FileData) else source
 
 
 def _line(result: Evaluation, candidate: Candidate | None, best: bool, speed: MeasuredSpeed) -> str:

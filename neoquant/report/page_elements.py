@@ -48,9 +48,13 @@ def chart(title: str, note: str, svg: str) -> Chart:
     return Chart(title, note, Markup(svg))
 
 
+_DIRECTIONS = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # they reorder what stands after them
+
+
 def visible(text: str, lines: bool = False) -> str:
-    """Text that a page may hold: control characters as their pictures (lines and tabs too, unless `lines`)."""
-    text = text.encode("utf-8", "replace").decode("utf-8")
+    """Text that a page may hold: control characters as their pictures (lines and tabs too, unless `lines`), and those
+    that change the direction of text as U+FFFD."""
+    text = _DIRECTIONS.sub("\ufffd", text.encode("utf-8", "replace").decode("utf-8"))
     return "".join(
         chr(0x2400 + ord(c)) if c < " " and not (lines and c in "\n\t") else "\ufffd" if "\x7f" <= c <= "\x9f" else c
         for c in text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,8 +84,6 @@ def test_a_sweep(cli: Cli, write: Callable[..., Path], monkeypatch: pytest.Monke
     again = cli("sweep", write('fp4 = "--type fp4"'), "--out", "swept")
     assert "comparing all anew" in again.err
     assert compared[2:] == [["tiny-neo-fp4"], ["tiny-neo-int8", "tiny-neo-fp4"]]
-    failing = cli("sweep", write('bad = "--bits 5 --type nf4"'), "--out", "swept")
-    assert failing.code == 1 and "recipe bad of " in failing.err
 
 
 @pytest.mark.parametrize(
@@ -100,10 +100,48 @@ def test_a_sweep(cli: Cli, write: Callable[..., Path], monkeypatch: pytest.Monke
 def test_what_is_no_sweep(cli: Cli, write: Callable[..., Path], old: str, new: str, reason: str) -> None:
     text = SWEEP.replace(old, new).replace('int8 = "--type int8"', "" if "recipes" in old else 'int8 = "--type int8"')
     text = text.replace('suite = ["{suite}"]', "suite = ['mine']")
-    import re
-
     assert re.search(reason, cli("sweep", write(text=text), "--out", "swept").error)
     assert not Path("swept").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "reason"),
+    [
+        ('bad = "--bits 5 --type nf4"', "recipe bad: "),
+        ('bad = "--type \'nf4"', "recipe bad: .* cannot be split into words: No closing quotation"),
+        ('bad = "--nonsense"', "recipe bad: .*nonsense"),
+        ('bad = "other-model"', "recipe bad: .*extra argument"),
+        ('bad = "--out elsewhere"', "recipe bad: --out cannot be given"),
+        ('bad = "--calibration nowhere"', "recipe bad: calibration 'nowhere'"),
+        (
+            '"/../../../victim" = "--type nf4"',
+            r"called .*victim., which cannot be part of a path",
+        ),
+        ('".." = "--type nf4"', r"the recipe is called '\.\.'"),
+        ('"" = "--type nf4"', "the recipe is called ''"),
+    ],
+)
+def test_a_recipe_is_checked_before_any_work(cli: Cli, write: Callable[..., Path], recipe: str, reason: str) -> None:
+    result = cli("sweep", write(recipe), "--out", "swept")
+    assert re.search(reason, result.error) and not Path("swept").exists()
+
+
+def test_a_sweep_replaces_only_what_it_made(cli: Cli, write: Callable[..., Path], tiny_model: Path) -> None:
+    """A folder, a result and a table that were there before, and a record that is none."""
+    shutil.copytree(tiny_model, "swept/models/tiny-neo-int8")
+    mine = Path("swept/models/tiny-neo-int8/model.safetensors").read_bytes()
+    refused = cli("sweep", write(), "--out", "swept")
+    assert refused.code == 1 and "tiny-neo-int8 was not made by this sweep" in refused.error
+    assert Path("swept/models/tiny-neo-int8/model.safetensors").read_bytes() == mine
+    shutil.rmtree("swept/models/tiny-neo-int8")
+    Path("swept/table.md").write_text("mine")
+    assert "table.md was not made by this sweep" in cli("sweep", write(), "--out", "swept").err
+    assert Path("swept/table.md").read_text() == "mine"
+    Path("swept/table.md").unlink()
+    changed = cli("sweep", write('int8x = "--type int8"'), "--out", "swept")
+    assert changed.code == 0 and "resuming from swept: 1 of 2 models are quantized" in changed.err
+    Path("swept/sweep.json").write_text("[1]")
+    assert "sweep.json is not the record of a sweep" in cli("sweep", write(), "--out", "swept").error
 
 
 def test_the_sweeps_that_come_along_can_be_read() -> None:

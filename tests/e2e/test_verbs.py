@@ -191,7 +191,9 @@ def test_report_makes_a_page_markdown_and_a_card(cli: Cli, tiny_model: Path, qua
     assert card.startswith(before.partition("## Measured")[0])
     assert cli("report", "cost.json", "--card", quantized).code == 0
     assert (quantized / "README.md").read_text("utf-8") == card
-    assert cli("report", "cost.json", "--markdown", "-").out == Path("x.md").read_text("utf-8")
+    mark, _, report = Path("x.md").read_text("utf-8").partition("\n")
+    assert mark == "<!-- neoquant: report -->"
+    assert cli("report", "cost.json", "--markdown", "-").out == report
     refused = cli("report", "cost.json", "--card", tiny_model, "--html", "y.html")
     assert refused.code == 2 and "is none of the measured models (tiny-nf4)" in refused.error
     assert not Path("y.html").exists()

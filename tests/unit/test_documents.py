@@ -134,8 +134,8 @@ def test_invalid_utf8_is_mended_and_said(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (row("x") + "\n{half", r"data\.jsonl: line 2: not JSON"),
-        ('{"content": "x"}', r"""data\.jsonl: line 1: a row needs a "text" that is a string \(found \['content'\]\)"""),
-        ("[1]", r"data\.jsonl: line 1: .*found list"),
+        ('{"content": "x"}', r"""data\.jsonl: line 1: the row has no text, only \['content'\]; expected a string"""),
+        ("[1]", r"data\.jsonl: line 1: a row is \[1\], expected an object"),
         ("", r"data\.jsonl: it holds no document"),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_model import CLASSES, SMALL, assert_close, pair
 
+from neoquant.errors import RequestError
 from neoquant.hf.auto import AutoModelForCausalLM
 from neoquant.loading.pretrained import GPTNeoForCausalLM, GPTNeoForSequenceClassification, GPTNeoModel
 from neoquant.model.cache import KVCache
@@ -190,3 +191,14 @@ def test_loading_draws_nothing(tiny_model: Any, monkeypatch: pytest.MonkeyPatch)
     state = torch.get_rng_state()
     GPTNeoForCausalLM.from_pretrained(tiny_model)
     assert drawn == [] and torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_attention_weights_are_refused_wherever_they_are_asked_for(cls: type) -> None:
+    for config, asked in (({"output_attentions": True}, {}), ({}, {"output_attentions": True})):
+        ours = cls(GPTNeoConfig.from_dict(VALUES | config))
+        with pytest.raises(RequestError, match="output_attentions is True: attention weights are not kept here"):
+            ours(IDS, **asked)
+        ours(IDS, output_attentions=False)
+        if cls is GPTNeoForCausalLM:
+            assert ours.generate(IDS[:1], max_new_tokens=1).shape == (1, 10)

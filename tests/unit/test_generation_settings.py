@@ -13,6 +13,7 @@ import torch
 
 import neoquant
 from neoquant.errors import ConfigError, NeoquantError, RequestError
+from neoquant.generation.generate import Sampling
 
 transformers = pytest.importorskip("transformers")
 
@@ -346,3 +347,19 @@ def test_float16_that_overflows_says_what_to_try(make_model: Callable[..., Path]
             block.mlp.c_proj.weight.fill_(60000.0)
     with pytest.raises(NeoquantError, match=r"float16 ends at 65504.*: load it with dtype bfloat16 or float32"):
         model.generate(IDS)
+
+
+def test_sampling_of_ones_own_still_ends_at_the_folders_end_of_text(make_model: Callable[..., Path]) -> None:
+    folder = settle(make_model(dtype="float32"), {"eos_token_id": list(range(259))})
+    model, tokenizer = neoquant.load(folder)
+    assert neoquant.generate_text(model, tokenizer, PROMPT, sampling=Sampling(temperature=0.5, seed=1)) == ""
+    endless = Sampling(temperature=0.5, seed=1, eos_token_ids=())
+    assert neoquant.generate_text(model, tokenizer, PROMPT, sampling=endless, max_new_tokens=9) != ""
+
+
+def test_one_of_several_continuations_is_shown_and_the_command_says_so(
+    make_model: Callable[..., Path], cli: Any
+) -> None:
+    folder = settle(make_model(dtype="float32"), {"do_sample": True, "num_return_sequences": 3})
+    result = cli("generate", folder, "--prompt", PROMPT, "--max-new-tokens", 3, "--seed", 1)
+    assert result.code == 0 and "ask for 3 continuations: one is shown" in result.err

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
+from neoquant.errors import OutputError
 from neoquant.evaluation import Comparison, Contestant, ModelInfo, Suite, compare, journal, scoring
-from neoquant.evaluation.journal import ResumeNote
+from neoquant.evaluation.journal import ResumeNote, remove_journal
 from neoquant.loading.pretrained import load
 from neoquant.progress import Progress
 
@@ -83,6 +84,10 @@ def test_going_on_gives_the_same_figures(
     with pytest.warns(ResumeNote, match=r"resuming from .*partial: \d+ of \d+ batches are scored"):
         resumed = compare(base, others, tokenizer, suite, journal=kept)
     assert figures(resumed) == figures(whole)
+    assert kept.is_file(), "until the result is stored"
+    with pytest.warns(ResumeNote):
+        assert figures(compare(base, others, tokenizer, suite, journal=kept)) == figures(whole)
+    remove_journal(kept)
     assert not list(tmp_path.glob("*.partial*"))
 
 
@@ -95,9 +100,13 @@ def test_another_evaluation_starts_anew(contestants: Any, suite: Suite, tmp_path
     with pytest.warns(ResumeNote, match="is of another evaluation or damaged"):
         result = compare(base, others, tokenizer, longer, journal=kept)
     assert figures(result) == figures(compare(base, others, tokenizer, longer))
-    kept.write_bytes(b"no journal at all")
+    kept.write_bytes(kept.read_bytes()[:-99])
     with pytest.warns(ResumeNote, match="damaged"):
         compare(base, others, tokenizer, suite, journal=kept)
+    kept.write_bytes(b"somebody's notes")
+    with pytest.raises(OutputError, match="is no journal of neoquant, and would be replaced"):
+        compare(base, others, tokenizer, suite, journal=kept)
+    assert kept.read_bytes() == b"somebody's notes"
 
 
 WORDS = ("--data", "texts.jsonl", "--context", "16")

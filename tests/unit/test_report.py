@@ -453,7 +453,7 @@ def test_what_is_no_result(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(DataError, match=re.escape(says)) as caught:
         gather([path])
     assert "x.json" in str(caught.value)
-    with pytest.raises(DataError, match=r"nowhere.json: No such file"):
+    with pytest.raises(DataError, match=r"nowhere.json: there is no such file"):
         gather([tmp_path / "nowhere.json"])
 
 

@@ -56,7 +56,7 @@ def run(out, kill_at):
             return function(*args, **named)
         return call
     os.fsync, os.rename, os.unlink = counted(os.fsync), counted(os.rename), counted(os.unlink)
-    os.preadv = counted(os.preadv)
+    os.preadv, os.replace = counted(os.preadv), counted(os.replace)
     quantize(model, out, RECIPE, calibration=calibration())
 
 k, found = 0, []

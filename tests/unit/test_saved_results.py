@@ -58,7 +58,7 @@ def test_saved_results_give_the_same_changes(cli: Cli, measured: Path, tiny_mode
     assert "other.json: not measured as base.json was: context 8, not 16; text (sha256) " in message
     Path("broken.json").write_text('{"schema_version": "neoquant.evaluation/1"}')
     assert "broken.json: not a saved evaluation of this version" in cli("compare", "base.json", "broken.json").error
-    assert "nowhere.json: cannot be read as a result" in cli("compare", "base.json", "nowhere.json").error
+    assert "nowhere.json: there is no such file" in cli("compare", "base.json", "nowhere.json").error
 
     # conditions
     change = read("ab.json").candidates[0].total.nats_per_token

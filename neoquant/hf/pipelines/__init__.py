@@ -27,6 +27,14 @@ ALIASES = {"sentiment-analysis": "text-classification", "ner": "token-classifica
 __all__ = ["ALIASES", "TASKS", "Pipeline", "pipeline"]
 
 
+def require_task(task: str) -> type[Pipeline]:
+    """The class of a task. Raises RequestError where there is none of that name."""
+    cls = TASKS.get(ALIASES.get(task, task))
+    if cls is None:
+        raise RequestError(f"task is {task!r}; legal are {', '.join((*TASKS, *ALIASES))}")
+    return cls
+
+
 def pipeline(
     task: str,
     model: str | Path | PreTrainedModel | None = None,
@@ -58,9 +66,7 @@ def pipeline(
         RequestError: no such task, or options that contradict each other.
         CheckpointError, HubError: the model cannot be read.
     """
-    cls = TASKS.get(ALIASES.get(task, task))
-    if cls is None:
-        raise RequestError(f"task is {task!r}; legal are {', '.join((*TASKS, *ALIASES))}")
+    cls = require_task(task)
     if device is not None and device_map is not None:
         raise RequestError("device and device_map both say where the model goes: give one of them")
     loaded = isinstance(model, PreTrainedModel)

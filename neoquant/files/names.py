@@ -1,0 +1,18 @@
+"""Names that are used as parts of paths."""
+
+from __future__ import annotations
+
+import re
+
+LEGAL_NAME = "letters, digits, '_', '.' and '-' only"
+
+
+def is_safe_name(name: str) -> bool:
+    """Whether a name can be a file's or a folder's without leading anywhere else: no separators, not `.` or `..`."""
+    return re.fullmatch(r"[\w.-]+", name) is not None and name.strip(".") != "" and len(name.encode()) <= 200
+
+
+def safe_name(text: str) -> str:
+    """A name like `text` that is safe."""
+    name = re.sub(r"[^\w.-]+", "-", text)
+    return name if is_safe_name(name) else "unnamed"

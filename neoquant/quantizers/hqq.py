@@ -1,0 +1,118 @@
+"""Half-quadratic quantization (Badri & Shaji 2023, https://mobiusml.github.io/hqq_blog/): scales and zeros without
+calibration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from neoquant.errors import RequestError
+from neoquant.grids import Affine, Grid, Params
+from neoquant.grids.affine import reciprocal
+from neoquant.quantizers.base import Quantizer
+from neoquant.quantizers.hessian import Hessian
+from neoquant.tensor import QuantizedTensor
+
+BETA, GROWTH = 10.0, 1.01  # weight of the quadratic penalty, errors in steps, and its growth with each iteration
+SMALLEST_ERROR = 1e-8  # in steps: the threshold of an error of 0 is infinite
+ZEROS = (-1, 0, 1)  # integer zeros that are tried, from that of round-to-nearest
+PARTS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of the scale that clips nothing, where the solver starts
+
+
+@dataclass(frozen=True)
+class Hqq(Quantizer):
+    """Affine groups whose errors e = w - (code - zero) * scale are solved for with an l_p norm, p < 1, to which errors
+    of outliers count for little.
+
+    Half-quadratic splitting gives the error a variable of its own and alternates: that variable by the generalized
+    shrinkage of the present error, then the parameters from the weights less it. The source solves for a float zero at
+    a fixed scale. Zeros are integers here, so the scale is solved for instead, by least squares, from several starts
+    for each zero near that of round-to-nearest; a symmetric grid has one zero.
+
+    Of all parameters on the way, as they are stored, each group keeps those of the least sum of |e|**3; those of
+    round-to-nearest are among them. Choosing by the l_p norm itself, or by squares, shrinks scales until large weights
+    are clipped, which on trained models can lose more than rounding does.
+
+    norm        p of the solver.
+    iterations  of the solver from each start.
+    """
+
+    norm: float = 0.7
+    iterations: int = 1
+
+    name: ClassVar[str] = "hqq"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.norm <= 1:
+            raise RequestError(f"norm {self.norm}: legal is more than 0, at most 1")
+        if self.iterations < 1:
+            raise RequestError(f"iterations {self.iterations}: legal is 1 or more")
+
+    def refuse(self, grid: Grid) -> str | None:
+        return None if isinstance(grid, Affine) else f"hqq solves for the scales of affine groups, {grid.name} has none"
+
+    def _quantize(
+        self, w: Tensor, grid: Grid, hessian: Hessian | None, output_hessian: Tensor | None
+    ) -> tuple[QuantizedTensor, None]:
+        assert isinstance(grid, Affine)
+        params = grid.fit_groups(w, lambda groups, columns: self._solve(grid, groups))
+        return QuantizedTensor(grid.round(w, params), grid, params, dtype=w.dtype), None
+
+    def _solve(self, grid: Affine, groups: Tensor) -> Params:
+        """The stored parameters {name: [R, G]} of groups[R, G, width]."""
+        unit, middle = grid.scale_and_zero(grid.cover_range(groups))
+        best = _Best(groups, grid, unit, middle)
+        for shift in (0,) if grid.symmetric else ZEROS:
+            zero = (middle + shift).clamp(0, grid.top)
+            unclipped = _unclipped_scale(groups, zero, grid.top)
+            for part in PARTS:
+                scale = (part * unclipped).to(torch.float16).float()
+                for iteration in range(self.iterations):
+                    steps, error = best.consider(scale, zero)
+                    target = groups - self._shrink(error, unit[..., None], BETA * GROWTH**iteration)
+                    scale = _least_squares(target, steps, scale).to(torch.float16).float()
+                best.consider(scale, zero)
+        return grid.store(best.scale, best.zero)
+
+    def _shrink(self, error: Tensor, unit: Tensor, beta: float) -> Tensor:
+        """The generalized soft threshold of error[R, G, width], in steps of `unit`: |error|**(p - 1) / beta is taken
+        from each, at most all of it."""
+        size = (error.abs() * reciprocal(unit)).clamp_(min=SMALLEST_ERROR)
+        shrunk = (size - size.pow(self.norm - 1) / beta).clamp_(min=0)
+        return shrunk.mul_(error.sign()).mul_(unit)
+
+
+class _Best:
+    """The best scale and zero of each group so far, [R, G]."""
+
+    def __init__(self, groups: Tensor, grid: Affine, scale: Tensor, zero: Tensor) -> None:
+        self.groups, self.grid = groups, grid
+        self.scale, self.zero, self.least = scale, zero, torch.full_like(scale, torch.inf)
+        self.consider(scale, zero)
+
+    def consider(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep these where they are better; the codes less the zero, and the errors, both [R, G, width]."""
+        steps = self.grid.group_steps(self.groups, scale, zero)
+        error = self.groups - steps * scale[..., None]
+        cubes = (error.square() * error.abs()).sum(2)
+        better = cubes < self.least
+        self.least = torch.where(better, cubes, self.least)
+        self.scale, self.zero = torch.where(better, scale, self.scale), torch.where(better, zero, self.zero)
+        return steps, error
+
+
+def _unclipped_scale(groups: Tensor, zero: Tensor, top: int) -> Tensor:
+    """The least scale[R, G] that clips nothing on the sides of the zero where there are codes."""
+    low, high = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
+    below = torch.where(zero > 0, -low / zero.clamp(min=1), 0.0)
+    above = torch.where(zero < top, high / (top - zero).clamp(min=1), 0.0)
+    return torch.maximum(below, above)
+
+
+def _least_squares(target: Tensor, steps: Tensor, scale: Tensor) -> Tensor:
+    """The scale[R, G] that brings steps[R, G, width] closest to `target`; the present one where every step is 0."""
+    length = steps.square().sum(2)
+    return torch.where(length > 0, (target * steps).sum(2) / length.clamp(min=1), scale).abs()

@@ -1,0 +1,123 @@
+"""HQQ: its own objective against round-to-nearest and against brute force, and weights with little in them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from weights import make_weight, weights
+
+from neoquant.errors import RequestError
+from neoquant.grids import Affine, Codebook, Int8Rows
+from neoquant.quantizers import QUANTIZERS
+from neoquant.quantizers.hqq import Hqq
+from neoquant.tensor import QuantizedTensor
+
+GRIDS = [Affine(bits, 32, symmetric) for bits in (2, 3, 4, 8) for symmetric in (False, True)]
+every_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
+
+
+def group_errors(q: QuantizedTensor, w: Tensor, norm: float = 3) -> Tensor:
+    """The sum of |error|**norm in each group, float64[O, G]; cubes are what groups are chosen by."""
+    assert isinstance(q.grid, Affine)
+    errors = (q.dequantize(torch.float32) - w.float()).double().abs() ** norm
+    pieces = errors.split(q.grid.width(w.shape[1]), 1)
+    return torch.stack([piece.sum(1) for piece in pieces], 1)
+
+
+def nearest(w: Tensor, grid: Affine) -> QuantizedTensor:
+    codes, params = grid.nearest(w)
+    return QuantizedTensor(codes, grid, params, dtype=w.dtype)
+
+
+@settings(deadline=None, max_examples=40)
+@given(w=weights(), grid=st.sampled_from(GRIDS), norm=st.sampled_from([0.5, 0.7, 1]))
+def test_no_group_is_worse_than_nearest(w: Tensor, grid: Affine, norm: float) -> None:
+    found, limit = group_errors(Hqq(norm=norm).quantize(w, grid), w), group_errors(nearest(w, grid), w)
+    assert (found <= limit * (1 + 1e-5) + 1e-30).all(), "float32 sums order nearly equal errors either way"
+
+
+@every_grid
+@pytest.mark.parametrize("norm", [0.5, 0.7, 1.0])
+def test_better_than_nearest_on_the_whole(grid: Affine, norm: float) -> None:
+    w = make_weight((64, 256), torch.float32, "normal")
+    q, plain = Hqq(norm=norm).quantize(w, grid), nearest(w, grid)
+    for power in (norm, 2, 3):
+        assert group_errors(q, w, power).sum() < group_errors(plain, w, power).sum(), power
+
+
+def least_error(w: Tensor, grid: Affine) -> float:
+    """The least sum of cubed errors of one small group over every zero and a fine mesh of stored scales."""
+    largest = float(w.abs().max())
+    scales = torch.linspace(0.02, 2, 2000).mul(largest).to(torch.float16).unique().double()
+    zeros = [grid.middle] if grid.symmetric else range(grid.top + 1)
+    least = float("inf")
+    for zero in zeros:
+        values = (torch.arange(grid.top + 1) - zero)[:, None, None] * scales[None, :, None]
+        errors = (values - w.double()).abs().amin(0) ** 3  # every code is tried
+        least = min(least, float(errors.sum(1).min()))
+    return least
+
+
+@pytest.mark.parametrize("grid", [Affine(2, -1), Affine(2, -1, True), Affine(3, -1), Affine(3, -1, True)], ids=str)
+def test_between_nearest_and_brute_force(grid: Affine) -> None:
+    w = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    best = torch.tensor([[least_error(row, grid)] for row in w], dtype=torch.float64)
+    found, start = group_errors(Hqq().quantize(w, grid), w), group_errors(nearest(w, grid), w)
+    assert (found >= best * (1 - 2e-3)).all(), "the mesh is a little coarser than float16"
+    gained, possible = (start - found).sum(), (start - best).sum()
+    assert gained > 0.25 * possible
+
+
+@every_grid
+def test_codes_are_the_nearest_of_their_parameters(grid: Affine) -> None:
+    w = make_weight((8, 80), torch.float32, "normal")
+    q = Hqq().quantize(w, grid)
+    errors = torch.stack(
+        [(grid.decode(torch.full_like(q.codes, code), q.params) - w).abs() for code in range(grid.top + 1)]
+    )
+    assert torch.allclose((q.dequantize() - w).abs(), errors.amin(0), atol=1e-6)
+
+
+@every_grid
+def test_groups_are_solved_alone(grid: Affine) -> None:
+    """Neither the rows beside a group, nor the groups beside it, nor the piece that it is solved in change it."""
+    w = make_weight((300, 208), torch.float16, "normal")  # several pieces, and a short last group
+    q = Hqq().quantize(w, grid)
+    assert q.equals(Hqq().quantize(w, grid)), "and two runs are equal"
+    for rows, columns in itertools.product((slice(0, 1), slice(150, 157)), (slice(64, 128), slice(192, 208))):
+        part = Hqq().quantize(w[rows, columns], grid)
+        assert torch.equal(part.codes, q.codes[rows, columns])
+        groups = slice(columns.start // 32, -(-columns.stop // 32))
+        assert all(torch.equal(part.params[name], q.params[name][rows, groups]) for name in q.params)
+
+
+@every_grid
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (4, 70)], ids=str)
+def test_weights_with_little_in_them(grid: Affine, shape: tuple[int, int]) -> None:
+    zero = Hqq().quantize(torch.zeros(shape), grid).dequantize()
+    assert torch.equal(zero, torch.zeros(shape))
+    for value in (-0.37, 1.0, 6e4, 2.0**-20):
+        w = torch.full(shape, value)
+        error = (Hqq().quantize(w, grid).dequantize() - w).abs().max()
+        assert error <= (nearest(w, grid).dequantize() - w).abs().max()
+
+
+def test_what_cannot_be_is_refused() -> None:
+    assert QUANTIZERS["hqq"] is Hqq and not Hqq.needs_calibration
+    for grid in (Codebook("nf4"), Int8Rows()):
+        reason = Hqq().refuse(grid)
+        assert reason is not None and grid.name in reason
+        with pytest.raises(RequestError, match=grid.name):
+            Hqq().quantize(torch.ones(2, 64), grid)
+    for options, words in (
+        ({"norm": 0}, "norm 0: legal is more than 0, at most 1"),
+        ({"norm": 1.5}, "norm 1.5"),
+        ({"iterations": 0}, "iterations 0: legal is 1 or more"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            Hqq(**options)
