@@ -29,6 +29,7 @@ CALIBRATED = {shape: ROOT / "eval" / "results" / f"calibrated-{shape}.json" for 
 RUN = {shape: ROOT / "eval" / "results" / f"run-{shape}.json" for shape in ("125m", "1.3b")}
 FEEDBACK = ROOT / "eval" / "results" / "feedback-neo-8m.json"
 FEEDBACK_DEMO = ROOT / "eval" / "results" / "feedback-demo.json"
+HQQ_DEMO = ROOT / "eval" / "results" / "hqq-demo.json"
 CROSS_LOAD = ROOT / "eval" / "results" / "cross-load.json"
 CHOOSING = ROOT / "docs" / "choosing.md"
 CARD = ROOT / "neoquant" / "demo" / "neoquant-demo" / "README.md"
@@ -297,6 +298,36 @@ def _kl(row: dict[str, Any]) -> float:
     return float(row["kl"])
 
 
+def hqq(path: Path) -> str:
+    """Round-to-nearest, the HQQ library and ours on each grid, and ours as a part of the library's divergence."""
+    result = json.loads(path.read_text("utf-8"))
+    rows = {(row["bits"], row["group_size"], row["tool"]): row for row in result["rows"]}
+    lines = [
+        "| grid | round-to-nearest | HQQ library | neoquant | of the library [95 %] | bits/weight: library, neoquant |",
+        "| --- | --: | --: | --: | --: | --: |",
+    ]
+    for ratio in result["ratios"]:
+        if ratio["tool"] != "library":
+            continue
+        bits, group_size = ratio["bits"], ratio["group_size"]
+        nearest, library, ours = (rows[bits, group_size, tool] for tool in ("nearest", "library", "hqq"))
+        low, high = ratio["interval"]
+        lines.append(
+            f"| {bits} bits, groups of {group_size} | {1e4 * _kl(nearest):.2f} | {1e4 * _kl(library):.2f} "
+            f"| {1e4 * _kl(ours):.2f} | {ratio['ratio']:.3f} [{low:.3f}, {high:.3f}] "
+            f"| {library['bits_per_weight']:.3f}, {ours['bits_per_weight']:.3f} |"
+        )
+    tokens = sum(result["text"]["tokens"])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Mean KL divergence from {result['model']['name']}, in 1e-4 nats a token, on {tokens:,} tokens; "
+            f"hqq {result['peer']['hqq']}.",
+        ]
+    )
+
+
 def cross_load() -> str:
     """How far logits are apart between the program that made a GPTQ checkpoint and the one that reads it."""
     result = json.loads(CROSS_LOAD.read_text("utf-8"))
@@ -321,6 +352,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"run-{shape}": functools.partial(run, shape) for shape in RUN},
     "feedback-neo-8m": lambda: feedback(FEEDBACK),
     "feedback-demo": lambda: feedback(FEEDBACK_DEMO),
+    "hqq-demo": lambda: hqq(HQQ_DEMO),
     "cross-load": cross_load,
 }
 
