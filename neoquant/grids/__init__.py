@@ -49,6 +49,7 @@ __all__ = [
     "legal_pairs",
     "load_bitsandbytes",
     "make_grid",
+    "option_names",
 ]
 
 
@@ -57,9 +58,13 @@ def legal_pairs() -> list[tuple[int, str]]:
     return [(bits, name) for name, cls in GRIDS.items() for bits in cls.legal_bits]
 
 
+def option_names() -> tuple[str, ...]:
+    """What may be chosen of any grid beside bits and type."""
+    return tuple(dict.fromkeys(name for cls in GRIDS.values() for name in cls.options))
+
+
 def make_grid(bits: int, type: str, **fields: int | bool | None) -> Grid:
-    """The grid a user means; `fields` are the grid's own (block_size, double_quant; group_size, symmetric), None for
-    the grid's own default.
+    """The grid a user means; `fields` are among the grid's `options`, None for its own default.
 
     Raises RequestError naming what is legal.
     """

@@ -67,7 +67,7 @@ class Origin:
 class Rule(BaseModel):
     """What happens to the layers that `match`: `keep` them in half precision, or quantize them to `bits` of `type`.
 
-    Keys beside the fields are options of the quantizer.
+    Keys beside the fields are options of the grid or of the quantizer, as their classes declare them.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
@@ -77,16 +77,20 @@ class Rule(BaseModel):
     keep: bool = False
     bits: int | None = None
     type: str | None = None
-    block_size: int | None = None
-    double_quant: bool | None = None
-    group_size: int | None = None
-    symmetric: bool | None = None
     quantizer: str = "nearest"
 
     @property
     def options(self) -> dict[str, Any]:
         """What is stated of the quantizer's options."""
-        return dict(self.model_extra or {})
+        return {key: value for key, value in (self.model_extra or {}).items() if key not in self.grid_options}
+
+    @property
+    def grid_options(self) -> dict[str, Any]:
+        """What is stated of the grid's options."""
+        from neoquant.grids import option_names
+
+        legal = option_names()
+        return {key: value for key, value in (self.model_extra or {}).items() if key in legal}
 
     def matches(self, layer: str) -> bool:
         """Whether the glob covers `layer`, given by the layer's own name or by its weight's (`... .weight`)."""
@@ -102,14 +106,7 @@ class Rule(BaseModel):
 
         if self.bits is None or self.type is None:
             raise RecipeError("a rule that keeps layers has no grid")
-        return make_grid(
-            self.bits,
-            self.type,
-            block_size=self.block_size,
-            double_quant=self.double_quant,
-            group_size=self.group_size,
-            symmetric=self.symmetric,
-        )
+        return make_grid(self.bits, self.type, **self.grid_options)
 
     def make_quantizer(self) -> Quantizer:
         """The quantizer that the rule asks for.
@@ -144,11 +141,12 @@ class Rule(BaseModel):
         return self.make_quantizer().refuse(self.grid())
 
     def _refuse_unknown(self) -> None:
-        """Keys that are neither a rule's nor an option of any quantizer."""
+        """Keys that are neither a rule's nor an option of any grid or quantizer."""
+        from neoquant.grids import option_names
         from neoquant.quantizers import QUANTIZERS
 
-        options = [key for cls in QUANTIZERS.values() for key in cls.options()]
-        for key in self.options:
+        options = [*option_names(), *(key for cls in QUANTIZERS.values() for key in cls.options())]
+        for key in self.model_extra or {}:
             if key not in options:
                 raise RecipeError(_unknown(key, [*type(self).model_fields, *options]))
 
@@ -177,31 +175,24 @@ class Recipe(BaseModel):
         bits: int = 4,
         type: str = "nf4",
         *,
-        block_size: int | None = None,
-        double_quant: bool | None = None,
-        group_size: int | None = None,
-        symmetric: bool | None = None,
         quantizer: str | None = None,
         keep: Iterable[str] = (),
         format: FormatChoice = "auto",
         dtype: DtypeChoice = "auto",
         embeddings: EmbeddingsChoice = "auto",
-        **options: str | float,
+        **options: str | float | bool | None,
     ) -> Recipe:
-        """One grid for every block linear except those that match a glob of `keep`; `options` are the quantizer's.
+        """One grid for every block linear except those that match a glob of `keep`.
+
+        `options` are those of the grid (block_size and double_quant; group_size and symmetric) and of the quantizer;
+        None is its own default.
 
         Raises:
             RequestError: no such grid, or a parameter that it does not have.
         """
         from neoquant.grids import legal_pairs
 
-        grid = {
-            "block_size": block_size,
-            "double_quant": double_quant,
-            "group_size": group_size,
-            "symmetric": symmetric,
-        }
-        stated = {"bits": bits, "type": type, "quantizer": quantizer, **grid, **options}
+        stated = {"bits": bits, "type": type, "quantizer": quantizer, **options}
         everything = {"match": "*", **{key: value for key, value in stated.items() if value is not None}}
         Rule.model_validate(everything).check()  # here, so that the message does not speak of a rule nobody wrote
         several_bits = sum(name == type for _, name in legal_pairs()) > 1

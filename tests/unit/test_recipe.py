@@ -215,7 +215,7 @@ def test_a_rule_may_name_the_weight() -> None:
         ({"rules": []}, ["rules", "at least 1"]),
         ({}, ["rules", "required"]),
         ({"rules": [{**NF4, "bits": "4"}]}, ["rules 1 bits", "integer", "'4'"]),
-        ({"rules": [{**NF4, "double_quant": 1}]}, ["rules 1 double_quant", "boolean"]),
+        ({"rules": [{**NF4, "double_quant": 1}]}, ["rule 1 ", "double_quant is true or false", "got 1"]),
         ({"rules": [NF4], "format": "gguf"}, ["format", "'bitsandbytes'", "'gguf'"]),
         ({"rules": [{**NF4, "bits": 3}]}, ["rule 1 (match = '*')", "3 bits of type 'nf4'", "4 nf4", "8 int8"]),
         ({"rules": [{**NF4, "block_size": 48}]}, ["rule 1", "block size 48", "32, 64"]),
