@@ -16,6 +16,7 @@ from neoquant import demo
 from neoquant.checkpoint import hub
 from neoquant.checkpoint.reader import Checkpoint, open_checkpoint
 from neoquant.errors import CheckpointError, HubError, RequestError
+from neoquant.files.reading import read_text
 from neoquant.progress import SILENT, Progress
 
 CARD = "README.md"
@@ -104,8 +105,29 @@ def _plan(folder: Path, repo: str, revision: str) -> Push:
             "`neoquant quantize` and `neoquant convert` write one"
         )
     names = sorted(path.name for path in folder.iterdir())
+    for name in names:
+        if name in needed:
+            _require_inside(folder / name)
+    _require_no_local_paths(folder)
     sizes = {name: (folder / name).stat().st_size for name in names if name in needed}
     return Push(folder, repo, revision, sizes, tuple(name for name in names if name not in needed))
+
+
+def _require_inside(path: Path) -> None:
+    """Refuse a link to what is not the folder's: anything of this machine could be published under a model's name."""
+    inside = path.parent.resolve()
+    if inside.parent.name == "snapshots":  # the hub's cache, whose files are links to its blobs
+        inside = inside.parent.parent
+    if not path.resolve().is_relative_to(inside):
+        raise CheckpointError(f"{path} is a link to {path.resolve()}, outside the folder: put the file itself there")
+
+
+def _require_no_local_paths(folder: Path) -> None:
+    """Refuse a card that tells where things lie on this machine."""
+    text = read_text(folder / CARD)
+    for place in (folder.resolve().parent, Path.cwd(), Path.home()):
+        if len(place.parts) > 2 and f"{place}/" in text:
+            raise CheckpointError(f"{folder / CARD} names {place}, a path on this machine: take it out")
 
 
 def _needed(checkpoint: Checkpoint) -> set[str]:

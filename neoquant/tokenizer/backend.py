@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neoquant.errors import CheckpointError, RequestError
+from neoquant.tokenizer.bounds import check_growth
 from neoquant.tokenizer.settings import FAST, SLOW_MERGES, SLOW_VOCAB, TokenizerSettings
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ def build_backend(folder: Path, fast: dict[str, Any] | None, settings: Tokenizer
             f"no {FAST} here, and the tokenizer's class reads nothing else: {SLOW_VOCAB} and {SLOW_MERGES} need "
             "tokenizer_class GPT2Tokenizer"
         )
+    if fast is not None:
+        check_growth(fast)
     name = FAST if fast is not None else f"{SLOW_VOCAB} or {SLOW_MERGES}"
     try:
         if fast is None:

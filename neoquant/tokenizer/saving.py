@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from neoquant.files.writing import write_file
 from neoquant.tokenizer.settings import FAST, NO_LIMIT, SPECIAL_TOKENS, TokenizerSettings
 
 if TYPE_CHECKING:
@@ -20,13 +21,13 @@ def save_tokenizer(backend: tokenizers.Tokenizer, settings: TokenizerSettings, f
     A chat template of its own file, left there by another tokenizer, comes to hold this one's: it would be read first.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    backend.save(str(folder / FAST))
+    write_file(folder / FAST, backend.to_str(pretty=True))
     text = json.dumps(_config(backend, settings), indent=2, ensure_ascii=False)
-    (folder / "tokenizer_config.json").write_text(text + "\n", "utf-8")
+    write_file(folder / "tokenizer_config.json", text + "\n")
     left = [folder / "chat_template.jinja", *(folder / "additional_chat_templates").glob("*.jinja")]
     for path in left:
         if path.name == left[0].name and isinstance(settings.chat_template, str) and path.exists():
-            path.write_text(settings.chat_template, "utf-8")
+            write_file(path, settings.chat_template)
         else:
             path.unlink(missing_ok=True)
 

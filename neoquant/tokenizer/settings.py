@@ -6,13 +6,13 @@ the added tokens are those of `added_tokens.json` and of `tokenizer.json`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from neoquant.errors import CheckpointError, RequestError
+from neoquant.files.reading import MAX_LARGE_BYTES, check_size, parse_json
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -122,8 +122,11 @@ def read_object(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        check_size(path, MAX_LARGE_BYTES)
+        value = parse_json(path.read_text("utf-8-sig"))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path.name} {error}") from None
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path.name} is not readable as JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path.name} holds a {type(value).__name__}, where an object is needed")

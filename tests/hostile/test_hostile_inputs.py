@@ -1,0 +1,200 @@
+"""Hostile inputs one by one: each is refused with a line that says why, before anything is lost."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Cli
+from safetensors.torch import load_file, save_file
+
+from neoquant.data import documents
+from neoquant.errors import CheckpointError
+from neoquant.tokenizer.bounds import check_growth
+
+GENERATE = ("--prompt", "x", "--max-new-tokens", "2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"quantization_config": "yes"}, "quantization_config"),
+        ({"quantization_config": {"quant_method": ["gptq"]}}, "quant_method"),
+        ({"layer_norm_epsilon": "tiny"}, "layer_norm_epsilon is 'tiny'; legal is a finite number"),
+        ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon is nan"),
+        ({"layer_norm_epsilon": "1e-05"}, "layer_norm_epsilon is '1e-05'"),
+        ({"eos_token_id": "x"}, "eos_token_id is 'x'"),
+        ({"eos_token_id": 1e20}, "eos_token_id is 1e+20"),
+        ({"hidden_size": 1e12}, "hidden_size is 1000000000000.0"),
+        ({"hidden_size": 10**12}, "hidden_size is 1000000000000"),
+        (
+            {"num_layers": 10**9, "attention_types": [[["global", "local"], 5 * 10**8]], "attention_layers": None},
+            "layers",
+        ),
+        ({"num_layers": 4, "attention_types": [[["global"], 4]], "attention_layers": None}, "num_layers"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["generate", "plan"])
+def test_configs(cli: Cli, make_model: Callable[..., Path], changes: dict[str, Any], says: str, verb: str) -> None:
+    folder = make_model()
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    result = cli(verb, folder, *(GENERATE if verb == "generate" else ()))
+    assert result.code in (1, 2) and says in result.error
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model(cli: Cli, make_model: Callable[..., Path]) -> None:
+    assert "the model knows 60 tokens" in cli("generate", make_model(vocab_size=60), *GENERATE).error
+
+
+def test_weights_that_are_not_finite(cli: Cli, make_model: Callable[..., Path]) -> None:
+    folder = make_model()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.ln_f.weight"][:] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    result = cli("generate", folder, *GENERATE)
+    assert result.code == 1 and "finite" in result.err.splitlines()[-1]
+
+
+def test_seeds(cli: Cli, tiny_model: Path) -> None:
+    for seed in (2**70, -1):
+        assert cli("quantize", tiny_model, "--type", "gptq", "--calibration", "demo", "--seed", seed).code == 2
+
+
+def test_a_prompt_that_is_no_text(cli: Cli, tiny_model: Path) -> None:
+    assert "standard input is not UTF-8: byte 2 is 0xff" in cli("generate", tiny_model, stdin="a\udcff").error
+
+
+def test_a_task_that_is_none_comes_first(cli: Cli) -> None:
+    assert "task is 'translate'; legal are" in cli("generate", "--task", "translate", "--seed", "1", stdin="x").error
+
+
+def test_empty_extra_tensors_take_no_time(cli: Cli, make_model: Callable[..., Path]) -> None:
+    """Twenty thousand of them: what takes their square takes minutes."""
+    folder = make_model()
+    tensors = load_file(folder / "model.safetensors") | {f"extra.{n}": torch.empty(0) for n in range(20_000)}
+    save_file(tensors, folder / "model.safetensors")
+    assert cli("info", folder).code == 0
+    made = cli("quantize", folder, "--out", "out")
+    assert made.code == 0 or "extra" in made.error
+
+
+def test_a_pickle_that_grows(cli: Cli, make_model: Callable[..., Path]) -> None:
+    folder = make_model()
+    (folder / "model.safetensors").unlink()
+    with zipfile.ZipFile(folder / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", b"\0" * 200_000_000)
+    assert "its pickle has 200,000,000 bytes" in cli("info", folder).error
+
+
+def test_a_normalizer_that_multiplies() -> None:
+    step = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
+    check_growth({"normalizer": {"type": "Sequence", "normalizers": [step]}})
+    for growing in ([step] * 2, [{"type": "Replace", "pattern": {"Regex": ""}, "content": "b" * 100}]):
+        with pytest.raises(CheckpointError, match=r"its normalizer may make a text \d+ times longer"):
+            check_growth({"normalizer": {"type": "Sequence", "normalizers": growing}})
+
+
+# data -----------------------------------------------------------------------------------------------------------------
+
+ROW = b'{"text": "some words"}\n'
+
+
+def evaluated(cli: Cli, tiny_model: Path, name: str, content: bytes) -> Any:
+    Path(name).write_bytes(content)
+    return cli("eval", tiny_model, "--data", name, "--context", "16", "--json", "-")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"[" * 100_000, "line 1: not JSON: it is nested too deeply"),
+        (b'{"text": 5}', 'line 1: "text" is 5; expected a string'),
+        (b'{"text": "' + b"x" * 3000 + b'"}', "line 1 has more than 1,000 bytes; set NEOQUANT_MAX_TEXT_SIZE"),
+    ],
+)
+def test_lines(cli: Cli, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, says: str) -> None:
+    if "more than" in says:
+        monkeypatch.setattr(documents, "MAX_TEXT_BYTES", 1000)
+    assert says in evaluated(cli, tiny_model, "x.jsonl", content).error
+
+
+def test_zstandard_of_a_line_of_zeros_is_refused_in_bounded_memory(cli: Cli, tiny_model: Path) -> None:
+    import zstandard
+
+    from neoquant.sizes import peak_rss_bytes
+
+    frame = zstandard.compress(b"\0" * 100_000_000)
+    before = peak_rss_bytes()
+    assert "line 1 has more than 32,000,000 bytes" in evaluated(cli, tiny_model, "x.jsonl.zst", frame * 100).error
+    assert peak_rss_bytes() - before < 400_000_000
+
+
+def test_zstandard_cut_at_a_block_is_refused(cli: Cli, tiny_model: Path) -> None:
+    import zstandard
+
+    writer = zstandard.ZstdCompressor().compressobj()
+    first = writer.compress(ROW * 9) + writer.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    assert "ends in the middle of a frame" in evaluated(cli, tiny_model, "x.jsonl.zst", first).error
+    whole = first + writer.compress(ROW * 9) + writer.flush()
+    assert json.loads(evaluated(cli, tiny_model, "x.jsonl.zst", whole).out)["total"]["documents"] == 18
+    assert json.loads(evaluated(cli, tiny_model, "x.jsonl.zst", whole * 2).out)["total"]["documents"] == 36
+
+
+def test_zstandard_with_a_long_window_and_marks_of_byte_order_are_read(cli: Cli, tiny_model: Path) -> None:
+    import zstandard
+
+    parameters = zstandard.ZstdCompressionParameters(window_log=28, compression_level=1)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    long = compressor.compress(ROW) + compressor.flush()
+    plain = evaluated(cli, tiny_model, "x.jsonl", ROW)
+    expected = json.loads(plain.out)["data"]["sha256"]
+    for name, content in (("x.jsonl.zst", long), ("x.jsonl", b"\xef\xbb\xbf" + ROW)):
+        assert json.loads(evaluated(cli, tiny_model, name, content).out)["data"]["sha256"] == expected
+    texts = [json.loads(evaluated(cli, tiny_model, "x.txt", mark + b"words").out) for mark in (b"", b"\xef\xbb\xbf")]
+    assert texts[0]["total"]["bytes"] == texts[1]["total"]["bytes"] == 5
+
+
+# outputs --------------------------------------------------------------------------------------------------------------
+
+
+def test_an_output_that_is_an_input_is_refused(cli: Cli, make_model: Callable[..., Path], text_file: Path) -> None:
+    folder = make_model()
+    before = {path: path.read_bytes() for path in (text_file, folder / "config.json")}
+    for path in before:
+        refused = cli("eval", folder, "--data", text_file, "--context", "16", "--json", path, "--force")
+        assert refused.code == 1 and "is read as input, and would be lost" in refused.error
+    Path("link.json").symlink_to(text_file)
+    assert cli("eval", folder, "--data", text_file, "--context", "16", "--json", "link.json").code == 1
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_another_file_needs_force(cli: Cli, tiny_model: Path, text_file: Path) -> None:
+    words = ("eval", tiny_model, "--data", text_file, "--context", "16", "--json", "x.json")
+    Path("x.json").write_text('{"mine": 1}')
+    assert "x.json exists and is not a saved evaluation; choose another name" in cli(*words).error
+    assert Path("x.json").read_text() == '{"mine": 1}'
+    assert cli(*words, "--force").code == 0
+    assert cli(*words).code == 0, "such a result is replaced"
+    compared = ("compare", "x.json", "x.json", "--json", "x.json", "--force")
+    assert "is read as input" in cli(*compared).error
+
+
+def test_conditions_are_checked_before_any_model_is_opened(cli: Cli, text_file: Path) -> None:
+    for condition, says in (("kl > 1", "kl needs a comparison"), ("perplexity > nan", "write it like")):
+        assert says in cli("eval", "nowhere", "--data", text_file, "--fail-if", condition).error
+    assert "device is 'toaster'" in cli("eval", "nowhere", "--data", text_file, "--device", "toaster").error
+
+
+def test_names_do_not_control_the_terminal(cli: Cli, make_model: Callable[..., Path]) -> None:
+    folder = make_model()
+    name = "\x1b[31mred\x1b[0m\u202e"
+    save_file(load_file(folder / "model.safetensors") | {name: torch.ones(2, 2)}, folder / "model.safetensors")
+    for verb in ("plan", "info", "generate"):
+        result = cli(verb, folder, *(GENERATE if verb == "generate" else ()))
+        assert "\x1b" not in result.out + result.err and "\u202e" not in result.out + result.err
