@@ -29,7 +29,7 @@ CALIBRATED = {shape: ROOT / "eval" / "results" / f"calibrated-{shape}.json" for 
 RUN = {shape: ROOT / "eval" / "results" / f"run-{shape}.json" for shape in ("125m", "1.3b")}
 FEEDBACK = ROOT / "eval" / "results" / "feedback-neo-8m.json"
 FEEDBACK_DEMO = ROOT / "eval" / "results" / "feedback-demo.json"
-HQQ_DEMO = ROOT / "eval" / "results" / "hqq-demo.json"
+HQQ = {name: ROOT / "eval" / "results" / f"hqq-{name}.json" for name in ("demo", "neo-8m")}
 CROSS_LOAD = ROOT / "eval" / "results" / "cross-load.json"
 CHOOSING = ROOT / "docs" / "choosing.md"
 CARD = ROOT / "neoquant" / "demo" / "neoquant-demo" / "README.md"
@@ -352,7 +352,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"run-{shape}": functools.partial(run, shape) for shape in RUN},
     "feedback-neo-8m": lambda: feedback(FEEDBACK),
     "feedback-demo": lambda: feedback(FEEDBACK_DEMO),
-    "hqq-demo": lambda: hqq(HQQ_DEMO),
+    **{f"hqq-{name}": functools.partial(hqq, path) for name, path in HQQ.items()},
     "cross-load": cross_load,
 }
 
