@@ -28,7 +28,7 @@ from candidates import DESC_ACT, FEEDBACK, PEERS, Candidate, Maker, load_dense, 
 from provenance import ROOT, provenance
 from texts import DEMO_RULE, RULE, Texts, texts
 
-from neoquant.evaluation import Contestant, ModelInfo, compare
+from neoquant.evaluation import EvaluatedModel, ModelInfo, compare
 from neoquant.evaluation.statistics import ratio_interval
 from neoquant.loading.pretrained import load_tokenizer
 from neoquant.tokenizer.tokenizer import Tokenizer
@@ -108,8 +108,8 @@ def score_seed(maker: Maker, shown: Texts, tokenizer: Tokenizer) -> Row:
 
 def scores(reference: Path, models: dict[Candidate, Path], shown: Texts, tokenizer: Tokenizer) -> dict[Candidate, Row]:
     """Sums over each document's tokens, for every model."""
-    contestants = [Contestant(load_dense(path), ModelInfo(name=path.name)) for path in (reference, *models.values())]
-    result = compare(contestants[0], contestants[1:], tokenizer, shown.suite)
+    evaluated = [EvaluatedModel(load_dense(path), ModelInfo(name=path.name)) for path in (reference, *models.values())]
+    result = compare(evaluated[0], evaluated[1:], tokenizer, shown.suite)
     units = result.reference.units
     return {
         candidate: {

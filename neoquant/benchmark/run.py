@@ -8,20 +8,20 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from neoquant import demo
 from neoquant.checkpoint import open_checkpoint
 from neoquant.errors import RequestError
 from neoquant.evaluation.result import Record
-from neoquant.formats import detect
+from neoquant.formats import Format, detect
 from neoquant.kernels import ACTIVATIONS
 from neoquant.progress import SILENT, Progress
 
-RUNNER = Path(__file__).with_name("worker.py")
+WORKER = Path(__file__).with_name("worker.py")
 PEERS = ("transformers", "openvino")
 
 
@@ -65,12 +65,12 @@ class Speed(Record):
 
 @dataclass(frozen=True)
 class Request:
-    """What to run: `models`, folders or hub ids. `base` is the plain model, for peers that cannot run one of these.
+    """What to measure: `models`, folders or hub ids. `base` is the plain model, for peers that read none of these.
 
-    `activations`: what may be done to them, each of "exact" and "int8" a run of its own of every quantized model.
+    `activations`: "exact", "int8" or both; every quantized model runs with each of them.
     `pythons`: peer -> the interpreter that has it, where that is not this one.
     `without_bf16`: whether transformers runs bitsandbytes' weights once more as on a CPU without bf16 instructions,
-    which bitsandbytes' fused product needs; without it weights are decoded for each product.
+    which bitsandbytes' fused product needs; without them it decodes the weight for each product.
     """
 
     models: Sequence[str]
@@ -102,8 +102,8 @@ class Request:
 
 
 @dataclass
-class _Lane:
-    """A program in the making."""
+class _Target:
+    """A program on a model, and its runs so far."""
 
     label: str
     tool: str
@@ -112,6 +112,25 @@ class _Lane:
     activations: str = "exact"
     versions: dict[str, str] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
+
+    def summary(self) -> Program:
+        median = {name: statistics.median(getattr(run, name) for run in self.runs) for name in Run.model_fields}
+        return Program(
+            label=self.label,
+            tool=self.tool,
+            source=Path(self.source).name,
+            versions=self.versions,
+            runs=self.runs,
+            median=Run(**median),
+        )
+
+
+class _Model(NamedTuple):
+    """A model to measure, and the format of its weights; None: it is not quantized."""
+
+    source: str
+    name: str
+    format: Format | None
 
 
 def measure(request: Request, progress: Progress = SILENT) -> Speed:
@@ -124,21 +143,18 @@ def measure(request: Request, progress: Progress = SILENT) -> Speed:
     """
     notes: list[str] = []
     with tempfile.TemporaryDirectory(prefix="neoquant-bench-") as temp:
-        lanes = [lane for lane in _lanes(request) if _is_ready(lane, Path(temp), notes)]
-        with progress.task("running", total=request.repeats * len(lanes)) as advance:
+        targets = [target for target in _targets(request) if _is_ready(target, Path(temp), notes)]
+        with progress.task("running", total=request.repeats * len(targets)) as advance:
             for repeat in range(request.repeats):
-                # The order alternates, so that no program always runs behind the same neighbour.
-                for lane in lanes[:] if repeat % 2 == 0 else lanes[::-1]:
-                    job = {"step": "run", "tool": lane.tool, "source": lane.source, "threads": request.threads}
-                    job |= {"prompt": request.prompt, "new": request.new, "dtype": request.dtype}
-                    job |= {"activations": lane.activations}
+                # The order alternates, so that no program always runs after the same one.
+                for target in targets[:] if repeat % 2 == 0 else targets[::-1]:
                     try:
-                        lane.runs.append(Run(**_child(lane, job, request.threads)))
+                        target.runs.append(_run(target, request))
                     except RequestError as error:
-                        if lane.tool == "neoquant":
+                        if target.tool == "neoquant":
                             raise
                         notes.append(f"{error}; left out")
-                        lanes.remove(lane)
+                        targets.remove(target)
                     advance(1)
     return Speed(
         prompt_tokens=request.prompt,
@@ -146,88 +162,95 @@ def measure(request: Request, progress: Progress = SILENT) -> Speed:
         repeats=request.repeats,
         threads=request.threads,
         dtype=request.dtype,
-        programs=[_program(lane) for lane in lanes],
+        programs=[target.summary() for target in targets],
         notes=notes,
     )
 
 
-def _lanes(request: Request) -> list[_Lane]:
-    """Who runs what. transformers runs the plain model, and quantized ones as well where it reads their format."""
-    lanes, readable, unread = [], [], ""
-    plain = None if request.base is None else str(demo.resolve(request.base))
-    for model in map(str, map(demo.resolve, request.models)):
-        with open_checkpoint(model, headers_only=True) as checkpoint:
-            format = detect(checkpoint.config, checkpoint.headers)
-            limit = int(checkpoint.config.get("max_position_embeddings", 2048))
-        if request.prompt + request.new > limit:
-            raise RequestError(f"{request.prompt} + {request.new} tokens; the context of {model} is {limit}")
-        name = Path(model).resolve().name if Path(model).exists() else model
-        for kind in dict.fromkeys(request.activations):
-            label = f"neoquant: {name}" + ("" if kind == "exact" else f", {kind} activations")
-            if kind == "exact" or format is not None:
-                lanes.append(_Lane(label, "neoquant", model, sys.executable, kind))
-            elif set(request.activations) == {kind}:
-                raise RequestError(f"no weight of {name} is quantized, so that {kind} activations would meet none")
-        if format is None:
-            plain = plain or model
-        elif format.family == "bitsandbytes":
-            readable.append((name, model))
-        else:
-            unread = format.name
-    for peer in request.against:
-        python = request.pythons.get(peer, sys.executable)
-        if peer == "transformers":
-            for name, model in readable:
-                lanes.append(_Lane(f"transformers + bitsandbytes: {name}", "bitsandbytes", model, python))
-                if request.without_bf16:
-                    label = f"transformers + bitsandbytes without bf16 instructions: {name}"
-                    lanes.append(_Lane(label, "bitsandbytes-without-bf16", model, python))
-        if plain is not None:
-            how = "int4" if peer == "openvino" else request.dtype
-            lanes.append(_Lane(f"{peer}: {how}", peer, plain, python))
-        elif peer != "transformers" or not readable:
-            raise RequestError(f"{peer} does not read the format {unread or 'bnb4'}: name the plain model as the base")
-    return lanes
+def _targets(request: Request) -> list[_Target]:
+    models = [_inspect_model(str(demo.resolve(model)), request) for model in request.models]
+    peers = [target for peer in request.against for target in _peer_targets(peer, models, request)]
+    return [target for model in models for target in _own_targets(model, request)] + peers
 
 
-def _is_ready(lane: _Lane, temp: Path, notes: list[str]) -> bool:
-    """Whether the lane's program is there; OpenVINO's model is made here. What is missing is added to `notes`."""
-    found = _child(lane, {"step": "check", "tool": lane.tool}, 1)
+def _inspect_model(source: str, request: Request) -> _Model:
+    """Read the model's headers. Raises RequestError where its context is too short."""
+    with open_checkpoint(source, headers_only=True) as checkpoint:
+        format = detect(checkpoint.config, checkpoint.headers)
+        limit = int(checkpoint.config.get("max_position_embeddings", 2048))
+    if request.prompt + request.new > limit:
+        raise RequestError(f"{request.prompt} + {request.new} tokens; the context of {source} is {limit}")
+    return _Model(source, Path(source).resolve().name if Path(source).exists() else source, format)
+
+
+def _own_targets(model: _Model, request: Request) -> Iterator[_Target]:
+    """neoquant on a model; rounded activations are for quantized weights only."""
+    for kind in dict.fromkeys(request.activations):
+        label = f"neoquant: {model.name}" + ("" if kind == "exact" else f", {kind} activations")
+        if kind == "exact" or model.format is not None:
+            yield _Target(label, "neoquant", model.source, sys.executable, kind)
+        elif set(request.activations) == {kind}:
+            raise RequestError(f"no weight of {model.name} is quantized, so that {kind} activations would meet none")
+
+
+def _peer_targets(peer: str, models: Sequence[_Model], request: Request) -> Iterator[_Target]:
+    """A peer on the plain model; transformers runs bitsandbytes' formats as well."""
+    python = request.pythons.get(peer, sys.executable)
+    readable = [model for model in models if model.format is not None and model.format.family == "bitsandbytes"]
+    for model in readable if peer == "transformers" else []:
+        yield _Target(f"transformers + bitsandbytes: {model.name}", "bitsandbytes", model.source, python)
+        if request.without_bf16:
+            label = f"transformers + bitsandbytes without bf16 instructions: {model.name}"
+            yield _Target(label, "bitsandbytes-without-bf16", model.source, python)
+    plain = next((model.source for model in models if model.format is None), None)
+    if request.base is not None:
+        plain = str(demo.resolve(request.base))
+    if plain is not None:
+        weights = "int4" if peer == "openvino" else request.dtype
+        yield _Target(f"{peer}: {weights}", peer, plain, python)
+    elif peer != "transformers" or not readable:
+        unread = [model.format.name for model in models if model.format is not None and model not in readable]
+        raise RequestError(
+            f"{peer} does not read the format {unread[-1] if unread else 'bnb4'}: name the plain model as the base"
+        )
+
+
+def _is_ready(target: _Target, temp: Path, notes: list[str]) -> bool:
+    """Whether the program is installed; OpenVINO's model is exported here. What is missing is added to `notes`."""
+    found = _call_worker(target, {"step": "check", "tool": target.tool}, 1)
     if found["missing"]:
-        notes.append(f"{lane.label}: left out, for {lane.python} has no {', '.join(found['missing'])}")
+        notes.append(f"{target.label}: left out, for {target.python} has no {', '.join(found['missing'])}")
         return False
-    lane.versions = found["versions"]
-    if lane.tool == "openvino":
-        made = str(temp / "openvino")
+    target.versions = found["versions"]
+    if target.tool == "openvino":
+        exported = str(temp / "openvino")
         try:
-            _child(lane, {"step": "export", "source": lane.source, "out": made}, os.cpu_count() or 1)
+            _call_worker(target, {"step": "export", "source": target.source, "out": exported}, os.cpu_count() or 1)
         except RequestError as error:
             notes.append(f"{error}; left out")
             return False
-        lane.source = made
+        target.source = exported
     return True
 
 
-def _child(lane: _Lane, job: Mapping[str, Any], threads: int) -> dict[str, Any]:
-    """One step in a process of its own."""
-    paths = [str(Path(__file__).parents[2])] if lane.tool == "neoquant" else []
-    paths += filter(None, [os.environ.get("PYTHONPATH")] if lane.python == sys.executable else [])
+def _run(target: _Target, request: Request) -> Run:
+    job = {"step": "run", "tool": target.tool, "source": target.source, "threads": request.threads}
+    job |= {"prompt": request.prompt, "new": request.new, "dtype": request.dtype, "activations": target.activations}
+    return Run(**_call_worker(target, job, request.threads))
+
+
+def _call_worker(target: _Target, job: Mapping[str, Any], threads: int) -> dict[str, Any]:
+    """One step of `worker.py` in a process of its own."""
+    paths = [str(Path(__file__).parents[2])] if target.tool == "neoquant" else []
+    paths += filter(None, [os.environ.get("PYTHONPATH")] if target.python == sys.executable else [])
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(paths)}
-    command = [lane.python, str(RUNNER), json.dumps(job)]
+    command = [target.python, str(WORKER), json.dumps(job)]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     except OSError as error:
-        raise RequestError(f"{lane.python} cannot be run: {error.strerror}") from error
+        raise RequestError(f"{target.python} cannot be run: {error.strerror}") from error
     if done.returncode != 0:
-        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise RequestError(f"{lane.label} failed: {said[-1]}")
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise RequestError(f"{target.label} failed: {lines[-1]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
-
-
-def _program(lane: _Lane) -> Program:
-    median = {name: statistics.median(getattr(run, name) for run in lane.runs) for name in Run.model_fields}
-    source = Path(lane.source).name
-    return Program(
-        label=lane.label, tool=lane.tool, source=source, versions=lane.versions, runs=lane.runs, median=Run(**median)
-    )

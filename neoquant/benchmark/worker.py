@@ -1,7 +1,7 @@
 """One measurement of one tool, in a process of its own: load a model, read a prompt, generate greedily.
 
-A script, not a module: `speed` runs it by its path, perhaps with another interpreter, which need not have neoquant. So
-nothing but the standard library is imported before the tool is known.
+A script, not a module: `run.py` starts it by its path, perhaps with another interpreter, which need not have neoquant.
+So nothing but the standard library is imported before the tool is known.
 
     python worker.py '{"step": "run", "tool": "transformers", "source": "folder", ...}'
 
@@ -20,14 +20,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-NEEDS = {
+REQUIRED = {
     "neoquant": ("neoquant",),
     "transformers": ("transformers", "torch"),
     "bitsandbytes": ("transformers", "torch", "bitsandbytes", "accelerate"),
     "bitsandbytes-without-bf16": ("transformers", "torch", "bitsandbytes", "accelerate"),
     "openvino": ("optimum.intel", "openvino", "nncf"),
 }
-"""What a tool must be able to import."""
+"""Modules that a tool must be able to import."""
 
 WARM_UP = 4  # tokens generated before anything is timed: threads start, buffers are allocated
 
@@ -43,8 +43,8 @@ def main() -> None:
 
 def check(job: dict[str, Any]) -> dict[str, Any]:
     """Which of the packages that the tool needs are missing here, and the versions of the others."""
-    missing = [name for name in NEEDS[job["tool"]] if not _exists(name)]
-    found = [name.replace(".", "-") for name in NEEDS[job["tool"]] if name not in missing]
+    missing = [name for name in REQUIRED[job["tool"]] if not _exists(name)]
+    found = [name.replace(".", "-") for name in REQUIRED[job["tool"]] if name not in missing]
     return {"missing": missing, "versions": {name: _version(name) for name in found}}
 
 
@@ -52,8 +52,8 @@ def export(job: dict[str, Any]) -> dict[str, Any]:
     """OpenVINO's int4 model of a plain checkpoint, as optimum-intel makes it, into a folder."""
     from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
 
-    asked = OVWeightQuantizationConfig(bits=4, sym=False, group_size=64, ratio=1.0)
-    model = OVModelForCausalLM.from_pretrained(job["source"], export=True, quantization_config=asked)
+    config = OVWeightQuantizationConfig(bits=4, sym=False, group_size=64, ratio=1.0)
+    model = OVModelForCausalLM.from_pretrained(job["source"], export=True, quantization_config=config)
     model.save_pretrained(job["out"])
     return {}
 
@@ -98,8 +98,8 @@ def _neoquant(job: dict[str, Any]) -> Callable[[], tuple[Generate, int]]:
     torch.set_num_threads(job["threads"])
 
     def load() -> tuple[Generate, int]:
-        said = {"dtype": job["dtype"], "activations": job["activations"]}
-        model = load_model(job["source"], GPTNeoForCausalLM, device="cpu", **said)
+        options = {"dtype": job["dtype"], "activations": job["activations"]}
+        model = load_model(job["source"], GPTNeoForCausalLM, device="cpu", **options)
 
         def generate(ids: Any, new: int) -> Iterator[None]:
             for _ in stream(model, ids, max_new_tokens=new):
@@ -118,7 +118,7 @@ def _transformers(job: dict[str, Any]) -> Callable[[], tuple[Generate, int]]:
     if job["tool"] == "bitsandbytes-without-bf16":
         import bitsandbytes.nn.modules
 
-        bitsandbytes.nn.modules.has_avx512bf16 = lambda: False  # what each layer asks when it is made
+        bitsandbytes.nn.modules.has_avx512bf16 = lambda: False  # each layer calls it when it is created
 
     def load() -> tuple[Generate, int]:
         # transformers does not run a quantized folder in another type than the one it is stored in.
@@ -134,24 +134,24 @@ def _openvino(job: dict[str, Any]) -> Callable[[], tuple[Generate, int]]:
     from optimum.intel import OVModelForCausalLM
 
     def load() -> tuple[Generate, int]:
-        asked = {"INFERENCE_NUM_THREADS": str(job["threads"]), "PERFORMANCE_HINT": "LATENCY"}
-        model = OVModelForCausalLM.from_pretrained(job["source"], ov_config=asked)
+        config = {"INFERENCE_NUM_THREADS": str(job["threads"]), "PERFORMANCE_HINT": "LATENCY"}
+        model = OVModelForCausalLM.from_pretrained(job["source"], ov_config=config)
         return _greedy(model), model.config.vocab_size
 
     return load
 
 
 def _greedy(model: Any, **options: Any) -> Generate:
-    """The plain loop over a model with transformers' manners, which costs less than its `generate`."""
+    """The plain loop over a model with transformers' interface; transformers' own `generate` is slower."""
     import torch
 
     @torch.inference_mode()
     def generate(ids: Any, new: int) -> Iterator[None]:
-        past, seen = None, ids.shape[1]
+        past, length = None, ids.shape[1]
         for _ in range(new):
-            mask = torch.ones(1, seen, dtype=torch.int64)
+            mask = torch.ones(1, length, dtype=torch.int64)
             out = model(input_ids=ids, attention_mask=mask, past_key_values=past, use_cache=True, **options)
-            ids, past, seen = out.logits[:, -1].argmax(-1)[:, None], out.past_key_values, seen + 1
+            ids, past, length = out.logits[:, -1].argmax(-1)[:, None], out.past_key_values, length + 1
             yield None
 
     return generate
@@ -160,19 +160,19 @@ def _greedy(model: Any, **options: Any) -> Generate:
 def _exists(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # of the package that it is in
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 
 def _version(package: str) -> str:
     try:
         return version(package)
-    except PackageNotFoundError:  # it lies on the path without having been installed
+    except PackageNotFoundError:  # importable, but not installed as a distribution
         return "unknown"
 
 
 def _peak_rss_bytes() -> int:
-    """The most memory that this process has held, by Linux where it tells: the other figure counts parents as well."""
+    """This process's peak memory, from /proc where there is one: getrusage counts the parent process as well."""
     status = Path("/proc/self/status")
     if status.exists():
         line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)

@@ -16,10 +16,10 @@ from neoquant.cli.evaluation import (
     inputs_of,
     is_result,
     journal_of,
-    load_contestant,
+    load_evaluated_model,
     own_device,
+    process_group_of,
     publish,
-    team_of,
 )
 from neoquant.cli.output import check_output_file, json_kind
 from neoquant.cli.terminal import Terminal
@@ -104,14 +104,14 @@ def compare(
         )
         inputs = inputs_of(chosen, suite, base, *models)
         check_output_file(json, json_kind("comparison"), terminal, inputs=inputs, force=force)
-        with team_of(terminal) as team:
-            device = own_device(device, team)
-            reference, tokenizer = load_contestant(
+        with process_group_of(terminal) as group:
+            device = own_device(device, group)
+            reference, tokenizer = load_evaluated_model(
                 base, terminal, "compare", revision=revision, device=device, dtype=dtype
             )
             others = []
             for model in models:
-                other, own_tokenizer = load_contestant(
+                other, own_tokenizer = load_evaluated_model(
                     model, terminal, "compare", revision=None, device=device, dtype=dtype, activations=activations
                 )
                 if own_tokenizer.sha256 != tokenizer.sha256:
@@ -130,9 +130,9 @@ def compare(
                 exclude_calibrated=exclude_calibrated,
                 progress=terminal.progress,
                 journal=journal_of(json),
-                team=team,
+                process_group=group,
             )
-        if team.rank:
+        if group.rank:
             return
 
     from neoquant.report.table import comparison_table

@@ -13,10 +13,10 @@ from neoquant.cli.evaluation import (
     fail_where,
     inputs_of,
     journal_of,
-    load_contestant,
+    load_evaluated_model,
     own_device,
+    process_group_of,
     publish,
-    team_of,
 )
 from neoquant.cli.output import check_output_file, json_kind
 from neoquant.cli.terminal import Terminal
@@ -66,9 +66,9 @@ def eval_(
     )
     inputs = inputs_of(chosen, suite, model)
     check_output_file(json, json_kind("evaluation"), terminal, inputs=inputs, force=force)
-    with team_of(terminal) as team:
-        device = own_device(device, team)
-        contestant, tokenizer = load_contestant(
+    with process_group_of(terminal) as group:
+        device = own_device(device, group)
+        entry, tokenizer = load_evaluated_model(
             model, terminal, "eval", revision=revision, device=device, dtype=dtype, activations=activations
         )
 
@@ -76,17 +76,17 @@ def eval_(
         from neoquant.report.table import evaluation_table
 
         result = evaluate(
-            contestant.model,
+            entry.model,
             tokenizer,
             chosen,
-            describe=contestant.describe,
-            calibrated_on=contestant.calibrated_on,
+            describe=entry.describe,
+            calibrated_on=entry.calibrated_on,
             exclude_calibrated=exclude_calibrated,
             progress=terminal.progress,
             journal=journal_of(json),
-            team=team,
+            process_group=group,
         )
-    if team.rank:
+    if group.rank:
         return
     publish(result, evaluation_table(result), result.notes, json, terminal)
     fail_where(conditions, result, terminal)

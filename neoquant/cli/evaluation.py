@@ -19,8 +19,8 @@ from neoquant.errors import RequestError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from neoquant.evaluation import Comparison, Contestant, Evaluation, Inspection, Suite
-    from neoquant.evaluation.distributed import Team
+    from neoquant.evaluation import Comparison, EvaluatedModel, Evaluation, Inspection, Suite
+    from neoquant.evaluation.distributed import ProcessGroup
     from neoquant.evaluation.thresholds import Condition
     from neoquant.tokenizer.tokenizer import Tokenizer
 
@@ -81,22 +81,22 @@ def inputs_of(suite: Suite, suite_name: str | None, *models: str | None) -> list
 
 
 @contextmanager
-def team_of(terminal: Terminal) -> Iterator[Team]:
+def process_group_of(terminal: Terminal) -> Iterator[ProcessGroup]:
     """The processes that share the work; all but the first keep silent unless they fail."""
-    from neoquant.evaluation.distributed import joined
+    from neoquant.evaluation.distributed import process_group
 
-    with joined() as team:
-        if team.rank:
+    with process_group() as group:
+        if group.rank:
             terminal.quiet = True
-        yield team
+        yield group
 
 
-def own_device(device: str | None, team: Team) -> str | None:
+def own_device(device: str | None, group: ProcessGroup) -> str | None:
     """One of several processes on a machine takes the GPU of its own number, where there is one for each."""
     import torch
 
     local, together = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if device is None and team.size > 1 and torch.cuda.device_count() >= together:
+    if device is None and group.size > 1 and torch.cuda.device_count() >= together:
         return f"cuda:{local}"
     return device
 
@@ -165,7 +165,7 @@ def publish(
     terminal.show(table)
 
 
-def load_contestant(
+def load_evaluated_model(
     model: str | None,
     terminal: Terminal,
     verb: str,
@@ -174,9 +174,9 @@ def load_contestant(
     device: str | None,
     dtype: str | None,
     activations: str = "exact",
-) -> tuple[Contestant, Tokenizer]:
+) -> tuple[EvaluatedModel, Tokenizer]:
     """A model ready to run, what results say of it, and its tokenizer."""
-    from neoquant.evaluation import Contestant
+    from neoquant.evaluation import EvaluatedModel
     from neoquant.loading.pretrained import load
 
     source = find_model(model, terminal, verb)
@@ -191,4 +191,4 @@ def load_contestant(
     )
     if activations != "exact":
         info = info.model_copy(update={"name": f"{info.name} ({activations} activations)", "activations": activations})
-    return Contestant(network, info, calibrated_on(source, info.revision, terminal.progress)), tokenizer
+    return EvaluatedModel(network, info, calibrated_on(source, info.revision, terminal.progress)), tokenizer

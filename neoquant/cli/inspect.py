@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from neoquant.cli import options
-from neoquant.cli.evaluation import check_choices, check_device, choose_suite, inputs_of, load_contestant, publish
+from neoquant.cli.evaluation import check_choices, check_device, choose_suite, inputs_of, load_evaluated_model, publish
 from neoquant.cli.models import BUNDLED
 from neoquant.cli.output import check_output_file, json_kind
 from neoquant.cli.terminal import Terminal
@@ -64,8 +64,8 @@ def inspect(
     )
     inputs = inputs_of(chosen, suite, against, model)
     check_output_file(json, json_kind("inspection"), terminal, inputs=inputs, force=force)
-    base, tokenizer = load_contestant(against, terminal, "inspect", revision=revision, device=device, dtype=dtype)
-    other, _ = load_contestant(model, terminal, "inspect", revision=None, device=device, dtype=dtype)
+    base, tokenizer = load_evaluated_model(against, terminal, "inspect", revision=revision, device=device, dtype=dtype)
+    other, _ = load_evaluated_model(model, terminal, "inspect", revision=None, device=device, dtype=dtype)
 
     from neoquant.evaluation import inspect
     from neoquant.report.layers import inspection_table

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from neoquant.cli import options
-from neoquant.cli.evaluation import check_choices, check_device, load_contestant, own_device, team_of
+from neoquant.cli.evaluation import check_choices, check_device, load_evaluated_model, own_device, process_group_of
 from neoquant.cli.models import short_name
 from neoquant.cli.progress_lines import run_with_progress
-from neoquant.cli.sweep_file import BEGUN, Record, fingerprint, read_sweep
+from neoquant.cli.sweep_file import BEGUN, SweepRecord, fingerprint, read_sweep
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import NeoquantError, OutputError, RequestError
 from neoquant.files.writing import write_file
 
 if TYPE_CHECKING:
     from neoquant.evaluation import Comparison, Suite
-    from neoquant.evaluation.distributed import Team
+    from neoquant.evaluation.distributed import ProcessGroup
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -31,8 +31,8 @@ class _Run(NamedTuple):
     """What holds for a whole sweep."""
 
     out: Path
-    record: Record
-    team: Team
+    record: SweepRecord
+    group: ProcessGroup
     terminal: Terminal
     device: str | None
     dtype: str | None
@@ -73,16 +73,16 @@ def sweep(
             (out / folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{out} cannot be written: {error.strerror}") from error
-    record = Record(out)
+    record = SweepRecord(out)
     _say_what_is_done(wanted, record, terminal)
-    with team_of(terminal) as team:
-        run = _Run(out, record, team, terminal, device, dtype)
+    with process_group_of(terminal) as group:
+        run = _Run(out, record, group, terminal, device, dtype)
         try:
             results = [result for model in wanted["models"] for result in _sweep_model(model, wanted, run)]
         except KeyboardInterrupt as error:
             reason = error.args or (f"the same command resumes from what is in {out}",)
             raise type(error)(*reason) from error
-        if team.rank:
+        if group.rank:
             return
 
     from neoquant.report.sweep import sweep_pages, sweep_table
@@ -96,7 +96,7 @@ def sweep(
         terminal.note(f"wrote {out / name}")
 
 
-def _say_what_is_done(wanted: Mapping[str, Any], record: Record, terminal: Terminal) -> None:
+def _say_what_is_done(wanted: Mapping[str, Any], record: SweepRecord, terminal: Terminal) -> None:
     done = record.read()
     quantized = [f"models/{short_name(model)}-{name}" for model in wanted["models"] for name in wanted["recipes"]]
     if found := sum(done.get(key, BEGUN) != BEGUN for key in quantized):
@@ -111,9 +111,9 @@ def _sweep_model(model: str, wanted: Mapping[str, Any], run: _Run) -> Iterator[C
     for name, words in wanted["recipes"].items():
         made.append(run.out / "models" / f"{short_name(model)}-{name}")
         failure = None
-        if run.team.rank == 0:
+        if run.group.rank == 0:
             failure = _quantize(model, words, made[-1], run.record, run.terminal)
-        if reason := run.team.share(failure)[0]:  # all end where the first one does
+        if reason := run.group.all_gather(failure)[0]:  # all end where the first one does
             raise NeoquantError(f"recipe {name} of {model}: {reason}")
     for name in wanted["suites"]:
         suite = load_suite(name).override(documents=wanted.get("documents"), context=wanted.get("context"))
@@ -121,7 +121,7 @@ def _sweep_model(model: str, wanted: Mapping[str, Any], run: _Run) -> Iterator[C
             yield result
 
 
-def _quantize(model: str, words: str, folder: Path, record: Record, terminal: Terminal) -> str | None:
+def _quantize(model: str, words: str, folder: Path, record: SweepRecord, terminal: Terminal) -> str | None:
     """Quantize unless exactly this was done; the reason if it failed. A process of its own gives its memory back."""
     key = f"models/{folder.name}"
     asked = fingerprint(model, words)
@@ -148,19 +148,19 @@ def _compare(model: str, made: Sequence[Path], suite: Suite, run: _Run) -> Compa
         for path in made
     }
     saved = None
-    if run.team.rank == 0:
+    if run.group.rank == 0:
         saved = _saved(file, {name for name, key in keys.items() if state.get(key) == asked[key]})
-    there = run.team.share({c.evaluation.model.name for c in saved.candidates} if saved else set())[0]
+    there = run.group.all_gather({c.evaluation.model.name for c in saved.candidates} if saved else set())[0]
     missing = [path for path in made if path.name not in there]
-    if missing and run.team.rank == 0:
+    if missing and run.group.rank == 0:
         run.record.claim(f"results/{file.name}")
     result = _score(model, missing, suite, file, run) if missing else saved
     if missing and there:
         result = _joined(saved, result)
-        if not run.team.share(result is not None)[0]:
+        if not run.group.all_gather(result is not None)[0]:
             run.terminal.note(f"{file} was measured with another base, text or arithmetic: comparing all anew")
             result = _score(model, made, suite, file, run)
-    if run.team.rank or result is None:
+    if run.group.rank or result is None:
         return None
     from neoquant.evaluation.journal import remove_journal
 
@@ -208,17 +208,17 @@ def _score(model: str, made: Sequence[Path], suite: Suite, file: Path, run: _Run
     from neoquant.evaluation import compare
 
     run.terminal.note(f"comparing {short_name(model)} on {suite.name}: {', '.join(path.name for path in made)}")
-    device = own_device(run.device, run.team)
+    device = own_device(run.device, run.group)
     (reference, tokenizer), *others = (
-        load_contestant(source, run.terminal, "sweep", revision=None, device=device, dtype=run.dtype)
+        load_evaluated_model(source, run.terminal, "sweep", revision=None, device=device, dtype=run.dtype)
         for source in (model, *map(str, made))
     )
     return compare(
         reference,
-        [contestant for contestant, _ in others],
+        [entry for entry, _ in others],
         tokenizer,
         suite,
         progress=run.terminal.progress,
         journal=_journal_of(file),
-        team=run.team,
+        process_group=run.group,
     )

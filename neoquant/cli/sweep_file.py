@@ -112,7 +112,7 @@ def fingerprint(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-class Record:
+class SweepRecord:
     """What a sweep has made in its folder, and from what: path, or candidate in a result -> fingerprint."""
 
     def __init__(self, out: Path) -> None:

@@ -4,12 +4,12 @@ from neoquant.data.suite import Suite, load_suite, suite_names
 from neoquant.evaluation.compare import compare
 from neoquant.evaluation.inspection import inspect
 from neoquant.evaluation.inspection_result import Inspection
-from neoquant.evaluation.perplexity import Contestant, evaluate
+from neoquant.evaluation.perplexity import EvaluatedModel, evaluate
 from neoquant.evaluation.result import Comparison, Evaluation, ModelInfo
 
 __all__ = [
     "Comparison",
-    "Contestant",
+    "EvaluatedModel",
     "Evaluation",
     "Inspection",
     "ModelInfo",

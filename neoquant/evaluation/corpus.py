@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -15,12 +15,12 @@ from neoquant.data.documents import Document, Source, open_documents, require_sh
 from neoquant.data.suite import Suite
 from neoquant.data.tasks import last_word, wikitext
 from neoquant.errors import DataError, RequestError
-from neoquant.evaluation.windows import Span, joined, rolling, strided
+from neoquant.evaluation.windows import WindowSpan, joined, rolling, strided
 from neoquant.progress import Progress
 
 
-class Tokenizer(Protocol):
-    """What the evaluation needs of a tokenizer."""
+class TokenizerLike(Protocol):
+    """A tokenizer, as far as the evaluation needs one."""
 
     @property
     def sha256(self) -> str: ...
@@ -31,7 +31,7 @@ class Tokenizer(Protocol):
 
 
 class Unit(NamedTuple):
-    """What an interval counts as one draw: a document, or a window where documents were joined."""
+    """What is left out one at a time for intervals: a document, or a window where documents were joined."""
 
     id: str
     subset: str
@@ -68,97 +68,109 @@ class Corpus:
 
 
 def read_corpus(
-    suite: Suite, tokenizer: Tokenizer, progress: Progress, exclude: Collection[str] = frozenset()
+    suite: Suite, tokenizer: TokenizerLike, progress: Progress, exclude: Collection[str] = frozenset()
 ) -> Corpus:
-    """Read and cut what `suite` (with its context settled) names, but for documents with a fingerprint of `exclude`.
+    """Read, tokenize and cut the text of `suite`, without the documents that have a fingerprint of `exclude`.
 
-    Raises DataError for data that cannot be read or leaves nothing to score, RequestError for a tokenizer without an
-    end-of-text token.
+    The suite's context must be set (`Suite.fitted`). Raises DataError for data that cannot be read or leaves nothing to
+    score, RequestError for a tokenizer without an end-of-text token.
     """
-    assert suite.context is not None, "Suite.fitted settles the context"
-    if suite.prepare == "wikitext":  # what the suite limits are articles
-        whole = suite.model_copy(update={"documents": None, "characters": None, "subsets": ()})
-        source, lines = open_documents(whole, progress)
-        found = select(wikitext(lines, articles=suite.protocol == "rolling"), suite)
-    else:
-        source, found = open_documents(suite, progress)
-    counted = _Counted(found, exclude)
+    assert suite.context is not None, "Suite.fitted sets the context"
+    source, documents = _open(suite, progress)
+    stream = _DocumentStream(documents, exclude)
     if suite.protocol == "rolling":
-        units, windows = _by_document(counted, tokenizer, suite.context)
+        units, windows = _by_document(stream, tokenizer, suite.context)
         notes = _plural_note(sum(unit.tokens == 0 for unit in units), "{} empty and adds nothing to score")
     elif suite.protocol == "last-word":
-        units, windows = _by_last_word(counted, tokenizer, suite.context)
+        units, windows = _by_last_word(stream, tokenizer, suite.context)
         notes = []
     else:
-        documents = list(counted)
-        with progress.task("tokenizing", total=sum(len(document.text) for document in documents)) as advance:
-            units, windows, notes = _by_subset(documents, tokenizer, suite, advance)
-    counts = dict(counted.counts)
-    for subset in counts:
-        if not any(unit.subset == subset and unit.tokens for unit in units):
-            raise DataError(
-                f"subset {subset!r} of suite {suite.name} leaves nothing to score: "
-                f"its {counts[subset]} documents are empty or shorter than one window of {suite.context} tokens"
-            )
-    if not counts:
-        raise DataError(f"nothing of suite {suite.name} is left: all {counted.excluded} documents were calibrated on")
-    if suite.sha256 and suite.sha256 != (read := counted.everything.hexdigest()):
-        notes.append(
-            f"the documents are not those of the published figures (sha256 {read[:12]}, not {suite.sha256[:12]}): "
-            f"{' '.join(filter(None, source))}"
-        )
-    notes += _left_out(counted)
-    notes += _plural_note(counted.mended, "{} not valid UTF-8 throughout, read with U+FFFD in place")
-    notes += _short_of(counts, suite.documents)
+        read = list(stream)
+        with progress.task("tokenizing", total=sum(len(document.text) for document in read)) as advance:
+            units, windows, notes = _by_subset(read, tokenizer, suite, advance)
+    _require_tokens(suite, stream, units)
     return Corpus(
         suite,
         source,
-        counted.kept.hexdigest(),
-        counts,
+        stream.kept_sha256.hexdigest(),
+        dict(stream.counts),
         tuple(units),
         tuple(windows),
-        tuple(notes),
-        tuple(counted.fingerprints),
-        counted.excluded,
+        (*notes, *_notes(suite, source, stream)),
+        tuple(stream.fingerprints),
+        stream.excluded,
     )
 
 
-class _Counted:
-    """Documents passing by, but for those with a fingerprint of `exclude`.
+def _open(suite: Suite, progress: Progress) -> tuple[Source, Iterator[Document]]:
+    if suite.prepare != "wikitext":
+        return open_documents(suite, progress)
+    whole = suite.model_copy(update={"documents": None, "characters": None, "subsets": ()})  # limits are of articles
+    source, lines = open_documents(whole, progress)
+    return source, select(wikitext(lines, articles=suite.protocol == "rolling"), suite)
 
-    Their texts need not stay in memory to be counted and hashed.
+
+class _DocumentStream:
+    """Iterates over documents, without those that have a fingerprint of `exclude`, and counts and hashes them.
+
+    So their texts need not stay in memory.
     """
 
     def __init__(self, documents: Iterator[Document], exclude: Collection[str] = ()) -> None:
         self.documents, self.exclude = documents, exclude
         self.counts: Counter[str] = Counter()  # subset -> documents
-        self.subsets: dict[str, None] = {}  # with those of which nothing is left
+        self.subsets: dict[str, None] = {}  # with those of which every document is excluded
         self.fingerprints: list[str] = []
-        self.mended = self.excluded = 0
-        self.kept, self.everything = hashlib.sha256(), hashlib.sha256()
+        self.invalid_utf8 = self.excluded = 0
+        self.kept_sha256, self.whole_sha256 = hashlib.sha256(), hashlib.sha256()
 
     def __iter__(self) -> Iterator[Document]:
         for document in self.documents:
             self.subsets[document.subset] = None
-            _hash(document, self.everything)
+            _hash(document, self.whole_sha256)
             if document.fingerprint in self.exclude:
                 self.excluded += 1
                 continue
             self.counts[document.subset] += 1
             self.fingerprints.append(document.fingerprint)
-            self.mended += document.mended
-            _hash(document, self.kept)
+            self.invalid_utf8 += document.mended
+            _hash(document, self.kept_sha256)
             yield document
 
 
-def _left_out(counted: _Counted) -> list[str]:
-    """That documents were left out because they were calibrated on, and which subsets went with them."""
-    if not counted.excluded:
+def _require_tokens(suite: Suite, stream: _DocumentStream, units: list[Unit]) -> None:
+    """Raise DataError unless every subset has a token to score."""
+    for subset, count in stream.counts.items():
+        if not any(unit.subset == subset and unit.tokens for unit in units):
+            raise DataError(
+                f"subset {subset!r} of suite {suite.name} leaves nothing to score: "
+                f"its {count} documents are empty or shorter than one window of {suite.context} tokens"
+            )
+    if not stream.counts:
+        raise DataError(f"nothing of suite {suite.name} is left: all {stream.excluded} documents were calibrated on")
+
+
+def _notes(suite: Suite, source: Source, stream: _DocumentStream) -> Iterator[str]:
+    """What a reader of the figures must know of the documents."""
+    sha256 = stream.whole_sha256.hexdigest()
+    if suite.sha256 and suite.sha256 != sha256:
+        yield (
+            f"the documents are not those of the published figures (sha256 {sha256[:12]}, not {suite.sha256[:12]}): "
+            f"{' '.join(filter(None, source))}"
+        )
+    yield from _excluded_note(stream)
+    yield from _plural_note(stream.invalid_utf8, "{} not valid UTF-8 throughout, read with U+FFFD in place")
+    yield from _shortage_note(stream.counts, suite.documents)
+
+
+def _excluded_note(stream: _DocumentStream) -> list[str]:
+    """How many documents were left out because they were calibrated on, and which subsets with them."""
+    if not stream.excluded:
         return []
-    gone = [subset for subset in counted.subsets if subset not in counted.counts]
-    nothing = f", with them all of {', '.join(gone)}" if gone else ""
-    whole = counted.excluded + len(counted.fingerprints)
-    return [f"{counted.excluded} of {whole} documents were calibrated on and are left out{nothing}"]
+    empty = [subset for subset in stream.subsets if subset not in stream.counts]
+    subsets = f", with them all of {', '.join(empty)}" if empty else ""
+    whole = stream.excluded + len(stream.fingerprints)
+    return [f"{stream.excluded} of {whole} documents were calibrated on and are left out{subsets}"]
 
 
 def _hash(document: Document, digest: hashlib._Hash) -> None:
@@ -176,7 +188,9 @@ def documents_sha256(documents: Iterable[Document]) -> str:
     return digest.hexdigest()
 
 
-def _by_document(documents: Iterable[Document], tokenizer: Tokenizer, context: int) -> tuple[list[Unit], list[Window]]:
+def _by_document(
+    documents: Iterable[Document], tokenizer: TokenizerLike, context: int
+) -> tuple[list[Unit], list[Window]]:
     start = tokenizer.eos_token_id
     if start is None:
         raise RequestError(
@@ -192,7 +206,9 @@ def _by_document(documents: Iterable[Document], tokenizer: Tokenizer, context: i
     return units, windows
 
 
-def _by_last_word(documents: Iterable[Document], tokenizer: Tokenizer, context: int) -> tuple[list[Unit], list[Window]]:
+def _by_last_word(
+    documents: Iterable[Document], tokenizer: TokenizerLike, context: int
+) -> tuple[list[Unit], list[Window]]:
     """One window a document: as much of the passage as fits, and the last word, which alone is scored."""
     units, windows = [], []
     for number, document in enumerate(documents):
@@ -210,7 +226,7 @@ def _by_last_word(documents: Iterable[Document], tokenizer: Tokenizer, context: 
 
 
 def _by_subset(
-    documents: list[Document], tokenizer: Tokenizer, suite: Suite, advance: Callable[[float], None]
+    documents: list[Document], tokenizer: TokenizerLike, suite: Suite, advance: Callable[[float], None]
 ) -> tuple[list[Unit], list[Window], list[str]]:
     units: list[Unit] = []
     windows: list[Window] = []
@@ -233,7 +249,7 @@ def _by_subset(
     return units, windows, notes
 
 
-def _spans(length: int, suite: Suite) -> Iterator[Span]:
+def _spans(length: int, suite: Suite) -> Iterator[WindowSpan]:
     assert suite.context is not None
     if suite.protocol == "joined":
         return joined(length, suite.context)
@@ -267,6 +283,6 @@ def _plural_note(count: int, verb: str) -> list[str]:
     return [verb.format("1 document is" if count == 1 else f"{count} documents are")] if count else []
 
 
-def _short_of(counts: dict[str, int], wanted: int | None) -> list[str]:
+def _shortage_note(counts: Mapping[str, int], wanted: int | None) -> list[str]:
     short = [f"{subset} {count}" for subset, count in counts.items() if wanted and count < wanted]
     return [f"fewer than {wanted} documents: {', '.join(short)}"] if short else []

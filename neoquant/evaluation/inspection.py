@@ -1,4 +1,4 @@
-"""Where quantization cost what: each block linear's error, and what the loss makes of that layer alone."""
+"""The error of each quantized block linear, and the loss with that layer alone quantized (its sensitivity)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,23 @@ from torch import Tensor, nn
 
 from neoquant.data.suite import Suite
 from neoquant.errors import RequestError
-from neoquant.evaluation.corpus import Corpus, Tokenizer, Window, read_corpus
+from neoquant.evaluation.corpus import Corpus, TokenizerLike, Window, read_corpus
 from neoquant.evaluation.inspection_result import Inspection, Layer, Loss
-from neoquant.evaluation.perplexity import Contestant, data_info, documents_met, environment, flattered
+from neoquant.evaluation.perplexity import (
+    EvaluatedModel,
+    contaminated_documents,
+    contamination_notes,
+    data_info,
+    environment,
+)
 from neoquant.evaluation.prediction_intervals import kl_interval
 from neoquant.evaluation.scoring import (
-    CPU_PACE,
-    GPU_PACE,
+    batch_limits,
     batches,
     check_vocabularies,
     last_hidden_state,
-    measures,
-    stacked,
+    pad_windows,
+    score_tokens,
 )
 from neoquant.evaluation.statistics import ratio_interval
 from neoquant.loading.pretrained import GPTNeoForCausalLM
@@ -38,9 +43,9 @@ ROWS = 16
 
 
 def inspect(
-    base: Contestant,
-    other: Contestant,
-    tokenizer: Tokenizer,
+    base: EvaluatedModel,
+    other: EvaluatedModel,
+    tokenizer: TokenizerLike,
     suite: Suite,
     *,
     rows: int = ROWS,
@@ -50,76 +55,73 @@ def inspect(
 ) -> Inspection:
     """Compare the block linears of `other` with those of `base`, on `rows` windows spread evenly over `suite`.
 
-    The inputs of every layer are the base model's own. With `sensitivity`, the base model also runs with each layer of
-    `other` alone in place; the blocks before that layer are not run again, so a model of L blocks costs about 3 L
-    passes. `exclude_calibrated` leaves out documents that a model was calibrated on; otherwise the result says how many
-    `other` was. Both models must be neoquant's own, quantized or not.
+    Every layer reads the base model's own inputs. `sensitivity` also scores the base model with each layer of `other`
+    alone in place, which costs about 3 L passes for L blocks. `exclude_calibrated` leaves out documents that a model
+    was calibrated on; otherwise the result counts those of `other`. Both models must be neoquant's own.
 
     Raises RequestError for models of different shapes or `rows` below 1, and what `evaluate` raises.
     """
     started = time.perf_counter()
     if rows < 1:
         raise RequestError(f"rows is {rows}: at least 1 window is needed")
-    ours, theirs = _network(base), _network(other)
-    _check_shapes(ours, theirs)
+    network, quantized = _networks(base, other)
     known = base.calibrated_on | other.calibrated_on if exclude_calibrated else ()
-    corpus = read_corpus(suite.fitted(ours.config.max_position_embeddings), tokenizer, progress, known)
-    met = documents_met(corpus, other.calibrated_on)
-    check_vocabularies([ours, theirs], corpus)
-    windows = _spread(corpus, rows)
-    layers, together = _Walk(ours, theirs, windows, sensitivity).run(progress)
+    corpus = read_corpus(suite.fitted(network.config.max_position_embeddings), tokenizer, progress, known)
+    check_vocabularies([network, quantized], corpus)
+    windows = _evenly_spaced(corpus, rows)
+    layers, together = _Inspector(network, quantized, windows, sensitivity).run(progress)
+    contaminated = contaminated_documents(corpus, other.calibrated_on)
+    notes = contamination_notes(other.describe.name, contaminated, corpus)
     return Inspection(
         model=other.describe,
         base=base.describe,
         suite=corpus.suite,
         data=data_info(corpus, tokenizer),
-        environment=environment(ours),
+        environment=environment(network),
         windows=len(windows),
         tokens=sum(window.scored for window in windows),
         layers=tuple(layers),
         together=together,
-        calibrated_on=met,
-        notes=(*corpus.notes, *flattered(other.describe.name, met, corpus), *_others(ours, theirs)),
+        calibrated_on=contaminated,
+        notes=(*corpus.notes, *notes, *_differences_elsewhere(network, quantized)),
         seconds=time.perf_counter() - started,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
 
 
-def _network(contestant: Contestant) -> GPTNeoForCausalLM:
-    if not isinstance(contestant.model, GPTNeoForCausalLM):
-        raise RequestError(f"{contestant.describe.name} is a {type(contestant.model).__name__}, not neoquant's GPT-Neo")
-    return contestant.model
-
-
-def _check_shapes(ours: GPTNeoForCausalLM, theirs: GPTNeoForCausalLM) -> None:
+def _networks(base: EvaluatedModel, other: EvaluatedModel) -> list[GPTNeoForCausalLM]:
+    networks = []
+    for model, describe, _ in (base, other):
+        if not isinstance(model, GPTNeoForCausalLM):
+            raise RequestError(f"{describe.name} is a {type(model).__name__}, not neoquant's GPT-Neo")
+        networks.append(model)
     for key, what in (("num_layers", "layers"), ("hidden_size", "hidden size"), ("inner_size", "inner size")):
-        a, b = getattr(ours.config, key), getattr(theirs.config, key)
+        a, b = (getattr(network.config, key) for network in networks)
         if a != b:
             raise RequestError(f"models of different shapes cannot be inspected together: {what} {a} and {b}")
+    return networks
 
 
-def _spread(corpus: Corpus, rows: int) -> list[Window]:
+def _evenly_spaced(corpus: Corpus, rows: int) -> list[Window]:
     """At most `rows` windows at equal distances, each its own unit."""
     n = len(corpus.windows)
     chosen = [corpus.windows[(2 * i + 1) * n // (2 * min(rows, n))] for i in range(min(rows, n))]
     return [window._replace(unit=number) for number, window in enumerate(chosen)]
 
 
-def _others(ours: GPTNeoForCausalLM, theirs: GPTNeoForCausalLM) -> list[str]:
-    """A note of the tensors that differ and are no block linear's weight."""
-    linears = {f"{path}.weight" for path in _paths(ours)}
-    stored = dict(theirs.named_parameters())
+def _differences_elsewhere(base: GPTNeoForCausalLM, other: GPTNeoForCausalLM) -> list[str]:
+    """A note of the tensors that differ and are not a block linear's weight."""
+    linears = {
+        f"transformer.h.{number}.{name}.weight" for number in range(len(base.transformer.h)) for name in BLOCK_LINEARS
+    }
+    others = dict(other.named_parameters())
     differing = [
         name
-        for name, tensor in ours.named_parameters()
-        if name not in linears and not (name in stored and torch.equal(tensor, stored[name].to(tensor)))
+        for name, tensor in base.named_parameters()
+        if name not in linears and not (name in others and torch.equal(tensor, others[name].to(tensor)))
     ]
     shown = ", ".join(differing[:3]) + (", ..." if len(differing) > 3 else "")
     return [f"not shown, but outside the block linears differ too: {shown}"] if differing else []
-
-
-def _paths(model: GPTNeoForCausalLM) -> list[str]:
-    return [f"transformer.h.{number}.{name}" for number in range(len(model.transformer.h)) for name in BLOCK_LINEARS]
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -132,15 +134,15 @@ def weight_of(module: nn.Module) -> Tensor:
 
 @dataclass
 class _Batch:
-    """Windows on their way through the base model."""
+    """Windows, and their hidden states in the base model."""
 
     ids: Tensor  # int64[B, T]
-    where: Tensor  # bool[B, T]: the scored positions, N in all
+    scored: Tensor  # bool[B, T]: the scored positions, N in all
     targets: Tensor  # [N]
     units: Tensor  # [N], windows
-    x: Tensor  # [B, T, C], what the next block reads
+    x: Tensor  # [B, T, C], the input of the next block
     masks: AttentionMasks
-    last: Tensor  # [N, C], what the base model's head reads
+    last: Tensor  # [N, C], the input of the base model's head
 
 
 class _Losses:
@@ -167,123 +169,131 @@ class _Losses:
         )
 
 
-_Variant = tuple[Tensor, nn.Module, _Losses]  # hidden[N, C], the head that reads it, and where its losses add up
+_Variant = tuple[Tensor, nn.Module, _Losses]  # hidden[N, C], the head that reads it, and the sums of its losses
 
 
-class _Walk:
-    """Block after block through the base model with all batches."""
+class _BlockWeights:
+    """The weights of one block's linears in both models, and what is summed for each, by the layer's name."""
+
+    def __init__(self, base: Block, other: Block, windows: Sequence[Window]) -> None:
+        self.base = {name: weight_of(base.get_submodule(name)) for name in BLOCK_LINEARS}
+        self.other = {name: weight_of(other.get_submodule(name)).to(w.device) for name, w in self.base.items()}
+        self.errors = {name: self.other[name] - w for name, w in self.base.items()}
+        self.changed = [name for name, error in self.errors.items() if bool(error.any())]
+        self.squares = {name: torch.zeros(2, dtype=torch.float64) for name in BLOCK_LINEARS}  # of error x, weight x
+        self.losses = {name: _Losses(windows) for name in BLOCK_LINEARS}
+
+    def weight_error(self, name: str) -> float:
+        whole = float(self.base[name].double().square().sum())
+        return float(self.errors[name].double().square().sum()) / whole if whole else 0.0
+
+    def output_error(self, name: str) -> float:
+        error, output = self.squares[name].tolist()
+        return error / output if output else 0.0
+
+
+class _Inspector:
+    """Runs all batches through the base model, one block after the other."""
 
     def __init__(
-        self, ours: GPTNeoForCausalLM, theirs: GPTNeoForCausalLM, windows: Sequence[Window], sensitivity: bool
+        self, base: GPTNeoForCausalLM, other: GPTNeoForCausalLM, windows: Sequence[Window], sensitivity: bool
     ) -> None:
-        self.ours, self.theirs, self.windows, self.sensitivity = ours, theirs, windows, sensitivity
-        self.pace = CPU_PACE if ours.device.type == "cpu" else GPU_PACE
+        self.base, self.other, self.windows, self.sensitivity = base, other, windows, sensitivity
+        self.limits = batch_limits(base.device)
 
     @torch.inference_mode()
     def run(self, progress: Progress) -> tuple[list[Layer], Loss]:
-        blocks = self.ours.transformer.h
-        groups = [[self.windows[n] for n in batch] for batch in batches(self.windows, self.pace.positions)]
+        """Each block linear's figures, and the loss with all of them quantized."""
+        blocks = self.base.transformer.h
+        groups = [[self.windows[n] for n in batch] for batch in batches(self.windows, self.limits.positions)]
         layers: list[Layer] = []
         together = _Losses(self.windows)
         with progress.task("inspecting", total=(1 + len(blocks)) * len(groups)) as advance:
-            made = []
+            embedded = []
             for group in groups:
-                made.append(self._start(group, together))
+                embedded.append(self._embed(group, together))
                 advance(1)
-            for number, block in enumerate(blocks):
-                layers += self._block(number, block, made, advance)
+            for number in range(len(blocks)):
+                layers += self._inspect_block(number, embedded, advance)
         return layers, together.loss()
 
-    def _start(self, group: list[Window], together: _Losses) -> _Batch:
-        """A batch before the first block, and what both whole models make of it."""
-        ids, where, targets, units = stacked(group)
-        device, T = self.ours.device, ids.shape[1]
-        ids, where = ids.to(device), where.to(device)
-        base = self.ours.transformer
-        last = last_hidden_state(self.ours, ids)[where]
-        theirs = last_hidden_state(self.theirs, ids)[where.to(self.theirs.device)]
-        x = base.wte(ids) + base.wpe(torch.arange(T, device=device))
-        masks = AttentionMasks(T, T, self.ours.config.window_size, None, device)
-        batch = _Batch(ids, where, targets, units, x, masks, last)
-        self._score(batch, [(theirs, self.theirs.lm_head, together)])
+    def _embed(self, group: list[Window], together: _Losses) -> _Batch:
+        """A batch before the first block; adds the whole other model's losses to `together`."""
+        ids, scored, targets, units = pad_windows(group)
+        device, T = self.base.device, ids.shape[1]
+        ids, scored = ids.to(device), scored.to(device)
+        network = self.base.transformer
+        last = last_hidden_state(self.base, ids)[scored]
+        others = last_hidden_state(self.other, ids)[scored.to(self.other.device)]
+        x = network.wte(ids) + network.wpe(torch.arange(T, device=device))
+        masks = AttentionMasks(T, T, self.base.config.window_size, None, device)
+        batch = _Batch(ids, scored, targets, units, x, masks, last)
+        self._score(batch, [(others, self.other.lm_head, together)])
         return batch
 
-    def _block(
-        self, number: int, block: nn.Module, made: list[_Batch], advance: Callable[[float], None]
-    ) -> Iterator[Layer]:
-        assert isinstance(block, Block)
-        block_of_theirs = self.theirs.transformer.h[number]
-        weights = {name: weight_of(block.get_submodule(name)) for name in BLOCK_LINEARS}
-        quantized = {name: weight_of(block_of_theirs.get_submodule(name)).to(w.device) for name, w in weights.items()}
-        errors = {name: quantized[name] - w for name, w in weights.items()}
-        changed = [name for name, error in errors.items() if bool(error.any())]
-        sums = {name: torch.zeros(2, dtype=torch.float64) for name in BLOCK_LINEARS}  # of the error, of the output
-        losses = {name: _Losses(self.windows) for name in BLOCK_LINEARS}
+    def _inspect_block(self, number: int, made: list[_Batch], advance: Callable[[float], None]) -> Iterator[Layer]:
+        block, other = self.base.transformer.h[number], self.other.transformer.h[number]
+        assert isinstance(block, Block) and isinstance(other, Block)
+        weights = _BlockWeights(block, other, self.windows)
         for batch in made:
-            with _watched(block, weights, errors, sums, batch.where):
-                after = block(batch.x, batch.masks)
+            with _output_errors_summed(block, weights, batch.scored):
+                x = block(batch.x, batch.masks)
             if self.sensitivity:
-                variants: list[_Variant] = []
-                for name in changed:
-                    with _replaced(block, name, quantized[name]):
-                        x = block(batch.x, batch.masks)
-                    variants.append((self._rest(number, x, batch), self.ours.lm_head, losses[name]))
-                self._score(batch, variants)
-            batch.x = after
+                self._score_single_layers(number, batch, weights)
+            batch.x = x
             advance(1)
         for name in BLOCK_LINEARS:
-            module = block_of_theirs.get_submodule(name)
-            error, output = sums[name].tolist()
+            module = other.get_submodule(name)
             yield Layer(
                 block=number,
                 projection=name,
-                attention=self.ours.config.attention_layers[number],
-                shape=(weights[name].shape[0], weights[name].shape[1]),
+                attention=self.base.config.attention_layers[number],
+                shape=(weights.base[name].shape[0], weights.base[name].shape[1]),
                 grid=module.grid.describe() if isinstance(module, QuantLinear) else None,
-                weight_error=_ratio(float(errors[name].double().square().sum()), weights[name]),
-                output_error=error / output if output else 0.0,
-                loss=losses[name].loss() if self.sensitivity else None,
+                weight_error=weights.weight_error(name),
+                output_error=weights.output_error(name),
+                loss=weights.losses[name].loss() if self.sensitivity else None,
             )
 
-    def _rest(self, number: int, x: Tensor, batch: _Batch) -> Tensor:
-        """What the head reads, [N, C], where block `number` gave `x`."""
-        for block in self.ours.transformer.h[number + 1 :]:
-            x = block(x, batch.masks)
-        hidden: Tensor = self.ours.transformer.ln_f(x)[batch.where]
-        return hidden
+    def _score_single_layers(self, number: int, batch: _Batch, weights: _BlockWeights) -> None:
+        """Add the losses of the base model with one layer of block `number` quantized, for each layer that differs."""
+        block = self.base.transformer.h[number]
+        assert isinstance(block, Block)
+        variants: list[_Variant] = []
+        for name in weights.changed:
+            with _replaced(block, name, weights.other[name]):
+                x = block(batch.x, batch.masks)
+            for later in self.base.transformer.h[number + 1 :]:
+                x = later(x, batch.masks)
+            hidden = self.base.transformer.ln_f(x)[batch.scored]
+            variants.append((hidden, self.base.lm_head, weights.losses[name]))
+        self._score(batch, variants)
 
     def _score(self, batch: _Batch, variants: Sequence[_Variant]) -> None:
-        """Add each variant's losses over the base model's, whose logits are made once."""
-        for start in range(0, len(batch.targets), self.pace.rows):
-            piece = slice(start, start + self.pace.rows)
-            heads = [(batch.last, self.ours.lm_head), *((hidden, head) for hidden, head, _ in variants)]
+        """Add each variant's losses above the base model's, whose logits are computed once."""
+        for start in range(0, len(batch.targets), self.limits.rows):
+            piece = slice(start, start + self.limits.rows)
+            heads = [(batch.last, self.base.lm_head), *((hidden, head) for hidden, head, _ in variants)]
             logits = (head(hidden[piece]) for hidden, head in heads)
-            results = measures(logits, batch.targets[piece])
-            base, *_ = next(results)
-            for (_, _, sums), (nats, kl, *_) in zip(variants, results, strict=True):
-                sums.add(batch.units[piece], nats - base, kl)
-
-
-def _ratio(square: float, w: Tensor) -> float:
-    whole = float(w.double().square().sum())
-    return square / whole if whole else 0.0
+            scores = score_tokens(logits, batch.targets[piece])
+            base = next(scores)
+            for (_, _, losses), score in zip(variants, scores, strict=True):
+                losses.add(batch.units[piece], score.nats - base.nats, score.kl)
 
 
 @contextmanager
-def _watched(
-    block: Block, weights: dict[str, Tensor], errors: dict[str, Tensor], sums: dict[str, Tensor], where: Tensor
-) -> Iterator[None]:
-    """While `block` runs: sums[name] += squares of (error x, weight x) over the scored positions."""
+def _output_errors_summed(block: Block, weights: _BlockWeights, scored: Tensor) -> Iterator[None]:
+    """While `block` runs: add the squares of (error x, weight x) over the scored positions to `weights.squares`."""
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def seen(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-            x = given[0][where].float()
-            for number, matrix in enumerate((errors[name], weights[name])):
-                sums[name][number] += F.linear(x, matrix).double().square().sum().cpu()
+    def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0][scored].float()
+            for number, matrix in enumerate((weights.errors[name], weights.base[name])):
+                weights.squares[name][number] += F.linear(x, matrix).double().square().sum().cpu()
 
-        return seen
+        return hook
 
-    hooks = [block.get_submodule(name).register_forward_pre_hook(watch(name)) for name in BLOCK_LINEARS]
+    hooks = [block.get_submodule(name).register_forward_pre_hook(hook_of(name)) for name in BLOCK_LINEARS]
     try:
         yield
     finally:
@@ -293,7 +303,7 @@ def _watched(
 
 @contextmanager
 def _replaced(block: Block, name: str, weight: Tensor) -> Iterator[None]:
-    """While inside, layer `name` of `block` multiplies with `weight`; its bias stays."""
+    """Inside the context, layer `name` of `block` multiplies with `weight`; its bias stays."""
     own = block.get_submodule(name)
     stand_in = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     dtype = next(block.ln_1.parameters()).dtype

@@ -1,9 +1,9 @@
-"""What has been scored so far, in a file, so that an interrupted evaluation can resume.
+"""The progress of an evaluation in a file, from which an interrupted one resumes.
 
-A file holds a whole tally and the numbers of the batches in it, and is replaced by one rename: it is there and right,
-whenever the process ends. A tally does not depend on the order of its batches, so the figures are those of an
-evaluation that was never interrupted. Of a team, each process keeps its own file, and whoever resumes reads them all.
-The files stay until the result is stored safely, when `remove_journal` deletes them.
+A file holds an accumulator and the numbers of the batches in it. It is replaced by one rename, so it is complete
+whenever the process ends. An accumulator does not depend on the order of its batches, so a resumed evaluation gives the
+figures of an uninterrupted one. Each process of a group writes a file of its own; resuming reads all of them. The files
+stay until the result is stored, when `remove_journal` deletes them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from neoquant.errors import OutputError
-from neoquant.evaluation.accumulator import Tally
-from neoquant.evaluation.distributed import ALONE, Team
+from neoquant.evaluation.accumulator import Accumulator
+from neoquant.evaluation.distributed import SINGLE_PROCESS, ProcessGroup
 from neoquant.files.writing import replacing
 
 INTERVAL = 15.0
@@ -28,60 +28,60 @@ _ZIP = b"PK\x03\x04"
 
 
 class ResumeNote(UserWarning):
-    """An evaluation resumes an interrupted one, or cannot."""
+    """An evaluation resumes from an earlier one's journal, or cannot."""
 
 
 class Journal:
     """The files `path`, `path.1`, `path.2`, ... of the evaluation that `key` identifies."""
 
-    def __init__(self, path: Path, key: str, team: Team = ALONE) -> None:
-        self.path, self.key, self.team = path, key, team
-        self._own = path if team.rank == 0 else Path(f"{path}.{team.rank}")
+    def __init__(self, path: Path, key: str, group: ProcessGroup = SINGLE_PROCESS) -> None:
+        self.path, self.key, self.group = path, key, group
+        self._own = path if group.rank == 0 else Path(f"{path}.{group.rank}")
         self._written = time.monotonic()
 
-    def restore(self, tally: Tally, batches: int) -> set[int]:
-        """Put what the files hold into the first process's tally; the numbers of the batches that are done.
+    def restore(self, accumulator: Accumulator, batches: int) -> set[int]:
+        """Put what the files hold into the first process's accumulator; the numbers of the batches that are done.
 
         Raises OutputError, and deletes nothing, where a file of that name is no journal.
         """
         done: set[int] = set()
-        if self.team.rank == 0:
+        if self.group.rank == 0:
             files = _journal_files(self.path)
             for file in files:
                 _require_journal(file)
             found = sorted(filter(None, map(self._read, files)), key=lambda state: -len(state["done"]))
             for state in found:
-                if done.isdisjoint(state["done"]):  # else it was taken over already, before an interruption
-                    tally.merge(state["tally"])
+                if done.isdisjoint(state["done"]):  # else an earlier resume has merged it
+                    accumulator.merge(state["accumulator"])
                     done |= state["done"]
             if done:
                 _note(f"resuming from {self.path}: {len(done)} of {batches} batches are scored")
-                self.write(tally, done)
+                self.write(accumulator, done)
             elif files:
                 _note(f"{self.path} is of another evaluation or damaged: starting from the beginning")
             for file in files:
                 if file != self._own or not done:
                     file.unlink(missing_ok=True)
-        return set(self.team.share(done)[0])
+        return set(self.group.all_gather(done)[0])
 
-    def keep(self, tally: Tally, done: set[int]) -> None:
-        """Write, if the last time is long enough ago."""
+    def write_if_due(self, accumulator: Accumulator, done: set[int]) -> None:
+        """`write`, but not more often than every INTERVAL seconds."""
         if time.monotonic() - self._written >= INTERVAL:
-            self.write(tally, done)
+            self.write(accumulator, done)
 
-    def write(self, tally: Tally, done: set[int]) -> None:
+    def write(self, accumulator: Accumulator, done: set[int]) -> None:
         """Replace this process's file. Raises OutputError where it cannot be written."""
         with replacing(self._own) as file:
-            torch.save({"key": self.key, "done": sorted(done), **tally.state()}, file)
+            torch.save({"key": self.key, "done": sorted(done), **accumulator.state()}, file)
         self._written = time.monotonic()
 
     def _read(self, file: Path) -> dict[str, Any] | None:
-        """What a file holds; None if it is of another evaluation, or no journal at all."""
+        """A file's batches and accumulator; None if it is of another evaluation, or no journal at all."""
         try:
             state = torch.load(file, weights_only=True)
             if not isinstance(state, dict) or state.get("key") != self.key:
                 return None
-            return {"done": set(state["done"]), "tally": Tally.of_state(state)}
+            return {"done": set(state["done"]), "accumulator": Accumulator.from_state(state)}
         except (OSError, RuntimeError, ValueError, KeyError, EOFError, TypeError, pickle.UnpicklingError):
             return None
 

@@ -6,45 +6,47 @@ from collections.abc import Sequence
 
 import torch
 
-from neoquant.evaluation.accumulator import AFTER, BEFORE, Peak
-from neoquant.evaluation.corpus import Corpus, Tokenizer
+from neoquant.evaluation.accumulator import CONTEXT_AFTER, CONTEXT_BEFORE, DivergentToken
+from neoquant.evaluation.corpus import Corpus, TokenizerLike
 from neoquant.evaluation.result import Choice, TokenChange, WorstDocument, WorstToken
 from neoquant.evaluation.token_text import REPLACEMENT, decode_escaped, token_texts
 
 DOCUMENTS = 10
-"""Documents shown."""
+"""Documents listed."""
 
-LEAST_TOKENS = 32
-"""Shorter documents are not ranked: one odd token would put them on top."""
+MINIMUM_TOKENS = 32
+"""Shorter documents are not ranked: a single token would dominate their mean."""
 
-BEGINNING = 64  # tokens shown of a document
-
-
-def worst_tokens(corpus: Corpus, tokenizer: Tokenizer, peaks: Sequence[Peak]) -> tuple[WorstToken, ...]:
-    """Peaks in words."""
-    return tuple(_worst_token(corpus, tokenizer, peak) for peak in peaks)
+BEGINNING = 64  # tokens of a document that are shown
 
 
-def _worst_token(corpus: Corpus, tokenizer: Tokenizer, peak: Peak) -> WorstToken:
-    unit, ids = corpus.units[peak.unit], corpus.windows[peak.window].ids.tolist()
-    start, end = max(0, peak.index - BEFORE), min(len(ids), peak.index + AFTER + 1)
-    start += ids[start] == tokenizer.eos_token_id and start < peak.index  # what stands before a document
+def worst_tokens(
+    corpus: Corpus, tokenizer: TokenizerLike, divergent: Sequence[DivergentToken]
+) -> tuple[WorstToken, ...]:
+    """The tokens with the text around them."""
+    return tuple(_worst_token(corpus, tokenizer, token) for token in divergent)
+
+
+def _worst_token(corpus: Corpus, tokenizer: TokenizerLike, token: DivergentToken) -> WorstToken:
+    unit, ids = corpus.units[token.unit], corpus.windows[token.window].ids.tolist()
+    start, end = max(0, token.index - CONTEXT_BEFORE), min(len(ids), token.index + CONTEXT_AFTER + 1)
+    start += ids[start] == tokenizer.eos_token_id and start < token.index  # the end-of-text token before a document
     passage = []
-    for number, text in enumerate(token_texts(ids[start:end], tokenizer), start - peak.start):
-        known = 0 <= number < len(peak.changes)
-        change = peak.changes[number] if known else None
-        passage.append(TokenChange(text=text, loss_change=change, kl=peak.divergences[number] if known else None))
+    for number, text in enumerate(token_texts(ids[start:end], tokenizer), start - token.start):
+        is_scored = 0 <= number < len(token.changes)
+        change, kl = (token.changes[number], token.divergences[number]) if is_scored else (None, None)
+        passage.append(TokenChange(text=text, loss_change=change, kl=kl))
     likeliest = [
-        tuple(Choice(text=decode_escaped([token], tokenizer), probability=p) for token, p in zip(*model, strict=True))
-        for model in zip(peak.top, peak.top_probability, strict=True)
+        tuple(Choice(text=decode_escaped([id], tokenizer), probability=p) for id, p in zip(*model, strict=True))
+        for model in zip(token.top, token.top_probability, strict=True)
     ]
-    p_reference, p = torch.tensor(peak.nats, dtype=torch.float64).neg().exp().tolist()
+    p_reference, p = torch.tensor(token.nats, dtype=torch.float64).neg().exp().tolist()
     return WorstToken(
         unit=unit.id,
         subset=unit.subset,
-        position=peak.position,
-        token=decode_escaped([ids[peak.index]], tokenizer),
-        kl=peak.kl,
+        position=token.position,
+        token=decode_escaped([ids[token.index]], tokenizer),
+        kl=token.kl,
         probability_reference=p_reference,
         probability=p,
         top_reference=likeliest[0][0],
@@ -52,16 +54,16 @@ def _worst_token(corpus: Corpus, tokenizer: Tokenizer, peak: Peak) -> WorstToken
         top_tokens_reference=likeliest[0],
         top_tokens=likeliest[1],
         passage=tuple(passage),
-        index=peak.index - start,
+        index=token.index - start,
     )
 
 
 def worst_documents(
-    corpus: Corpus, tokenizer: Tokenizer, loss: torch.Tensor, kl: torch.Tensor
+    corpus: Corpus, tokenizer: TokenizerLike, loss: torch.Tensor, kl: torch.Tensor
 ) -> tuple[WorstDocument, ...]:
     """The units with the largest mean KL a token; loss, kl: float64[units], changes summed."""
     ranked = sorted(
-        (unit for unit in range(len(corpus.units)) if corpus.units[unit].tokens >= LEAST_TOKENS),
+        (unit for unit in range(len(corpus.units)) if corpus.units[unit].tokens >= MINIMUM_TOKENS),
         key=lambda unit: (-float(kl[unit]) / corpus.units[unit].tokens, unit),
     )[:DOCUMENTS]
     beginnings = dict.fromkeys(ranked, "")

@@ -15,30 +15,39 @@ from typing import NamedTuple
 import torch
 
 from neoquant.data.suite import Suite
-from neoquant.evaluation.accumulator import Tally
-from neoquant.evaluation.corpus import Corpus, Tokenizer, read_corpus
-from neoquant.evaluation.distributed import ALONE, Team
+from neoquant.evaluation.accumulator import Accumulator
+from neoquant.evaluation.corpus import Corpus, TokenizerLike, read_corpus
+from neoquant.evaluation.distributed import SINGLE_PROCESS, ProcessGroup
 from neoquant.evaluation.journal import Journal
 from neoquant.evaluation.result import DataInfo, Environment, Evaluation, Macro, ModelInfo, Score, UnitScore
 from neoquant.evaluation.scoring import Model, score
 from neoquant.native import active
 from neoquant.progress import SILENT, Progress
 
-JOURNAL_LAYOUT = 2
-"""Raised when what a journal holds changes: it is no use to another layout's reader."""
+JOURNAL_VERSION = 3
+"""Of what a journal holds; a journal of another version is not read."""
 
 
-class Contestant(NamedTuple):
-    """A model, what the result says about it, and the fingerprints of the documents that it was calibrated on."""
+class EvaluatedModel(NamedTuple):
+    """A model, its description in the result, and the fingerprints of the documents that it was calibrated on."""
 
     model: Model
     describe: ModelInfo
     calibrated_on: frozenset[str] = frozenset()
 
 
+class ScoredCorpus(NamedTuple):
+    """A text, and all models' scores on it."""
+
+    corpus: Corpus
+    tokenizer: TokenizerLike
+    accumulator: Accumulator
+    seconds: float  # of reading and scoring
+
+
 def evaluate(
     model: Model,
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerLike,
     suite: Suite,
     *,
     describe: ModelInfo,
@@ -46,15 +55,14 @@ def evaluate(
     exclude_calibrated: bool = False,
     progress: Progress = SILENT,
     journal: Path | None = None,
-    team: Team = ALONE,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> Evaluation:
     """Score `model` on `suite`; `describe` says in the result which model it was.
 
-    `calibrated_on` are the fingerprints of documents that the model was rounded with (in its `calibration.json`): the
-    result says how many of them it was scored on, or they are left out where `exclude_calibrated` asks for it.
-    `journal` names a file for what has been scored so far: the same call resumes from it after an interruption. It
-    stays when this returns; `remove_journal` deletes it once the result is stored safely. `team` shares the work with
-    other processes.
+    `calibrated_on` are the fingerprints of the documents that the model was calibrated on (in its `calibration.json`):
+    the result counts those that it was scored on, or `exclude_calibrated` leaves them out. `journal` names a file for
+    the progress: the same call resumes from it after an interruption. It stays when this returns; `remove_journal`
+    deletes it once the result is stored. `process_group` shares the work with other processes.
 
     Raises RequestError (context longer than the model's, another model's tokenizer), DataError, HubError,
     CheckpointError (a loss that is not finite), OutputError (the journal).
@@ -62,35 +70,36 @@ def evaluate(
     started = time.perf_counter()
     fitted = suite.fitted(model.config.max_position_embeddings)
     corpus = read_corpus(fitted, tokenizer, progress, calibrated_on if exclude_calibrated else ())
-    tally = score_kept([Contestant(model, describe)], corpus, tokenizer, progress, journal, team)
-    seconds = time.perf_counter() - started
-    return summarize(describe, environment(model), corpus, tokenizer, tally, 0, seconds, calibrated_on)
+    evaluated = [EvaluatedModel(model, describe)]
+    accumulator = score_with_journal(evaluated, corpus, tokenizer, progress, journal, process_group)
+    scored = ScoredCorpus(corpus, tokenizer, accumulator, time.perf_counter() - started)
+    return summarize(describe, environment(model), scored, 0, calibrated_on)
 
 
-def score_kept(
-    contestants: Sequence[Contestant],
+def score_with_journal(
+    evaluated: Sequence[EvaluatedModel],
     corpus: Corpus,
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerLike,
     progress: Progress,
     path: Path | None,
-    team: Team,
-) -> Tally:
-    """`score`, with a journal of exactly these models on exactly this text, where a path for it is given."""
-    key = _key(contestants, corpus, tokenizer)
-    team.agree(key)
-    journal = Journal(path, key, team) if path else None
-    models, names = [model for model, *_ in contestants], [contestant.describe.name for contestant in contestants]
-    return score(models, corpus, progress, names=names, journal=journal, team=team)
+    process_group: ProcessGroup,
+) -> Accumulator:
+    """`score`, with a journal at `path`, if one is given, that holds for these models on this text only."""
+    key = _key(evaluated, corpus, tokenizer)
+    process_group.require_equal(key)
+    journal = Journal(path, key, process_group) if path else None
+    models, names = [model for model, *_ in evaluated], [entry.describe.name for entry in evaluated]
+    return score(models, corpus, progress, names=names, journal=journal, process_group=process_group)
 
 
-def _key(contestants: Sequence[Contestant], corpus: Corpus, tokenizer: Tokenizer) -> str:
-    """One hash of all that the figures depend on."""
-    ours = environment(contestants[0].model)
+def _key(evaluated: Sequence[EvaluatedModel], corpus: Corpus, tokenizer: TokenizerLike) -> str:
+    """A hash of all that the figures depend on."""
+    ours = environment(evaluated[0].model)
     parts = [
-        JOURNAL_LAYOUT,
+        JOURNAL_VERSION,
         *(
             (describe.sha256, describe.name, describe.activations, str(model.dtype), model.device.type)
-            for model, describe, _ in contestants
+            for model, describe, _ in evaluated
         ),
         (corpus.sha256, tokenizer.sha256, corpus.suite.protocol, corpus.suite.context, corpus.suite.stride),
         (ours.neoquant, ours.torch, ours.platform, ours.native),
@@ -101,36 +110,21 @@ def _key(contestants: Sequence[Contestant], corpus: Corpus, tokenizer: Tokenizer
 def summarize(
     describe: ModelInfo,
     environment: Environment,
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    tally: Tally,
+    scored: ScoredCorpus,
     number: int,
-    seconds: float,
     calibrated_on: Collection[str] = frozenset(),
 ) -> Evaluation:
-    """What model `number` of a tally scored."""
-    met = documents_met(corpus, calibrated_on)
-    last_words = corpus.suite.protocol == "last-word"
-    nats, hits = tally.by_unit(number, "nats").tolist(), tally.by_unit(number, "hits").tolist()
-    units = [
-        UnitScore(
-            id=u.id,
-            subset=u.subset,
-            tokens=u.tokens,
-            bytes=u.bytes,
-            nats=n,
-            words=u.words,
-            correct=hit == u.tokens if last_words else None,
-        )
-        for u, n, hit in zip(corpus.units, nats, hits, strict=True)
-    ]
+    """The result of model `number` of those that were scored."""
+    corpus = scored.corpus
+    units = _unit_scores(corpus, scored.accumulator, number)
     subsets = [
         _score(name, count, [unit for unit in units if unit.subset == name]) for name, count in corpus.documents.items()
     ]
+    contaminated = contaminated_documents(corpus, calibrated_on)
     return Evaluation(
         model=describe,
         suite=corpus.suite,
-        data=data_info(corpus, tokenizer),
+        data=data_info(corpus, scored.tokenizer),
         environment=environment,
         total=_score("total", sum(corpus.documents.values()), units),
         macro=Macro(
@@ -138,16 +132,33 @@ def summarize(
             bits_per_byte=fmean(score.bits_per_byte for score in subsets),
         ),
         subsets=tuple(subsets),
-        units=tuple(units),
-        calibrated_on=met,
-        notes=(*corpus.notes, *flattered(describe.name, met, corpus)),
-        seconds=seconds,
+        units=units,
+        calibrated_on=contaminated,
+        notes=(*corpus.notes, *contamination_notes(describe.name, contaminated, corpus)),
+        seconds=scored.seconds,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
 
 
-def data_info(corpus: Corpus, tokenizer: Tokenizer) -> DataInfo:
-    """What a result says of the text that it was measured on."""
+def _unit_scores(corpus: Corpus, accumulator: Accumulator, number: int) -> tuple[UnitScore, ...]:
+    nats, hits = accumulator.by_unit(number, "nats").tolist(), accumulator.by_unit(number, "hits").tolist()
+    is_last_word = corpus.suite.protocol == "last-word"
+    return tuple(
+        UnitScore(
+            id=unit.id,
+            subset=unit.subset,
+            tokens=unit.tokens,
+            bytes=unit.bytes,
+            nats=loss,
+            words=unit.words,
+            correct=hit == unit.tokens if is_last_word else None,
+        )
+        for unit, loss, hit in zip(corpus.units, nats, hits, strict=True)
+    )
+
+
+def data_info(corpus: Corpus, tokenizer: TokenizerLike) -> DataInfo:
+    """A result's description of the text that it was measured on."""
     return DataInfo(
         source=corpus.source.name,
         revision=corpus.source.revision,
@@ -157,18 +168,18 @@ def data_info(corpus: Corpus, tokenizer: Tokenizer) -> DataInfo:
     )
 
 
-def documents_met(corpus: Corpus, calibrated_on: Collection[str]) -> int:
-    """How many documents of the text have one of these fingerprints."""
+def contaminated_documents(corpus: Corpus, calibrated_on: Collection[str]) -> int:
+    """The number of documents of the text that have one of these fingerprints."""
     known = frozenset(calibrated_on)
     return sum(document in known for document in corpus.fingerprints)
 
 
-def flattered(name: str, met: int, corpus: Corpus) -> Iterator[str]:
-    """The note that model `name` was calibrated on `met` of the documents, if it was on any."""
-    if met:
+def contamination_notes(name: str, contaminated: int, corpus: Corpus) -> Iterator[str]:
+    """The note that model `name` was calibrated on so many of the documents, if it was on any."""
+    if contaminated:
         yield (
-            f"{met} of the {len(corpus.fingerprints)} documents were calibrated on by {name}: its figures flatter it; "
-            "leave them out with --exclude-calibrated"
+            f"{contaminated} of the {len(corpus.fingerprints)} documents were calibrated on by {name}: "
+            "its figures flatter it; leave them out with --exclude-calibrated"
         )
 
 

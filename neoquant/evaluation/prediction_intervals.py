@@ -6,7 +6,7 @@ from typing import TypedDict
 
 import torch
 
-from neoquant.evaluation.statistics import Interval, ratio_interval
+from neoquant.evaluation.statistics import ConfidenceInterval, ratio_interval
 
 
 class PredictionIntervals(TypedDict):
@@ -18,7 +18,7 @@ class PredictionIntervals(TypedDict):
     kl_high: float | None
 
 
-def kl_interval(kl: torch.Tensor, tokens: torch.Tensor) -> Interval | None:
+def kl_interval(kl: torch.Tensor, tokens: torch.Tensor) -> ConfidenceInterval | None:
     """The interval of the mean KL divergence of a token, which is never negative; float64[documents] each."""
     return _bounded(ratio_interval(kl, tokens), torch.inf)
 
@@ -38,5 +38,5 @@ def prediction_intervals(kl: torch.Tensor, agreed: torch.Tensor, tokens: torch.T
     }
 
 
-def _bounded(interval: Interval | None, most: float) -> Interval | None:
-    return interval and Interval(max(0.0, interval.low), min(most, interval.high))
+def _bounded(interval: ConfidenceInterval | None, most: float) -> ConfidenceInterval | None:
+    return interval and ConfidenceInterval(max(0.0, interval.low), min(most, interval.high))

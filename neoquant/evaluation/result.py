@@ -34,10 +34,10 @@ class ModelInfo(Record):
     bits_per_weight_linears: float | None = None
     bits_per_weight_model: float | None = None
     parameters: int | None = None
-    format: str | None = None  # how quantized weights are spelled; None for a model that is not quantized
-    activations: str = "exact"  # or what they were rounded to before they met quantized weights
+    format: str | None = None  # of quantized weights; None for a model that is not quantized
+    activations: str = "exact"  # or the type that they were rounded to before products with quantized weights
     recipe: dict[str, Any] | None = None
-    calibration: dict[str, Any] | None = None  # text that it was rounded with: source, sha256, rows, length, seed
+    calibration: dict[str, Any] | None = None  # calibration samples: source, sha256, rows, length, seed
     sha256: str | None = None  # of the weights
 
 
@@ -75,7 +75,7 @@ class Score(Record):
     bytes: int  # UTF-8
     nats: float  # -log p, summed
     words: int | None = None  # where documents are scored whole, or their last word is
-    correct: int | None = None  # documents whose last word was found, where that is what is scored
+    correct: int | None = None  # documents whose last word was predicted, in the last-word protocol
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -135,7 +135,7 @@ class Evaluation(Record):
 
     schema_version: Literal["neoquant.evaluation/2"] = "neoquant.evaluation/2"
     model: ModelInfo
-    suite: Suite  # with context and stride settled
+    suite: Suite  # with the context and stride that were used
     data: DataInfo
     environment: Environment
     total: Score  # of all text together
@@ -166,14 +166,14 @@ class Histogram(Record):
 
 
 class Distribution(Record):
-    """How something is spread over tokens. Mean, RMS and extremes are exact, quantiles right to 0.25 % of their value
-    (`sketch.ACCURACY`)."""
+    """A distribution over tokens. Mean, RMS and extremes are exact, quantiles right to 0.25 % of their value
+    (`quantile_sketch.RELATIVE_ACCURACY`)."""
 
     mean: float
     rms: float
     minimum: float
     maximum: float
-    quantiles: dict[str, float]  # "99.9" -> what 99.9 % of the tokens do not exceed; see QUANTILES
+    quantiles: dict[str, float]  # "99.9" -> the value that 99.9 % of the tokens do not exceed; see QUANTILES
     histogram: Histogram | None = None  # in the total only
 
     @field_validator("quantiles")
@@ -261,7 +261,7 @@ class TokenChange(Record):
 
 
 class Choice(Record):
-    """A token, and how likely a model found it. Bytes that are no UTF-8 are escaped, as `\\xe2`."""
+    """A token, and the probability that a model gives it. Bytes that are no UTF-8 are escaped, as `\\xe2`."""
 
     text: str
     probability: float
@@ -313,7 +313,7 @@ class Candidate(Record):
     macro: MacroChange
     subsets: tuple[Change, ...]
     units: tuple[UnitChange, ...] = ()
-    worst_documents: tuple[WorstDocument, ...] = ()  # by KL a token, of those with at least WORST_TOKENS tokens
+    worst_documents: tuple[WorstDocument, ...] = ()  # by KL a token, the short ones left out
     worst_tokens: tuple[WorstToken, ...] = ()  # by KL, one in a stretch of text
 
 

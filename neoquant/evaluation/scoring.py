@@ -1,4 +1,4 @@
-"""The one loop that runs models: every model reads the same windows, and each scored token is counted once."""
+"""Runs the models: each reads the same windows, and each scored token is counted once."""
 
 from __future__ import annotations
 
@@ -8,22 +8,28 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from neoquant.errors import CheckpointError, RequestError
-from neoquant.evaluation.accumulator import Measures, Tally
+from neoquant.evaluation.accumulator import Accumulator, TokenScores
 from neoquant.evaluation.corpus import Corpus, Window
-from neoquant.evaluation.distributed import ALONE, Team
+from neoquant.evaluation.distributed import SINGLE_PROCESS, ProcessGroup
 from neoquant.evaluation.journal import Journal
 from neoquant.progress import Progress
 
 
-class Pace(NamedTuple):
-    """How much is held at once. A CPU is fastest with what stays in its cache, a GPU with large pieces."""
+class BatchLimits(NamedTuple):
+    """How much is computed at once. A CPU is fastest with what stays in its cache, a GPU with large pieces."""
 
     positions: int  # read in one batch (or one window, if that is longer)
     rows: int  # of logits, for each of two models
 
 
-CPU_PACE = Pace(positions=1024, rows=128)
-GPU_PACE = Pace(positions=16384, rows=1024)
+CPU_LIMITS = BatchLimits(positions=1024, rows=128)
+GPU_LIMITS = BatchLimits(positions=16384, rows=1024)
+
+
+def batch_limits(device: torch.device) -> BatchLimits:
+    """The fastest on such a device."""
+    return CPU_LIMITS if device.type == "cpu" else GPU_LIMITS
+
 
 TOP_TOKENS = 3
 """Likeliest tokens that are kept of each prediction."""
@@ -66,65 +72,69 @@ def score(
     *,
     names: Sequence[str] = (),
     journal: Journal | None = None,
-    team: Team = ALONE,
-) -> Tally:
+    process_group: ProcessGroup = SINGLE_PROCESS,
+) -> Accumulator:
     """Score every window of `corpus` with each of `models`, side by side; the first is the reference.
 
-    Beside the models and the text, one batch of hidden states a model and a few pieces of logits are held, and what
-    `Tally` counts in, whatever the number of tokens. What `journal` holds is not scored again; each of a `team` scores
-    its share and returns the whole.
+    Memory does not grow with the number of tokens: one batch of hidden states a model, a few pieces of logits, and the
+    accumulator. Batches in `journal` are not scored again. Each process of the group scores its share of the batches,
+    and all return the whole.
 
     Raises RequestError for tokens outside a model's vocabulary, CheckpointError, with the model's name, for losses that
     are not finite, OutputError where the journal cannot be written.
     """
     check_vocabularies(models, corpus)
-    pace = CPU_PACE if models[0].device.type == "cpu" else GPU_PACE
-    tally = Tally(corpus, len(models))
-    work = list(batches(corpus.windows, pace.positions))
-    before = journal.restore(tally, len(work)) if journal else set()
-    mine = [number for number in range(len(work)) if number not in before][team.rank :: team.size]
-    done = before if team.rank == 0 else set()
+    limits, accumulator = batch_limits(models[0].device), Accumulator(corpus, len(models))
+    work = list(batches(corpus.windows, limits.positions))
+    resumed = journal.restore(accumulator, len(work)) if journal else set()
+    mine = [number for number in range(len(work)) if number not in resumed][process_group.rank :: process_group.size]
+    done = resumed if process_group.rank == 0 else set()
     try:
         with progress.task("scoring", total=sum(corpus.windows[w].scored for n in mine for w in work[n])) as advance:
             for number in mine:
                 windows = work[number]
-                measured = _measure_batch(models, [corpus.windows[w] for w in windows], pace.rows, advance)
-                _check_finite(measured, windows, corpus, names)
-                tally.add(windows, measured)
+                scores = _score_batch(models, [corpus.windows[w] for w in windows], limits.rows, advance)
+                _check_finite(scores, windows, corpus, names)
+                accumulator.add(windows, scores)
                 done.add(number)
                 if journal:
-                    journal.keep(tally, done)
+                    journal.write_if_due(accumulator, done)
     except (KeyboardInterrupt, SystemExit) as error:
         if journal:
-            journal.write(tally, done)
+            journal.write(accumulator, done)
             if isinstance(error, KeyboardInterrupt):
                 raise type(error)(
                     f"after {len(done)} of {len(work)} batches: the same command resumes from {journal.path}"
                 ) from error
         raise
-    for rank, state in enumerate(team.share(tally.state() if team.size > 1 else None)):
-        if rank != team.rank:
-            tally.merge(Tally.of_state(state))
-    if journal and team.rank == 0:
-        journal.write(tally, set(range(len(work))))
-    return tally
+    _merge_all(accumulator, process_group)
+    if journal and process_group.rank == 0:
+        journal.write(accumulator, set(range(len(work))))
+    return accumulator
 
 
-def _measure_batch(
+def _merge_all(accumulator: Accumulator, group: ProcessGroup) -> None:
+    """Merge the accumulators of the group's other processes into this one's."""
+    for rank, state in enumerate(group.all_gather(accumulator.state() if group.size > 1 else None)):
+        if rank != group.rank:
+            accumulator.merge(Accumulator.from_state(state))
+
+
+def _score_batch(
     models: Sequence[Model], windows: Sequence[Window], rows: int, advance: Callable[[float], None]
-) -> list[Measures]:
-    """What each model gives for the scored tokens of `windows`, one after the other."""
-    ids, where, targets, _ = stacked(windows)
+) -> list[TokenScores]:
+    """Each model's scores of the scored tokens of `windows`, one after the other."""
+    ids, scored, targets, _ = pad_windows(windows)
     hidden = [last_hidden_state(model, ids) for model in models]  # [B, T, C]
-    hidden = [h[where.to(h.device)] for h in hidden]  # [N, C]
-    pieces: list[list[Measures]] = [[] for _ in models]
+    hidden = [h[scored.to(h.device)] for h in hidden]  # [N, C]
+    pieces: list[list[TokenScores]] = [[] for _ in models]
     for start in range(0, len(targets), rows):
         piece = slice(start, start + rows)
         logits = (model.lm_head(h[piece]) for model, h in zip(models, hidden, strict=True))
-        for collected, measured in zip(pieces, measures(logits, targets[piece]), strict=True):
-            collected.append(measured)
+        for collected, scores in zip(pieces, score_tokens(logits, targets[piece]), strict=True):
+            collected.append(scores)
         advance(len(targets[piece]))
-    return [Measures(*(torch.cat(parts).cpu() for parts in zip(*collected, strict=True))) for collected in pieces]
+    return [TokenScores(*(torch.cat(parts).cpu() for parts in zip(*collected, strict=True))) for collected in pieces]
 
 
 def batches(windows: Sequence[Window], tokens: int) -> Iterator[list[int]]:
@@ -141,25 +151,25 @@ def batches(windows: Sequence[Window], tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
-def stacked(windows: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """ids[B, T], where[B, T] (bool: this position's prediction is scored), and for those targets[N], units[N].
+def pad_windows(windows: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ids[B, T], scored[B, T] (bool: this position's prediction is scored), and for these targets[N] and units[N].
 
-    Shorter windows are filled up on the right, which no earlier position of a causal model sees.
+    Shorter windows are padded on the right, where no earlier position of a causal model attends.
     """
     width = max(len(window.ids) for window in windows) - 1
     ids = torch.zeros(len(windows), width, dtype=torch.int64)
-    where = torch.zeros(len(windows), width, dtype=torch.bool)
+    scored = torch.zeros(len(windows), width, dtype=torch.bool)
     for row, window in enumerate(windows):
         length = len(window.ids) - 1
         ids[row, :length] = window.ids[:-1]
-        where[row, length - window.scored : length] = True
+        scored[row, length - window.scored : length] = True
     targets = torch.cat([window.ids[len(window.ids) - window.scored :].long() for window in windows])
     units = torch.tensor([window.unit for window in windows])
-    return ids, where, targets, units.repeat_interleave(torch.tensor([window.scored for window in windows]))
+    return ids, scored, targets, units.repeat_interleave(torch.tensor([window.scored for window in windows]))
 
 
-def measures(logits: Iterator[torch.Tensor], targets: torch.Tensor) -> Iterator[Measures]:
-    """What each model's logits[N, V] say of the tokens `targets`[N]; the first model is the reference.
+def score_tokens(logits: Iterator[torch.Tensor], targets: torch.Tensor) -> Iterator[TokenScores]:
+    """Each model's scores of the tokens `targets`[N] by its logits[N, V]; the first model is the reference.
 
     KL = sum p (x - y) - (log Z_x - log Z_y): the logits' differences are formed before anything is rounded. A token's
     divergence is then right to about 1e-7 nats, without bias; from float32 log-probabilities it would be to 4e-7.
@@ -167,27 +177,27 @@ def measures(logits: Iterator[torch.Tensor], targets: torch.Tensor) -> Iterator[
     reference = next(logits).float()
     targets = targets.to(reference.device)
     log_z, p = _softmax(reference)
-    yield _measures(reference, log_z, targets, torch.zeros_like(log_z))
+    yield _token_scores(reference, log_z, targets, torch.zeros_like(log_z))
     for other in logits:
         y = other.to(reference.device, torch.float32)
         other_log_z, _ = _softmax(y)
         kl = (p * (reference - y)).sum(-1).double() - (log_z - other_log_z)
-        yield _measures(y, other_log_z, targets, kl)
+        yield _token_scores(y, other_log_z, targets, kl)
 
 
-def _measures(logits: torch.Tensor, log_z: torch.Tensor, targets: torch.Tensor, kl: torch.Tensor) -> Measures:
+def _token_scores(logits: torch.Tensor, log_z: torch.Tensor, targets: torch.Tensor, kl: torch.Tensor) -> TokenScores:
     top = logits.topk(min(TOP_TOKENS, logits.shape[-1]))
     nats = log_z - logits.gather(-1, targets[:, None])[:, 0].double()
     hit = (top.indices[:, 0] == targets).double()
-    return Measures(nats, kl, top.indices.double(), (top.values.double() - log_z[:, None]).exp(), hit)
+    return TokenScores(nats, kl, top.indices.double(), (top.values.double() - log_z[:, None]).exp(), hit)
 
 
 def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """log of the normalizer, float64[N], and the probabilities, float32[N, V], of float32 logits."""
-    peak = logits.amax(-1, keepdim=True)
-    p = (logits - peak).exp_()
+    maximum = logits.amax(-1, keepdim=True)
+    p = (logits - maximum).exp_()
     z = p.sum(-1, keepdim=True)
-    return (z.double().log() + peak.double())[:, 0], p.div_(z)
+    return (z.double().log() + maximum.double())[:, 0], p.div_(z)
 
 
 def check_vocabularies(models: Sequence[Model], corpus: Corpus) -> None:
@@ -202,8 +212,8 @@ def check_vocabularies(models: Sequence[Model], corpus: Corpus) -> None:
         )
 
 
-def _check_finite(measured: list[Measures], windows: list[int], corpus: Corpus, names: Sequence[str]) -> None:
-    for number, model in enumerate(measured):
+def _check_finite(scores: list[TokenScores], windows: list[int], corpus: Corpus, names: Sequence[str]) -> None:
+    for number, model in enumerate(scores):
         bad = (~torch.isfinite(model.nats + model.kl)).nonzero()
         if len(bad):
             scored = torch.tensor([corpus.windows[w].scored for w in windows]).cumsum(0)

@@ -21,12 +21,12 @@ that of ten documents is estimated far too small. eval/statistics/coverage.py co
 Parts = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
-class Interval(NamedTuple):
+class ConfidenceInterval(NamedTuple):
     low: float
     high: float
 
 
-def ratio_interval(sums: torch.Tensor, counts: torch.Tensor) -> Interval | None:
+def ratio_interval(sums: torch.Tensor, counts: torch.Tensor) -> ConfidenceInterval | None:
     """The 95 % interval of sum(sums) / sum(counts), where units (documents) were drawn.
 
     sums, counts: float64[n]; counts (tokens or bytes) are positive. Pass differences between two models on the same
@@ -35,7 +35,7 @@ def ratio_interval(sums: torch.Tensor, counts: torch.Tensor) -> Interval | None:
     return mean_interval([(sums, counts)])
 
 
-def mean_interval(parts: Parts) -> Interval | None:
+def mean_interval(parts: Parts) -> ConfidenceInterval | None:
     """The 95 % interval of the mean over parts (subsets) of sum(sums) / sum(counts), units drawn within each part.
 
     Student's t with the jackknife's error, and three things that matter where documents are few:
@@ -64,11 +64,11 @@ def mean_interval(parts: Parts) -> Interval | None:
         third += float((residuals**3).sum())
         square += float((residuals**2).sum())
     if variance == 0 or square == 0:
-        return Interval(estimate, estimate)
+        return ConfidenceInterval(estimate, estimate)
     t = student_975(variance**2 / spread)
     error = math.sqrt(variance) / len(parts)
     extension = SKEW * third / square**1.5 / 6 * (1 + 2 * t**2) * error
-    return Interval(estimate - t * error + min(0.0, extension), estimate + t * error + max(0.0, extension))
+    return ConfidenceInterval(estimate - t * error + min(0.0, extension), estimate + t * error + max(0.0, extension))
 
 
 def ratio_error(sums: torch.Tensor, counts: torch.Tensor) -> float | None:

@@ -11,13 +11,13 @@ LONGEST = 4
 """Bytes of a character in UTF-8, at most: so many tokens may share one."""
 
 
-class Decoder(Protocol):
+class SupportsDecode(Protocol):
     """What is needed of a tokenizer; one that has `convert_ids_to_tokens` as well can show single bytes."""
 
     def decode(self, ids: list[int]) -> str: ...
 
 
-def token_texts(ids: Sequence[int], tokenizer: Decoder) -> list[str]:
+def token_texts(ids: Sequence[int], tokenizer: SupportsDecode) -> list[str]:
     """The text of each token; of tokens that share a character, the last one has it, and the others are empty."""
     texts = []
     start = 0
@@ -31,7 +31,7 @@ def token_texts(ids: Sequence[int], tokenizer: Decoder) -> list[str]:
     return texts
 
 
-def decode_escaped(ids: Sequence[int], tokenizer: Decoder) -> str:
+def decode_escaped(ids: Sequence[int], tokenizer: SupportsDecode) -> str:
     """Tokens as text; bytes that are no UTF-8 by themselves are escaped: `\\xe2\\x80` instead of U+FFFD.
 
     The bytes come from the vocabulary's entries in the byte-level alphabet of GPT-2 (openai/gpt-2, encoder.py). Where

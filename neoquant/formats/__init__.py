@@ -15,11 +15,13 @@ from neoquant.formats.base import Format
 from neoquant.formats.bnb4 import Bnb4
 from neoquant.formats.bnb8 import Bnb8
 from neoquant.formats.compressed import CompressedTensors
-from neoquant.formats.gptq import V1, V2, Gptq
-from neoquant.formats.packed import Packed
+from neoquant.formats.gptq import V1, V2, GptqFormat
+from neoquant.formats.packed import PackedFormat
 from neoquant.grids import Grid
 
-FORMATS: dict[str, Format] = {format.name: format for format in (Bnb4(), Bnb8(), Gptq(), CompressedTensors(), Packed())}
+FORMATS: dict[str, Format] = {
+    format.name: format for format in (Bnb4(), Bnb8(), GptqFormat(), CompressedTensors(), PackedFormat())
+}
 
 NAMED: Mapping[str, tuple[Format, ...]] = {
     "auto": tuple(FORMATS.values()),
@@ -28,8 +30,8 @@ NAMED: Mapping[str, tuple[Format, ...]] = {
         for family in dict.fromkeys(format.family for format in FORMATS.values())
     },
     **{name: (format,) for name, format in FORMATS.items()},
-    "gptq-v1": (Gptq(version=V1),),
-    "gptq-v2": (Gptq(version=V2),),
+    "gptq-v1": (GptqFormat(version=V1),),
+    "gptq-v2": (GptqFormat(version=V2),),
 }
 """What a format may be asked for by (a family's name, its own, or a version's) -> the formats to try, in this order."""
 
@@ -40,8 +42,8 @@ __all__ = [
     "Bnb8",
     "CompressedTensors",
     "Format",
-    "Gptq",
-    "Packed",
+    "GptqFormat",
+    "PackedFormat",
     "choose",
     "detect",
     "detect_checked",

@@ -25,7 +25,7 @@ V1, V2 = "gptq", "gptq_v2"
 MULTIPLE = 32  # of inputs and outputs: whole words at every number of bits
 
 
-class Gptq(Format):
+class GptqFormat(Format):
     """Affine linears whose sides are multiples of 32."""
 
     name: ClassVar[str] = "gptq"
@@ -43,7 +43,7 @@ class Gptq(Format):
         self.version = version
 
     def configured(self, said: Mapping[str, Any]) -> Format:
-        return Gptq(said)
+        return GptqFormat(said)
 
     def checked(
         self, layers: Mapping[str, Iterable[str]], view: Callable[[str], Tensor]
@@ -66,7 +66,7 @@ class Gptq(Format):
         said = {key: value for key, value in self.said.items() if key != "format"} | {"checkpoint_format": version}
         verb = "says" if {"checkpoint_format", "format"} & self.said.keys() else "leaves it at"
         note = f"qzeros are of checkpoint_format {version!r}, as sym: true shows, and config.json {verb} {stated!r}"
-        return Gptq(said), (f"{note}; they are read as {version!r}",)
+        return GptqFormat(said), (f"{note}; they are read as {version!r}",)
 
     def refuse(self, grid: Grid, shape: tuple[int, ...]) -> str | None:
         if not isinstance(grid, Affine):

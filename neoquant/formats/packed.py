@@ -33,7 +33,7 @@ VERSION = 1
 HEADER = ".weight.neoquant"
 
 
-class Packed(Format):
+class PackedFormat(Format):
     """Everything that neoquant can quantize."""
 
     name: ClassVar[str] = "packed"

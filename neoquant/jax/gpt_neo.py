@@ -23,7 +23,7 @@ from neoquant.jax.cache import FlaxCache
 from neoquant.jax.checks import require_within
 from neoquant.jax.generate import generate
 from neoquant.jax.outputs import FlaxBaseModelOutput, FlaxCausalLMOutput
-from neoquant.jax.source import Source
+from neoquant.jax.source import TorchSource
 from neoquant.jax.weights import PRECISION
 from neoquant.loading.pretrained import GPTNeoForCausalLM, GPTNeoModel, PreTrainedModel
 from neoquant.model.config import GPTNeoConfig
@@ -40,10 +40,10 @@ ACTIVATION: dict[str, Callable[[Any], Any]] = {
 }
 
 
-class SelfAttention(nnx.Module):
+class FlaxSelfAttention(nnx.Module):
     """Multi-head attention of one layer, global or local."""
 
-    def __init__(self, config: GPTNeoConfig, source: Source, layer: int, dtype: Any) -> None:
+    def __init__(self, config: GPTNeoConfig, source: TorchSource, layer: int, dtype: Any) -> None:
         name = f"h.{layer}.attn.attention"
         self.window = config.window_size if config.attention_layers[layer] == "local" else None
         self.heads = config.num_heads
@@ -85,13 +85,13 @@ def attention_mask(T: int, S: int, past: Any, window: int | None, keep: Any | No
     return mask | (~mask.any(-1, keepdims=True) & (i == j))
 
 
-class Block(nnx.Module):
+class FlaxBlock(nnx.Module):
     """One layer: attention and MLP, each behind a norm and beside a residual."""
 
-    def __init__(self, config: GPTNeoConfig, source: Source, layer: int, dtype: Any) -> None:
+    def __init__(self, config: GPTNeoConfig, source: TorchSource, layer: int, dtype: Any) -> None:
         eps = config.layer_norm_epsilon
         self.ln_1, self.ln_2 = (source.norm(f"h.{layer}.{name}", eps, dtype) for name in ("ln_1", "ln_2"))
-        self.attn = SelfAttention(config, source, layer, dtype)
+        self.attn = FlaxSelfAttention(config, source, layer, dtype)
         self.c_fc, self.c_proj = (source.linear(f"h.{layer}.mlp.{name}", dtype) for name in ("c_fc", "c_proj"))
         self.activation = config.activation_function
 
@@ -120,7 +120,7 @@ class _PreTrained(nnx.Module):
 
     torch_class: ClassVar[type[PreTrainedModel]]
 
-    def __init__(self, config: GPTNeoConfig, source: Source, dtype: Any) -> None:
+    def __init__(self, config: GPTNeoConfig, source: TorchSource, dtype: Any) -> None:
         """From a source of weights: `from_pretrained` opens one."""
         self._config = _Hashable(config)
 
@@ -138,7 +138,7 @@ class _PreTrained(nnx.Module):
         Raises what `neoquant.load` raises.
         """
         kind = _float_type(dtype)
-        taken = Source.open(source, cls.torch_class, revision)
+        taken = TorchSource.open(source, cls.torch_class, revision)
         return cls(taken.config, taken, kind)
 
     @property
@@ -195,11 +195,11 @@ class FlaxGPTNeoModel(_PreTrained):
 
     torch_class: ClassVar[type[PreTrainedModel]] = GPTNeoModel
 
-    def __init__(self, config: GPTNeoConfig, source: Source, dtype: Any) -> None:
+    def __init__(self, config: GPTNeoConfig, source: TorchSource, dtype: Any) -> None:
         super().__init__(config, source, dtype)
         self.wte = source.weight("wte", dtype)
         self.wpe = source.table("wpe", dtype)
-        self.h = nnx.List([Block(config, source, layer, dtype) for layer in range(config.num_layers)])
+        self.h = nnx.List([FlaxBlock(config, source, layer, dtype) for layer in range(config.num_layers)])
         self.ln_f = source.norm("ln_f", config.layer_norm_epsilon, dtype)
 
     def __call__(
@@ -254,7 +254,7 @@ class FlaxGPTNeoForCausalLM(_PreTrained):
 
     torch_class: ClassVar[type[PreTrainedModel]] = GPTNeoForCausalLM
 
-    def __init__(self, config: GPTNeoConfig, source: Source, dtype: Any) -> None:
+    def __init__(self, config: GPTNeoConfig, source: TorchSource, dtype: Any) -> None:
         super().__init__(config, source, dtype)
         self.transformer = FlaxGPTNeoModel(config, source.inside("transformer"), dtype)
         self.lm_head = None if config.tie_word_embeddings else source.linear("lm_head", dtype)

@@ -13,7 +13,7 @@ import torch
 from flax import nnx
 from torch import Tensor, nn
 
-from neoquant.jax.weights import LayerNorm, Linear, Weight, to_jax
+from neoquant.jax.weights import FlaxWeight, LayerNorm, Linear, to_jax
 from neoquant.loading.load import load_model
 from neoquant.loading.pretrained import PreTrainedModel
 from neoquant.model.config import GPTNeoConfig
@@ -22,14 +22,14 @@ from neoquant.tensor import QuantizedTensor
 
 
 @dataclass(frozen=True)
-class Source:
+class TorchSource:
     """A torch model on the CPU whose layers are taken by name, once each."""
 
     model: PreTrainedModel
     prefix: str = ""
 
     @classmethod
-    def open(cls, source: str | Path, torch_class: type[PreTrainedModel], revision: str | None) -> Source:
+    def open(cls, source: str | Path, torch_class: type[PreTrainedModel], revision: str | None) -> TorchSource:
         """The folder or hub id as `torch_class`; plain weights lie in the file's own memory until they are taken."""
         return cls(load_model(source, torch_class, revision=revision, dtype="auto", device="cpu"))
 
@@ -37,12 +37,12 @@ class Source:
     def config(self) -> GPTNeoConfig:
         return self.model.config
 
-    def inside(self, prefix: str) -> Source:
+    def inside(self, prefix: str) -> TorchSource:
         """The same, for names behind `prefix`."""
-        return Source(self.model, f"{prefix}.")
+        return TorchSource(self.model, f"{prefix}.")
 
-    def weight(self, name: str, dtype: Any) -> Weight:
-        return Weight(_matrix(self._module(name)), dtype)
+    def weight(self, name: str, dtype: Any) -> FlaxWeight:
+        return FlaxWeight(_matrix(self._module(name)), dtype)
 
     def table(self, name: str, dtype: Any) -> Any:
         """A table that is never quantized: the position embeddings."""
@@ -51,7 +51,7 @@ class Source:
     def linear(self, name: str, dtype: Any) -> Linear:
         module = self._module(name)
         bias = getattr(module, "bias", None)
-        made = Linear(Weight(_matrix(module), dtype), bias, dtype)
+        made = Linear(FlaxWeight(_matrix(module), dtype), bias, dtype)
         for buffer in list(module._buffers):  # both copies of all layers need not be held at once
             module._buffers[buffer] = torch.empty(0)
         return made

@@ -20,11 +20,11 @@ from neoquant.tensor import QuantizedTensor
 PRECISION = jax.lax.Precision.HIGHEST  # float32 is multiplied as float32 also where a processor would rather not
 
 
-class Packed(nnx.Variable[Any]):
+class FlaxPacked(nnx.Variable[Any]):
     """A tensor of a quantized weight, which is not trained."""
 
 
-class Weight(nnx.Module):
+class FlaxWeight(nnx.Module):
     """A matrix [O, I]."""
 
     def __init__(self, weight: Tensor | QuantizedTensor, dtype: Any) -> None:
@@ -51,16 +51,16 @@ class Weight(nnx.Module):
         packed = packing.pack(q.codes, q.grid.bits)
         if q.grid.bits < 8 and (spare := -packed.shape[1] % q.grid.bits):
             packed = torch.nn.functional.pad(packed, (0, spare))  # whole eights of codes, as `unpack` takes them
-        self.codes = Packed(to_jax(packed))
+        self.codes = FlaxPacked(to_jax(packed))
         for name, param in q.params.items():
-            setattr(self, name, Packed(to_jax(param)))
+            setattr(self, name, FlaxPacked(to_jax(param)))
         decoding = q.grid.decoding
         if decoding.table is not None:
-            self.table = Packed(jnp.array(decoding.table, dtype=jnp.float32))
+            self.table = FlaxPacked(jnp.array(decoding.table, dtype=jnp.float32))
         if decoding.scale.table is not None:
-            self.scale_table = Packed(jnp.array(decoding.scale.table, dtype=jnp.float32))
+            self.scale_table = FlaxPacked(jnp.array(decoding.scale.table, dtype=jnp.float32))
         if q.order is not None:
-            self.inverse = Packed(to_jax(q.order.long().argsort().int()))
+            self.inverse = FlaxPacked(to_jax(q.order.long().argsort().int()))
 
     def _decode(self, ids: Any | None) -> Any:
         """float32[..., I], columns as they are stored."""
@@ -106,7 +106,7 @@ class Weight(nnx.Module):
 class Linear(nnx.Module):
     """x[..., I] -> [..., O], in x's type. A weight may be shared with an embedding."""
 
-    def __init__(self, weight: Weight, bias: Tensor | None, dtype: Any) -> None:
+    def __init__(self, weight: FlaxWeight, bias: Tensor | None, dtype: Any) -> None:
         self.weight = weight
         self.bias = None if bias is None else nnx.Param(to_jax(bias, dtype))
 

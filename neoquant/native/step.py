@@ -39,7 +39,7 @@ class _Block(ctypes.Structure):
     )
 
 
-class Packed(NamedTuple):
+class NativeLinear(NamedTuple):
     """A linear layer: its weight, its bias [O], and whether x is rounded to int8 before it."""
 
     weight: Weight
@@ -52,7 +52,7 @@ class NativeBlock:
 
     def __init__(
         self,
-        layers: Sequence[Packed],
+        layers: Sequence[NativeLinear],
         norms: Sequence[Tensor],
         epsilons: tuple[float, float],
         *,

@@ -18,7 +18,7 @@ from neoquant.kernels import Cpu
 from neoquant.model.cache import KVCache
 from neoquant.model.gpt_neo import AttentionMasks, Block
 from neoquant.native import products
-from neoquant.native.step import ACTIVATIONS, NativeBlock, Packed, outruns_torch
+from neoquant.native.step import ACTIVATIONS, NativeBlock, NativeLinear, outruns_torch
 from neoquant.nn.linear import QuantLinear, StoredLinear, is_native, is_traced
 
 
@@ -185,13 +185,13 @@ def _is_taken(layer: nn.Module) -> bool:
     return taken and (bias is None or _is_vector(bias, layer.out_features))  # type: ignore[arg-type]
 
 
-def _packed(layer: nn.Module) -> Packed:
+def _packed(layer: nn.Module) -> NativeLinear:
     """A layer as the library takes it."""
     bias = layer._parameters.get("bias")
     if isinstance(layer, QuantLinear) and isinstance(layer.kernel, Cpu):
         weight = layer.kernel.native(layer.state, layer.grid, layer.shape)
-        return Packed(weight, bias, layer.kernel.activations == "int8")
-    return Packed(products.plain(layer.get_parameter("weight")), bias, False)
+        return NativeLinear(weight, bias, layer.kernel.activations == "int8")
+    return NativeLinear(products.plain(layer.get_parameter("weight")), bias, False)
 
 
 def _is_plain(norm: nn.LayerNorm, width: int) -> bool:

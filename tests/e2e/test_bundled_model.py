@@ -15,7 +15,7 @@ from conftest import REPOSITORY
 import neoquant
 from neoquant.data.documents import stdlib_documents
 from neoquant.demo import MODEL
-from neoquant.evaluation import Comparison, Contestant, ModelInfo, load_suite
+from neoquant.evaluation import Comparison, EvaluatedModel, ModelInfo, load_suite
 from neoquant.evaluation import compare as compare_models
 
 BITS_PER_BYTE = 8
@@ -25,16 +25,16 @@ BITS_PER_BYTE = 8
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     """int8, NF4 and FP4 copies against the model, on one held-out document of each of two subsets."""
     folder = tmp_path_factory.mktemp("demo")
-    contestants = []
+    evaluated = []
     for kind in (None, "int8", "nf4", "fp4"):
         source = MODEL
         if kind is not None:
             source = folder / kind
             neoquant.quantize(None, source, neoquant.Recipe.load(kind))
         model, tokenizer = neoquant.load(source)
-        contestants.append(Contestant(model, ModelInfo(name=kind or "fp16")))
+        evaluated.append(EvaluatedModel(model, ModelInfo(name=kind or "fp16")))
     suite = load_suite("demo").override(subsets=("formats", "text"), documents=1)
-    return compare_models(contestants[0], contestants[1:], tokenizer, suite)
+    return compare_models(evaluated[0], evaluated[1:], tokenizer, suite)
 
 
 def test_its_shape_is_what_the_tools_must_deal_with() -> None:

@@ -11,12 +11,12 @@ import torch
 from byte_tokenizer import Bytes
 
 from neoquant.data.suite import Suite
-from neoquant.evaluation.accumulator import STRETCH, WORST, Measures, Tally
+from neoquant.evaluation.accumulator import LARGEST, SEGMENT, Accumulator, TokenScores
 from neoquant.evaluation.compare import _candidate
 from neoquant.evaluation.corpus import Corpus, read_corpus
-from neoquant.evaluation.perplexity import summarize
+from neoquant.evaluation.perplexity import ScoredCorpus, summarize
 from neoquant.evaluation.prediction_intervals import PredictionIntervals, prediction_intervals
-from neoquant.evaluation.quantile_sketch import ACCURACY
+from neoquant.evaluation.quantile_sketch import RELATIVE_ACCURACY
 from neoquant.evaluation.result import Candidate, Environment, ModelInfo
 from neoquant.progress import SILENT
 
@@ -38,22 +38,22 @@ def log(*probabilities: float) -> torch.Tensor:
     return -f64(*probabilities).log()
 
 
-def candidate(corpus: Corpus, tally: Tally) -> Candidate:
-    evaluation = summarize(ModelInfo(name="b"), ENVIRONMENT, corpus, Bytes(), tally, 1, 0)
-    return _candidate(0, evaluation, corpus, Bytes(), tally)
+def candidate(corpus: Corpus, accumulator: Accumulator) -> Candidate:
+    scored = ScoredCorpus(corpus, Bytes(), accumulator, seconds=0)
+    return _candidate(0, summarize(ModelInfo(name="b"), ENVIRONMENT, scored, 1), scored)
 
 
 def test_a_case_by_hand(tmp_path: Path) -> None:
     """Five tokens in two subsets: every figure can be added up on paper."""
     corpus = make_corpus(tmp_path, [("A", "xyz"), ("B", "uv")])
-    tally = Tally(corpus, 2)
+    accumulator = Accumulator(corpus, 2)
     ones = torch.ones(5, dtype=torch.float64)
     tops = [torch.stack([f64(*top), f64(98, 99, 98, 99, 98)], dim=1) for top in ((1, 2, 3, 4, 5), (1, 2, 9, 4, 5))]
     shares = torch.stack([0.5 * ones, 0.25 * ones], dim=1)
-    reference = Measures(log(0.5, 0.5, 0.5, 0.25, 0.125), 0 * ones, tops[0], shares, ones)
-    other = Measures(log(0.25, 0.5, 0.5, 0.5, 0.125), f64(0.4, 0, 0.1, 0.2, 0.3), tops[1], shares, ones)
-    tally.add([0, 1], [reference, other])
-    found = candidate(corpus, tally)
+    reference = TokenScores(log(0.5, 0.5, 0.5, 0.25, 0.125), 0 * ones, tops[0], shares, ones)
+    other = TokenScores(log(0.25, 0.5, 0.5, 0.5, 0.125), f64(0.4, 0, 0.1, 0.2, 0.3), tops[1], shares, ones)
+    accumulator.add([0, 1], [reference, other])
+    found = candidate(corpus, accumulator)
     total, (a, b) = found.total, found.subsets
     ln2 = math.log(2)
     assert (a.nats_per_token, b.nats_per_token) == pytest.approx((ln2 / 3, -ln2 / 2))
@@ -67,8 +67,8 @@ def test_a_case_by_hand(tmp_path: Path) -> None:
     divergence, change, probability = total.divergence, total.loss_change, total.probability_change
     assert divergence is not None and change is not None and probability is not None
     assert (divergence.minimum, divergence.maximum) == (0, 0.4)
-    assert divergence.median == pytest.approx(0.2, rel=ACCURACY)
-    assert divergence.quantiles["90"] == pytest.approx(0.4, rel=ACCURACY)
+    assert divergence.median == pytest.approx(0.2, rel=RELATIVE_ACCURACY)
+    assert divergence.quantiles["90"] == pytest.approx(0.4, rel=RELATIVE_ACCURACY)
     assert (probability.minimum, probability.maximum) == pytest.approx((-0.25, 0.25))
     assert probability.rms == pytest.approx(math.sqrt(2 * 0.25**2 / 5)) and probability.mean == pytest.approx(0)
     assert (change.minimum, change.maximum, change.rms) == pytest.approx((-ln2, ln2, math.sqrt(2 * ln2**2 / 5)))
@@ -94,7 +94,7 @@ def test_a_case_by_hand(tmp_path: Path) -> None:
     assert a.kl_low is None and a.agreement_high is None  # one document
 
 
-def random_measures(corpus: Corpus, models: int) -> list[list[Measures]]:
+def random_measures(corpus: Corpus, models: int) -> list[list[TokenScores]]:
     """For each window, what every model gives for its tokens."""
     random = torch.Generator().manual_seed(3)
     found = []
@@ -102,28 +102,28 @@ def random_measures(corpus: Corpus, models: int) -> list[list[Measures]]:
         values = torch.rand(models, 5, window.scored, generator=random, dtype=torch.float64)
         values[:, 1] **= 8
         values[:, 2] = (5 * values[:, 2]).floor()
-        found.append([Measures(m[0], m[1], m[2][:, None], m[3][:, None], m[4]) for m in values])
+        found.append([TokenScores(m[0], m[1], m[2][:, None], m[3][:, None], m[4]) for m in values])
     return found
 
 
-def tallied(corpus: Corpus, measured: list[list[Measures]], batches: list[list[int]]) -> Tally:
-    tally = Tally(corpus, len(measured[0]))
+def accumulated(corpus: Corpus, scores: list[list[TokenScores]], batches: list[list[int]]) -> Accumulator:
+    accumulator = Accumulator(corpus, len(scores[0]))
     for batch in batches:
-        models = zip(*(measured[window] for window in batch), strict=True)
-        tally.add(batch, [Measures(*map(torch.cat, zip(*model, strict=True))) for model in models])
-    return tally
+        models = zip(*(scores[window] for window in batch), strict=True)
+        accumulator.add(batch, [TokenScores(*map(torch.cat, zip(*model, strict=True))) for model in models])
+    return accumulator
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     texts = [(subset, subset * length) for length in (5, 61, 200, 333, 1000) for subset in "ABC"]
-    return make_corpus(tmp_path_factory.mktemp("tally"), texts, context=70)
+    return make_corpus(tmp_path_factory.mktemp("accumulator"), texts, context=70)
 
 
 def test_all_tokens_at_once(corpus: Corpus) -> None:
     """Sums, quantiles and the worst tokens are those of the whole, in every subset."""
-    measured = random_measures(corpus, 2)
-    found = candidate(corpus, tallied(corpus, measured, [[w] for w in range(len(corpus.windows))]))
+    scores = random_measures(corpus, 2)
+    found = candidate(corpus, accumulated(corpus, scores, [[w] for w in range(len(corpus.windows))]))
     subsets = list(corpus.documents)
     for number, change in enumerate([found.total, *found.subsets]):
         windows = [
@@ -132,7 +132,7 @@ def test_all_tokens_at_once(corpus: Corpus) -> None:
             if number == 0 or corpus.units[window.unit].subset == subsets[number - 1]
         ]
         reference, other = (
-            Measures(*map(torch.cat, zip(*(measured[w][model] for w in windows), strict=True))) for model in (0, 1)
+            TokenScores(*map(torch.cat, zip(*(scores[w][model] for w in windows), strict=True))) for model in (0, 1)
         )
         p = other.nats.neg().exp() - reference.nats.neg().exp()
         for distribution, values in (
@@ -147,29 +147,29 @@ def test_all_tokens_at_once(corpus: Corpus) -> None:
             for share, quantile in distribution.quantiles.items():
                 exact = float(values.quantile(float(share) / 100, interpolation="higher"))
                 near = float(values.quantile(float(share) / 100, interpolation="lower"))
-                slack = ACCURACY * max(abs(exact), abs(near)) + 1e-8
+                slack = RELATIVE_ACCURACY * max(abs(exact), abs(near)) + 1e-8
                 assert near - slack <= quantile <= exact + slack
         assert change.agreement == pytest.approx(float((reference.top == other.top).double().mean()))
 
 
 def test_neither_order_nor_place_matters(corpus: Corpus) -> None:
-    """Batches in another order, cut otherwise, in two tallies that are merged: the same figures to the last bit."""
-    measured = random_measures(corpus, 3)
+    """Batches in another order, cut otherwise, in two accumulators that are merged: bit for bit the same figures."""
+    scores = random_measures(corpus, 3)
     windows = list(range(len(corpus.windows)))
-    whole = tallied(corpus, measured, [windows])
+    whole = accumulated(corpus, scores, [windows])
     shuffled = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0)).tolist()
     batches = [shuffled[start : start + 4] for start in range(0, len(shuffled), 4)]
-    for other in (tallied(corpus, measured, batches), merged(corpus, measured, batches)):
+    for other in (accumulated(corpus, scores, batches), merged(corpus, scores, batches)):
         for name in ("sums", "counts", "minima", "maxima"):
             assert torch.equal(getattr(whole, name), getattr(other, name)), name
         for model in range(2):
-            assert whole.worst(model) == other.worst(model)
-            assert len(whole.worst(model)) == WORST
-            places = [(peak.unit, peak.position // STRETCH) for peak in whole.worst(model)]
-            assert len(set(places)) == len(places)
+            assert whole.largest_divergences(model) == other.largest_divergences(model)
+            assert len(whole.largest_divergences(model)) == LARGEST
+            segments = [(token.unit, token.position // SEGMENT) for token in whole.largest_divergences(model)]
+            assert len(set(segments)) == len(segments)
 
 
-def merged(corpus: Corpus, measured: list[list[Measures]], batches: list[list[int]]) -> Tally:
-    first, second = tallied(corpus, measured, batches[::2]), tallied(corpus, measured, batches[1::2])
+def merged(corpus: Corpus, scores: list[list[TokenScores]], batches: list[list[int]]) -> Accumulator:
+    first, second = accumulated(corpus, scores, batches[::2]), accumulated(corpus, scores, batches[1::2])
     first.merge(second)
     return first

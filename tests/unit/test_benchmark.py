@@ -13,20 +13,19 @@ import torch
 from conftest import Cli
 
 from neoquant import GPTNeoForCausalLM
-from neoquant.benchmark import run as speed
-from neoquant.benchmark import worker as speed_runner
+from neoquant.benchmark import run, worker
 from neoquant.benchmark.run import Request, Run, Speed, measure
 from neoquant.errors import RequestError
 from neoquant.quantization.quantize import quantize
 from neoquant.quantization.recipe import Recipe
 
 
-def fake_child(lane: Any, job: Any, threads: int) -> dict[str, Any]:
+def fake_worker(target: Any, job: Any, threads: int) -> dict[str, Any]:
     """Figures that say which run they are, without running anything."""
     if job["step"] == "check":
         return {"missing": ["nncf"] if job["tool"] == "openvino" else [], "versions": {"x": "1"}}
-    CALLS.append(lane.label)
-    return dict.fromkeys(Run.model_fields, float(10 ** len([call for call in CALLS if call == lane.label])))
+    CALLS.append(target.label)
+    return dict.fromkeys(Run.model_fields, float(10 ** len([call for call in CALLS if call == target.label])))
 
 
 CALLS: list[str] = []
@@ -36,7 +35,7 @@ def test_programs_take_turns_and_medians_are_told(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     CALLS.clear()
-    monkeypatch.setattr(speed, "_child", fake_child)
+    monkeypatch.setattr(run, "_call_worker", fake_worker)
     quantize(tiny_model, tmp_path / "nf4", Recipe.simple(4, "nf4"))
     quantize(tiny_model, tmp_path / "packed", Recipe.simple(4, "nf4", format="neoquant"))
     models = [str(tmp_path / name) for name in ("nf4", "packed")]
@@ -64,8 +63,8 @@ def test_each_kind_of_activations_is_a_program(tiny_model: Path, tmp_path: Path)
 UNFUSED = """
 import gc, json, sys
 sys.path.insert(0, sys.argv[1])
-import worker as speed_runner
-generate, _ = speed_runner._transformers(json.loads(sys.argv[2]))()
+import worker
+generate, _ = worker._transformers(json.loads(sys.argv[2]))()
 import bitsandbytes
 layers = [found for found in gc.get_objects() if isinstance(found, bitsandbytes.nn.Linear4bit)]
 print(len(layers), any(layer.support_avx512bf16_for_cpu for layer in layers))
@@ -78,24 +77,24 @@ def test_bitsandbytes_as_without_bf16_instructions(
     """A program of its own, whose layers do without the product that needs them."""
     quantize(tiny_model, tmp_path / "nf4", Recipe.simple(4, "nf4"))
     with monkeypatch.context() as patched:
-        patched.setattr(speed, "_child", fake_child)
+        patched.setattr(run, "_call_worker", fake_worker)
         result = measure(Request([str(tmp_path / "nf4")], ("transformers",), prompt=3, new=2, without_bf16=True))
     tools = [program.tool for program in result.programs]
     assert tools == ["neoquant", "bitsandbytes", "bitsandbytes-without-bf16"]
     pytest.importorskip("transformers")
     job = {"tool": tools[-1], "source": str(tmp_path / "nf4"), "threads": 1, "dtype": "float32"}
-    command = [sys.executable, "-c", UNFUSED, str(speed.RUNNER.parent), json.dumps(job)]
+    command = [sys.executable, "-c", UNFUSED, str(run.WORKER.parent), json.dumps(job)]
     said = subprocess.run(command, capture_output=True, check=True, text=True).stdout.split()
     assert int(said[0]) > 0 and said[1] == "False"
 
 
 def test_a_peer_that_fails_is_left_out_and_named(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(lane: Any, job: Any, threads: int) -> dict[str, Any]:
-        if job["step"] == "run" and lane.tool == "transformers":
-            raise RequestError(f"{lane.label} failed: out of luck")
-        return fake_child(lane, job, threads)
+    def failing(target: Any, job: Any, threads: int) -> dict[str, Any]:
+        if job["step"] == "run" and target.tool == "transformers":
+            raise RequestError(f"{target.label} failed: out of luck")
+        return fake_worker(target, job, threads)
 
-    monkeypatch.setattr(speed, "_child", failing)
+    monkeypatch.setattr(run, "_call_worker", failing)
     result = measure(Request([str(tiny_model)], ("transformers",), prompt=3, new=2))
     assert [program.tool for program in result.programs] == ["neoquant"]
     assert len(result.programs[0].runs) == 3
@@ -106,7 +105,7 @@ def test_the_runner_really_runs_a_model(tiny_model: Path) -> None:
     """A run of the script itself; and the loop that peers are driven by gives what our own generation gives."""
     job = {"step": "run", "tool": "neoquant", "source": str(tiny_model), "threads": 1, "dtype": "float32",
            "activations": "exact"}  # fmt: skip
-    command = [sys.executable, str(speed.RUNNER), json.dumps(job | {"prompt": 5, "new": 6})]
+    command = [sys.executable, str(run.WORKER), json.dumps(job | {"prompt": 5, "new": 6})]
     found = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
     assert found.keys() == Run.model_fields.keys()
     assert all(value > 0 for value in found.values())
@@ -118,7 +117,7 @@ def test_the_peers_loop_generates_greedily(tiny_model: Path) -> None:
     ids = torch.tensor([[5, 9, 2]])
     chosen = []
     theirs.register_forward_hook(lambda module, args, out: chosen.append(int(out.logits[0, -1].argmax())))
-    assert len(list(speed_runner._greedy(theirs, logits_to_keep=1)(ids, 7))) == 7
+    assert len(list(worker._greedy(theirs, logits_to_keep=1)(ids, 7))) == 7
     ours = GPTNeoForCausalLM.from_pretrained(tiny_model)
     assert chosen == ours.generate(ids, max_new_tokens=7, eos_token_id=[])[0, 3:].tolist()
 
@@ -149,11 +148,11 @@ def test_a_format_that_only_we_read_needs_the_plain_model_for_peers(tiny_model: 
 
 
 def test_a_program_that_fails_says_why(tmp_path: Path) -> None:
-    lane = speed._Lane("neoquant: gone", "neoquant", str(tmp_path / "gone"), sys.executable)
-    job = {"step": "run", "tool": "neoquant", "source": lane.source, "threads": 1, "dtype": "float32",
+    target = run._Target("neoquant: gone", "neoquant", str(tmp_path / "gone"), sys.executable)
+    job = {"step": "run", "tool": "neoquant", "source": target.source, "threads": 1, "dtype": "float32",
            "activations": "exact"}  # fmt: skip
     with pytest.raises(RequestError, match=r"neoquant: gone failed: .*there is no folder"):
-        speed._child(lane, job | {"prompt": 3, "new": 2}, 1)
+        run._call_worker(target, job | {"prompt": 3, "new": 2}, 1)
 
 
 def test_the_verb(cli: Cli, tmp_path: Path) -> None:

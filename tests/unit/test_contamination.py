@@ -18,7 +18,7 @@ from neoquant.calibration.dataset import draw, drawn_from, load_calibration
 from neoquant.data.documents import read_documents
 from neoquant.data.fingerprints import fingerprint
 from neoquant.errors import DataError
-from neoquant.evaluation import Contestant, ModelInfo, Suite, compare, evaluate, load_suite
+from neoquant.evaluation import EvaluatedModel, ModelInfo, Suite, compare, evaluate, load_suite
 from neoquant.progress import SILENT
 
 TEXTS = [f"{letter} text of its own, {number} " * 3 for number, letter in enumerate("abcdef")]
@@ -73,7 +73,7 @@ def test_what_was_calibrated_on_is_counted_or_left_out(tiny_model: Path, tmp_pat
     met = evaluate(model, Bytes(), chosen, describe=ModelInfo(name="it"), calibrated_on=known)
     assert (met.calibrated_on, met.data.excluded) == (2, 0)
     assert met.notes[-1].startswith("2 of the 6 documents were calibrated on by it: its figures flatter it; leave them")
-    plain, other = Contestant(model, ModelInfo(name="base")), Contestant(model, ModelInfo(name="it"), known)
+    plain, other = EvaluatedModel(model, ModelInfo(name="base")), EvaluatedModel(model, ModelInfo(name="it"), known)
     result = compare(plain, [other], Bytes(), chosen, exclude_calibrated=True)
     expected = evaluate(model, Bytes(), suite(rest, protocol=protocol, context=16), describe=ModelInfo(name="x"))
     for evaluation in (result.reference, result.candidates[0].evaluation):

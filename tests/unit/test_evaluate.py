@@ -15,9 +15,9 @@ from byte_tokenizer import Bytes
 
 import neoquant
 from neoquant.errors import CheckpointError, DataError, RequestError
-from neoquant.evaluation import Comparison, Contestant, Evaluation, ModelInfo, Suite, compare, evaluate
+from neoquant.evaluation import Comparison, EvaluatedModel, Evaluation, ModelInfo, Suite, compare, evaluate
 from neoquant.evaluation.corpus import byte_offsets, read_corpus
-from neoquant.evaluation.scoring import batches, measures
+from neoquant.evaluation.scoring import batches, score_tokens
 from neoquant.nn.linear import QuantLinear
 from neoquant.progress import SILENT, Progress
 from neoquant.quantization.recipe import Recipe
@@ -144,10 +144,11 @@ def test_equals_brute_force(
 ) -> None:
     from neoquant.evaluation import scoring
 
-    monkeypatch.setattr(scoring, "CPU_PACE", scoring.Pace(positions=64, rows=11))  # several batches, uneven pieces
+    limits = scoring.BatchLimits(positions=64, rows=11)  # several batches, uneven pieces
+    monkeypatch.setattr(scoring, "CPU_LIMITS", limits)
     suite = make_suite(**protocol)
-    contestants = [Contestant(model, ModelInfo(name=name)) for model, name in zip(models, "ab", strict=True)]
-    result = compare(contestants[0], contestants[1:], Bytes(), suite)
+    evaluated = [EvaluatedModel(model, ModelInfo(name=name)) for model, name in zip(models, "ab", strict=True)]
+    result = compare(evaluated[0], evaluated[1:], Bytes(), suite)
     (candidate,) = result.candidates
     alone = evaluate(models.other, Bytes(), suite, describe=ModelInfo(name="b"))
     assert alone.total.nats == pytest.approx(candidate.evaluation.total.nats, rel=1e-6)
@@ -192,8 +193,8 @@ def test_quantized_checkpoints_equal_transformers(
             if isinstance(module, QuantLinear):
                 other.get_submodule(name).weight.copy_(module.quantized.dequantize(torch.float32))
     suite = make_suite(context=24)
-    contestants = [Contestant(model, ModelInfo(name=name)) for model, name in zip(ours, "ab", strict=True)]
-    (candidate,) = compare(contestants[0], contestants[1:], Bytes(), suite).candidates
+    evaluated = [EvaluatedModel(model, ModelInfo(name=name)) for model, name in zip(ours, "ab", strict=True)]
+    (candidate,) = compare(evaluated[0], evaluated[1:], Bytes(), suite).candidates
     for change, score in zip(candidate.subsets, candidate.evaluation.subsets, strict=True):
         same_figures(score, change, brute_force(Models(reference, other), predictions(suite, score.subset)))
 
@@ -205,7 +206,7 @@ def test_small_divergences_over_a_large_vocabulary(noise: float) -> None:
     x = torch.randn(32, 50257, generator=generator) * 3 - 10
     y = x + 0.3 + noise * torch.randn(x.shape, generator=generator)
     targets = torch.randint(x.shape[1], (len(x),), generator=generator)
-    reference, (nats, kl, top, probability, hit) = measures(iter([x, y]), targets)
+    reference, (nats, kl, top, probability, hit) = score_tokens(iter([x, y]), targets)
     p, q = x.double().log_softmax(-1), y.double().log_softmax(-1)
     expected = (p.exp() * (p - q)).sum(-1)
     assert (kl - expected).abs().max() < 5e-7
@@ -228,7 +229,7 @@ def test_rolling_counts_all_tokens_and_bytes(models: Models, make_suite: Callabl
 
 
 def test_a_model_does_not_differ_from_itself(models: Models, make_suite: Callable[..., Suite]) -> None:
-    same = Contestant(models.reference, ModelInfo(name="same"))
+    same = EvaluatedModel(models.reference, ModelInfo(name="same"))
     result = compare(same, [same, same], Bytes(), make_suite())
     for candidate in result.candidates:
         change = candidate.total
@@ -239,8 +240,8 @@ def test_a_model_does_not_differ_from_itself(models: Models, make_suite: Callabl
 
 
 def test_a_single_document_has_no_interval(models: Models, make_suite: Callable[..., Suite]) -> None:
-    contestants = [Contestant(model, ModelInfo(name="x")) for model in models]
-    result = compare(contestants[0], contestants[1:], Bytes(), make_suite([("only", "one text"), ("only", "")]))
+    evaluated = [EvaluatedModel(model, ModelInfo(name="x")) for model in models]
+    result = compare(evaluated[0], evaluated[1:], Bytes(), make_suite([("only", "one text"), ("only", "")]))
     change = result.candidates[0].total
     assert (change.low, change.high, change.agreement_error) == (None, None, None)
     assert (change.kl_low, change.kl_high, change.agreement_low, change.agreement_high) == (None, None, None, None)
@@ -248,8 +249,8 @@ def test_a_single_document_has_no_interval(models: Models, make_suite: Callable[
 
 def test_json_round_trip(models: Models, make_suite: Callable[..., Suite]) -> None:
     describe = ModelInfo(name="a", bits_per_weight_linears=4.127, recipe={"rules": [{"match": "*"}]})
-    contestants = [Contestant(model, describe) for model in models]
-    result = compare(contestants[0], contestants[1:], Bytes(), make_suite(protocol="strided", context=16))
+    evaluated = [EvaluatedModel(model, describe) for model in models]
+    result = compare(evaluated[0], evaluated[1:], Bytes(), make_suite(protocol="strided", context=16))
     assert Comparison.from_json(result.to_json()) == result
     fields = json.loads(result.to_json())
     assert fields["schema_version"] == "neoquant.comparison/2"
@@ -346,7 +347,7 @@ def test_memory_does_not_grow_with_tokens_candidates_or_vocabulary(
     from neoquant.evaluation import scoring
     from neoquant.loading.pretrained import load
 
-    monkeypatch.setattr(scoring, "CPU_PACE", scoring.Pace(positions=64, rows=16))
+    monkeypatch.setattr(scoring, "CPU_LIMITS", scoring.BatchLimits(positions=64, rows=16))
     model, _ = load(make_model("wide", vocab_size=50257, hidden_size=6, num_heads=1), dtype="float32", device="cpu")
     alive: list[weakref.ref[torch.Tensor]] = []
     most = {"pieces": 0, "rows": 0}
@@ -359,11 +360,11 @@ def test_memory_does_not_grow_with_tokens_candidates_or_vocabulary(
 
     model.lm_head.register_forward_hook(watch)
     suite = make_suite([("one", "some text " * 30), ("two", "other text " * 30)])
-    tally = scoring.Tally(read_corpus(suite.fitted(32), Bytes(), SILENT), 5)
-    contestant = Contestant(model, ModelInfo(name="x"))
-    result = compare(contestant, [contestant] * 4, Bytes(), suite)
+    accumulator = scoring.Accumulator(read_corpus(suite.fitted(32), Bytes(), SILENT), 5)
+    entry = EvaluatedModel(model, ModelInfo(name="x"))
+    result = compare(entry, [entry] * 4, Bytes(), suite)
     assert result.reference.total.tokens == 630 and len(alive) >= 5 * 630 / 16
     assert most["rows"] == 16 and most["pieces"] <= 3  # the reference's, a candidate's, and the one before it
     longer = make_suite([("one", "some text " * 300), ("two", "other text " * 300)])
-    of_longer = scoring.Tally(read_corpus(longer.fitted(32), Bytes(), SILENT), 5)
-    assert of_longer.counts.shape == tally.counts.shape
+    of_longer = scoring.Accumulator(read_corpus(longer.fitted(32), Bytes(), SILENT), 5)
+    assert of_longer.counts.shape == accumulator.counts.shape

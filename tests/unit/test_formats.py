@@ -10,7 +10,7 @@ from torch import Tensor
 from weights import make_weight
 
 from neoquant.errors import FormatError, RequestError
-from neoquant.formats import FORMATS, Bnb4, Bnb8, Packed, choose, detect
+from neoquant.formats import FORMATS, Bnb4, Bnb8, PackedFormat, choose, detect
 from neoquant.formats.base import json_from_tensor, json_to_tensor
 from neoquant.grids import Codebook, Grid, Int8Rows
 from neoquant.quantizers import Nearest
@@ -83,10 +83,10 @@ def test_packed_headers_are_checked() -> None:
         ({"shape": [96, 24]}, r"weight is torch.uint8 \[96, 12\], got torch.uint8 \[24, 48\]"),
     ):
         with pytest.raises(FormatError, match=message):
-            Packed().decode({**tensors, ".weight.neoquant": json_to_tensor(header | changes)})
+            PackedFormat().decode({**tensors, ".weight.neoquant": json_to_tensor(header | changes)})
     double = torch.zeros(96, dtype=torch.int32)
     with pytest.raises(FormatError, match="order must hold each of 0 to 95 once"):
-        Packed().decode({**tensors, ".weight.order": double})
+        PackedFormat().decode({**tensors, ".weight.order": double})
 
 
 def test_older_int8_files_lack_the_arrangement() -> None:

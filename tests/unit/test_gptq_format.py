@@ -12,7 +12,7 @@ from torch import Tensor
 from weights import make_weight
 
 from neoquant.errors import FormatError
-from neoquant.formats import FORMATS, Gptq, choose, detect, detect_checked
+from neoquant.formats import FORMATS, GptqFormat, choose, detect, detect_checked
 from neoquant.grids import GROUP_SIZES, Affine, Codebook
 from neoquant.loading.load import load_model
 from neoquant.loading.pretrained import GPTNeoForCausalLM
@@ -60,11 +60,11 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 
 
-def reader(grid: Affine, checkpoint_format: str | None, desc_act: bool = False) -> Gptq:
+def reader(grid: Affine, checkpoint_format: str | None, desc_act: bool = False) -> GptqFormat:
     said = {"quant_method": "gptq", "bits": grid.bits, "group_size": grid.group_size, "sym": grid.symmetric}
     said |= {"desc_act": desc_act} | ({} if checkpoint_format is None else {"checkpoint_format": checkpoint_format})
     found = detect({"quantization_config": said}, ["transformer.h.0.mlp.c_fc.g_idx"])
-    assert isinstance(found, Gptq)
+    assert isinstance(found, GptqFormat)
     return found
 
 
@@ -132,10 +132,10 @@ def test_gptqmodels_own_way_to_store_a_zero_of_zero_in_v1(bits: int, quantizer: 
             stored.append([word - (1 << 32) if word >> 31 else word for word in words])
     tensors = FORMATS["gptq"].encode(q) | {".qzeros": torch.tensor(stored, dtype=torch.int32)}
     said = {"quant_method": "gptq", "bits": bits, "group_size": 32, "sym": False, "checkpoint_format": "gptq"}
-    assert Gptq(said | {"meta": {"quantizer": quantizer}}).decode(tensors).equals(q)
+    assert GptqFormat(said | {"meta": {"quantizer": quantizer}}).decode(tensors).equals(q)
     for meta in ({}, {"quantizer": "auto-gptq:0.7"}, None):
         with pytest.raises(FormatError, match=f"qzeros holds {grid.top} in a v1 checkpoint"):
-            Gptq(said | {"meta": meta}).decode(tensors)
+            GptqFormat(said | {"meta": meta}).decode(tensors)
 
 
 def test_a_borrow_by_hand() -> None:
@@ -147,15 +147,15 @@ def test_a_borrow_by_hand() -> None:
     assert tensors[".qzeros"].tolist() == [[0x7300F810] * 4]
     tensors[".qzeros"] = torch.full((1, 4), 0x61EFE6FF, dtype=torch.int32)
     said = {"bits": 4, "group_size": 32, "sym": False, "meta": {"quantizer": ["gptqmodel:7.7.0"]}}
-    assert Gptq(said).decode(tensors).equals(q)
+    assert GptqFormat(said).decode(tensors).equals(q)
 
 
 def test_the_version_may_be_called_format() -> None:
     q = Nearest().quantize(make_weight((32, 64), torch.float16, "normal"), Affine(4, 32))
     said = {"bits": 4, "group_size": 32, "sym": False}
-    assert Gptq(said | {"format": "gptq_v2"}).decode(FORMATS["gptq"].encode(q)).equals(q)
+    assert GptqFormat(said | {"format": "gptq_v2"}).decode(FORMATS["gptq"].encode(q)).equals(q)
     with pytest.raises(FormatError, match="checkpoint_format 'gptq_p'; neoquant reads gptq and gptq_v2"):
-        Gptq(said | {"format": "gptq_p"}).decode(FORMATS["gptq"].encode(q))
+        GptqFormat(said | {"format": "gptq_p"}).decode(FORMATS["gptq"].encode(q))
 
 
 def test_zeros_count_more_than_what_is_said_of_symmetry() -> None:
@@ -171,7 +171,7 @@ def test_zeros_count_more_than_what_is_said_of_symmetry() -> None:
 @pytest.mark.parametrize("made_by", [None, "gptqmodel:5.0.0"])
 def test_symmetric_zeros_show_their_version(bits: int, stored: str, label: str | None, made_by: str | None) -> None:
     q = Nearest().quantize(make_weight((64, 64), torch.float16, "normal"), Affine(bits, 32, True))
-    tensors = {f"a{suffix}": tensor for suffix, tensor in Gptq(version=stored).encode(q).items()}
+    tensors = {f"a{suffix}": tensor for suffix, tensor in GptqFormat(version=stored).encode(q).items()}
     said = {"quant_method": "gptq", "bits": bits, "group_size": 32, "sym": True, "meta": {"quantizer": made_by}}
     said |= {} if label is None else {"checkpoint_format": label}
     found, notes = detect_checked({"quantization_config": said}, tensors, tensors.__getitem__)
@@ -189,8 +189,8 @@ def test_symmetric_zeros_show_their_version(bits: int, stored: str, label: str |
 
 def test_zeros_that_contradict_each_other_are_refused() -> None:
     q = Nearest().quantize(make_weight((32, 64), torch.float16, "normal"), Affine(4, 32, True))
-    tensors = {f"a{suffix}": tensor for suffix, tensor in Gptq(version="gptq").encode(q).items()}
-    tensors |= {f"b{suffix}": tensor for suffix, tensor in Gptq(version="gptq_v2").encode(q).items()}
+    tensors = {f"a{suffix}": tensor for suffix, tensor in GptqFormat(version="gptq").encode(q).items()}
+    tensors |= {f"b{suffix}": tensor for suffix, tensor in GptqFormat(version="gptq_v2").encode(q).items()}
     said = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
     with pytest.raises(FormatError, match="qzeros of a are of checkpoint_format gptq, and those of b of gptq_v2"):
         detect_checked({"quantization_config": said}, tensors, tensors.__getitem__)
@@ -247,9 +247,9 @@ def test_what_is_refused() -> None:
     with pytest.raises(FormatError, match="checkpoint_format 'marlin'; neoquant reads gptq and gptq_v2"):
         reader(Affine(4, 32), "marlin").decode(tensors)
     with pytest.raises(FormatError, match="states bits, group_size and sym"):
-        Gptq().decode(tensors)
+        GptqFormat().decode(tensors)
     with pytest.raises(FormatError, match="quantization_config: group size 48"):
-        Gptq({"bits": 4, "group_size": 48, "sym": False}).decode(tensors)
+        GptqFormat({"bits": 4, "group_size": 48, "sym": False}).decode(tensors)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

@@ -15,7 +15,7 @@ from rich.console import Console
 
 import neoquant
 from neoquant.errors import DataError, RequestError
-from neoquant.evaluation import Contestant, Inspection, ModelInfo, Suite, inspect, scoring
+from neoquant.evaluation import EvaluatedModel, Inspection, ModelInfo, Suite, inspect, scoring
 from neoquant.evaluation.corpus import read_corpus
 from neoquant.evaluation.inspection_result import Layer
 from neoquant.model.names import BLOCK_LINEARS
@@ -35,8 +35,8 @@ RECIPES = {
 }
 
 
-def loaded(folder: Path) -> Contestant:
-    return Contestant(neoquant.load(folder, device="cpu")[0], ModelInfo(name=folder.name))
+def loaded(folder: Path) -> EvaluatedModel:
+    return EvaluatedModel(neoquant.load(folder, device="cpu")[0], ModelInfo(name=folder.name))
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +73,8 @@ def test_equals_transformers_with_one_layer_exchanged(
 ) -> None:
     from transformers import GPTNeoForCausalLM
 
-    monkeypatch.setattr(scoring, "CPU_PACE", scoring.Pace(positions=40, rows=7))  # several batches, uneven pieces
-    monkeypatch.setattr("neoquant.evaluation.inspection.CPU_PACE", scoring.CPU_PACE)
+    limits = scoring.BatchLimits(positions=40, rows=7)  # several batches, uneven pieces
+    monkeypatch.setattr(scoring, "CPU_LIMITS", limits)
     base = GPTNeoForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager").eval()
     other = neoquant.load(quantized[name], device="cpu")[0]
     windows = read_corpus(suite, neoquant.load_tokenizer(tiny_model), SILENT).windows

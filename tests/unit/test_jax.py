@@ -27,7 +27,7 @@ from neoquant.errors import CheckpointError, ContextError, RequestError  # noqa:
 from neoquant.generation.generate import Sampling, generate  # noqa: E402
 from neoquant.grids import Affine, Codebook, legal_pairs, make_grid  # noqa: E402
 from neoquant.jax import FlaxGPTNeoForCausalLM, FlaxGPTNeoModel  # noqa: E402
-from neoquant.jax.weights import Packed, Weight  # noqa: E402
+from neoquant.jax.weights import FlaxPacked, FlaxWeight  # noqa: E402
 from neoquant.quantization.recipe import Recipe  # noqa: E402
 from neoquant.quantizers import Nearest  # noqa: E402
 from neoquant.tensor import QuantizedTensor  # noqa: E402
@@ -116,7 +116,7 @@ def test_quantized_folders_give_torchs_logits_and_stay_packed(source: Path, quan
     model = FlaxGPTNeoForCausalLM.from_pretrained(folder)
     expected = torch_model(folder)(torch.tensor(IDS), torch.tensor(RIGHT)).logits
     assert_close(model(IDS, RIGHT).logits, expected, RIGHT)
-    packed = jax.tree.leaves(nnx.state(model, Packed))
+    packed = jax.tree.leaves(nnx.state(model, FlaxPacked))
     assert len([array for array in packed if array.dtype == jnp.uint8 and array.ndim == 2]) >= 12
     block_weights = 2 * (4 * 24 * 24 + 2 * 24 * 96)
     assert sum(array.nbytes for array in packed) < block_weights * 4 + VOCABULARY * 24 * 2, "far from float32"
@@ -212,7 +212,7 @@ def test_every_grid_decodes_as_it_is_defined(shape: tuple[int, int], ordered: bo
         if ordered:
             order = torch.randperm(shape[1], generator=torch.Generator().manual_seed(2)).int()
             q = QuantizedTensor(q.codes, grid, q.params, order, q.dtype)
-        graph, state = nnx.split(Weight(q, jnp.float32))
+        graph, state = nnx.split(FlaxWeight(q, jnp.float32))
         at = jnp.array([[2, 0], [1, 2]])
         decode = jax.jit(
             lambda s, a, g=graph: (nnx.merge(g, s).rows(None, jnp.float32), nnx.merge(g, s).rows(a, jnp.float32))

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from neoquant.errors import OutputError
-from neoquant.evaluation import Comparison, Contestant, ModelInfo, Suite, compare, journal, scoring
+from neoquant.evaluation import Comparison, EvaluatedModel, ModelInfo, Suite, compare, journal, scoring
 from neoquant.evaluation.journal import ResumeNote, remove_journal
 from neoquant.loading.pretrained import load
 from neoquant.progress import Progress
@@ -33,15 +33,15 @@ def suite(tmp_path: Path) -> Suite:
 
 
 @pytest.fixture
-def contestants(tiny_model: Path, make_model: Callable[..., Path]) -> tuple[list[Contestant], Any]:
+def evaluated(tiny_model: Path, make_model: Callable[..., Path]) -> tuple[list[EvaluatedModel], Any]:
     model, tokenizer = load(tiny_model, dtype="float32", device="cpu")
     others = [load(make_model(f"other{seed}", seed=seed), dtype="float32", device="cpu")[0] for seed in (1, 2)]
-    return [Contestant(m, ModelInfo(name=str(n), sha256=str(n))) for n, m in enumerate([model, *others])], tokenizer
+    return [EvaluatedModel(m, ModelInfo(name=str(n), sha256=str(n))) for n, m in enumerate([model, *others])], tokenizer
 
 
 @pytest.fixture(autouse=True)
 def many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "CPU_PACE", scoring.Pace(positions=64, rows=11))
+    monkeypatch.setattr(scoring, "CPU_LIMITS", scoring.BatchLimits(positions=64, rows=11))
     monkeypatch.setattr(journal, "INTERVAL", 0.0)
 
 
@@ -71,9 +71,9 @@ class Stops(Progress):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError])
 def test_going_on_gives_the_same_figures(
-    contestants: Any, suite: Suite, tmp_path: Path, error: type[BaseException]
+    evaluated: Any, suite: Suite, tmp_path: Path, error: type[BaseException]
 ) -> None:
-    (base, *others), tokenizer = contestants
+    (base, *others), tokenizer = evaluated
     whole = compare(base, others, tokenizer, suite)
     kept = tmp_path / "result.json.partial"
     for after in (7, 40):
@@ -91,8 +91,8 @@ def test_going_on_gives_the_same_figures(
     assert not list(tmp_path.glob("*.partial*"))
 
 
-def test_another_evaluation_starts_anew(contestants: Any, suite: Suite, tmp_path: Path) -> None:
-    (base, *others), tokenizer = contestants
+def test_another_evaluation_starts_anew(evaluated: Any, suite: Suite, tmp_path: Path) -> None:
+    (base, *others), tokenizer = evaluated
     kept = tmp_path / "kept"
     with pytest.raises(KeyboardInterrupt):
         compare(base, others, tokenizer, suite, journal=kept, progress=Stops(9, KeyboardInterrupt))
@@ -114,12 +114,12 @@ ONE_BATCH_AT_A_TIME = """
 import sys
 from neoquant.evaluation import journal, scoring
 journal.INTERVAL = 0
-scoring.CPU_PACE = scoring.Pace(positions=64, rows=11)
+scoring.CPU_LIMITS = scoring.BatchLimits(positions=64, rows=11)
 if "slow" in sys.argv:
     import time
     sys.argv.remove("slow")
-    add = scoring.Tally.add
-    scoring.Tally.add = lambda *a: (time.sleep(0.2), add(*a))
+    add = scoring.Accumulator.add
+    scoring.Accumulator.add = lambda *a: (time.sleep(0.2), add(*a))
 from neoquant.cli import run
 run()
 """

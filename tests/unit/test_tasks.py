@@ -15,7 +15,7 @@ from conftest import Cli
 
 from neoquant.data.tasks import rejoin
 from neoquant.errors import DataError
-from neoquant.evaluation import Contestant, Evaluation, ModelInfo, Suite, compare, evaluate, load_suite
+from neoquant.evaluation import EvaluatedModel, Evaluation, ModelInfo, Suite, compare, evaluate, load_suite
 
 PASSAGES = [
     "he went to the bank to get",
@@ -94,8 +94,8 @@ def test_lambada_counts_what_is_found(model: Any, tmp_path: Path) -> None:
     other = copy.deepcopy(model)
     with torch.no_grad():
         other.transformer.wte.weight += 0.3 * torch.randn(259, 24, generator=torch.Generator().manual_seed(0))
-    contestants = [Contestant(m, ModelInfo(name=n)) for m, n in ((model, "a"), (other, "b"))]
-    result = compare(contestants[0], contestants[1:], Bytes(), load_suite("lambada").override(file=path))
+    evaluated = [EvaluatedModel(m, ModelInfo(name=n)) for m, n in ((model, "a"), (other, "b"))]
+    result = compare(evaluated[0], evaluated[1:], Bytes(), load_suite("lambada").override(file=path))
     (candidate,) = result.candidates
     a, b = result.reference.total.accuracy, candidate.evaluation.total.accuracy
     assert a is not None and b is not None and candidate.total.accuracy == pytest.approx(b - a)

@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neoquant.evaluation.windows import Span, joined, rolling, strided
+from neoquant.evaluation.windows import WindowSpan, joined, rolling, strided
 
 lengths = st.integers(0, 300)
 contexts = st.integers(2, 40)
 
 
-def scored(spans: Iterable[Span]) -> list[int]:
+def scored(spans: Iterable[WindowSpan]) -> list[int]:
     return [position for span in spans for position in range(span.end - span.scored, span.end)]
 
 
@@ -63,4 +63,4 @@ def test_strided_scores_every_token_but_the_first_once(length: int, context: int
 
 
 def test_strided_by_hand() -> None:
-    assert list(strided(10, 6, 3)) == [Span(0, 6, 5), Span(3, 9, 3), Span(6, 10, 1)]
+    assert list(strided(10, 6, 3)) == [WindowSpan(0, 6, 5), WindowSpan(3, 9, 3), WindowSpan(6, 10, 1)]
