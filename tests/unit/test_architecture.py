@@ -49,6 +49,7 @@ class Import(NamedTuple):
     deferred: bool
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Every module of the package by its name; a package stands for its `__init__`."""
     found = {}
