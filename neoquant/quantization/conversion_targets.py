@@ -8,7 +8,7 @@ import torch
 
 from neoquant.checkpoint import Checkpoint
 from neoquant.errors import FormatError, RequestError
-from neoquant.formats import NAMED, Format, Gptq
+from neoquant.formats import NAMED, Format, GptqFormat
 from neoquant.formats.gptq import V1, V2
 from neoquant.model.names import TABLES
 from neoquant.tensor import QuantizedTensor
@@ -27,7 +27,7 @@ def refuse_layer(format: Format, name: str, q: QuantizedTensor) -> str | None:
     reason = format.refuse(q.grid, q.shape)
     if reason is None and q.order is not None:
         reason = format.refuse_order()
-    if reason is None and isinstance(format, Gptq):  # the only format in which it depends on the values
+    if reason is None and isinstance(format, GptqFormat):  # the only format in which it depends on the values
         try:
             format.encode(q)
         except FormatError as error:
