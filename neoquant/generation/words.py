@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+MAX = sys.float_info.max
 
 # What transformers also takes and neoquant does in these ways only; None, which is legal for all, leaves it to them.
 ONLY: Mapping[str, tuple[Any, ...]] = {
@@ -56,11 +59,11 @@ WITHOUT_EFFECT = (
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -MAX <= value <= MAX
 
 
 def _are_ids(value: Any) -> bool:
@@ -72,14 +75,14 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, Sequence) and all(isinstance(each, str) for each in value))
 
 
-_COUNT = (_is_count, "an integer")
-_NUMBER = (_is_number, "a number")
+_COUNT = (_is_count, "an integer of 64 bits")
+_NUMBER = (_is_number, "a finite number")
 LEGAL: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("max_new_tokens", "max_length", "min_new_tokens", "min_length", "top_k"), _COUNT),
     **dict.fromkeys(("num_return_sequences", "bos_token_id", "pad_token_id", "seed"), _COUNT),
     **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), _NUMBER),
     "do_sample": (lambda value: isinstance(value, bool), "true or false"),
-    "eos_token_id": (_are_ids, "an integer or a list of them"),
+    "eos_token_id": (_are_ids, "an integer of 64 bits or a list of them"),
     "stop_strings": (_are_texts, "a text or a list of them"),
 }
 

@@ -183,9 +183,12 @@ def test_what_is_not_done_is_refused_when_it_is_asked_for(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"temperature": "hot"}, "temperature is 'hot'; legal is a number"),
+        ({"temperature": "hot"}, "temperature is 'hot'; legal is a finite number"),
         ({"max_length": 2.5}, "max_length is 2.5; legal is an integer"),
-        ({"eos_token_id": ["a"]}, r"eos_token_id is \['a'\]; legal is an integer or a list of them"),
+        ({"eos_token_id": ["a"]}, r"eos_token_id is \['a'\]; legal is (an integer of 64 bits|null or a token)"),
+        ({"eos_token_id": 10**30}, "eos_token_id is 10{30}; legal is (an integer of 64 bits|null or a token)"),
+        ({"temperature": 10**400}, "temperature is 10{400}; legal is a finite number"),
+        ({"top_p": float("nan")}, "top_p is nan; legal is a finite number"),
         ({"do_sample": "yes"}, "do_sample is 'yes'; legal is true or false"),
         ({"stop_strings": [1]}, r"stop_strings is \[1\]; legal is a text or a list of them"),
     ],
