@@ -18,6 +18,7 @@ from neoquant.sizes import parse_size
 
 if TYPE_CHECKING:
     from neoquant.calibration.dataset import Calibration
+    from neoquant.quantization.quantize import QuantizeResult
 
 
 def quantize(
@@ -117,7 +118,7 @@ def quantize(
         )
         terminal.show(f"folder     {folder} (dry run: nothing was written)")
         return
-    shown = _calibration(source, revision, calibration, rows, length, seed, terminal)
+    samples = _calibration(source, revision, calibration, rows, length, seed, terminal)
     made = quantization.quantize(
         source,
         folder,
@@ -125,11 +126,16 @@ def quantize(
         revision=revision,
         force=force,
         shard_size=largest,
-        calibration=shown,
+        calibration=samples,
         max_memory=limit,
         restart=restart,
         progress=terminal.progress,
     )
+    _show_result(made, folder, model, terminal)
+
+
+def _show_result(made: QuantizeResult, folder: Path, model: str | None, terminal: Terminal) -> None:
+    """Print notes, sizes, the errors of calibrated layers, time, memory, and how to measure the accuracy loss."""
     for note in made.plan.notes:
         terminal.note(f"note: {note}")
     terminal.show(
