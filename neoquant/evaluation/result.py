@@ -164,6 +164,12 @@ class Histogram(Record):
     below: int
     above: int
 
+    @model_validator(mode="after")
+    def _counts_between_edges(self) -> Histogram:
+        if len(self.counts) + 1 != len(self.edges):
+            raise ValueError(f"{len(self.counts)} counts between {len(self.edges)} edges")
+        return self
+
 
 class Distribution(Record):
     """A distribution over tokens. Mean, RMS and extremes are exact, quantiles right to 0.25 % of their value
