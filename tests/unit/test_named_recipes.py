@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import neoquant
 from neoquant import demo
-from neoquant.benchmark.run import Request, _lanes
+from neoquant.benchmark.run import Request, _targets
 from neoquant.errors import RecipeError, RequestError
 from neoquant.formats import FORMATS, NAMED, choose
 from neoquant.grids import make_grid
@@ -91,5 +91,5 @@ def test_the_bundled_model_may_be_named_everywhere(tmp_path: Path) -> None:
     assert neoquant.pipeline("text-generation", name)("import", max_new_tokens=1)
     assert neoquant.convert(name, tmp_path / "plain", "safetensors").before == "safetensors"
     assert neoquant.push(name, "user/model", dry_run=True).files == neoquant.push(demo.MODEL, "u/m", dry_run=True).files
-    lanes = [_lanes(Request([model], against=["transformers"], base=model)) for model in (name, str(demo.MODEL))]
-    assert lanes[0] == lanes[1] and lanes[0][-1].source == str(demo.MODEL)
+    targets = [_targets(Request([model], against=["transformers"], base=model)) for model in (name, str(demo.MODEL))]
+    assert targets[0] == targets[1] and targets[0][-1].source == str(demo.MODEL)

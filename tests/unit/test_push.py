@@ -62,10 +62,10 @@ def test_a_dry_run_asks_nobody(
     monkeypatch.delenv("HF_TOKEN")
     go_offline(monkeypatch)
     result = cli("push", folder, MODEL, "--dry-run", "--json", "plan.json")
-    assert result.code == 0 and "not sent: this was a dry run" in result.out
+    assert result.code == 0 and "dry run: nothing was sent" in result.out
     for name in SENT:
         assert f"  {name}\n" in result.out
-    assert "left out: .env, logs, notes.txt, old.safetensors" in result.err
+    assert "part of the model: .env, logs, notes.txt, old.safetensors" in result.err
     plan = json.loads(Path("plan.json").read_text())
     assert plan["commit"] is None and plan["files"] == {name: (folder / name).stat().st_size for name in SENT}
     assert not bare_hub.tokens and not bare_hub.log
