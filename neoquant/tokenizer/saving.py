@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neoquant.files.writing import write_file
+from neoquant.files.writing import explaining, write_file
 from neoquant.tokenizer.settings import FAST, NO_LIMIT, SPECIAL_TOKENS, TokenizerSettings
 
 if TYPE_CHECKING:
@@ -18,9 +18,11 @@ _FLAGS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 def save_tokenizer(backend: tokenizers.Tokenizer, settings: TokenizerSettings, folder: Path) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json` into a folder, which is made if need be.
 
-    A chat template of its own file, left there by another tokenizer, comes to hold this one's: it would be read first.
+    Templates in files of their own, left by another tokenizer, would be read first: `chat_template.jinja` comes to
+    hold this one's, others are removed. Raises OutputError for what cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with explaining(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / FAST, backend.to_str(pretty=True))
     text = json.dumps(_config(backend, settings), indent=2, ensure_ascii=False)
     write_file(folder / "tokenizer_config.json", text + "\n")
