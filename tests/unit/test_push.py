@@ -174,3 +174,14 @@ def test_a_transfer_that_breaks_off(bare_hub: StandIn, folder: Path, monkeypatch
     with pytest.raises(HubError, match="user/neo-nf4") as caught:
         push(folder, MODEL)
     assert "\n" not in str(caught.value) and bare_hub.repos[MODEL] == {".gitattributes": b""}
+
+
+def test_a_link_out_of_the_folder_and_a_local_path_are_refused(folder: Path, tmp_path: Path) -> None:
+    card = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(f"{card}\nMeasured on {tmp_path}/texts.jsonl\n")
+    with pytest.raises(CheckpointError, match=r"README\.md names .*, a path on this machine: take it out"):
+        push(folder, MODEL, dry_run=True)
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to("/etc/passwd")
+    with pytest.raises(CheckpointError, match=r"README\.md is a link to /etc/passwd, outside the folder"):
+        push(folder, MODEL, dry_run=True)
