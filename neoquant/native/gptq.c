@@ -135,7 +135,7 @@ static void run(void *job, int64_t begin, int64_t end) {
 }
 
 /* With `unit`, `rows` is a multiple of `head`, which is at most 1024. */
-NQ_EXPORT void nq_feed_back(
+NQ_EXPORT void nq_gptq_block(
     float *weights, const float *original, const float *upper, int64_t stride, int64_t n, int64_t rows,
     const int64_t *places, const float *scale, const float *inverse, const float *zero, int64_t width, int top,
     const float *bounds, const uint8_t *order, const float *table, const float *unit, const int32_t *row_order,

@@ -68,7 +68,7 @@ def round_columns(
     size = 0 if heads is None else heads.row_order.shape[1]
     unit, row_order, original = (None, None, None) if heads is None else heads
     active().call(
-        "nq_feed_back", weights.data_ptr(), _address(original), upper.data_ptr(), upper.stride(0), n, rows,
+        "nq_gptq_block", weights.data_ptr(), _address(original), upper.data_ptr(), upper.stride(0), n, rows,
         columns.data_ptr(), levels.scale.data_ptr(), levels.inverse.data_ptr(), _address(levels.zero), levels.width,
         levels.top, _address(levels.bounds), _address(levels.order), _address(levels.table), _address(unit),
         _address(row_order), size, codes.data_ptr(), errors.data_ptr(), active().isa, threads(),

@@ -24,7 +24,7 @@ from neoquant.errors import RequestError
 ISAS = ("portable", "avx2", "avx512", "avx512vnni", "neon")  # by their number in cpu.h, each better than those before
 SWITCH = "NEOQUANT_ISA"
 FOLDER = Path(__file__).parent  # where the library was put when neoquant was installed
-VERSION = 7  # of the C functions' signatures, as in parallel.c
+VERSION = 8  # of the C functions' signatures, as in parallel.c
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _LEVELS = (*(_POINTER,) * 4, _LONG, _INT, *(_POINTER,) * 3)  # where the values of columns may lie
@@ -38,7 +38,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "nq_unpack_nibbles": (_POINTER, _POINTER, _LONG, _INT),
     "nq_pack": (_POINTER, _POINTER, _LONG, _LONG, _INT, _INT),
     "nq_unpack": (_POINTER, _POINTER, _LONG, _LONG, _INT, _INT),
-    "nq_feed_back": (*(_POINTER,) * 3, *(_LONG,) * 3, *_LEVELS, *(_POINTER,) * 2, _LONG, *(_POINTER,) * 2, _INT, _INT),
+    "nq_gptq_block": (*(_POINTER,) * 3, *(_LONG,) * 3, *_LEVELS, *(_POINTER,) * 2, _LONG, *(_POINTER,) * 2, _INT, _INT),
     "nq_multiply": (_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT),
     "nq_multiply_int8": (_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT),
     "nq_decode": (_POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT),
