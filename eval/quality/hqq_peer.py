@@ -25,7 +25,7 @@ from provenance import provenance, versions_in
 
 import neoquant
 from neoquant.data.suite import Suite, load_suite
-from neoquant.evaluation import Contestant, ModelInfo, compare
+from neoquant.evaluation import EvaluatedModel, ModelInfo, compare
 from neoquant.evaluation.statistics import ratio_interval
 from neoquant.loading.pretrained import load_tokenizer
 
@@ -38,7 +38,7 @@ def main() -> None:
     args = parse()
     suite = load_suite("demo") if args.text == "demo" else Suite.of_file(args.text)
     suite = suite.model_copy(update={"characters": args.characters, "sha256": None})
-    contestants = [Contestant(load_dense(args.model), ModelInfo(name="reference"))]
+    models = [EvaluatedModel(load_dense(args.model), ModelInfo(name="reference"))]
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as work:
         for bits, group_size in GRIDS:
@@ -50,8 +50,8 @@ def main() -> None:
                 rows.append(
                     {"tool": tool, "bits": bits, "group_size": group_size, "bits_per_weight": stored, "work_s": seconds}
                 )
-                contestants.append(Contestant(load_dense(folder), ModelInfo(name=folder.name)))
-        result = compare(contestants[0], contestants[1:], load_tokenizer(args.model), suite)
+                models.append(EvaluatedModel(load_dense(folder), ModelInfo(name=folder.name)))
+        result = compare(models[0], models[1:], load_tokenizer(args.model), suite)
     tokens = [unit.tokens for unit in result.reference.units]
     for row, found in zip(rows, result.candidates, strict=True):
         row["kl"] = rounded(found.total.kl)
