@@ -56,22 +56,8 @@ def chat(
             help="Below 1 less random, above more, 0 greedy. [default: the model's, else 0.8]",
         ),
     ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            "--top-p",
-            metavar="P",
-            help="Only the likeliest tokens of total probability P. [default: the model's, else 0.95]",
-        ),
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None,
-        typer.Option(
-            "--repetition-penalty",
-            metavar="R",
-            help="Above 1, tokens of the text become less likely. [default: the model's, else 1]",
-        ),
-    ] = None,
+    top_p: options.TopP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
     seed: Annotated[
         int | None,
         typer.Option("--seed", metavar="N", min=0, help="Repeat what this seed gave. [default: a fresh one]"),

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from neoquant.cli.describe import calibrated_on, model_info
-from neoquant.cli.models import BUNDLED, find_model, short_name, suite_for
+from neoquant.cli.models import find_model, short_name, suite_for
 from neoquant.cli.output import is_stdout, write_text
 from neoquant.cli.terminal import Terminal
+from neoquant.demo import NAME as BUNDLED
 from neoquant.errors import RequestError
 
 if TYPE_CHECKING:

@@ -54,22 +54,8 @@ def generate(
         int | None,
         typer.Option("--top-k", metavar="K", help="Only the K likeliest tokens. [default: the model's, else all]"),
     ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            "--top-p",
-            metavar="P",
-            help="Only the likeliest tokens of total probability P. [default: the model's, else 0.95]",
-        ),
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None,
-        typer.Option(
-            "--repetition-penalty",
-            metavar="R",
-            help="Above 1, tokens of the text become less likely. [default: the model's, else 1]",
-        ),
-    ] = None,
+    top_p: options.TopP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
     question: Annotated[
         str | None,
         typer.Option("--question", metavar="TEXT", help="The question (question-answering).", show_default=False),

@@ -8,9 +8,9 @@ import typer
 
 from neoquant.cli import options
 from neoquant.cli.evaluation import check_choices, check_device, choose_suite, inputs_of, load_evaluated_model, publish
-from neoquant.cli.models import BUNDLED
 from neoquant.cli.output import check_output_file, json_kind
 from neoquant.cli.terminal import Terminal
+from neoquant.demo import NAME as BUNDLED
 
 
 def inspect(

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from neoquant.cli.terminal import Terminal
-
-BUNDLED = "neoquant-demo"
-"""How the model that comes with neoquant is called on the command line."""
+from neoquant.demo import NAME as BUNDLED
+from neoquant.demo import resolve
 
 
 class Loading(NamedTuple):
@@ -21,17 +20,12 @@ class Loading(NamedTuple):
 
 def find_model(model: str | None, terminal: Terminal, verb: str) -> str | Path:
     """The folder or hub id to open: what was named, or the bundled model if it was, or if nothing was."""
-    from neoquant.demo import MODEL
-
     if model is None:
         terminal.note(
             f"no model named: using {BUNDLED}, which comes with neoquant "
             f"(for another: neoquant {verb} FOLDER or neoquant {verb} EleutherAI/gpt-neo-1.3B)"
         )
-        return MODEL
-    if model == BUNDLED and not Path(model).exists():
-        return MODEL
-    return model
+    return resolve(model)
 
 
 def short_name(model: str | None) -> str:

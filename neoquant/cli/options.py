@@ -62,6 +62,22 @@ Activations = Annotated[
         "`neoquant compare` measures the accuracy loss.",
     ),
 ]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        "--top-p",
+        metavar="P",
+        help="Only the likeliest tokens of total probability P. [default: the model's, else 0.95]",
+    ),
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(
+        "--repetition-penalty",
+        metavar="R",
+        help="Above 1, tokens of the text become less likely. [default: the model's, else 1]",
+    ),
+]
 Json = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write what was measured to FILE; - for stdout.")
 ]

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from neoquant.cli import options
-from neoquant.cli.models import BUNDLED, find_model, short_name, suite_for
+from neoquant.cli.models import find_model, short_name, suite_for
 from neoquant.cli.plan import show_plan
 from neoquant.cli.recipes import RecipeOptions, choose_recipe
 from neoquant.cli.terminal import Terminal
+from neoquant.demo import NAME as BUNDLED
 from neoquant.report.formatting import duration, size
 from neoquant.sizes import parse_size
 

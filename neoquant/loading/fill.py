@@ -16,7 +16,7 @@ from neoquant.formats.base import dtype_name
 from neoquant.loading.contents import Contents, Readable
 from neoquant.loading.device_map import DeviceMap
 from neoquant.model.base import LoadReport, Network
-from neoquant.model.names import BASE_PREFIX
+from neoquant.model.names import BASE_PREFIX, TABLES, canonical_layer
 from neoquant.model.shapes import shape_problem
 from neoquant.nn.linear import QuantEmbedding, QuantLinear, StoredEmbedding, StoredLinear, is_native
 from neoquant.progress import Progress
@@ -46,13 +46,13 @@ class Filler:
         checkpoint: Readable,
         model: Network,
         format: Format | None,
+        contents: Contents,
         dtype: torch.dtype,
         places: DeviceMap,
         compute_dtype: torch.dtype | None,
     ) -> None:
-        self.checkpoint, self.model, self.format = checkpoint, model, format
+        self.checkpoint, self.model, self.format, self.contents = checkpoint, model, format, contents
         self.dtype, self.places, self.compute_dtype = dtype, places, compute_dtype
-        self.contents = Contents.of(checkpoint, model, format)
 
     def fill(self, progress: Progress) -> LoadReport:
         """Load every parameter of the model, and initialize those of a head that the checkpoint lacks.
@@ -118,7 +118,7 @@ class Filler:
     def _keeps_stored_type(self, name: str, tensor: Tensor) -> bool:
         """Whether an embedding or a head that a quantized checkpoint keeps in half precision stays so, though the model
         computes in float32: it may be the largest weight by far, and reading it decides how fast tokens are made."""
-        is_table = name.removeprefix(BASE_PREFIX) in ("wte.weight", "lm_head.weight")
+        is_table = name.endswith(".weight") and canonical_layer(name) in TABLES
         in_float32 = self.places.of(name).type == "cpu" and self.dtype == torch.float32
         return is_table and in_float32 and self.format is not None and tensor.dtype != self.dtype and is_native(tensor)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,12 +21,12 @@ from neoquant.model.base import Network
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.dtypes import resolve_dtype
 from neoquant.model.gpt_neo import Block
+from neoquant.model.names import BASE_PREFIX, in_block
 from neoquant.nn.fused_block import fused_block
 from neoquant.nn.linear import QuantLinear
 from neoquant.progress import SILENT, Progress
 
 ModelT = TypeVar("ModelT", bound=Network)
-_BLOCK = re.compile(r"(?:transformer\.)?h\.(\d+)\.")
 
 
 def load_model(
@@ -112,7 +111,7 @@ def read_model(
     with locate(str(checkpoint.source)):
         if compute_dtype is None and format is not None:
             compute_dtype = format.compute_dtype(checkpoint.config.get("quantization_config") or {})
-        model.load_report = Filler(checkpoint, model, format, kind, places, compute_dtype).fill(progress)
+        model.load_report = Filler(checkpoint, model, format, contents, kind, places, compute_dtype).fill(progress)
     if len(set(places.units.values())) > 1:
         model.hf_device_map = places.describe()
     model.quantization_format = None if format is None else format.name
@@ -149,7 +148,8 @@ def _arrange(model: Network, activations: str) -> None:
 
 def require_fit(config: GPTNeoConfig, names: Iterable[str]) -> None:
     """Raise CheckpointError, before a network is built, where `config.json` promises blocks that no tensor is of."""
-    numbers = {found[1] for name in names if (found := _BLOCK.match(name))}
+    inside = (name for name in names if name.removeprefix(BASE_PREFIX).startswith("h."))
+    numbers = {place[0] for name in inside if (place := in_block(name)) is not None}
     if len(numbers) < config.num_layers:
         raise CheckpointError(
             f"config.json says num_layers = {config.num_layers:,}, the tensors are of {len(numbers):,} blocks"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from neoquant.checkpoint import find_companions, open_checkpoint
+from neoquant.checkpoint import open_checkpoint
 from neoquant.errors import RequestError, locate
 from neoquant.generation.config import FILE as GENERATION_FILE
 from neoquant.generation.config import GenerationConfig
@@ -232,4 +232,4 @@ def load(
 
 def load_tokenizer(source: str | Path | None = None, *, revision: str | None = None) -> Tokenizer:
     """The tokenizer of a folder, or of a hub id without its weights. Raises CheckpointError where there is none."""
-    return Tokenizer.from_folder(find_companions(source, revision=revision))
+    return Tokenizer.from_pretrained(source, revision=revision)

@@ -52,9 +52,9 @@ class Tokenizer(Vocabulary):
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, *, revision: str | None = None, use_fast: bool = True, **settings: Any
+        cls, source: str | Path | None, *, revision: str | None = None, use_fast: bool = True, **settings: Any
     ) -> Tokenizer:
-        """The tokenizer of a folder, or of an id on the hub.
+        """The tokenizer of a folder, or of an id on the hub; None is the bundled model's.
 
         `settings` come before those of its files: `pad_token`, `padding_side`, `add_bos_token` and the like. `use_fast`
         is there for transformers' sake: there is no other. Raises CheckpointError, HubError or RequestError.

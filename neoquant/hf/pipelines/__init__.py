@@ -72,7 +72,7 @@ def pipeline(
     loaded = isinstance(model, PreTrainedModel)
     if tokenizer is None and loaded:
         raise RequestError("a model that is loaded already does not say what its tokenizer is: pass tokenizer=...")
-    source: Any = _bundled() if model is None else model
+    source: Any = model
     if not loaded:
         where = "cpu" if device == -1 else device_map if device is None else device
         source = cls.model_class.from_pretrained(
@@ -81,12 +81,5 @@ def pipeline(
     elif device is not None or dtype is not None:
         source = source.to(device="cpu" if device == -1 else device, dtype=dtype)
     if not isinstance(tokenizer, Tokenizer):
-        own = _bundled() if model is None else model
-        tokenizer = Tokenizer.from_pretrained(own if tokenizer is None else tokenizer, revision=revision)  # type: ignore[arg-type]
+        tokenizer = Tokenizer.from_pretrained(model if tokenizer is None else tokenizer, revision=revision)  # type: ignore[arg-type]
     return cls(source, tokenizer, batch_size=batch_size, **options)
-
-
-def _bundled() -> Path:
-    from neoquant.demo import MODEL
-
-    return MODEL
