@@ -68,24 +68,7 @@ def plan(
     from neoquant.quantization import quantize as quantization
 
     terminal: Terminal = ctx.obj
-    asked = RecipeOptions(
-        bits=bits,
-        type=type,
-        block_size=block_size,
-        no_double_quant=no_double_quant,
-        group_size=group_size,
-        symmetric=symmetric,
-        quantizer=quantizer,
-        named_options={"order": order, "scales": scales, "damping": damping, "objective": objective},
-        quantizer_option=quantizer_option,
-        calibrated=calibration is not None,
-        keep=keep,
-        format=format,
-        dtype=dtype,
-        embeddings=embeddings,
-        recipe=recipe,
-    )
-    chosen = choose_recipe(asked)
+    chosen = choose_recipe(RecipeOptions.of(ctx.params))
     check_output_file(json, json_kind("plan"), terminal, inputs=[model, recipe], force=force)
     source = find_model(model, terminal, "plan")
     made = quantization.plan(

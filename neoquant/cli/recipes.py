@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from neoquant.errors import RequestError
@@ -18,13 +18,11 @@ class RecipeOptions:
 
     bits: int | None
     type: str | None
-    block_size: int | None
-    no_double_quant: bool
-    group_size: int | None
-    symmetric: bool
+    grid_options: Mapping[str, Any]
+    """What is stated of the grid beside bits and type."""
     quantizer: str | None
-    named_options: Mapping[str, str | float | None]
-    """Options of a quantizer that have a command-line option of their own."""
+    named_options: Mapping[str, Any]
+    """What is stated of a quantizer by command-line options of their own."""
     quantizer_option: Iterable[str] | None
     """Any options of the quantizer, each `NAME=VALUE`."""
     calibrated: bool
@@ -35,18 +33,30 @@ class RecipeOptions:
     embeddings: str | None
     recipe: str | None
 
+    @classmethod
+    def of(cls, params: Mapping[str, Any]) -> RecipeOptions:
+        """From the parameters of a verb by name, `typer.Context.params`.
+
+        Grids and quantizers say which of them are theirs; `no_x` is the switch that turns a grid's option `x` off.
+        """
+        from neoquant.grids import option_names
+        from neoquant.quantizers import QUANTIZERS
+
+        own = {field.name: params[field.name] for field in fields(cls) if field.name in params}
+        set_on = {name: params[name] for name in option_names() if params.get(name, False) is not False}
+        set_off = {name: False for name in option_names() if params.get(f"no_{name}")}
+        of_quantizers = {name for quantizer in QUANTIZERS.values() for name in quantizer.options()}
+        return cls(
+            **own,
+            grid_options=_stated({**set_on, **set_off}),
+            named_options=_stated({name: params[name] for name in params if name in of_quantizers}),
+            calibrated=params["calibration"] is not None,
+        )
+
     @property
     def fields(self) -> dict[str, Any]:
         """What is stated of the recipe beside its rules."""
         return _stated({"format": self.format, "dtype": self.dtype, "embeddings": self.embeddings})
-
-    @property
-    def grid(self) -> dict[str, Any]:
-        """What is stated of the grid beside bits and type."""
-        double_quant = False if self.no_double_quant else None
-        symmetric = self.symmetric or None
-        size = {"block_size": self.block_size, "group_size": self.group_size}
-        return _stated({**size, "double_quant": double_quant, "symmetric": symmetric})
 
 
 def choose_recipe(options: RecipeOptions) -> Recipe:
@@ -67,11 +77,11 @@ def choose_recipe(options: RecipeOptions) -> Recipe:
 
 def _refuse_rule_options(options: RecipeOptions) -> None:
     """Raise RequestError for options that say what the rules of a recipe say."""
-    switches = {"double_quant": "no-double-quant"}
-    rule = {"bits": options.bits, "type": options.type, **options.grid, "quantizer": options.quantizer}
-    stated = [*_stated(rule), *_stated(options.named_options), *(["quantizer-option"] * bool(options.quantizer_option))]
+    chosen = {"bits": options.bits, "type": options.type, "quantizer": options.quantizer}
+    more = {"quantizer_option": options.quantizer_option or None}
+    stated = _stated({**chosen, **options.grid_options, **options.named_options, **more})
     if stated:
-        names = [f"--{switches.get(name, name).replace('_', '-')}" for name in stated]
+        names = [f"--{'no-' * (value is False)}{name.replace('_', '-')}" for name, value in stated.items()]
         raise RequestError(f"--recipe decides the grids, so {', '.join(names)} cannot be given with it")
 
 
@@ -86,13 +96,19 @@ def _simple(options: RecipeOptions) -> Recipe:
             raise RequestError(f"--type {type} is the affine grid and --quantizer {type}, not --quantizer {quantizer}")
         bits, type, quantizer = 4 if bits is None else bits, "affine", type
     texts = _pairs(options.quantizer_option or ())
-    named = _stated(options.named_options)
+    named = options.named_options
     if twice := next((name for name in texts if name in named), None):
         raise RequestError(f"--{twice} and --quantizer-option {twice} are the same: give one of them")
     quantizer = quantizer or _implied_quantizer([*named, *texts], options.calibrated)
     bits, type = _complete(bits, type, quantizer)
     return Recipe.simple(
-        bits, type, quantizer=quantizer, **options.grid, **options.fields, **named, **_parsed(quantizer, texts)
+        bits,
+        type,
+        quantizer=quantizer,
+        **options.grid_options,
+        **options.fields,
+        **named,
+        **_parsed(quantizer, texts),
     )
 
 

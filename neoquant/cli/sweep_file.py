@@ -6,7 +6,6 @@ import hashlib
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -102,9 +101,7 @@ def check_recipe(words: str) -> None:
         from neoquant.calibration.dataset import calibration_suite
 
         calibration_suite(given["calibration"])
-    named = {key: given[key] for key in ("order", "scales", "damping", "objective")}
-    stated = {field.name: given[field.name] for field in fields(RecipeOptions) if field.name in given}
-    choose_recipe(RecipeOptions(**stated, named_options=named, calibrated=given["calibration"] is not None))
+    choose_recipe(RecipeOptions.of(given))
 
 
 def fingerprint(*parts: object) -> str:
