@@ -15,7 +15,11 @@ from neoquant.model.cache import KVCache
 from neoquant.model.gpt_neo import CausalLM
 
 Stop = Callable[[Tensor, Tensor | None], Tensor]
-"""From all ids so far `[B, S]`, and which hold tokens (None: all), to whether each row ends here, bool `[B]`."""
+"""From all ids so far `[B, S]`, and which hold tokens (None: all), to whether each row ends here, bool `[B]`; all on
+the CPU."""
+
+LOOK_EVERY = 8  # tokens that a GPU generates between two looks at them: each look waits until it has caught up
+NOTHING = -1  # in place of an id where none could be chosen
 
 
 class Streamer(Protocol):
@@ -149,6 +153,37 @@ class _Inputs:
         self.types = None if self.types is None else self.types[:, -1:]
 
 
+class _Endings:
+    """Which rows have ended, kept on the CPU."""
+
+    def __init__(self, inputs: _Inputs, sampling: Sampling, stop: Stop | None, new: int) -> None:
+        ids = inputs.ids
+        eos = sampling.eos_token_ids or ()
+        self._ends = torch.tensor(eos, dtype=ids.dtype)
+        self._filler = sampling.pad_token_id if sampling.pad_token_id is not None else next(iter(eos), 0)
+        self._ended = torch.zeros(len(ids), dtype=torch.bool)
+        self._stop = stop
+        self._length = ids.shape[1]
+        if stop is not None:
+            self._seen = torch.cat([ids.cpu(), torch.empty(len(ids), new, dtype=ids.dtype)], dim=1)
+            self._keep = None if inputs.keep is None else inputs.keep.cpu()
+
+    def take(self, drawn: Tensor) -> tuple[Tensor, bool, bool]:
+        """From what was drawn next, `[B]`: what is given out, whether all rows that go on had something to draw, and
+        whether all have ended."""
+        usable = bool((self._ended | (drawn != NOTHING)).all())
+        chosen = drawn
+        if len(self._ends):
+            chosen = drawn.masked_fill(self._ended, self._filler)
+            self._ended = self._ended | torch.isin(chosen, self._ends)
+        if self._stop is not None:
+            self._seen[:, self._length] = chosen
+            self._length += 1
+            keep = None if self._keep is None else self._keep[:, : self._length]
+            self._ended = self._ended | self._stop(self._seen[:, : self._length], keep)
+        return chosen, usable, bool(self._ended.all())
+
+
 @torch.inference_mode()
 def stream(
     model: CausalLM,
@@ -160,13 +195,15 @@ def stream(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     stop: Stop | None = None,
+    look_every: int | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the next ids `[B]` of `input_ids[B, T]`, one position at a time, until all rows have ended.
+    """Yield the next ids `[B]` of `input_ids[B, T]`, on the CPU, one position at a time, until all rows have ended.
 
     Rows of different lengths are padded, on either side, and `attention_mask[B, T]` is 0 there: each is continued as it
     would be alone. A row ends behind an end-of-text token, or where `stop` says so; where there are end-of-text tokens,
     it is filled up from there. New positions count on from `position_ids[B, T]`, and have the type of the last of
-    `token_type_ids[B, T]`.
+    `token_type_ids[B, T]`. Ids come from the model's device `look_every` at a time (None: 1 on a CPU, LOOK_EVERY
+    elsewhere), and nothing else waits for it; what it has made beyond the end is dropped.
 
     Raises ContextError before anything is generated where prompt and new tokens do not fit into the model's context,
     CheckpointError where the model's predictions are not finite.
@@ -175,38 +212,35 @@ def stream(
     B, T = input_ids.shape
     check_room(model, T, max_new_tokens)
     device = model.device
+    every = look_every or (1 if device.type == "cpu" else LOOK_EVERY)
     generator = None if sampling.seed is None else torch.Generator(device=device).manual_seed(sampling.seed)
     mask, positions, types = (
         None if tensor is None else tensor.to(device) for tensor in (attention_mask, position_ids, token_type_ids)
     )
     inputs = _Inputs(input_ids.to(device), mask, positions, types, max_new_tokens)
+    endings = _Endings(inputs, sampling, stop, max_new_tokens)
     seen = torch.cat([inputs.ids, inputs.ids.new_empty(B, max_new_tokens)], dim=1)
-    eos = sampling.eos_token_ids or ()
-    ends = torch.tensor(eos, dtype=seen.dtype, device=device)
-    reachable = torch.tensor([e for e in eos if 0 <= e < model.config.vocab_size], dtype=seen.dtype, device=device)
-    filler = sampling.pad_token_id if sampling.pad_token_id is not None else next(iter(eos), 0)
-    ended = torch.zeros(B, dtype=torch.bool, device=device)
+    outcomes = seen.new_empty(B, max_new_tokens)
+    eos = [e for e in sampling.eos_token_ids or () if 0 <= e < model.config.vocab_size]
+    reachable = torch.tensor(eos, dtype=seen.dtype, device=device)
     cache = KVCache(model.config.num_layers, capacity=max(1, T + max_new_tokens))
-    for end in range(T, T + max_new_tokens):
+    looked = 0
+    for new in range(max_new_tokens):
         logits = inputs.logits(model, cache)
-        if end - T < sampling.min_new_tokens:
+        if new < sampling.min_new_tokens:
             logits = logits.index_fill(-1, reachable, -torch.inf)
-        drawn, finite = choose(logits, seen[:, :end], sampling, generator)
-        usable = (finite | ended).all()
-        chosen = drawn
-        if len(eos):
-            chosen = drawn.masked_fill(ended, filler)
-            ended = ended | torch.isin(chosen, ends)
-        seen[:, end] = chosen
-        if stop is not None:
-            keep = None if inputs.keep is None else inputs.keep[:, : end + 1]
-            ended = ended | stop(seen[:, : end + 1], keep).to(device)
-        is_usable, is_last = torch.stack([usable, ended.all()]).tolist()  # one look at the device for both
-        if not is_usable:
-            raise _not_finite(model, end - T + 1)
-        yield chosen
-        if is_last:
-            return
+        drawn, finite = choose(logits, seen[:, : T + new], sampling, generator)
+        seen[:, T + new] = drawn
+        outcomes[:, new] = drawn.masked_fill(~finite, NOTHING)
+        if (new + 1 - looked) % every == 0 or new + 1 == max_new_tokens:
+            for ids in outcomes[:, looked : new + 1].cpu().unbind(1):
+                looked += 1
+                chosen, is_usable, is_last = endings.take(ids)
+                if not is_usable:
+                    raise _not_finite(model, looked)
+                yield chosen
+                if is_last:
+                    return
         inputs.follow(drawn)
 
 
@@ -274,6 +308,7 @@ def generate(
     if streamer is not None:
         streamer.put(input_ids.cpu())
     chosen = []
+    watched = streamer is not None or stop is not None or (sampling is not None and sampling.eos_token_ids)
     for ids in stream(
         model,
         input_ids,
@@ -283,15 +318,17 @@ def generate(
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         stop=stop,
+        look_every=None if watched else max_new_tokens,
     ):
         chosen.append(ids)
         if streamer is not None:
-            streamer.put(ids.cpu())
+            streamer.put(ids)
     if streamer is not None:
         streamer.end()
     if not chosen:
         return input_ids
-    return torch.cat([input_ids.to(chosen[0].device), torch.stack(chosen, dim=1)], dim=1)
+    device = model.device
+    return torch.cat([input_ids.to(device), torch.stack(chosen, dim=1).to(device)], dim=1)
 
 
 def as_ids(values: Tensor | Sequence[Sequence[int]] | Sequence[int]) -> Tensor:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neoquant.errors import ContextError, RequestError
-from neoquant.generation.generate import Sampling, filter_logits, penalize
+from neoquant.generation.generate import Sampling, filter_logits, penalize, stream
 from neoquant.generation.text import TextStream, generate_text
 from neoquant.loading.pretrained import GPTNeoForCausalLM
 from neoquant.model.config import GPTNeoConfig
@@ -141,6 +141,33 @@ def test_rows_end_at_end_of_text_and_repeat_it(model: GPTNeoForCausalLM) -> None
         at = whole.index(end, 3) if end in whole[3:] else len(whole)
         assert row[: at + 1] == whole[: at + 1][: len(row)]
         assert set(row[at + 1 :]) <= {end}
+
+
+@pytest.mark.parametrize("every", [2, 3, 8, 100])
+@pytest.mark.parametrize("ending", ["eos", "stop", "both", "none"])
+def test_looking_at_several_ids_at_once_changes_none(model: GPTNeoForCausalLM, every: int, ending: str) -> None:
+    ids, keep = torch.tensor([[5, 9, 2], [0, 7, 1]]), torch.tensor([[1, 1, 1], [0, 1, 1]])
+    free = [row.tolist() for row in stream(model, ids, attention_mask=keep, max_new_tokens=12)]
+    eos = (free[5][0], free[3][1]) if ending in ("eos", "both") else ()
+    shown: list[tuple[list[list[int]], list[list[bool]]]] = []
+
+    def stop(seen: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+        assert kept is not None
+        shown.append((seen.tolist(), kept.tolist()))
+        return (seen == free[7][0]).sum(1) > 1
+
+    def made(look_every: int) -> list[list[int]]:
+        options = {
+            "attention_mask": keep,
+            "max_new_tokens": 12,
+            "sampling": Sampling(eos_token_ids=eos, pad_token_id=3),
+        }
+        stops = stop if ending in ("stop", "both") else None
+        return [row.tolist() for row in stream(model, ids, stop=stops, look_every=look_every, **options)]  # type: ignore[arg-type]
+
+    expected, first, shown = made(1), shown, []
+    assert made(every) == expected and shown == first
+    assert (len(expected) < 12) == (ending in ("eos", "both"))
 
 
 def test_beyond_the_context_is_refused_before_anything_is_generated(model: GPTNeoForCausalLM) -> None:
