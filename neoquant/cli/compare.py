@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from neoquant.cli import options
 from neoquant.cli.evaluation import (
-    check_choices,
-    check_device,
+    LoadOptions,
+    SuiteOptions,
     choose_suite,
     conditions_of,
     fail_where,
@@ -17,7 +19,6 @@ from neoquant.cli.evaluation import (
     is_result,
     journal_of,
     load_evaluated_model,
-    own_device,
     process_group_of,
     publish,
 )
@@ -26,7 +27,9 @@ from neoquant.cli.terminal import Terminal
 from neoquant.errors import RequestError
 
 if TYPE_CHECKING:
-    from neoquant.evaluation import Comparison
+    from neoquant.evaluation import Comparison, EvaluatedModel
+    from neoquant.evaluation.thresholds import Condition
+    from neoquant.tokenizer.tokenizer import Tokenizer
 
 
 def compare(
@@ -77,8 +80,7 @@ def compare(
     """
     terminal: Terminal = ctx.obj
     models = models or []
-    check_choices(dtype, activations)
-    check_device(device)
+    loading = LoadOptions.of(ctx.params)
     saved = [is_result(name) for name in (base, *models)]
     if any(saved) and not all(saved):
         raise RequestError(
@@ -88,57 +90,51 @@ def compare(
     conditions = conditions_of(fail_if, side_by_side=True)
     if all(saved):
         check_output_file(json, json_kind("comparison"), terminal, inputs=[base, *models], force=force)
-        result = _compare_saved([base, *models], terminal)
-    else:
-        if not models:
-            raise RequestError(f"name one or more models to compare with {base}")
-        chosen = choose_suite(
-            suite,
-            base,
-            data=data,
-            subset=subset,
-            documents=documents,
-            protocol=protocol,
-            context=context,
-            stride=stride,
+        _show(_compare_saved([base, *models], terminal), conditions, json, terminal)
+        return
+    if not models:
+        raise RequestError(f"name one or more models to compare with {base}")
+    chosen = choose_suite(SuiteOptions.of(ctx.params), base)
+    inputs = inputs_of(chosen, suite, base, *models)
+    check_output_file(json, json_kind("comparison"), terminal, inputs=inputs, force=force)
+    with process_group_of(terminal) as group:
+        reference, others, tokenizer = _load(base, revision, models, loading.within(group), terminal)
+
+        from neoquant.evaluation import compare
+
+        result = compare(
+            reference,
+            others,
+            tokenizer,
+            chosen,
+            exclude_calibrated=exclude_calibrated,
+            progress=terminal.progress,
+            journal=journal_of(json),
+            process_group=group,
         )
-        inputs = inputs_of(chosen, suite, base, *models)
-        check_output_file(json, json_kind("comparison"), terminal, inputs=inputs, force=force)
-        with process_group_of(terminal) as group:
-            device = own_device(device, group)
-            reference, tokenizer = load_evaluated_model(
-                base, terminal, "compare", revision=revision, device=device, dtype=dtype
-            )
-            others = []
-            for model in models:
-                other, own_tokenizer = load_evaluated_model(
-                    model, terminal, "compare", revision=None, device=device, dtype=dtype, activations=activations
-                )
-                if own_tokenizer.sha256 != tokenizer.sha256:
-                    terminal.note(
-                        f"note: {model} comes with another tokenizer than {base}; both are read with that of {base}"
-                    )
-                others.append(other)
+    if not group.rank:
+        _show(result, conditions, json, terminal)
 
-            from neoquant.evaluation import compare
 
-            result = compare(
-                reference,
-                others,
-                tokenizer,
-                chosen,
-                exclude_calibrated=exclude_calibrated,
-                progress=terminal.progress,
-                journal=journal_of(json),
-                process_group=group,
-            )
-        if group.rank:
-            return
+def _load(
+    base: str, revision: str | None, models: list[str], options: LoadOptions, terminal: Terminal
+) -> tuple[EvaluatedModel, list[EvaluatedModel], Tokenizer]:
+    """The reference, the models made from it, and the tokenizer of the reference, which reads the text for all."""
+    exact = replace(options, activations="exact")
+    reference, tokenizer = load_evaluated_model(base, terminal, "compare", exact, revision)
+    others = []
+    for model in models:
+        other, own_tokenizer = load_evaluated_model(model, terminal, "compare", options)
+        if own_tokenizer.sha256 != tokenizer.sha256:
+            terminal.note(f"note: {model} comes with another tokenizer than {base}; both are read with that of {base}")
+        others.append(other)
+    return reference, others, tokenizer
 
+
+def _show(result: Comparison, conditions: list[Condition], json: Path | None, terminal: Terminal) -> None:
     from neoquant.report.table import comparison_table
 
-    evaluations = [result.reference, *(candidate.evaluation for candidate in result.candidates)]
-    notes = [note for evaluation in evaluations for note in evaluation.notes]
+    notes = [note for evaluation in result.evaluations for note in evaluation.notes]
     publish(result, comparison_table(result), notes, json, terminal)
     fail_where(conditions, result, terminal)
 
@@ -147,6 +143,6 @@ def _compare_saved(files: list[str], terminal: Terminal) -> Comparison:
     from neoquant.evaluation.saved_results import compare_saved, differing_environments, read_result
 
     result = compare_saved([read_result(file) for file in files], files)
-    for note in differing_environments([result.reference, *(c.evaluation for c in result.candidates)]):
+    for note in differing_environments(result.evaluations):
         terminal.note(f"note: {note}")
     return result

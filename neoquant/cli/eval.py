@@ -6,15 +6,14 @@ import typer
 
 from neoquant.cli import options
 from neoquant.cli.evaluation import (
-    check_choices,
-    check_device,
+    LoadOptions,
+    SuiteOptions,
     choose_suite,
     conditions_of,
     fail_where,
     inputs_of,
     journal_of,
     load_evaluated_model,
-    own_device,
     process_group_of,
     publish,
 )
@@ -59,18 +58,12 @@ def eval_(
     """
     terminal: Terminal = ctx.obj
     conditions = conditions_of(fail_if, side_by_side=False)
-    check_choices(dtype, activations)
-    check_device(device)
-    chosen = choose_suite(
-        suite, model, data=data, subset=subset, documents=documents, protocol=protocol, context=context, stride=stride
-    )
+    loading = LoadOptions.of(ctx.params)
+    chosen = choose_suite(SuiteOptions.of(ctx.params), model)
     inputs = inputs_of(chosen, suite, model)
     check_output_file(json, json_kind("evaluation"), terminal, inputs=inputs, force=force)
     with process_group_of(terminal) as group:
-        device = own_device(device, group)
-        entry, tokenizer = load_evaluated_model(
-            model, terminal, "eval", revision=revision, device=device, dtype=dtype, activations=activations
-        )
+        entry, tokenizer = load_evaluated_model(model, terminal, "eval", loading.within(group), revision)
 
         from neoquant.evaluation import evaluate
         from neoquant.report.table import evaluation_table

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,17 +27,62 @@ if TYPE_CHECKING:
     from neoquant.tokenizer.tokenizer import Tokenizer
 
 
-def choose_suite(
-    name: str | None,
-    model: str | None,
-    *,
-    data: str | None,
-    subset: list[str] | None,
-    documents: int | None,
-    protocol: str | None,
-    context: int | None,
-    stride: int | None,
-) -> Suite:
+@dataclass(frozen=True, kw_only=True)
+class SuiteOptions:
+    """What `eval`, `compare` and `inspect` take to describe the text, as it was typed."""
+
+    suite: str | None
+    data: str | None
+    subset: list[str] | None
+    documents: int | None
+    context: int | None
+    protocol: str | None = None
+    stride: int | None = None
+
+    @classmethod
+    def of(cls, params: Mapping[str, Any]) -> SuiteOptions:
+        """From the parameters of a verb by name, `typer.Context.params`."""
+        return cls(**{field.name: params[field.name] for field in fields(cls) if field.name in params})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How models are loaded that an evaluation runs."""
+
+    device: str | None
+    dtype: str | None
+    activations: str = "exact"
+
+    @classmethod
+    def of(cls, params: Mapping[str, Any]) -> LoadOptions:
+        """From the parameters of a verb by name, checked before any model is opened.
+
+        Raises:
+            RequestError: no model could be loaded like that, or the device is none, or is not there.
+        """
+        from neoquant.kernels import ACTIVATIONS
+        from neoquant.loading.device_map import resolve_device
+        from neoquant.model.dtypes import check_dtype
+
+        made = cls(**{field.name: params[field.name] for field in fields(cls) if field.name in params})
+        check_dtype(made.dtype)
+        if made.activations not in ACTIVATIONS:
+            raise RequestError(f"activations are {made.activations!r}; legal are {' and '.join(ACTIVATIONS)}")
+        if made.device is not None:
+            resolve_device(made.device)
+        return made
+
+    def within(self, group: ProcessGroup) -> LoadOptions:
+        """One of several processes on a machine takes the GPU of its own number, where there is one for each."""
+        import torch
+
+        local, together = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if self.device is None and group.size > 1 and torch.cuda.device_count() >= together:
+            return replace(self, device=f"cuda:{local}")
+        return self
+
+
+def choose_suite(options: SuiteOptions, model: str | None) -> Suite:
     """The suite that the options describe: the named one, or the data alone, or the bundled model's own, `demo`.
 
     Raises:
@@ -45,8 +91,14 @@ def choose_suite(
     """
     from neoquant.evaluation import Suite, load_suite, suite_names
 
-    overrides: dict[str, Any] = {"documents": documents, "protocol": protocol, "context": context, "stride": stride}
-    overrides["subsets"] = tuple(subset) if subset else None
+    name, data = options.suite, options.data
+    overrides: dict[str, Any] = {
+        "documents": options.documents,
+        "protocol": options.protocol,
+        "context": options.context,
+        "stride": options.stride,
+        "subsets": tuple(options.subset) if options.subset else None,
+    }
     if name is None and data is not None:
         return Suite.of_file(data).override(**overrides)
     if name is None and model in (None, BUNDLED):
@@ -69,8 +121,13 @@ def is_result(name: str) -> bool:
 
 
 def journal_of(json: Path | None) -> Path | None:
+    """The journal of a result, if that goes to a file."""
+    return None if json is None or is_stdout(json) else journal_path(json)
+
+
+def journal_path(result: Path) -> Path:
     """Where what has been scored so far is kept, so that the same command goes on after an interruption."""
-    return None if json is None or is_stdout(json) else Path(f"{json}.partial")
+    return Path(f"{result}.partial")
 
 
 def inputs_of(suite: Suite, suite_name: str | None, *models: str | None) -> list[str | None]:
@@ -92,16 +149,6 @@ def process_group_of(terminal: Terminal) -> Iterator[ProcessGroup]:
         yield group
 
 
-def own_device(device: str | None, group: ProcessGroup) -> str | None:
-    """One of several processes on a machine takes the GPU of its own number, where there is one for each."""
-    import torch
-
-    local, together = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if device is None and group.size > 1 and torch.cuda.device_count() >= together:
-        return f"cuda:{local}"
-    return device
-
-
 def conditions_of(texts: list[str] | None, *, side_by_side: bool) -> list[Condition]:
     """The conditions of --fail-if. Raises RequestError, before the work, for what is none.
 
@@ -113,24 +160,6 @@ def conditions_of(texts: list[str] | None, *, side_by_side: bool) -> list[Condit
     if not side_by_side:
         require_scores(conditions)
     return conditions
-
-
-def check_device(device: str | None) -> None:
-    """Refuse a device that is none, or is not there, before any model is opened."""
-    if device is not None:
-        from neoquant.loading.device_map import resolve_device
-
-        resolve_device(device)
-
-
-def check_choices(dtype: str | None, activations: str) -> None:
-    """Refuse options that no model could be loaded with, before any is opened."""
-    from neoquant.kernels import ACTIVATIONS
-    from neoquant.model.dtypes import check_dtype
-
-    check_dtype(dtype)
-    if activations not in ACTIVATIONS:
-        raise RequestError(f"activations are {activations!r}; legal are {' and '.join(ACTIVATIONS)}")
 
 
 def fail_where(conditions: list[Condition], result: Evaluation | Comparison, terminal: Terminal) -> None:
@@ -170,11 +199,8 @@ def load_evaluated_model(
     model: str | None,
     terminal: Terminal,
     verb: str,
-    *,
-    revision: str | None,
-    device: str | None,
-    dtype: str | None,
-    activations: str = "exact",
+    options: LoadOptions,
+    revision: str | None = None,
 ) -> tuple[EvaluatedModel, Tokenizer]:
     """A model ready to run, what results say of it, and its tokenizer."""
     from neoquant.evaluation import EvaluatedModel
@@ -185,11 +211,11 @@ def load_evaluated_model(
     network, tokenizer = load(
         source,
         revision=info.revision,
-        device=device,
-        dtype=dtype,
-        activations=activations,
+        device=options.device,
+        dtype=options.dtype,
+        activations=options.activations,
         progress=terminal.progress,
     )
-    if activations != "exact":
-        info = info.model_copy(update={"name": f"{info.name} ({activations} activations)", "activations": activations})
+    if (kind := options.activations) != "exact":
+        info = info.model_copy(update={"name": f"{info.name} ({kind} activations)", "activations": kind})
     return EvaluatedModel(network, info, calibrated_on(source, info.revision, terminal.progress)), tokenizer

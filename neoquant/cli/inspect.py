@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from neoquant.cli import options
-from neoquant.cli.evaluation import check_choices, check_device, choose_suite, inputs_of, load_evaluated_model, publish
+from neoquant.cli.evaluation import LoadOptions, SuiteOptions, choose_suite, inputs_of, load_evaluated_model, publish
 from neoquant.cli.output import check_output_file, json_kind
 from neoquant.cli.terminal import Terminal
 from neoquant.demo import NAME as BUNDLED
@@ -57,15 +57,12 @@ def inspect(
       neoquant inspect gpt-neo-1.3B-nf4 --against EleutherAI/gpt-neo-1.3B --suite pile-core --json layers.json
     """
     terminal: Terminal = ctx.obj
-    check_choices(dtype, "exact")
-    check_device(device)
-    chosen = choose_suite(
-        suite, against, data=data, subset=subset, documents=documents, protocol=None, context=context, stride=None
-    )
+    loading = LoadOptions.of(ctx.params)
+    chosen = choose_suite(SuiteOptions.of(ctx.params), against)
     inputs = inputs_of(chosen, suite, against, model)
     check_output_file(json, json_kind("inspection"), terminal, inputs=inputs, force=force)
-    base, tokenizer = load_evaluated_model(against, terminal, "inspect", revision=revision, device=device, dtype=dtype)
-    other, _ = load_evaluated_model(model, terminal, "inspect", revision=None, device=device, dtype=dtype)
+    base, tokenizer = load_evaluated_model(against, terminal, "inspect", loading, revision)
+    other, _ = load_evaluated_model(model, terminal, "inspect", loading)
 
     from neoquant.evaluation import inspect
     from neoquant.report.layers import inspection_table

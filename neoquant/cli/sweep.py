@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from neoquant.cli import options
-from neoquant.cli.evaluation import check_choices, check_device, load_evaluated_model, own_device, process_group_of
+from neoquant.cli.evaluation import LoadOptions, journal_path, load_evaluated_model, process_group_of
 from neoquant.cli.models import short_name
 from neoquant.cli.progress_lines import run_with_progress
 from neoquant.cli.sweep_file import BEGUN, SweepRecord, fingerprint, read_sweep
@@ -34,8 +34,7 @@ class _Run(NamedTuple):
     record: SweepRecord
     group: ProcessGroup
     terminal: Terminal
-    device: str | None
-    dtype: str | None
+    loading: LoadOptions
 
 
 def sweep(
@@ -65,8 +64,7 @@ def sweep(
     comparison.
     """
     terminal: Terminal = ctx.obj
-    check_choices(dtype, "exact")
-    check_device(device)
+    loading = LoadOptions.of(ctx.params)
     wanted = read_sweep(file)
     try:
         for folder in ("models", "results"):
@@ -76,7 +74,7 @@ def sweep(
     record = SweepRecord(out)
     _say_what_is_done(wanted, record, terminal)
     with process_group_of(terminal) as group:
-        run = _Run(out, record, group, terminal, device, dtype)
+        run = _Run(out, record, group, terminal, loading)
         try:
             results = [result for model in wanted["models"] for result in _sweep_model(model, wanted, run)]
         except KeyboardInterrupt as error:
@@ -144,7 +142,7 @@ def _compare(model: str, made: Sequence[Path], suite: Suite, run: _Run) -> Compa
     state = run.record.read()
     keys = {path.name: f"results/{file.stem}/{path.name}" for path in made}
     asked = {
-        keys[path.name]: fingerprint(suite.model_dump_json(), run.dtype, model, state[f"models/{path.name}"])
+        keys[path.name]: fingerprint(suite.model_dump_json(), run.loading.dtype, model, state[f"models/{path.name}"])
         for path in made
     }
     saved = None
@@ -169,7 +167,7 @@ def _compare(model: str, made: Sequence[Path], suite: Suite, run: _Run) -> Compa
     if missing:
         write_file(file, result.to_json() + "\n")
         run.record.add(asked)
-        remove_journal(_journal_of(file))
+        remove_journal(journal_path(file))
     return result
 
 
@@ -199,19 +197,14 @@ def _joined(saved: Comparison | None, fresh: Comparison | None) -> Comparison | 
         return None
 
 
-def _journal_of(file: Path) -> Path:
-    return Path(f"{file}.partial")
-
-
 def _score(model: str, made: Sequence[Path], suite: Suite, file: Path, run: _Run) -> Comparison:
     """Run the base and the models of these folders side by side."""
     from neoquant.evaluation import compare
 
     run.terminal.note(f"comparing {short_name(model)} on {suite.name}: {', '.join(path.name for path in made)}")
-    device = own_device(run.device, run.group)
+    loading = run.loading.within(run.group)
     (reference, tokenizer), *others = (
-        load_evaluated_model(source, run.terminal, "sweep", revision=None, device=device, dtype=run.dtype)
-        for source in (model, *map(str, made))
+        load_evaluated_model(source, run.terminal, "sweep", loading) for source in (model, *map(str, made))
     )
     return compare(
         reference,
@@ -219,6 +212,6 @@ def _score(model: str, made: Sequence[Path], suite: Suite, file: Path, run: _Run
         tokenizer,
         suite,
         progress=run.terminal.progress,
-        journal=_journal_of(file),
+        journal=journal_path(file),
         process_group=run.group,
     )

@@ -348,6 +348,11 @@ class Comparison(Record):
                     raise ValueError(f"{candidate.evaluation.model.name} has other subsets than the reference")
         return self
 
+    @property
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        """The reference's, then those of the candidates."""
+        return self.reference, *(candidate.evaluation for candidate in self.candidates)
+
     def to_json(self) -> str:
         return self.model_dump_json(indent=1)
 

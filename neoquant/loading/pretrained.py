@@ -19,7 +19,6 @@ from neoquant.generation.generate import Streamer, as_ids, generate
 from neoquant.generation.padding import inferred_mask
 from neoquant.generation.stopping import ends_with
 from neoquant.loading.load import folder_of, load_model, read_model
-from neoquant.loading.quantize_on_load import load_quantized
 from neoquant.loading.save import save_model
 from neoquant.model.base import Network
 from neoquant.model.config import GPTNeoConfig
@@ -62,6 +61,8 @@ class PreTrainedModel(Network):
             "dtype": dtype, "device": device_map, "max_memory": max_memory, "attn_implementation": attn_implementation
         }  # fmt: skip
         if quantization_config is not None:
+            from neoquant.loading.quantize_on_load import load_quantized  # a third of a second that few loads need
+
             return load_quantized(source, cls, quantization_config, revision=revision, **options)
         return load_model(source, cls, revision=revision, **options)
 

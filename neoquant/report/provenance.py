@@ -36,8 +36,7 @@ def facts(result: Comparison, speed: MeasuredSpeed) -> list[tuple[str, str]]:
     reference = result.reference
     data, machine = reference.data, reference.environment
     revision = f" at {data.revision}" if data.revision else ""
-    evaluations = (reference, *(c.evaluation for c in result.candidates))
-    times = sorted({f"{e.created}, {duration(e.seconds)}" for e in evaluations})
+    times = sorted({f"{e.created}, {duration(e.seconds)}" for e in result.evaluations})
     found = [
         ("data", f"{data.source}{revision}; sha256 of the documents {data.sha256}"),
         ("suite", suite_label(reference.suite)),
@@ -56,8 +55,7 @@ def facts(result: Comparison, speed: MeasuredSpeed) -> list[tuple[str, str]]:
 
 def notes(result: Comparison, inspections: Sequence[Inspection]) -> list[str]:
     """Every note of the results, each once."""
-    evaluations = (result.reference, *(c.evaluation for c in result.candidates))
-    found = [note for evaluation in evaluations for note in evaluation.notes]
+    found = [note for evaluation in result.evaluations for note in evaluation.notes]
     found += [f"{i.model.name}, layer by layer: {note}" for i in inspections for note in i.notes]
     return list(dict.fromkeys(found))
 

@@ -76,14 +76,13 @@ def _candidate_table(reference: Evaluation, candidate: Candidate) -> list[Render
 
 def summary_table(result: Comparison, speed: MeasuredSpeed = NO_SPEED) -> SplitTable:
     """One line a model: its size, its accuracy loss in total, and its speed where that was measured."""
-    evaluations = [result.reference, *(candidate.evaluation for candidate in result.candidates)]
-    models = [evaluation.model for evaluation in evaluations]
+    models = [evaluation.model for evaluation in result.evaluations]
     columns = [
         Column("size", [NONE if m.bytes_on_disk is None else size(m.bytes_on_disk) for m in models]),
         Column("bits/weight", [number(m.bits_per_weight_model) for m in models]),
         Column("linears", [number(m.bits_per_weight_linears) for m in models]),
-        Column("perplexity", [perplexity(e.total) for e in evaluations]),
-        Column("bits/byte", [f"{e.total.bits_per_byte:.4f}" for e in evaluations]),
+        Column("perplexity", [perplexity(e.total) for e in result.evaluations]),
+        Column("bits/byte", [f"{e.total.bits_per_byte:.4f}" for e in result.evaluations]),
         Column("KL [95 %]", [NONE, *(divergence_interval(candidate.total) for candidate in result.candidates)]),
     ]
     names = [model.name for model in models]
