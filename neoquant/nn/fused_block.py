@@ -8,6 +8,8 @@ becomes where a model is loaded; it gives None for everything that it does not d
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,21 +30,12 @@ def fused_block(block: Block, x: Tensor, masks: AttentionMasks, cache: KVCache |
     None is given unless the native library runs all six linear layers in float32, nothing intercepts (hooks, adapters,
     gradients, compilers), attention is the ordinary one, and the cache holds what float32 on the CPU left there.
     """
-    if not _is_ordinary(block, x, masks):
-        _PREPARED.pop(block, None)  # it may be all that keeps weights in memory that were replaced
+    prepared = prepared_block(block, x, masks.keep, anatomy)
+    if prepared is None:
         return None
-    prepared = _PREPARED.get(block)
-    if prepared is None or not prepared.holds(block):
-        _PREPARED.pop(block, None)
-        prepared = _prepare(block)
-        if prepared is None:
-            return None
-        _PREPARED[block] = prepared
-    (rows, positions, width), heads = x.shape, prepared.heads
-    shape = (rows, heads, positions, prepared.width // heads)
-    if width != prepared.width or not _belongs(masks, rows, positions, 0 if cache is None else cache.length):
-        return None
-    if prepared.plain and rows * positions > FEW and not outruns_torch():
+    rows, positions, _ = x.shape
+    shape = prepared.states_of(x)
+    if not _belongs(masks, rows, positions, 0 if cache is None else cache.length):
         return None
     keep = None if masks.keep is None else _by_rows(masks.keep.expand(rows, -1))
     if cache is None:
@@ -55,6 +48,50 @@ def fused_block(block: Block, x: Tensor, masks: AttentionMasks, cache: KVCache |
     return y
 
 
+class Anatomy(NamedTuple):
+    """What of a block's settings the library is told; `window` None is global attention."""
+
+    layer: int
+    heads: int
+    window: int | None
+    activation: str
+    epsilons: tuple[float, float]
+    is_plain: bool
+    """Whether attention is computed in the ordinary way."""
+
+
+def anatomy(block: Block) -> Anatomy:
+    """That of the network's own block."""
+    attention = block.attn.attention
+    window = attention.window_size if attention.local else None
+    epsilons = (block.ln_1.eps, block.ln_2.eps)
+    plain = attention.implementation == "sdpa"
+    return Anatomy(attention.layer, attention.num_heads, window, block.mlp.activation, epsilons, plain)
+
+
+def prepared_block(
+    block: Any, x: Tensor, keep: Tensor | None, anatomy: Callable[[Any], Anatomy]
+) -> PreparedBlock | None:
+    """The block as the library takes it, where it may take x[B, T, C] through it; else None.
+
+    `block` is GPT-Neo's with its modules' usual names, its settings read by `anatomy`; `keep` is False on padding.
+    """
+    if not _is_ordinary(block, x, keep):
+        _PREPARED.pop(block, None)  # it may be all that keeps weights in memory that were replaced
+        return None
+    prepared = _PREPARED.get(block)
+    if prepared is None or not prepared.holds(block, anatomy(block)):
+        _PREPARED.pop(block, None)
+        prepared = _prepare(block, anatomy(block))
+        if prepared is None:
+            return None
+        _PREPARED[block] = prepared
+    rows, positions, width = x.shape
+    if width != prepared.width or (prepared.plain and rows * positions > FEW and not outruns_torch()):
+        return None
+    return prepared
+
+
 def _belongs(masks: AttentionMasks, rows: int, positions: int, held: int) -> bool:
     """Whether the masks are of so many new positions behind so many held ones, of which there are some."""
     if rows == 0 or positions == 0 or (positions, held + positions) != (masks.T, masks.S):
@@ -64,7 +101,7 @@ def _belongs(masks: AttentionMasks, rows: int, positions: int, held: int) -> boo
     )
 
 
-def _is_ordinary(block: Block, x: Tensor, masks: AttentionMasks) -> bool:
+def _is_ordinary(block: Any, x: Tensor, keep: Tensor | None) -> bool:
     """Whether the block is asked for a result and nothing else, in float32 on the CPU."""
     if type(x) is not Tensor or x.ndim != 3 or _has_any_global_hook():  # type: ignore[no-untyped-call]
         return False
@@ -74,7 +111,7 @@ def _is_ordinary(block: Block, x: Tensor, masks: AttentionMasks) -> bool:
         return False
     if is_traced() or torch.is_autocast_enabled("cpu"):
         return False
-    return masks.keep is None or masks.keep.device.type == "cpu"
+    return keep is None or keep.device.type == "cpu"
 
 
 def _has_room(buffer: Tensor, shape: tuple[int, ...]) -> bool:
@@ -90,12 +127,10 @@ class PreparedBlock:
     Asking each tensor where it lies takes a microsecond; describing the block takes as long as computing with it.
     """
 
-    def __init__(self, block: Block, native: NativeBlock, modules: list[nn.Module]) -> None:
-        attention = block.attn.attention
-        self.layer, self.heads, self.native = attention.layer, attention.num_heads, native
+    def __init__(self, block: Any, anatomy: Anatomy, native: NativeBlock, modules: list[nn.Module]) -> None:
+        self.anatomy, self.layer, self.native = anatomy, anatomy.layer, native
         self.width = native.layers[0].weight.columns
         self.plain = not any(isinstance(module, QuantLinear) for module in modules)
-        self._settings = _settings(block)
         self._modules = [
             (parent._modules, name, module)
             for parent in (block, *modules)
@@ -113,9 +148,15 @@ class PreparedBlock:
             for name, tensor in tensors.items()
         ]
 
-    def holds(self, block: Block) -> bool:
+    def states_of(self, x: Tensor) -> tuple[int, int, int, int]:
+        """The shape of keys, and of values, of x[B, T, C]: [B, H, T, D]."""
+        rows, positions, _ = x.shape
+        heads = self.anatomy.heads
+        return rows, heads, positions, self.width // heads
+
+    def holds(self, block: Any, anatomy: Anatomy) -> bool:
         """Whether nothing has changed."""
-        if self._settings != _settings(block):
+        if self.anatomy != anatomy:
             return False
         for modules, name, module in self._modules:
             if modules.get(name) is not module or _is_hooked(module):
@@ -132,46 +173,39 @@ class PreparedBlock:
         return True
 
 
-def _settings(block: Block) -> tuple[object, ...]:
-    """What of a block's settings the description holds."""
-    attention, mlp = block.attn.attention, block.mlp
-    window = attention.window_size if attention.local else None
-    return attention.implementation, attention.num_heads, window, mlp.activation, block.ln_1.eps, block.ln_2.eps
-
-
 FEW = 8  # rows that meet a plain weight faster here than in torch, whatever the instruction set
 
 # Not in the blocks, which may be copied and pickled.
-_PREPARED: WeakKeyDictionary[Block, PreparedBlock] = WeakKeyDictionary()
+_PREPARED: WeakKeyDictionary[nn.Module, PreparedBlock] = WeakKeyDictionary()
 
 
-def _prepare(block: Block) -> PreparedBlock | None:
-    """See fused_block; None where the block is not one that the library takes."""
+def _prepare(block: Any, anatomy: Anatomy) -> PreparedBlock | None:
+    """See prepared_block; None where the block is not one that the library takes."""
     attention, mlp = block.attn.attention, block.mlp
     linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, mlp.c_fc, mlp.c_proj]
     norms = [block.ln_1, block.ln_2]
     modules = [block.attn, attention, mlp, *linears, *norms]
-    activation = ACTIVATIONS.get(mlp.activation)
-    if activation is None or attention.implementation != "sdpa" or any(map(_is_hooked, modules)):
+    activation = ACTIVATIONS.get(anatomy.activation)
+    if activation is None or not anatomy.is_plain or any(map(_is_hooked, modules)):
         return None
     if not all(map(_is_taken, linears)):
         return None
     layers = [_packed(linear) for linear in linears]
     width, inner = layers[0].weight.columns, layers[4].weight.rows
     shapes = [(layer.weight.rows, layer.weight.columns) for layer in layers]
-    if shapes != [(width, width)] * 4 + [(inner, width), (width, inner)] or width % attention.num_heads:
+    if shapes != [(width, width)] * 4 + [(inner, width), (width, inner)] or width % anatomy.heads:
         return None
     if not all(_is_plain(norm, width) for norm in norms):
         return None
     native = NativeBlock(
         layers,
         [tensor for norm in norms for tensor in (norm.weight, norm.bias)],
-        (block.ln_1.eps, block.ln_2.eps),
-        heads=attention.num_heads,
-        window=attention.window_size if attention.local else None,
+        anatomy.epsilons,
+        heads=anatomy.heads,
+        window=anatomy.window,
         activation=activation,
     )
-    return PreparedBlock(block, native, modules)
+    return PreparedBlock(block, anatomy, native, modules)
 
 
 def _is_taken(layer: nn.Module) -> bool:
