@@ -11,13 +11,10 @@ from typing import Any, NamedTuple
 from neoquant.checkpoint import hub, safetensors_file, torch_file
 from neoquant.checkpoint.foreign import explain_file, explain_folder
 from neoquant.checkpoint.stored import Span, Stored
-from neoquant.checkpoint.weight_files import WeightFiles, choose_weight_files, is_companion
+from neoquant.checkpoint.weight_files import CONFIG, GPTQ_CONFIG, WeightFiles, choose_weight_files, is_companion
 from neoquant.errors import CheckpointError, ConfigError, RequestError, locate
 from neoquant.files.reading import MAX_LARGE_BYTES, check_size
 from neoquant.model.names import EMBEDDING, TIED_HEAD
-
-CONFIG, GPTQ_CONFIG = "config.json", "quantize_config.json"
-"""What describes a model; and where AutoGPTQ wrote how it is quantized, before that stood in the former."""
 
 
 class Tensors(NamedTuple):

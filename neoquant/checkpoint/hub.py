@@ -16,14 +16,14 @@ from typing import Any, NamedTuple, cast
 
 from neoquant.checkpoint.foreign import explain_folder
 from neoquant.checkpoint.headers import DTYPES, TensorHeader
-from neoquant.checkpoint.weight_files import choose_weight_files
+from neoquant.checkpoint.weight_files import CONFIG, GPTQ_CONFIG, choose_weight_files
 from neoquant.errors import CheckpointError, HubError, locate
 from neoquant.progress import SILENT, Progress
 
 _MODEL_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 
 # What says which model it is: fetched before anything else.
-_DESCRIPTIONS = ("config.json", "quantize_config.json")
+_DESCRIPTIONS = (CONFIG, GPTQ_CONFIG)
 # Beside the weights: configuration, tokenizer, license. All of them are small.
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 
@@ -57,8 +57,8 @@ def find(source: str, revision: str | None) -> HubModel:
             return HubModel(source, folder.name, folder, None)
         commit, sizes = _list_files(source, revision)
         _weights_among(sizes, source)
-        if "config.json" not in sizes:
-            raise HubError(f"{source} holds no config.json, so it is not a model that can be read")
+        if CONFIG not in sizes:
+            raise HubError(f"{source} holds no {CONFIG}, so it is not a model that can be read")
         described_by = {name: sizes[name] for name in _DESCRIPTIONS if name in sizes}
         folder = _download(source, revision, described_by, SILENT)
         return HubModel(source, commit, folder, sizes)
@@ -139,7 +139,7 @@ def _cached(source: str, revision: str | None) -> Path:
     """The folder of a model that was downloaded before."""
     from huggingface_hub import constants, try_to_load_from_cache
 
-    config = try_to_load_from_cache(source, "config.json", revision=revision)
+    config = try_to_load_from_cache(source, CONFIG, revision=revision)
     if not isinstance(config, str):
         which = source if revision is None else f"{source} at revision {revision}"
         raise HubError(

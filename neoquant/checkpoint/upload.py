@@ -5,32 +5,37 @@ huggingface_hub is imported when first needed. It honours HF_TOKEN, HF_ENDPOINT 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
 from neoquant import demo
 from neoquant.checkpoint import hub
+from neoquant.checkpoint.folder import files_of
 from neoquant.checkpoint.reader import Checkpoint, open_checkpoint
+from neoquant.checkpoint.weight_files import CONFIG, GPTQ_CONFIG, may_be_weights
 from neoquant.errors import CheckpointError, HubError, RequestError
-from neoquant.files.reading import read_text
+from neoquant.files.reading import MAX_LARGE_BYTES, read_text
 from neoquant.progress import SILENT, Progress
 
 CARD = "README.md"
 GATED = ("auto", "manual")
 
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_BESIDE = ("config.json", CARD, "neoquant.json", "calibration.json")
-_WEIGHTS = ("*.safetensors", "*.bin", *_INDEXES)
+# Where transformers found a model or a tokenizer; an id on the hub is nobody's secret.
+_ABSOLUTE = re.compile(
+    r'"(_?name_or_path|tokenizer_file|vocab_file|merges_file)"\s*:\s*("(?:[/~]|[A-Za-z]:\\\\)[^"]*")'
+)
+_DESCRIBING = (CONFIG, GPTQ_CONFIG, "neoquant.json", "calibration.json", "tokenizer_config.json")
+_BESIDE = (CONFIG, GPTQ_CONFIG, CARD, "neoquant.json", "calibration.json")
 
 
 @dataclass(frozen=True)
 class Push:
     """What is sent, or would be: file -> bytes. `left_out` are files of the folder that are no part of a model,
-    `removed` old weight files on the hub that the new ones take the place of."""
+    `removed` old weight files on the hub, and what describes them, that the new ones take the place of."""
 
     folder: Path
     repo: str
@@ -108,7 +113,9 @@ def _plan(folder: Path, repo: str, revision: str) -> Push:
     for name in names:
         if name in needed:
             _require_inside(folder / name)
-    _require_no_local_paths(folder)
+    for name in (CARD, *_DESCRIBING):
+        if (folder / name).is_file():
+            _require_no_local_paths(folder / name)
     sizes = {name: (folder / name).stat().st_size for name in names if name in needed}
     return Push(folder, repo, revision, sizes, tuple(name for name in names if name not in needed))
 
@@ -122,21 +129,22 @@ def _require_inside(path: Path) -> None:
         raise CheckpointError(f"{path} is a link to {path.resolve()}, outside the folder: put the file itself there")
 
 
-def _require_no_local_paths(folder: Path) -> None:
-    """Refuse a card that tells where things lie on this machine."""
-    text = read_text(folder / CARD)
-    for place in (folder.resolve().parent, Path.cwd(), Path.home()):
+def _require_no_local_paths(path: Path) -> None:
+    """Refuse a card, or a file that describes the model, which tells where things lie on this machine."""
+    text = read_text(path, limit=MAX_LARGE_BYTES)
+    for place in (path.parent.resolve().parent, Path.cwd(), Path.home()):
         if len(place.parts) > 2 and f"{place}/" in text:
-            raise CheckpointError(f"{folder / CARD} names {place}, a path on this machine: take it out")
+            raise CheckpointError(f"{path} names {place}, a path on this machine: take it out")
+    if path.name != CARD and (found := _ABSOLUTE.search(text)):
+        raise CheckpointError(f"{path} says {found[1]} is {found[2]}, a path on a machine: take it out")
 
 
 def _needed(checkpoint: Checkpoint) -> set[str]:
     """The names of the files that are the model's: weights in use, and what describes them and travels with them."""
-    weights = {path.name for path in checkpoint.weight_files()}
     assert checkpoint.folder is not None
-    kind = ".bin" if any(name.endswith(".bin") for name in weights) else ".safetensors"
-    indexes = {name for name in _INDEXES if f"{kind}.index" in name and len(weights) > 1}
-    return weights | indexes | set(_BESIDE) | {path.name for path in checkpoint.companions()}
+    index = files_of(checkpoint.folder).index_file
+    used = {path.name for path in (*checkpoint.weight_files(), *checkpoint.companions())}
+    return used | set(_BESIDE) | ({index} if index else set())
 
 
 def _send(planned: Push, private: bool, gated: str | None, message: str | None, progress: Progress) -> Push:
@@ -164,7 +172,7 @@ def _send(planned: Push, private: bool, gated: str | None, message: str | None, 
         if revision != "main":
             api.create_branch(repo, branch=revision, exist_ok=True)
         held = {file.rfilename for file in api.model_info(repo, revision=revision).siblings or []}
-        stale = sorted(name for name in held - planned.files.keys() if _is_weights(name))
+        stale = sorted(name for name in held - planned.files.keys() if _describes_weights(name))
         operations: list[Any] = [CommitOperationDelete(name) for name in stale]
         operations += [CommitOperationAdd(name, planned.folder / name) for name in planned.files]
         with progress.task(f"sending {sum(planned.files.values()) / 1e6:,.1f} MB to {repo}", total=None):
@@ -176,9 +184,9 @@ def _send(planned: Push, private: bool, gated: str | None, message: str | None, 
     )
 
 
-def _is_weights(name: str) -> bool:
-    """Whether a file in the uppermost folder is one that a reader might take for the model's weights."""
-    return "/" not in name and any(fnmatchcase(name, pattern) for pattern in _WEIGHTS)
+def _describes_weights(name: str) -> bool:
+    """Whether a reader might take a file for the model's weights, or read from it how they are quantized."""
+    return "/" not in name and (may_be_weights(name) or name == GPTQ_CONFIG)
 
 
 @contextmanager

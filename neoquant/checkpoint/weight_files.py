@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 from neoquant.errors import CheckpointError
 
+CONFIG, GPTQ_CONFIG = "config.json", "quantize_config.json"
+"""What describes a model; and where AutoGPTQ wrote how it is quantized, before that stood in the former."""
+
 # In order of preference.
 WEIGHT_FILES = (
     "model.safetensors",
@@ -66,6 +69,12 @@ def choose_weight_files(names: Iterable[str]) -> WeightFiles | None:
 def is_companion(name: str) -> bool:
     """Whether a file of this name travels with the weights: tokenizer, generation settings, license."""
     return any(fnmatchcase(name, pattern) for pattern in COMPANIONS)
+
+
+def may_be_weights(name: str) -> bool:
+    """Whether a reader might take a file of this name for a model's weights, or for their index."""
+    stored = name.removesuffix(_INDEX).endswith((".safetensors", ".bin"))
+    return stored and not name.startswith(_OF_TRAINING)
 
 
 def _with_index(index: str, names: list[str], note: str | None = None) -> WeightFiles:

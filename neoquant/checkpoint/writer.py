@@ -21,6 +21,7 @@ import torch
 
 from neoquant.checkpoint.headers import DTYPE_NAMES, TensorHeader
 from neoquant.checkpoint.shard import Layout, Shard, header_reserve
+from neoquant.checkpoint.weight_files import CONFIG
 from neoquant.errors import CheckpointError, OutputError
 from neoquant.files.reading import read_json
 from neoquant.files.writing import sync_folder
@@ -117,6 +118,8 @@ class CheckpointWriter:
     def finish(self, config: Mapping[str, Any], *, files: Mapping[str, bytes | str | Path]) -> None:
         """Write config.json, the index and `files` (name -> content, or a file to copy), then give the folder its name.
 
+        Of `config`, what tells where the model lay on this machine is left out; nothing reads it.
+
         Raises:
             OutputError: the disk is full or refuses, or `out` has appeared in the meantime.
         """
@@ -125,7 +128,8 @@ class CheckpointWriter:
                 self._next_shard()
             self._shards[-1].close()
             index = self._name_shards()
-        for name, content in [("config.json", _json(config)), *index.items(), *files.items()]:
+        config = {key: value for key, value in config.items() if key != "_name_or_path"}
+        for name, content in [(CONFIG, _json(config)), *index.items(), *files.items()]:
             if name != Path(name).name:
                 raise ValueError(f"{name!r} is not a plain file name")
             with _explained(f"write {name}", self.out):
@@ -180,7 +184,7 @@ def check_output(out: Path, force: bool, keeps: Collection[str] = ()) -> None:
         return
     if not force:
         raise OutputError(f"{out} exists; choose another name, or replace it with --force")
-    if not _is_model_config(out / "config.json"):
+    if not _is_model_config(out / CONFIG):
         raise OutputError(
             f"{out} is not a model folder (it holds no config.json of one), so --force does not replace it"
         )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import Cli, write_tiny_model
 from hub_stand_in import COMMIT, StandIn, go_offline
+from safetensors.torch import load_file
 
 import neoquant
 from neoquant.checkpoint import push
@@ -107,6 +108,38 @@ def test_shards_and_their_index_are_sent(bare_hub: StandIn, made: Path, tmp_path
     assert neoquant.GPTNeoForCausalLM.from_pretrained(MODEL, device_map="cpu")
 
 
+def autogptq(made: Path, folder: Path) -> Path:
+    """The model as AutoGPTQ wrote it: how it is quantized in a file of its own, and one shard, which an index names."""
+    model = neoquant.convert(made, folder, "packed").folder
+    config = json.loads((model / "config.json").read_text())
+    stated = config.pop("quantization_config")
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "quantize_config.json").write_text(json.dumps(stated))
+    shard = "gptq_model-4bit-32g-00001-of-00001.safetensors"
+    (model / "model.safetensors").rename(model / shard)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(model / shard), shard)}
+    (model / "gptq_model-4bit-32g.safetensors.index.json").write_text(json.dumps(index))
+    return model
+
+
+def test_what_says_how_weights_are_read_is_sent(bare_hub: StandIn, made: Path, tmp_path: Path) -> None:
+    model = autogptq(made, tmp_path / "gptq")
+    sent = push(model, MODEL)
+    assert sent.files.keys() == {path.name for path in model.iterdir()} and not sent.left_out
+    near, far = (neoquant.GPTNeoForCausalLM.from_pretrained(where, device_map="cpu") for where in (model, MODEL))
+    ids = torch.arange(9)[None]
+    assert torch.equal(near(ids).logits, far(ids).logits)
+
+
+def test_what_said_how_old_weights_are_read_gives_way(bare_hub: StandIn, made: Path, tmp_path: Path) -> None:
+    push(autogptq(made, tmp_path / "gptq"), MODEL)
+    training = {"training_args.bin": b"", "optimizer.bin": b"", "adapter_model.safetensors": b""}
+    bare_hub.repos[MODEL] |= training
+    index, shard = "gptq_model-4bit-32g.safetensors.index.json", "gptq_model-4bit-32g-00001-of-00001.safetensors"
+    assert push(made, MODEL).removed == (shard, index, "quantize_config.json")
+    assert set(bare_hub.repos[MODEL]) == SENT | training.keys() | {".gitattributes"}
+
+
 def test_what_is_refused(bare_hub: StandIn, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("neo", "a/b/c", "user/", "../x"):
         with pytest.raises(RequestError, match="is no name on the hub: expected user/name"):
@@ -185,3 +218,30 @@ def test_a_link_out_of_the_folder_and_a_local_path_are_refused(folder: Path, tmp
     (folder / "README.md").symlink_to("/etc/passwd")
     with pytest.raises(CheckpointError, match=r"README\.md is a link to /etc/passwd, outside the folder"):
         push(folder, MODEL, dry_run=True)
+
+
+@pytest.mark.parametrize("name", ["config.json", "neoquant.json", "tokenizer_config.json"])
+def test_a_local_path_in_what_describes_the_model_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
+    stated = json.loads((folder / name).read_text())
+    for key, value, message in (
+        ("seen", f"{tmp_path}/texts.jsonl", f"names {tmp_path}, a path on this machine"),
+        ("_name_or_path", "/data/models/gpt-neo", '_name_or_path is "/data/models/gpt-neo", a path on a machine'),
+        ("name_or_path", "C:\\models\\neo", "name_or_path is .*models.*, a path on a machine"),
+    ):
+        (folder / name).write_text(json.dumps(stated | {key: value}))
+        with pytest.raises(CheckpointError, match=f"{name} (says )?{message}: take it out"):
+            push(folder, MODEL, dry_run=True)
+    (folder / name).write_text(json.dumps(stated | {"name_or_path": "EleutherAI/gpt-neo-125m"}))
+    assert name in push(folder, MODEL, dry_run=True).files
+
+
+def test_where_a_source_lay_is_not_written(tmp_path: Path) -> None:
+    """transformers 4 writes it into config.json."""
+    source = write_tiny_model(tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"_name_or_path": str(source)}))
+    made = neoquant.quantize(source, tmp_path / "nf4", neoquant.Recipe.simple()).folder
+    neoquant.convert(made, tmp_path / "plain", dequantize=True)
+    neoquant.GPTNeoForCausalLM.from_pretrained(source).save_pretrained(tmp_path / "saved")
+    for name in ("nf4", "plain", "saved"):
+        assert str(tmp_path) not in (tmp_path / name / "config.json").read_text()
