@@ -170,7 +170,9 @@ def _terminate(*_: Any) -> None:
 
 def run() -> None:
     """The `neoquant` command."""
-    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115 - none where it was closed
+    # Python has none where it was closed.
+    sys.stdin = sys.stdin or Path(os.devnull).open()  # noqa: SIM115
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

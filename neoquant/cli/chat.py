@@ -48,20 +48,10 @@ def chat(
             help=f"Longest continuation of a turn. [default: the model's max_new_tokens, else {LONGEST_TURN}]",
         ),
     ] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            "--temperature",
-            metavar="T",
-            help="Below 1 less random, above more, 0 greedy. [default: the model's, else 0.8]",
-        ),
-    ] = None,
+    temperature: options.Temperature = None,
     top_p: options.TopP = None,
     repetition_penalty: options.RepetitionPenalty = None,
-    seed: Annotated[
-        int | None,
-        typer.Option("--seed", metavar="N", min=0, help="Repeat what this seed gave. [default: a fresh one]"),
-    ] = None,
+    seed: options.SamplingSeed = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     activations: options.Activations = "exact",

@@ -44,12 +44,7 @@ def generate(
             help=f"[default: the model's own, else {DEFAULT_TOKENS}, or what the context allows]",
         ),
     ] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            "--temperature", metavar="T", help="Below 1 less random, above more. [default: the model's, else 0.8]"
-        ),
-    ] = None,
+    temperature: options.Temperature = None,
     top_k: Annotated[
         int | None,
         typer.Option("--top-k", metavar="K", help="Only the K likeliest tokens. [default: the model's, else all]"),
@@ -61,16 +56,7 @@ def generate(
         typer.Option("--question", metavar="TEXT", help="The question (question-answering).", show_default=False),
     ] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            "--seed",
-            metavar="N",
-            min=0,
-            max=2**63 - 1,  # what torch takes
-            help="Seed of the sampling. [default: random, and printed]",
-        ),
-    ] = None,
+    seed: options.SamplingSeed = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     activations: options.Activations = "exact",

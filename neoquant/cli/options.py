@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+MAX_SEED = 2**63 - 1  # what torch takes
+
 
 def _set_quiet(ctx: typer.Context, asked: bool) -> bool:
     ctx.obj.quiet |= asked
@@ -62,6 +64,14 @@ Activations = Annotated[
         "`neoquant compare` measures the accuracy loss.",
     ),
 ]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        "--temperature",
+        metavar="T",
+        help="Below 1 less random, above more, 0 greedy. [default: the model's, else 0.8]",
+    ),
+]
 TopP = Annotated[
     float | None,
     typer.Option(
@@ -76,6 +86,12 @@ RepetitionPenalty = Annotated[
         "--repetition-penalty",
         metavar="R",
         help="Above 1, tokens of the text become less likely. [default: the model's, else 1]",
+    ),
+]
+SamplingSeed = Annotated[
+    int | None,
+    typer.Option(
+        "--seed", metavar="N", min=0, max=MAX_SEED, help="Seed of the sampling, to repeat a result. [default: random]"
     ),
 ]
 Json = Annotated[
@@ -225,7 +241,7 @@ Length = Annotated[
     ),
 ]
 Seed = Annotated[
-    int, typer.Option("--seed", metavar="N", min=0, max=2**63 - 1, help="Seed for drawing the calibration samples.")
+    int, typer.Option("--seed", metavar="N", min=0, max=MAX_SEED, help="Seed for drawing the calibration samples.")
 ]
 MaxMemory = Annotated[
     str | None,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from neoquant import packing
-from neoquant.errors import FormatError, RequestError
+from neoquant.errors import FormatError, RequestError, locate
 from neoquant.formats.base import Format, Layout, require_shape, require_suffixes, require_tensor
 from neoquant.formats.int32_packing import half_scales, order_of, to_bytes, to_words
 from neoquant.grids import Affine, Grid
@@ -55,7 +55,10 @@ class GptqFormat(Format):
         grid, stated = self._stated()
         if not grid.symmetric:
             return self, ()
-        shown = {layer: _version_of(view(f"{layer}.qzeros"), grid) for layer, has in layers.items() if ".qzeros" in has}
+        shown: dict[str, str | None] = {}
+        for layer in (layer for layer, suffixes in layers.items() if ".qzeros" in suffixes):
+            with locate(layer):
+                shown[layer] = _version_of(view(f"{layer}.qzeros"), grid)
         versions = set(shown.values()) - {None}
         if len(versions) > 1:
             first, other = (next(layer for layer in shown if shown[layer] == version) for version in (V1, V2))
@@ -168,7 +171,10 @@ class GptqFormat(Format):
             return tensors
         if self.said.get("desc_act"):
             raise FormatError("the quantized weight lacks g_idx, and with desc_act: true its order is not known")
-        columns = tensors[".qweight"].shape[0] * 32 // grid.bits
+        qweight = tensors[".qweight"]
+        if qweight.dim() != 2:
+            raise FormatError(f"qweight is int32 [I * bits / 32, O], got {qweight.dtype} {list(qweight.shape)}")
+        columns = qweight.shape[0] * 32 // grid.bits
         return {**tensors, ".g_idx": torch.arange(columns, dtype=torch.int32) // grid.width(columns)}
 
     def _written(self, grid: Affine) -> str:
@@ -212,11 +218,17 @@ class GptqFormat(Format):
 
 
 def _version_of(words: Tensor, grid: Affine) -> str | None:
-    """The version in which these words, int32[G, O * bits / 32], hold a symmetric grid's zeros; None for neither."""
+    """The version in which these words, int32[G, O * bits / 32], hold a symmetric grid's zeros; None for neither.
+
+    Raises FormatError for what is no such words.
+    """
+    if words.dim() != 2 or not words.numel() or words.dtype != torch.int32:
+        found = f"{words.dtype} {list(words.shape)}"
+        raise FormatError(f"qzeros is {torch.int32} [groups, O * bits / 32], got {found}")
     outputs = words.shape[-1] * 32 // grid.bits
     for version, stored in ((V1, grid.middle - 1), (V2, grid.middle)):
         row = to_words(torch.full((1, outputs), stored, dtype=torch.uint8), grid.bits)
-        if words.dim() == 2 and words.numel() and words.dtype == torch.int32 and bool((words == row).all()):
+        if bool((words == row).all()):
             return version
     return None
 

@@ -38,6 +38,16 @@ def test_a_closed_stdout_is_no_error(tiny_model: Path) -> None:
     assert done.returncode == 0 and done.stderr == b""
 
 
+@pytest.mark.parametrize("verb", ["generate", "chat"])
+def test_a_closed_stdin_is_an_empty_one(tiny_model: Path, verb: str) -> None:
+    command = f'exec "{sys.executable}" -m neoquant {verb} "{tiny_model}" --seed 1 --max-new-tokens 3'
+    closed, empty = (
+        subprocess.run(f"{command} {where}", shell=True, capture_output=True) for where in ("<&-", "</dev/null")
+    )
+    assert closed.returncode == empty.returncode == 0
+    assert closed.stdout == empty.stdout and b"error" not in closed.stderr
+
+
 def test_a_terminal_without_utf8_does_not_crash(tiny_model: Path) -> None:
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     command = [*PYTHON, "generate", tiny_model, "--prompt", "π ≈ 3", "--max-new-tokens", "4", "--greedy"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,22 @@ def test_symmetric_zeros_show_their_version(bits: int, stored: str, label: str |
             f"qzeros are of checkpoint_format {stored!r}, as sym: true shows, and config.json {verb}; "
             f"they are read as {stored!r}",
         )
+
+
+@pytest.mark.parametrize("suffix", [".qzeros", ".qweight", ".scales", ".g_idx"])
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (0, 4), (2, 1), (1, 2, 3)])
+def test_tensors_of_another_shape_or_type_are_refused(suffix: str, shape: tuple[int, ...]) -> None:
+    for bits, dtype, grouped in product((2, 3, 4, 8), (torch.int32, torch.uint8, torch.float32), (True, False)):
+        q = Nearest().quantize(make_weight((32, 64), torch.float16, "normal"), Affine(bits, 32, True))
+        tensors = FORMATS["gptq"].encode(q) | {suffix: torch.zeros(shape, dtype=dtype)}
+        if not grouped and suffix != ".g_idx":
+            del tensors[".g_idx"]
+        stored = {f"a{suffix}": tensor for suffix, tensor in tensors.items()}
+        said = {"quant_method": "gptq", "bits": bits, "group_size": 32, "sym": True}
+        with pytest.raises(FormatError, match=rf"{suffix[1:]} (is|and)|and g_idx|the stored weight is .*, the model's"):
+            found, _ = detect_checked({"quantization_config": said}, stored, stored.__getitem__)
+            assert found is not None
+            found.decode(tensors, (32, 64))
 
 
 def test_zeros_that_contradict_each_other_are_refused() -> None:
