@@ -17,6 +17,7 @@ from neoquant import demo
 from neoquant.checkpoint import open_checkpoint
 from neoquant.errors import RequestError
 from neoquant.evaluation.result import Record
+from neoquant.files.names import short_name
 from neoquant.formats import Format, detect
 from neoquant.kernels import ACTIVATIONS
 from neoquant.progress import SILENT, Progress
@@ -118,7 +119,7 @@ class _Target:
         return Program(
             label=self.label,
             tool=self.tool,
-            source=Path(self.source).name,
+            source=short_name(self.source),
             versions=self.versions,
             runs=self.runs,
             median=Run(**median),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from neoquant.cli.terminal import Terminal
 from neoquant.demo import NAME as BUNDLED
 from neoquant.demo import resolve
+from neoquant.files import names
 
 
 class Loading(NamedTuple):
@@ -29,10 +30,8 @@ def find_model(model: str | None, terminal: Terminal, verb: str) -> str | Path:
 
 
 def short_name(model: str | None) -> str:
-    """The last part of a folder or hub id: `gpt-neo-1.3B` for `EleutherAI/gpt-neo-1.3B`."""
-    if model is None:
-        return BUNDLED
-    return Path(model).resolve().name if Path(model).exists() else model.rpartition("/")[2]
+    """What a model is called in results and in the names of folders made from it."""
+    return BUNDLED if model is None else names.short_name(model)
 
 
 def suite_for(model: str | None) -> str:

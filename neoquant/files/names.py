@@ -1,8 +1,9 @@
-"""Names that are used as parts of paths."""
+"""Names that are used as parts of paths, and the name that a path gives."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 LEGAL_NAME = "letters, digits, '_', '.' and '-' only"
 
@@ -16,3 +17,8 @@ def safe_name(text: str) -> str:
     """A name like `text` that is safe."""
     name = re.sub(r"[^\w.-]+", "-", text)
     return name if is_safe_name(name) else "unnamed"
+
+
+def short_name(source: str | Path) -> str:
+    """The last part of a folder, wherever `.` or a link leads, or of a hub id."""
+    return Path(source).resolve().name if Path(source).exists() else str(source).rpartition("/")[2]

@@ -15,9 +15,11 @@ from conftest import Cli
 from neoquant import GPTNeoForCausalLM
 from neoquant.benchmark import run, worker
 from neoquant.benchmark.run import Request, Run, Speed, measure
+from neoquant.cli.models import short_name
 from neoquant.errors import RequestError
 from neoquant.quantization.quantize import quantize
 from neoquant.quantization.recipe import Recipe
+from neoquant.report.measured_speed import measured_speed
 
 
 def fake_worker(target: Any, job: Any, threads: int) -> dict[str, Any]:
@@ -50,6 +52,19 @@ def test_programs_take_turns_and_medians_are_told(
         assert [run.load_s for run in program.runs] == [10, 100, 1000]
         assert program.median.load_s == 100
     assert Speed.model_validate_json(result.to_json()) == result
+
+
+def test_a_model_has_the_name_that_it_has_in_comparisons(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However it is reached: the report finds its speed by that name."""
+    monkeypatch.setattr(run, "_call_worker", fake_worker)
+    quantize(tiny_model, tmp_path / "nf4", Recipe.simple(4, "nf4"))
+    (tmp_path / "latest").symlink_to(tmp_path / "nf4")
+    monkeypatch.chdir(tmp_path / "nf4")
+    for source in (".", "../latest", "../nf4/", str(tmp_path / "latest")):
+        result = measure(Request([source], prompt=3, new=2, repeats=1))
+        assert list(measured_speed({"bench.json": result}).programs) == [short_name(source)] == ["nf4"]
 
 
 def test_each_kind_of_activations_is_a_program(tiny_model: Path, tmp_path: Path) -> None:
