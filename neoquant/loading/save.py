@@ -16,6 +16,7 @@ from neoquant.errors import RequestError
 from neoquant.formats import Format
 from neoquant.formats.base import dtype_name
 from neoquant.model.base import Network
+from neoquant.model.names import left_out
 from neoquant.nn.linear import QuantEmbedding, QuantLinear
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -126,7 +127,7 @@ def _config(model: Network, weights: _Weights, format: Format | None, dtype: tor
     config.pop("quantization_config", None)
     if format is None:
         return config
-    kept = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    kept = left_out(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
     grids = {name: layer.grid for name, layer in weights.quantized.items()}
     stated = format.config(grids, kept, ordered=bool(weights.ordered))
     computed = {layer.compute_dtype for layer in weights.quantized.values()} - {None}

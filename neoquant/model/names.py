@@ -7,6 +7,7 @@ Names are Hugging Face's, as in the causal language model: `transformer.h.0.attn
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 BASE_PREFIX = "transformer."
 
@@ -62,6 +63,15 @@ def is_block_linear(layer: str) -> bool:
     """Whether a layer, by its canonical name, is one of `BLOCK_LINEARS` in some block."""
     place = in_block(layer)
     return layer.startswith(BASE_PREFIX) and place is not None and place[1] in BLOCK_LINEARS
+
+
+def left_out(layers: Iterable[str]) -> list[str]:
+    """How a quantized checkpoint's config.json names the linear `layers` that stay plain.
+
+    Readers compare these with whole names or with their ends, and every model class may read the checkpoint: names are
+    without the prefix that a bare base model has not, and the heads of all classes are among them.
+    """
+    return list(dict.fromkeys([*(layer.removeprefix(BASE_PREFIX) for layer in layers), *HEADS]))
 
 
 def canonical_tensor(tensor: str) -> str:

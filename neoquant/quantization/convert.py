@@ -23,7 +23,7 @@ from neoquant.formats.base import dtype_name
 from neoquant.grids import Grid
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.dtypes import resolve_dtype
-from neoquant.model.names import EMBEDDING, HEADS, TIED_HEAD, canonical_layer, is_mask_buffer
+from neoquant.model.names import EMBEDDING, TIED_HEAD, canonical_layer, is_mask_buffer, left_out
 from neoquant.progress import SILENT, Progress
 from neoquant.quantization.conversion_targets import (
     PLAIN,
@@ -188,9 +188,7 @@ class _Conversion:
         """`config.json` of the output."""
         config = {key: value for key, value in self.checkpoint.config.items() if key != "quantization_config"}
         if self.target is not None:
-            # Without the prefix, a name fits every model class: readers compare the end of a layer's name with these.
-            kept = [layer.removeprefix("transformer.") for layer in self.kept] + list(HEADS)
-            config["quantization_config"] = self.target.config(self.grids, kept, self.ordered)
+            config["quantization_config"] = self.target.config(self.grids, left_out(self.kept), self.ordered)
         elif self.plain is not None:
             for key in ("dtype", *(["torch_dtype"] if "torch_dtype" in config else [])):
                 config[key] = dtype_name(self.plain)

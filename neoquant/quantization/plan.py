@@ -20,7 +20,7 @@ from neoquant.formats import NAMED, Format, why_not
 from neoquant.formats.base import dtype_name
 from neoquant.grids import Grid, make_grid
 from neoquant.model.config import GPTNeoConfig
-from neoquant.model.names import BASE_PREFIX, EMBEDDING, HEADS, TABLES, TIED_HEAD, canonical_layer
+from neoquant.model.names import EMBEDDING, TABLES, TIED_HEAD, canonical_layer, left_out
 from neoquant.quantization.plan_checks import FLOATS, refuse_quantized, require_network
 from neoquant.quantization.plan_notes import dropped_notes, format_notes, grid_notes, layer_notes
 from neoquant.quantization.plan_rows import Action, PlanRow, RowMaker, Target, is_linear_weight, matrix_shape
@@ -270,8 +270,7 @@ def _output_config(
     dtype: torch.dtype,
 ) -> dict[str, Any]:
     """The source's configuration with the quantization and the stored type in it."""
-    # Without the prefix, a name fits every model class: readers compare the end of a layer's name with these.
-    skipped = [layer.removeprefix(BASE_PREFIX) for layer in treatment.linears if layer not in grids] + list(HEADS)
+    skipped = left_out(layer for layer in treatment.linears if layer not in grids)
     output = {**config, "dtype": dtype_name(dtype)}
     if "torch_dtype" in config:
         output["torch_dtype"] = dtype_name(dtype)

@@ -16,6 +16,7 @@ from neoquant.demo import MODEL
 from neoquant.errors import RequestError
 from neoquant.loading.quantization_config import BitsAndBytesConfig, GPTQConfig, read_config
 from neoquant.loading.quantize_on_load import _calibration
+from neoquant.model.names import BLOCK_LINEARS, HEADS
 from neoquant.nn.linear import QuantLinear
 
 IDS = torch.tensor([[5, 9, 2, 130, 8, 11, 77], [7, 4, 4, 1, 3, 250, 0]])
@@ -134,8 +135,28 @@ def test_what_is_skipped_stays_and_is_saved_as_skipped(tiny_model: Path, tmp_pat
     ]
     model.save_pretrained(tmp_path / "saved")
     stored = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
-    assert {"lm_head", "transformer.h.0.mlp.c_proj", "transformer.h.1.mlp.c_fc"} <= set(stored["llm_int8_skip_modules"])
+    kept = {f"h.1.{name}" for name in BLOCK_LINEARS} | {"h.0.mlp.c_proj"}
+    assert set(stored["llm_int8_skip_modules"]) == kept | set(HEADS)
     assert torch.equal(logits(neoquant.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), logits(model))
+
+
+@pytest.mark.parametrize("saved_by", ["ForCausalLM", ""])
+@pytest.mark.parametrize("said", [BNB[3], BNB[1] | {"llm_int8_skip_modules": ["h.0.mlp", "c_proj"]}])
+@pytest.mark.filterwarnings("ignore::neoquant.LoadWarning")
+def test_transformers_keeps_what_was_kept_whatever_class_reads_it(
+    make_model: Callable[..., Path], tmp_path: Path, said: dict[str, Any], saved_by: str
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    bnb = pytest.importorskip("bitsandbytes")
+    source = make_model(hidden_size=64, num_heads=4)
+    model = getattr(neoquant, f"AutoModel{saved_by}").from_pretrained(source, quantization_config=said)
+    model.save_pretrained(tmp_path / "saved")
+    ours = {name.removeprefix("transformer.") for name in layers(model)}
+    for head in ("", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"):
+        theirs = getattr(transformers, f"AutoModel{head}").from_pretrained(tmp_path / "saved", device_map="cpu")
+        kinds = bnb.nn.Linear4bit, bnb.nn.Linear8bitLt
+        quantized = {name for name, module in theirs.named_modules() if isinstance(module, kinds)}
+        assert {name.removeprefix("transformer.") for name in quantized} == ours
 
 
 @pytest.mark.parametrize("head", ["", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"])
