@@ -71,6 +71,11 @@ class Checkpoint:
         self._maps: dict[Path, mmap.mmap] = {}
         self._untie_another_head()
 
+    @property
+    def source_name(self) -> str:
+        """The hub id, or the folder's name without where it lies on this machine."""
+        return self.source if self.revision is not None else Path(self.source).resolve().name
+
     def __enter__(self) -> Checkpoint:
         return self
 

@@ -109,7 +109,7 @@ def model_info(source: str | Path, revision: str | None, name: str, progress: Pr
         found = describe(checkpoint)
         return ModelInfo(
             name=name,
-            source=checkpoint.source if checkpoint.revision else Path(checkpoint.source).resolve().name,
+            source=checkpoint.source_name,
             revision=checkpoint.revision,
             bytes_on_disk=found.bytes,
             bits_per_weight_linears=found.bits_per_weight_linears,

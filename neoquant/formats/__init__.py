@@ -47,6 +47,7 @@ __all__ = [
     "choose",
     "detect",
     "detect_checked",
+    "first_that_holds",
     "why_not",
 ]
 
@@ -65,15 +66,29 @@ def choose(
     """
     if wanted not in NAMED:
         raise RequestError(f"no format is called {wanted!r}; there are {', '.join(NAMED)}")
-    reasons = []
-    for format in NAMED[wanted]:
+    format, reasons = first_that_holds(NAMED[wanted], layers, embeddings=embeddings, ordered=ordered)
+    if format is None:
+        raise RequestError(f"format {wanted!r} cannot hold this: {'; '.join(reasons)}")
+    return format
+
+
+def first_that_holds(
+    candidates: Iterable[Format],
+    layers: Mapping[str, tuple[Grid, tuple[int, ...]]],
+    *,
+    embeddings: bool = False,
+    ordered: Collection[str] = (),
+) -> tuple[Format | None, list[str]]:
+    """The first candidate that holds what `choose` describes, None if none does; and why those before it do not."""
+    reasons: list[str] = []
+    for format in candidates:
         reason = why_not(format, layers, ordered)
         if reason is None and embeddings and not format.holds_embeddings:
-            reason = f"format {format.name} keeps embeddings in half precision"
+            reason = f'format {format.name} keeps embeddings in half precision, format = "neoquant" can hold them'
         if reason is None:
-            return format
+            return format, reasons
         reasons.append(reason)
-    raise RequestError(f"format {wanted!r} cannot hold this: {'; '.join(reasons)}")
+    return None, reasons
 
 
 def detect(config: Mapping[str, Any], names: Iterable[str]) -> Format | None:

@@ -60,6 +60,10 @@ class Format(ABC):
         """Why a weight with an activation order cannot be stored, or None."""
         return None if self.holds_order else f"format {self.name} cannot hold an activation order"
 
+    def refuse_tensor(self, q: QuantizedTensor) -> str | None:
+        """Why this weight, with the values that it has, cannot be stored exactly, or None."""
+        return self.refuse(q.grid, q.shape) or (None if q.order is None else self.refuse_order())
+
     def caution(self, grid: Grid, shape: tuple[int, ...]) -> str | None:
         """What a user should know about other readers of this weight, or None."""
         return None
@@ -119,9 +123,7 @@ class Format(ABC):
         return layers
 
     def _require_holdable(self, q: QuantizedTensor) -> None:
-        if reason := self.refuse(q.grid, q.shape):
-            raise FormatError(reason)
-        if q.order is not None and (reason := self.refuse_order()):
+        if reason := self.refuse_tensor(q):
             raise FormatError(reason)
 
 

@@ -84,6 +84,12 @@ class GptqFormat(Format):
             return f"a GPTQ checkpoint has one number of bits, group size and symmetry, not {kinds[0]} and {kinds[1]}"
         return None
 
+    def refuse_tensor(self, q: QuantizedTensor) -> str | None:
+        reason = super().refuse_tensor(q)
+        if reason is None and "zero" in q.params and self._written(q.grid) == V1 and not q.params["zero"].all():
+            return "a zero of 0 would be stored as -1 in v1 of the GPTQ format; v2 holds it"
+        return reason
+
     def encode(self, q: QuantizedTensor) -> dict[str, Tensor]:
         self._require_holdable(q)
         assert isinstance(q.grid, Affine)
@@ -95,8 +101,6 @@ class GptqFormat(Format):
             g_idx = torch.empty_like(g_idx).index_copy_(0, at, g_idx)
         zeros = q.params.get("zero", torch.full_like(q.params["scale"], q.grid.middle, dtype=torch.uint8))
         if self._written(q.grid) == V1:
-            if not zeros.all():
-                raise FormatError("a zero of 0 would be stored as -1 in v1 of the GPTQ format; v2 holds it")
             zeros = zeros - 1
         return {
             ".qweight": to_words(codes, q.grid.bits).T.contiguous(),
@@ -177,8 +181,8 @@ class GptqFormat(Format):
         columns = qweight.shape[0] * 32 // grid.bits
         return {**tensors, ".g_idx": torch.arange(columns, dtype=torch.int32) // grid.width(columns)}
 
-    def _written(self, grid: Affine) -> str:
-        return self.version or (V1 if grid.symmetric else V2)
+    def _written(self, grid: Grid) -> str:
+        return self.version or (V1 if isinstance(grid, Affine) and grid.symmetric else V2)
 
     def _one_more(self, words: Tensor, stored: Tensor, grid: Affine) -> Tensor:
         """The zeros of a v1 checkpoint from what is stored, one less. uint8[G, O].

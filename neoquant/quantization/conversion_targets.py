@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from neoquant.checkpoint import Checkpoint
-from neoquant.errors import FormatError, RequestError
-from neoquant.formats import NAMED, Format, GptqFormat
+from neoquant.errors import RequestError
+from neoquant.formats import NAMED, Format
 from neoquant.formats.gptq import V1, V2
 from neoquant.model.names import TABLES
 from neoquant.tensor import QuantizedTensor
@@ -24,15 +24,7 @@ def refuse_layer(format: Format, name: str, q: QuantizedTensor) -> str | None:
     """Why a layer cannot be spelled exactly in this format, or None."""
     if name in TABLES and not format.holds_embeddings:
         return f"format {format.name} keeps embeddings in half precision, and this one is {q.grid.name}"
-    reason = format.refuse(q.grid, q.shape)
-    if reason is None and q.order is not None:
-        reason = format.refuse_order()
-    if reason is None and isinstance(format, GptqFormat):  # the only format in which it depends on the values
-        try:
-            format.encode(q)
-        except FormatError as error:
-            reason = error.message
-    return reason
+    return format.refuse_tensor(q)
 
 
 def require_sense(

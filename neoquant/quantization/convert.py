@@ -5,7 +5,6 @@ Works through a checkpoint layer by layer and appears whole or not at all, as qu
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from neoquant.formats.base import dtype_name
 from neoquant.grids import Grid
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.dtypes import resolve_dtype
-from neoquant.model.names import EMBEDDING, TIED_HEAD, canonical_layer, is_mask_buffer, left_out
+from neoquant.model.names import TIED_HEAD, canonical_layer, left_out
 from neoquant.progress import SILENT, Progress
 from neoquant.quantization.conversion_targets import (
     PLAIN,
@@ -34,8 +33,9 @@ from neoquant.quantization.conversion_targets import (
 )
 from neoquant.quantization.model_card import measured_in, render_conversion_card
 from neoquant.quantization.plan_checks import require_tensors
+from neoquant.quantization.plan_notes import dropped_notes
 from neoquant.quantization.plan_rows import is_linear_weight
-from neoquant.quantization.quantize import CALIBRATION, CARD, RECORD, require_another_folder
+from neoquant.quantization.quantize import CALIBRATION, CARD, RECORD, record_json, require_another_folder
 from neoquant.quantization.streaming import converted
 from neoquant.sizes import peak_rss_bytes
 from neoquant.tensor import QuantizedTensor
@@ -130,7 +130,8 @@ def convert(
         if dtype is not None or dequantize:
             plain = resolve_dtype(dtype or "auto", config, torch.device("cpu"), stored)
         with CheckpointWriter(folder, tensors=2 * len(checkpoint.headers), force=force, shard_size=shard_size) as sink:
-            job = _Conversion(checkpoint, found, None if dequantize or to == PLAIN else TARGETS[to or ""], own, plain)
+            targets = None if dequantize or to == PLAIN else TARGETS[to or ""]
+            job = _Conversion(checkpoint, found, layers, targets, own, plain)
             job.notes |= dict.fromkeys(notes)
             with torch.inference_mode(), progress.task("converting", total=checkpoint.nbytes) as advance:
                 for name, tensor, read in job.tensors():
@@ -149,17 +150,18 @@ class _Conversion:
         self,
         checkpoint: Checkpoint,
         found: Format | None,
+        layers: Mapping[str, list[str]],
         targets: tuple[Format, ...] | None,
         own: torch.dtype,
         plain: torch.dtype | None,
     ) -> None:
-        """`targets` None gives plain weights; `own` is the checkpoint's type, `plain` that of plain weights, if it is
-        to change."""
-        self.checkpoint, self.found, self.targets = checkpoint, found, targets
+        """`layers` are those that are quantized, with their tensors' suffixes; `targets` None gives plain weights;
+        `own` is the checkpoint's type, `plain` that of plain weights, if it is to change."""
+        self.checkpoint, self.found, self.layers, self.targets = checkpoint, found, layers, targets
         self.own, self.plain = own, plain
         self.target: Format | None = None
         self.grids: dict[str, Grid] = {}
-        self.ordered = False
+        self.ordered = self.drops = False
         self.kept: list[str] = []
         self.notes: dict[str, None] = {}
         self.rows: list[dict[str, Any]] = []
@@ -167,8 +169,7 @@ class _Conversion:
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor | None, int]]:
         """Tensors of the output, by name, and bytes of the source that were dealt with; some give no tensor."""
-        headers = self.checkpoint.headers
-        layers = self.found.quantized(headers) if self.found else {}
+        headers, layers = self.checkpoint.headers, dict(self.layers)
         layer_of = {layer + suffix: layer for layer, suffixes in layers.items() for suffix in suffixes}
         for name, header in headers.items():
             layer = layer_of.get(name)
@@ -195,16 +196,11 @@ class _Conversion:
         return config
 
     def result(self, folder: Path, started: float) -> ConvertResult:
-        self.notes |= dict.fromkeys(self.checkpoint.notes)
-        if masks := [name for name in self.checkpoint.dropped if is_mask_buffer(name)]:
-            self.notes[f"{len(masks)} old mask buffers are left out: {masks[0]}, ..."] = None
-        if TIED_HEAD in self.checkpoint.dropped:
-            self.notes[f"{TIED_HEAD} is not written: it is {EMBEDDING}"] = None
-        revision = self.checkpoint.revision
+        self.notes |= dict.fromkeys((*self.checkpoint.notes, *dropped_notes(self.drops, self.checkpoint.dropped)))
         return ConvertResult(
             folder=folder,
-            source=self.checkpoint.source if revision else Path(self.checkpoint.source).resolve().name,
-            revision=revision,
+            source=self.checkpoint.source_name,
+            revision=self.checkpoint.revision,
             before=self.found.name if self.found else PLAIN,
             after=target_name(self.target),
             layers=self.grids,
@@ -239,7 +235,7 @@ class _Conversion:
             self.kept.append(canonical_layer(name))
         if name == TIED_HEAD and GPTNeoConfig.from_dict(self.checkpoint.config).tie_word_embeddings:
             self.rows.append(row | {"action": "drop"})
-            self.notes[f"{TIED_HEAD} is not written: it is {EMBEDDING}"] = None
+            self.drops = True
             return {}
         self.rows.append(row | {"action": "copy"})
         if self.plain is not None and weight.is_floating_point():
@@ -294,7 +290,7 @@ def _files(checkpoint: Checkpoint, job: _Conversion, result: ConvertResult) -> d
     }
     if job.target is not None and "recipe" in before:
         record["recipe"] = before["recipe"]
-    files[RECORD] = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    files[RECORD] = record_json(record)
     files[CARD] = render_conversion_card(
         result.folder.name,
         result.source,

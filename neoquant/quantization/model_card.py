@@ -71,12 +71,11 @@ def render_conversion_card(
     """The card of a checkpoint called `name` that was converted: `formats` are those before and after, `family` the
     second's (None: plain), `measured` what was measured of the very same weights."""
     before, after = formats
-    link = f"[{source}](https://huggingface.co/{source}) at revision `{revision}`" if revision else f"`{source}`"
     how = "the same codes and scales, spelled anew" if family else "plain weights"
     parts = [
         _front_matter(source, revision, config, grids, family),
         f"# {name}",
-        f"{link}, converted by neoquant from `{before}` to `{after}`: {how}.",
+        f"{_link(source, revision)}, converted by neoquant from `{before}` to `{after}`: {how}.",
         "## Loading",
         _loading(config, family, name),
         *([_measured(measured)] if measured else []),
@@ -142,10 +141,8 @@ def _is_common(family: str | None) -> bool:
 
 
 def _opening(plan: Plan) -> str:
-    source = f"[{plan.source}](https://huggingface.co/{plan.source})" if plan.revision else f"`{plan.source_name}`"
-    at = f" at revision `{plan.revision}`" if plan.revision else ""
     return (
-        f"{source}{at}, quantized by neoquant with the recipe `{plan.recipe.name}` "
+        f"{_link(plan.source_name, plan.revision)}, quantized by neoquant with the recipe `{plan.recipe.name}` "
         f"into the format `{plan.format.name}`: {plan.bits_per_weight_linears:.3f} bits for each weight of the block "
         f"linears, {plan.bits_per_weight_model:.3f} for each parameter of the whole model."
     )
@@ -165,6 +162,11 @@ def _loading(config: Mapping[str, Any], family: str | None, name: str) -> str:
     else:
         blocks.append("transformers does not read this format.")
     return "\n\n".join(blocks)
+
+
+def _link(source: str, revision: str | None) -> str:
+    """To a model on the hub; a folder's name by itself."""
+    return f"[{source}](https://huggingface.co/{source}) at revision `{revision}`" if revision else f"`{source}`"
 
 
 def _sizes(plan: Plan) -> str:

@@ -16,7 +16,7 @@ import torch
 from neoquant.calibration.memory import CalibrationMemory
 from neoquant.checkpoint import SHARD_SIZE, Checkpoint, TensorHeader, expected_size
 from neoquant.errors import RecipeError
-from neoquant.formats import NAMED, Format, why_not
+from neoquant.formats import NAMED, Format, first_that_holds
 from neoquant.formats.base import dtype_name
 from neoquant.grids import Grid, make_grid
 from neoquant.model.config import GPTNeoConfig
@@ -179,7 +179,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, shard_size: int = SHARD
         *layer_notes(rows, treatment.rules),
         *grid_notes(treatment.targets),
         *format_notes(format, treatment.targets, passed_over),
-        *dropped_notes(rows, checkpoint.dropped),
+        *dropped_notes(any(row.action == "drop" for row in rows), checkpoint.dropped),
     )
     return Plan(
         source=checkpoint.source,
@@ -221,7 +221,12 @@ def _require_possible(
         faults.append("nothing is left to quantize: every layer is kept in half precision")
     if recipe.embeddings in EMBEDDING_GRIDS and not treatment.tables:
         faults.append(f'embeddings = "{recipe.embeddings}" finds none: a rule keeps it, or there is no {EMBEDDING}')
-    format, passed_over = _choose_format(recipe, treatment)
+    format, passed_over = first_that_holds(
+        NAMED[recipe.format],
+        treatment.targets,
+        embeddings=recipe.embeddings in EMBEDDING_GRIDS,
+        ordered=treatment.ordered,
+    )
     if format is None:
         faults.append(f'format = "{recipe.format}" cannot hold this: {"; ".join(dict.fromkeys(passed_over))}')
     if faults or format is None:
@@ -235,19 +240,6 @@ def _table_grids(recipe: Recipe, format: Format, tables: Iterable[str]) -> dict[
     if choice == "auto":
         choice = DEFAULT_EMBEDDINGS if format.holds_embeddings else "keep"
     return {} if choice == "keep" else dict.fromkeys(tables, EMBEDDING_GRIDS[choice])
-
-
-def _choose_format(recipe: Recipe, treatment: _Treatment) -> tuple[Format | None, list[str]]:
-    """The first format of the choice that holds all targets in one checkpoint, and why those before it do not."""
-    reasons: list[str] = []
-    for format in NAMED[recipe.format]:
-        reason = why_not(format, treatment.targets, treatment.ordered)
-        if reason is None and recipe.embeddings in EMBEDDING_GRIDS and not format.holds_embeddings:
-            reason = f'format {format.name} keeps embeddings in half precision, format = "neoquant" can hold them'
-        if reason is None:
-            return format, reasons
-        reasons.append(reason)
-    return None, reasons
 
 
 def _half_dtype(headers: Iterable[TensorHeader], choice: str) -> torch.dtype:

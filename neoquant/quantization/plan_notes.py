@@ -36,10 +36,10 @@ def format_notes(format: Format, targets: Targets, passed_over: Sequence[str]) -
     yield from dict.fromkeys(caution for target in targets.values() if (caution := format.caution(*target)))
 
 
-def dropped_notes(rows: Sequence[PlanRow], dropped: Sequence[str]) -> Iterator[str]:
-    """What is not written."""
+def dropped_notes(drops_head: bool, dropped: Sequence[str]) -> Iterator[str]:
+    """What is not written: the tied head, if that stands in the file, and what the reader left out."""
     masks = [name for name in dropped if is_mask_buffer(name)]
-    if TIED_HEAD in dropped or any(row.action == "drop" for row in rows):
+    if drops_head or TIED_HEAD in dropped:
         yield f"{TIED_HEAD} is not written: it is {EMBEDDING}"
     if masks:
         yield f"{len(masks)} old mask buffers are left out: {_some(masks)}"

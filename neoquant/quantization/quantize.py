@@ -186,7 +186,7 @@ def _whole_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: int, name: s
     """The plan of the tensors, and the size of the files beside them."""
     planned = make_plan(checkpoint, recipe, shard_size=shard_size)
     layers: dict[str, Any] = {}
-    written = [_json(planned.config)]
+    written = [record_json(planned.config)]
     if needs_calibration(planned):
         samples = {"source": "about so long", "sha256": _NO_DIGEST, "rows": ROWS, "length": LENGTH, "seed": 0}
         layers = {
@@ -194,7 +194,7 @@ def _whole_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: int, name: s
             for row in planned.rows
             if row.quantizer is not None and (report := row.quantizer.sample_report()) is not None
         }
-        written.append(_json({"calibration": samples, "layers": layers}))
+        written.append(record_json({"calibration": samples, "layers": layers}))
     written += _own_files(Written(planned, join_hashes([]), layers), name).values()
     companions = checkpoint.companion_sizes()
     beside = sum(companions.values()) + sum(len(text.encode()) for text in written)
@@ -239,12 +239,13 @@ def _own_files(written: Written, name: str, calibration: Calibration | None = No
     from neoquant import __version__
 
     record = {"neoquant": __version__, "source_hash": written.source_hash, **written.plan.to_dict()}
-    files = {CARD: render_card(written.plan, name, written.layers), RECORD: _json(record)}
+    files = {CARD: render_card(written.plan, name, written.layers), RECORD: record_json(record)}
     if calibration is not None:
         samples = {"calibration": calibration.describe(), "documents": calibration.documents, "layers": written.layers}
-        files[CALIBRATION] = _json(samples)
+        files[CALIBRATION] = record_json(samples)
     return files
 
 
-def _json(value: Any) -> str:
+def record_json(value: Any) -> str:
+    """How `neoquant.json` and `calibration.json` are written."""
     return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
