@@ -12,7 +12,7 @@ quantized() { # name, options
     neoquant quantize neoquant-demo "${@:2}" --out "$made/neoquant-demo-$1"
     candidates+=("$made/neoquant-demo-$1")
 }
-calibrated() { # the same with error feedback, on text that the suite does not hold
+calibrated() { # the same by GPTQ, on text that the suite does not hold
     quantized "$@" --calibration demo --rows 64
 }
 
@@ -21,8 +21,12 @@ for recipe in int8 nf4-single nf4 fp4 mixed nf4-edges; do
 done
 calibrated nf4-gptq --bits 4 --type nf4
 quantized affine4-g64 --bits 4 --type affine --group-size 64
+quantized hqq4-g64 --bits 4 --type hqq --group-size 64
 calibrated gptq4-g64 --bits 4 --type gptq --group-size 64
+quantized mxfp4 --recipe mxfp4
+calibrated mxfp4-gptq --bits 4 --type mxfp4
 quantized affine3-g64 --bits 3 --type affine --group-size 64
+quantized hqq3-g64 --bits 3 --type hqq --group-size 64
 calibrated gptq3-g64 --bits 3 --type gptq --group-size 64
 calibrated gptq2-g32 --bits 2 --type gptq --group-size 32
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Protocol
+
+from neoquant.tokenizer.byte_level import byte_alphabet
 
 REPLACEMENT = "\ufffd"
 LONGEST = 4
@@ -46,11 +47,3 @@ def decode_escaped(ids: Sequence[int], tokenizer: SupportsDecode) -> str:
     if not letters or not all(letter in alphabet for letter in letters):
         return text
     return bytes(alphabet[letter] for letter in letters).decode("utf-8", "backslashreplace")
-
-
-@cache
-def byte_alphabet() -> dict[str, int]:
-    """Letter -> byte: printable Latin-1 stands for itself, the other bytes for U+0100 and what follows."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}

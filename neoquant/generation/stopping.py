@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from neoquant.errors import RequestError
 from neoquant.generation.generate import Stop
+from neoquant.tokenizer.byte_level import byte_alphabet
 from neoquant.tokenizer.tokenizer import Tokenizer
 
 
@@ -41,7 +41,7 @@ class StopStrings:
         """The bytes of a token, which may end in the middle of a character."""
         if token not in self._bytes:
             letters = self._tokenizer.convert_ids_to_tokens([token])[0] or ""
-            byte_of = _letters()
+            byte_of = byte_alphabet()
             spelled = bytes(byte_of[letter] for letter in letters if letter in byte_of)
             whole = len(spelled) == len(letters)
             self._bytes[token] = spelled if whole else self._tokenizer.decode([token]).encode()
@@ -57,11 +57,3 @@ def ends_with(strings: Sequence[str], tokenizer: Tokenizer | None) -> Stop | Non
     if not all(strings):
         raise RequestError("stop_strings holds an empty text, which every text ends with")
     return StopStrings(strings, tokenizer)
-
-
-@cache
-def _letters() -> dict[str, int]:
-    """The letter that byte-level vocabularies write for each byte (GPT-2): itself where it is printable in Latin-1."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + number): byte for number, byte in enumerate(others)}

@@ -9,7 +9,8 @@ from byte_tokenizer import Bytes
 from tokenizers.decoders import ByteLevel as Decoder
 from tokenizers.pre_tokenizers import ByteLevel
 
-from neoquant.evaluation.token_text import byte_alphabet, decode_escaped, token_texts
+from neoquant.evaluation.token_text import decode_escaped, token_texts
+from neoquant.tokenizer.byte_level import byte_alphabet
 from neoquant.tokenizer.tokenizer import Tokenizer
 
 
