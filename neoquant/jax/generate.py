@@ -32,7 +32,6 @@ def generate(
     ids = np.asarray(input_ids).astype(np.int32)
     if ids.ndim != 2:
         raise RequestError(f"input_ids is [B, T], got {list(ids.shape)}")
-    require_within("input_ids", ids, model.config.vocab_size)
     T, limit = ids.shape[1], model.config.max_position_embeddings
     for name, value, legal, what in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "at least 0"),
@@ -45,12 +44,13 @@ def generate(
         raise RequestError("the prompt is empty: it needs at least one token, for example the end-of-text token")
     if T + max_new_tokens > limit:
         raise ContextError(f"{T} tokens of prompt and {max_new_tokens} new ones; this model's context is {limit}")
+    aligned, keep = _align(ids, attention_mask)
+    require_within("input_ids", aligned, model.config.vocab_size)
     if max_new_tokens == 0:
         return jnp.asarray(ids)
     eos = model.config.eos_token_id if eos_token_id is None else eos_token_id
     eos = -1 if eos is None else eos
     fill = max(0, eos) if pad_token_id is None else pad_token_id
-    aligned, keep = _align(ids, attention_mask)
     graph, state = nnx.split(model)
     cache = model.init_cache(ids.shape[0], T + max_new_tokens)
     draw = (float(temperature), int(top_k)) if do_sample else None
@@ -59,14 +59,17 @@ def generate(
 
 
 def _align(ids: Any, attention_mask: Any | None) -> tuple[Any, Any]:
-    """`ids[B, T]` with all padding moved to the left, and which positions hold tokens, bool [B, T]."""
+    """`ids[B, T]` with all padding moved to the left, where it is 0, and which positions hold tokens, bool [B, T].
+
+    Padding may have an id that no token has.
+    """
     keep = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
     if keep.shape != ids.shape:
         raise RequestError(f"attention_mask is {list(keep.shape)}, but input_ids is {list(ids.shape)}")
     if not keep.any(1).all():
         raise RequestError("attention_mask leaves a row no token: every prompt needs at least one")
     order = np.argsort(keep, axis=1, kind="stable")
-    return np.take_along_axis(ids, order, 1), np.take_along_axis(keep, order, 1)
+    return np.take_along_axis(np.where(keep, ids, 0), order, 1), np.take_along_axis(keep, order, 1)
 
 
 @partial(jax.jit, static_argnums=(0, 8, 9))

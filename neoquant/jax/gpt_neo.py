@@ -177,7 +177,6 @@ class _PreTrained(nnx.Module):
                 raise ContextError(f"{int(total)} positions; this model has {limit}")
             if int(total) > room:
                 raise ContextError(f"{int(total)} positions; this cache has room for {room}")
-        require_within("input_ids", ids, self.config.vocab_size)
         if position_ids is not None:
             require_within("position_ids", position_ids, self.config.max_position_embeddings)
         keep = None
@@ -186,6 +185,9 @@ class _PreTrained(nnx.Module):
             if keep.shape[1] not in (room, int(total)):
                 raise RequestError(f"attention_mask covers {keep.shape[1]} positions; there are {int(total)}")
             keep = jnp.pad(keep, ((0, 0), (0, room - keep.shape[1])))  # behind the newest, which nothing sees
+            seen = jax.lax.dynamic_slice_in_dim(keep, past, ids.shape[1], axis=1)
+            ids = jnp.where(seen, ids, 0)  # padding may have an id that no token has
+        require_within("input_ids", ids, self.config.vocab_size)
         graph, state = nnx.split(self)
         return _run(graph, state, ids, keep, position_ids, past_key_values, output_hidden_states)
 

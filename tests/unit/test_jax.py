@@ -194,6 +194,31 @@ def test_generation_is_torchs_greedy(source: Path, quantized: Any, model: FlaxGP
     assert found.shape[1] <= 25 and np.array_equal(found, expected(alike, None, eos_token_ids=(end,)))
 
 
+@pytest.mark.parametrize("pad", [VOCABULARY, 900, -1])
+@pytest.mark.parametrize("mask", [LEFT, RIGHT], ids=["left", "right"])
+def test_padding_outside_the_vocabulary_changes_nothing(model: FlaxGPTNeoForCausalLM, mask: Any, pad: int) -> None:
+    """As in torch; also with a cache, whose room is wider than what is there."""
+    padded = np.where(mask, IDS, pad)
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    expected = np.asarray(model(IDS, mask, positions).logits)
+    kept = mask.astype(bool)
+    assert np.array_equal(np.asarray(model(padded, mask, positions).logits)[kept], expected[kept])
+    cache = model.init_cache(3, 24)
+    for start, stop in ((0, 5), (5, 21)):
+        output = model(padded[:, start:stop], mask[:, :stop], positions[:, start:stop], past_key_values=cache)
+        cache, seen = output.past_key_values, kept[:, start:stop]
+        difference = np.asarray(output.logits)[seen] - expected[:, start:stop][seen]
+        assert np.abs(difference).max() < 1e-5 * np.abs(expected).max()
+    whole = np.asarray(model.generate(IDS, mask, max_new_tokens=9, eos_token_id=-1))
+    found = np.asarray(model.generate(padded, mask, max_new_tokens=9, eos_token_id=-1))
+    assert np.array_equal(found[:, 21:], whole[:, 21:]) and np.array_equal(found[:, :21], padded)
+    end = int(whole[0, 24])
+    ended = np.asarray(model.generate(padded, mask, max_new_tokens=9, eos_token_id=end, pad_token_id=pad))
+    stops = np.argmax(whole[0, 21:] == end)
+    assert np.array_equal(ended[0, 21 : 22 + stops], whole[0, 21 : 22 + stops])
+    assert (ended[0, 22 + stops :] == pad).all()
+
+
 def test_sampling_is_repeatable_and_from_the_likeliest(model: FlaxGPTNeoForCausalLM) -> None:
     def draw(**options: Any) -> Any:
         return np.asarray(model.generate(IDS, max_new_tokens=11, do_sample=True, eos_token_id=-1, **options))
