@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from neoquant import demo
 from neoquant.checkpoint import hub
@@ -70,6 +70,7 @@ def push(
     revision: str = "main",
     message: str | None = None,
     dry_run: bool = False,
+    token: str | None = None,
     progress: Progress = SILENT,
 ) -> Push:
     """Send the model in `folder` to `repo` ("user/name"), which is made if it is not there.
@@ -83,6 +84,7 @@ def push(
         revision: the branch, made from main if it is not there.
         message: of the commit.
         dry_run: send nothing, ask nobody; say what would be sent.
+        token: in place of HF_TOKEN, or the stored one.
         progress: told of the sending.
 
     Raises:
@@ -90,12 +92,46 @@ def push(
         RequestError: an illegal name or option.
         HubError: offline, no token, not allowed, refused, or not to be reached.
     """
-    if not hub.is_model_id(repo) or "/" not in repo:
-        raise RequestError(f"{repo!r} is no name on the hub: expected user/name")
+    require_repo(repo)
     if gated is not None and gated not in GATED:
         raise RequestError(f"gated is {gated!r}; legal are {' and '.join(GATED)}")
     planned = _plan(Path(demo.resolve(folder)), repo, revision)
-    return planned if dry_run else _send(planned, private, gated, message, progress)
+    return planned if dry_run else _send(planned, _Terms(private, gated, message, token), progress)
+
+
+def push_files(
+    folder: Path,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str = "main",
+    message: str | None = None,
+    token: str | None = None,
+    progress: Progress = SILENT,
+) -> Push:
+    """Send all files of a folder that was just made, as `push` does; a card only where the hub has none.
+
+    Raises RequestError and HubError.
+    """
+    require_repo(repo)
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    return _send(Push(folder, repo, revision, files, ()), _Terms(private, None, message, token, (CARD,)), progress)
+
+
+def require_repo(repo: str) -> None:
+    """Raise RequestError for what cannot be somebody's model on the hub."""
+    if not hub.is_model_id(repo) or "/" not in repo:
+        raise RequestError(f"{repo!r} is no name on the hub: expected user/name")
+
+
+class _Terms(NamedTuple):
+    """How it is sent: `push`'s arguments, and files that are sent only where the hub has none of that name."""
+
+    private: bool
+    gated: str | None
+    message: str | None
+    token: str | None
+    unless_there: tuple[str, ...] = ()
 
 
 def _plan(folder: Path, repo: str, revision: str) -> Push:
@@ -147,41 +183,42 @@ def _needed(checkpoint: Checkpoint) -> set[str]:
     return used | set(_BESIDE) | ({index} if index else set())
 
 
-def _send(planned: Push, private: bool, gated: str | None, message: str | None, progress: Progress) -> Push:
+def _send(planned: Push, terms: _Terms, progress: Progress) -> Push:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
     from huggingface_hub.errors import RepositoryNotFoundError
 
     repo, revision = planned.repo, planned.revision
     if constants.HF_HUB_OFFLINE:
         raise HubError(f"HF_HUB_OFFLINE is set, so nothing can be sent to {repo}; unset it")
-    if get_token() is None:
+    if terms.token is None and get_token() is None:
         raise HubError(
             f"no token: set HF_TOKEN to one that may write to {repo} (from {constants.ENDPOINT}/settings/tokens)"
         )
-    api = HfApi()
+    api = HfApi(token=terms.token)
     with _explained(repo), _quietly():
         try:
             there = api.model_info(repo)
         except RepositoryNotFoundError:
-            api.create_repo(repo, private=private or None, repo_type="model")
+            api.create_repo(repo, private=terms.private or None, repo_type="model")
             there = None
-        if there is not None and private and not there.private:
+        if there is not None and terms.private and not there.private:
             raise HubError(f"{repo} is there already, and public: make it private on the hub, or name another")
-        if gated is not None:
-            api.update_repo_settings(repo, gated=cast("Any", gated))
+        if terms.gated is not None:
+            api.update_repo_settings(repo, gated=cast("Any", terms.gated))
         if revision != "main":
             api.create_branch(repo, branch=revision, exist_ok=True)
         held = {file.rfilename for file in api.model_info(repo, revision=revision).siblings or []}
-        stale = sorted(name for name in held - planned.files.keys() if _describes_weights(name))
+        files = {
+            name: size for name, size in planned.files.items() if name not in held or name not in terms.unless_there
+        }
+        stale = tuple(sorted(name for name in held - files.keys() if _describes_weights(name)))
+        stale = stale if any(map(may_be_weights, files)) else ()
         operations: list[Any] = [CommitOperationDelete(name) for name in stale]
-        operations += [CommitOperationAdd(name, planned.folder / name) for name in planned.files]
-        with progress.task(f"sending {sum(planned.files.values()) / 1e6:,.1f} MB to {repo}", total=None):
-            done = api.create_commit(
-                repo, operations, commit_message=message or f"Upload {planned.folder.resolve().name}", revision=revision
-            )
-    return Push(
-        planned.folder, repo, revision, planned.files, planned.left_out, tuple(stale), done.oid, done.commit_url
-    )
+        operations += [CommitOperationAdd(name, planned.folder / name) for name in files]
+        message = terms.message or f"Upload {planned.folder.resolve().name}"
+        with progress.task(f"sending {sum(files.values()) / 1e6:,.1f} MB to {repo}", total=None):
+            done = api.create_commit(repo, operations, commit_message=message, revision=revision)
+    return replace(planned, files=files, removed=stale, commit=done.oid, url=done.commit_url)
 
 
 def _describes_weights(name: str) -> bool:

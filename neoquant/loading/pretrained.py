@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from neoquant.checkpoint import open_checkpoint
+from neoquant.checkpoint import SHARD_SIZE, Push, open_checkpoint
 from neoquant.errors import RequestError, locate
 from neoquant.generation.config import FILE as GENERATION_FILE
 from neoquant.generation.config import GenerationConfig
@@ -19,7 +19,7 @@ from neoquant.generation.generate import Streamer, as_ids, generate
 from neoquant.generation.padding import inferred_mask
 from neoquant.generation.stopping import ends_with
 from neoquant.loading.load import folder_of, load_model, read_model
-from neoquant.loading.save import save_model
+from neoquant.loading.save import push_model, save_model
 from neoquant.model.base import Network
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.gpt_neo import CausalLM, Decoder
@@ -66,9 +66,55 @@ class PreTrainedModel(Network):
             return load_quantized(source, cls, quantization_config, revision=revision, **options)
         return load_model(source, cls, revision=revision, **options)
 
-    def save_pretrained(self, folder: str | Path, *, force: bool = False) -> None:
-        """Write a folder that transformers and neoquant read; `force` replaces one that is there."""
-        save_model(self, folder, force=force)
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        max_shard_size: int | str = SHARD_SIZE,
+        safe_serialization: bool = True,
+        force: bool = False,
+    ) -> None:
+        """Write a folder that transformers and neoquant read, in safetensors files of at most `max_shard_size` ("5GB").
+
+        `force` replaces a model that is there; without it, that is an OutputError.
+        """
+        _require_safe(safe_serialization)
+        save_model(self, folder, force=force, shard_size=max_shard_size)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str = "main",
+        max_shard_size: int | str = SHARD_SIZE,
+        safe_serialization: bool = True,
+    ) -> Push:
+        """Send what `save_pretrained` writes to `repo_id` ("user/name") on the hub, in one commit.
+
+        A model card is made where there is none; a tokenizer there stays. `neoquant.push` sends a folder with all that
+        is in it. Raises RequestError and HubError.
+        """
+        _require_safe(safe_serialization)
+        return push_model(
+            self,
+            repo_id,
+            shard_size=max_shard_size,
+            private=bool(private),
+            revision=revision,
+            message=commit_message,
+            token=token,
+        )
+
+
+def _require_safe(safe_serialization: bool) -> None:
+    if not safe_serialization:
+        raise RequestError(
+            "safe_serialization=False asks for a pickle (pytorch_model.bin); legal is True only: neoquant writes "
+            "safetensors, which transformers reads as well"
+        )
 
 
 class GPTNeoModel(PreTrainedModel, Decoder):

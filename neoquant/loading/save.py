@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,36 +12,69 @@ import torch
 from torch import Tensor, nn
 
 from neoquant import formats
-from neoquant.checkpoint import CheckpointWriter, companion_files
+from neoquant.checkpoint import SHARD_SIZE, CheckpointWriter, Push, companion_files
+from neoquant.checkpoint.upload import CARD, push_files, require_repo
+from neoquant.checkpoint.weight_files import CONFIG
 from neoquant.errors import RequestError
+from neoquant.files.reading import read_json
+from neoquant.files.writing import write_file
 from neoquant.formats import Format
 from neoquant.formats.base import dtype_name
 from neoquant.model.base import Network
 from neoquant.model.names import left_out
 from neoquant.nn.linear import QuantEmbedding, QuantLinear
+from neoquant.quantization.model_card import render_saved_card
+from neoquant.sizes import parse_size
 
 HALVES = (torch.float16, torch.bfloat16)
 
 
-def save_model(model: Network, folder: str | Path, *, force: bool = False) -> None:
+def save_model(model: Network, folder: str | Path, *, force: bool = False, shard_size: int | str = SHARD_SIZE) -> None:
     """Write a model's configuration and weights as a folder that transformers and neoquant read.
 
     Quantized layers are written in the format that they were loaded from, or else in the first that holds them all,
     without rounding again. What lies in the folder beside a model (a tokenizer, a license) is kept, also where `force`
-    replaces a model there. Raises OutputError where a model is there already (and is not replaced by `force`), and
-    leaves nothing half-written.
+    replaces a model there. `shard_size` bounds a weight file, in bytes or like "5GB".
+
+    Raises OutputError where a model is there already (and is not replaced by `force`), RequestError for what is no
+    size, and leaves nothing half-written.
     """
+    largest = parse_size(shard_size, "max_shard_size")
     weights = _Weights.of(model)
     format = _choose_format(model, weights)
     dtype = None if format is None else _common_type(weights.plain.values())
     companions = companion_files(Path(folder))
     names = [path.name for path in companions]
-    with CheckpointWriter(folder, tensors=weights.count, force=force, keeps=names) as sink:
+    with CheckpointWriter(folder, tensors=weights.count, force=force, shard_size=largest, keeps=names) as sink:
         for name, tensor in _tensors(weights, format, dtype):
             sink.put(name, tensor)
         files: dict[str, Path | str] = {path.name: path for path in companions}
         files |= model.companions()
         sink.finish(_config(model, weights, format, dtype), files=files)
+
+
+def push_model(
+    model: Network,
+    repo: str,
+    *,
+    shard_size: int | str = SHARD_SIZE,
+    private: bool = False,
+    revision: str = "main",
+    message: str | None = None,
+    token: str | None = None,
+) -> Push:
+    """Send the model to `repo` ("user/name") in one commit, as `save_model` writes it.
+
+    A model card is made where the hub has none; what is there beside the weights, a tokenizer for one, stays.
+    Arguments and errors are `neoquant.checkpoint.push`'s.
+    """
+    require_repo(repo)
+    with tempfile.TemporaryDirectory(prefix="neoquant-push-") as temp:
+        folder = Path(temp) / repo.rpartition("/")[2]
+        save_model(model, folder, shard_size=shard_size)
+        grids = {layer.grid for layer in _Weights.of(model).quantized.values()}
+        write_file(folder / CARD, render_saved_card(repo, read_json(folder / CONFIG), grids))
+        return push_files(folder, repo, private=private, revision=revision, message=message, token=token)
 
 
 @dataclass(frozen=True)

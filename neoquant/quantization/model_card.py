@@ -83,6 +83,20 @@ def render_conversion_card(
     return "\n\n".join(parts) + "\n"
 
 
+def render_saved_card(name: str, config: Mapping[str, Any], grids: Collection[Grid]) -> str:
+    """The card of a model called `name` that was saved from memory with this `config.json`, its layers on `grids`."""
+    family = (config.get("quantization_config") or {}).get("quant_method")
+    kinds = ", ".join(sorted({f"{grid.name} ({grid.bits} bits)" for grid in grids}))
+    parts = [
+        _front_matter("", None, config, grids, family),
+        f"# {name}",
+        f"A GPT-Neo, written by neoquant{f'; its linear layers are quantized: {kinds}' if kinds else ''}.",
+        "## Loading",
+        _loading(config, family, name),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
 def measured_in(card: str) -> str | None:
     """What stands between the markers of a card, if something was measured."""
     found = re.search(rf"{re.escape(_BEGIN)}\n(.*?)\n{re.escape(_END)}", card, re.DOTALL)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from neoquant.checkpoint import find_companions
+from neoquant.checkpoint import Push, find_companions
+from neoquant.checkpoint.upload import push_files, require_repo
 from neoquant.errors import CheckpointError, RequestError, locate
 from neoquant.tokenizer.backend import build_backend
 from neoquant.tokenizer.encoding import BatchEncoding, as_tensors, lengths, padded_columns, truncating
@@ -243,6 +245,27 @@ class Tokenizer(Vocabulary):
         They hold all that the folder said from which the tokenizer comes, and what was set since.
         """
         save_tokenizer(self.backend, self.settings, Path(folder))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str = "main",
+    ) -> Push:
+        """Send what `save_pretrained` writes to `repo_id` ("user/name") on the hub, where all else stays.
+
+        Raises RequestError and HubError.
+        """
+        require_repo(repo_id)
+        with tempfile.TemporaryDirectory(prefix="neoquant-push-") as temp:
+            self.save_pretrained(temp)
+            message = commit_message or "Upload tokenizer"
+            return push_files(
+                Path(temp), repo_id, private=bool(private), revision=revision, message=message, token=token
+            )
 
 
 def _read_fast(path: Path) -> dict[str, Any]:

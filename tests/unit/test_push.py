@@ -245,3 +245,42 @@ def test_where_a_source_lay_is_not_written(tmp_path: Path) -> None:
     neoquant.GPTNeoForCausalLM.from_pretrained(source).save_pretrained(tmp_path / "saved")
     for name in ("nf4", "plain", "saved"):
         assert str(tmp_path) not in (tmp_path / name / "config.json").read_text()
+
+
+@pytest.mark.parametrize("kind", ["plain", "nf4"])
+def test_a_model_and_its_tokenizer_push_themselves(bare_hub: StandIn, made: Path, tmp_path: Path, kind: str) -> None:
+    """Each keeps what the other sent, and a card that is there stays."""
+    source = made if kind == "nf4" else made.parent / "source"
+    model, tokenizer = neoquant.load(source, device="cpu")
+    sent = model.push_to_hub(MODEL, max_shard_size="20KB", commit_message="Weights")
+    assert sent.url == f"{bare_hub.url}/{MODEL}/commit/{COMMIT}" and len(sent.files) > 4
+    card = bare_hub.repos[MODEL]["README.md"].decode()
+    assert f'neoquant.load("{MODEL}")' in card and ("quantized: nf4 (4 bits)" in card) == (kind == "nf4")
+    assert str(tmp_path.parent) not in card
+    bare_hub.repos[MODEL]["README.md"] = b"---\nlicense: mit\n---\nMine"
+    weights = {name for name in bare_hub.repos[MODEL] if "safetensors" in name}
+    tokenizer.push_to_hub(MODEL)
+    assert weights < bare_hub.repos[MODEL].keys()
+    again = model.push_to_hub(MODEL)
+    assert set(again.removed) == weights and "README.md" not in again.files
+    assert bare_hub.repos[MODEL]["README.md"].endswith(b"Mine")
+    far, far_tokenizer = neoquant.load(MODEL, device="cpu")
+    ids = torch.tensor([far_tokenizer.encode("import os")])
+    assert ids.tolist() == [tokenizer.encode("import os")]
+    assert torch.equal(far(ids).logits, model(ids).logits)
+
+
+def test_what_pushes_itself_refuses_first(bare_hub: StandIn, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = neoquant.load(made, device="cpu")
+    for it in (model, tokenizer):
+        with pytest.raises(RequestError, match="'neo' is no name on the hub: expected user/name"):
+            it.push_to_hub("neo")
+    with pytest.raises(RequestError, match="safe_serialization=False asks for a pickle"):
+        model.push_to_hub(MODEL, safe_serialization=False)
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(made / "none"))
+    with pytest.raises(HubError, match="no token: set HF_TOKEN"):
+        model.push_to_hub(MODEL)
+    assert not bare_hub.log
+    assert model.push_to_hub(MODEL, token="hf_secret", private=True).commit == COMMIT
+    assert bare_hub.private == {MODEL}

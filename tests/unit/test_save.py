@@ -13,7 +13,7 @@ from conftest import write_tokenizer
 from safetensors.torch import load_file, save_file
 
 import neoquant
-from neoquant import GPTNeoForCausalLM, OutputError, Recipe
+from neoquant import GPTNeoForCausalLM, OutputError, Recipe, RequestError
 from neoquant.formats import detect
 from neoquant.model.names import EMBEDDING
 
@@ -180,3 +180,28 @@ def test_padding_may_have_an_id_that_no_token_has(make_model: MakeModel, quantiz
     flipped, behind = ids.flip(1), mask.flip(1)
     new = model.generate(flipped, attention_mask=behind, max_new_tokens=3)[:, 4:]
     assert torch.equal(new, model.generate(inside.flip(1), attention_mask=behind, max_new_tokens=3)[:, 4:])
+
+
+@pytest.mark.parametrize("largest", ["20KB", 20_000, "0.5KB", "5GB"])
+def test_shards_are_transformers(make_model: MakeModel, tmp_path: Path, largest: int | str) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = GPTNeoForCausalLM.from_pretrained(make_model(dtype="float32"))
+    model.save_pretrained(tmp_path / "out", max_shard_size=largest, safe_serialization=True)
+    files = list((tmp_path / "out").glob("*.safetensors"))
+    assert (len(files) > 1) == (largest != "5GB")
+    for file in files:
+        tensors = load_file(file)
+        assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= 20_000 or largest == "5GB"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32")
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+
+
+def test_what_cannot_be_saved_so_is_refused_first(make_model: MakeModel, tmp_path: Path) -> None:
+    model = GPTNeoForCausalLM.from_pretrained(make_model())
+    with pytest.raises(RequestError, match=r"safe_serialization=False .* legal is True only"):
+        model.save_pretrained(tmp_path / "out", safe_serialization=False)
+    for size in ("many", "5XB", 0, -1, "0"):
+        with pytest.raises(RequestError, match=f"max_shard_size {size!r} is not a size; write it like 500MB"):
+            model.save_pretrained(tmp_path / "out", max_shard_size=size)
+    assert not (tmp_path / "out").exists()
