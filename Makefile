@@ -10,7 +10,7 @@ DEMO   := .demo
 PYTEST_FLAGS ?= --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-jax check docs fix bench clean
+.PHONY: help demo test test-gpu test-cuda-simulated test-jax check docs fix bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -51,6 +51,10 @@ test: $(VENV)/.installed-test  ## the whole test suite
 
 test-gpu: $(VENV)/.installed-test  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+# A device that is not there: tests/simulated_cuda/device.py
+test-cuda-simulated: $(VENV)/.installed-test  ## the tests that need a CUDA device, on a simulated one
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) -p simulated_cuda.plugin -m gpu
 
 # Each program runs once or twice: optimizing it takes longer than it saves.
 test-jax: $(VENV)/.installed-jax  ## the tests of the JAX models

@@ -18,6 +18,8 @@ fill its last byte is padded with zero bits.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -62,15 +64,24 @@ def unpack(words: Tensor, bits: int, n: int) -> Tensor:
     groups = (n + 7) // 8
     if words.shape[-1] != groups * bits:
         words = torch.nn.functional.pad(words, (0, groups * bits - words.shape[-1]))
-    grouped = words.reshape(*words.shape[:-1], groups, bits)
-    eights = grouped.new_empty(*grouped.shape[:-1], 8)
-    for k in range(8):
-        byte, shift = divmod(k * bits, 8)
-        code = grouped[..., byte] >> shift
-        if shift + bits > 8:
-            code = code | (grouped[..., byte + 1] << (8 - shift))
-        eights[..., k] = code & ((1 << bits) - 1)
-    return eights.reshape(*words.shape[:-1], groups * 8)[..., :n].contiguous()
+    low, high, shift, back = _places(bits, words.device)
+    grouped = words.reshape(-1, bits)
+    eights = grouped.index_select(1, low) >> shift
+    if 8 % bits:  # some codes begin in one byte and end in the next
+        eights |= grouped.index_select(1, high) << back
+    return (eights & ((1 << bits) - 1)).view(*words.shape[:-1], groups * 8)[..., :n].contiguous()
+
+
+@cache
+def _places(bits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of eight codes in `bits` bytes: the bytes that they begin and end in, int64[8], and by how much they are shifted
+    down from the one and up from the other, uint8[8]. For a code within one byte, the other gives bits above its own.
+    """
+    first = torch.arange(8) * bits
+    begins, shifts = first // 8, first % 8
+    ends = (first + bits - 1) // 8
+    back = torch.where(ends > begins, 8 - shifts, bits)
+    return tuple(part.to(device) for part in (begins, ends, shifts.byte(), back.byte()))  # type: ignore[return-value]
 
 
 def pack_nibbles(codes: Tensor, pad: int = 0) -> Tensor:

@@ -17,6 +17,8 @@ LIBRARIES = ("torch", "bitsandbytes", "safetensors", "tokenizers", "huggingface-
 # What kernels for quantized weights look for, as Linux names it.
 CPU_FEATURES = ("avx2", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "asimddp", "i8mm", "bf16")
 
+UNMEASURED = "written and tested on a simulated device, not yet on hardware"
+
 _TYPICAL_SHAPE = (768, 768)
 
 
@@ -34,6 +36,7 @@ def facts() -> Iterator[Fact]:
         for index in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(index)
             yield f"cuda:{index}", f"{device.name}, {device.total_memory / 1e9:.1f} GB"
+        yield "on GPUs", UNMEASURED
     else:
         yield "cuda", "no device" if torch.version.cuda else "no device, and this torch is built without CUDA"
     yield "native", _native()

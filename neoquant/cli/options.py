@@ -52,7 +52,7 @@ Dtype = Annotated[
     typer.Option(
         "--dtype",
         metavar="TYPE",
-        help="Compute in float32, float16, bfloat16, or auto (as stored). [default: float32 on a CPU, else float16]",
+        help="Compute in float32, float16, bfloat16, or auto (as stored). [default: float32 on a CPU, else bfloat16]",
     ),
 ]
 Activations = Annotated[

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 7 * 4096  # weights handled at once: whole blocks of every size, in cache, and below what torch gives to threads
+LAUNCHED = 1 << 26  # on a GPU, where each piece costs launches
 NESTED_GROUP = 256  # scales that share a scale under double quantization
 
 
@@ -95,7 +96,7 @@ class Decoding:
         width = self.width(laid.shape[1])
         scale = self.scale.of(params).view(laid.shape[0], -1)
         zero = None if self.zero is None else params[self.zero].float().view(laid.shape[0], -1)
-        for rows, columns in _pieces(laid.shape, width):
+        for rows, columns in _pieces(laid.shape, width, CHUNK if codes.device.type == "cpu" else LAUNCHED):
             numbers, to = self._numbers(laid[rows, columns], whole_steps), out[rows, columns]
             first, whole = columns.start // width, numbers.shape[1] // width
             body = whole * width
@@ -150,10 +151,10 @@ def _levels(table: tuple[float, ...], step: float | None) -> tuple[Tensor, float
     return levels[best].to(torch.int8), float(steps[best])
 
 
-def _pieces(shape: tuple[int, ...], width: int) -> Iterator[tuple[slice, slice]]:
-    """A matrix in pieces of about CHUNK: rows, and columns that are whole groups but for the last."""
-    height = max(1, CHUNK // shape[1])
-    length = max(1, CHUNK // width) * width
+def _pieces(shape: tuple[int, ...], width: int, size: int) -> Iterator[tuple[slice, slice]]:
+    """A matrix in pieces of about `size`: rows, and columns that are whole groups but for the last."""
+    height = max(1, size // shape[1])
+    length = max(1, size // width) * width
     for row in range(0, shape[0], height):
         for column in range(0, shape[1], length):
             yield slice(row, min(row + height, shape[0])), slice(column, min(column + length, shape[1]))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from neoquant import packing
-from neoquant.grids import Codebook, Grid, load_bitsandbytes
+from neoquant.grids import NESTED_GROUP, Codebook, Grid, double_quant_table, load_bitsandbytes
 from neoquant.kernels.base import Kernel, State, look_up, require_ids
 from neoquant.tensor import QuantizedTensor
 
@@ -36,7 +36,7 @@ class Bitsandbytes(Kernel):
             return "bitsandbytes knows no activation order"
         if device.type not in ("cpu", "cuda"):
             return f"there are kernels for cpu and cuda, not {device.type}"
-        return None if _is_native() else "bitsandbytes' library is not available on this machine"
+        return _lacking(device.type)
 
     def pack(self, q: QuantizedTensor) -> State:
         assert isinstance(q.grid, Codebook)
@@ -80,15 +80,34 @@ def decode(state: State, grid: Codebook, shape: tuple[int, ...], dtype: torch.dt
 def _cuda_linear(x: Tensor, state: State, grid: Codebook, shape: tuple[int, ...], bias: Tensor | None) -> Tensor:
     bnb = load_bitsandbytes()
     quant_state = bnb.functional.QuantState(
-        absmax=grid.scales(state), shape=torch.Size(shape), code=grid.table(x.device),
+        absmax=state["absmax"], shape=torch.Size(shape), code=grid.table(x.device),
         blocksize=grid.block_size, quant_type=grid.kind, dtype=x.dtype,
     )  # fmt: skip
+    if grid.double_quant and _takes_nested_scales():
+        quant_state.nested, quant_state.offset = True, state["nested_offset"]
+        quant_state.state2 = bnb.functional.QuantState(
+            absmax=state["nested_absmax"], code=double_quant_table(x.device), blocksize=NESTED_GROUP,
+            dtype=torch.float32,
+        )  # fmt: skip
+    elif grid.double_quant:
+        quant_state.absmax = grid.scales(state)
     y: Tensor = bnb.matmul_4bit(x, state["packed"].unsqueeze(1), quant_state=quant_state, bias=bias)
     return y
 
 
 @cache
-def _is_native() -> bool:
-    """Whether bitsandbytes found its compiled library; without it, it falls back to torch graphs."""
+def _lacking(device: str) -> str | None:
+    """What bitsandbytes lacks to run there with its compiled library; without it, it falls back to torch graphs."""
     extension = load_bitsandbytes().cextension
-    return not isinstance(extension.lib, extension.ErrorHandlerMockBNBNativeLibrary)
+    if isinstance(extension.lib, extension.ErrorHandlerMockBNBNativeLibrary):
+        return "bitsandbytes' library is not available on this machine"
+    if device == "cuda" and torch.cuda.is_available() and not extension.lib.compiled_with_cuda:
+        return "bitsandbytes found its library for CPUs only, and none for this CUDA (python -m bitsandbytes says more)"
+    return None
+
+
+@cache
+def _takes_nested_scales() -> bool:
+    """Whether the product takes doubly quantized scales as they are stored, in one launch: from 0.50 on."""
+    load_bitsandbytes()
+    return hasattr(torch.ops.bitsandbytes, "gemm_4bit")

@@ -104,7 +104,7 @@ def resolve_device(device: object) -> torch.device:
         raise RequestError(f"device is {str(found)!r}, but this machine has {torch.cuda.device_count()} CUDA devices")
     if found.type not in ("cpu", "cuda"):
         raise RequestError(f"device is {str(found)!r}; legal are auto, cpu, cuda, cuda:N, N")
-    return found
+    return torch.device("cuda", found.index or 0) if found.type == "cuda" else found
 
 
 def _explicit(device_map: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, torch.device | str]:

@@ -46,7 +46,7 @@ def load_model(
     Args:
         source: a folder, or an id on the hub at `revision`.
         dtype: what activations are computed in and plain weights are held in: a torch type, its name, "auto" (the
-            checkpoint's own), or None: float32 on a CPU, float16 on a GPU. Quantized weights stay as they are stored.
+            checkpoint's own), or None: float32 on a CPU, bfloat16 on a GPU. Quantized weights stay as they are stored.
         device: "cpu", "cuda", "cuda:1", 1, a torch device, or None (a GPU if there is one); "auto" (GPUs, then memory,
             then disk, as they have room) or a mapping of parts to devices: see `placement`.
         max_memory: for "auto", device number or "cpu" -> bytes, or a text like "2GB".
@@ -110,7 +110,9 @@ def read_model(
         raise RequestError(f"attn_implementation {attn_implementation!r} is not possible here: {reason}")
     with locate(str(checkpoint.source)):
         if compute_dtype is None and format is not None:
-            compute_dtype = format.compute_dtype(checkpoint.config.get("quantization_config") or {})
+            stated = format.compute_dtype(checkpoint.config.get("quantization_config") or {})
+            # What every folder states by default: on a GPU it would mean no tensor cores, and a cast before and behind.
+            compute_dtype = None if stated == torch.float32 and places.first.type == "cuda" else stated
         model.load_report = Filler(checkpoint, model, format, contents, kind, places, compute_dtype).fill(progress)
     if len(set(places.units.values())) > 1:
         model.hf_device_map = places.describe()

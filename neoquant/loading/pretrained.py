@@ -50,7 +50,7 @@ class PreTrainedModel(Network):
         """Load a checkpoint, plain or quantized, from a folder or by its id on the hub.
 
         `dtype` is the type activations are computed in: a torch type, its name, `"auto"` (the checkpoint's own) or
-        None (float32 on a CPU, float16 on a GPU). `device_map` is a device, `"auto"`, or a mapping of parts of the
+        None (float32 on a CPU, bfloat16 on a GPU). `device_map` is a device, `"auto"`, or a mapping of parts of the
         model to devices or `"disk"`; `max_memory` says what `"auto"` may take of each (0 or "cpu" -> "2GB"). With
         `quantization_config`, a BitsAndBytesConfig or GPTQConfig (neoquant's or transformers'), their values or a
         Recipe (or the name of one), a plain checkpoint is quantized on the way.

@@ -82,15 +82,19 @@ class Network(nn.Module):
     def init_weights(self, seed: int | None = None) -> Self:
         """Initialize the weights as GPT-Neo's are: normal(0, initializer_range), zero biases, unit norms.
 
-        `seed=None` draws from torch's own generator. Weights on the meta device have no values, and stay as they are.
+        `seed=None` draws from torch's own generator; one seed gives other numbers on another kind of device. Weights on
+        the meta device have no values, and stay as they are.
         """
-        generator = torch.Generator().manual_seed(seed) if seed is not None else None
+        generators: dict[torch.device, torch.Generator] = {}
         for module in self.modules():
             if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
                 continue
             if isinstance(module, (nn.Linear, nn.Embedding)):
+                device = module.weight.device
+                if seed is not None and device not in generators:
+                    generators[device] = torch.Generator(device).manual_seed(seed)
                 with torch.no_grad():
-                    module.weight.normal_(0.0, self.config.initializer_range, generator=generator)
+                    module.weight.normal_(0.0, self.config.initializer_range, generator=generators.get(device))
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):

@@ -16,6 +16,17 @@ def check_dtype(dtype: torch.dtype | str | None) -> None:
         raise RequestError(f"dtype is {str(dtype)!r}; legal are auto, {', '.join(DTYPES)}")
 
 
+def default_dtype(device: torch.device) -> torch.dtype:
+    """What is computed in where nobody says: float32 on a CPU, bfloat16 on a GPU that has it, else float16.
+
+    GPT-Neo's scores are not scaled, and its activations may pass 65504, where float16 ends
+    (github.com/huggingface/transformers/issues/11076).
+    """
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
 def resolve_dtype(
     dtype: torch.dtype | str | None, config: GPTNeoConfig, device: torch.device, stored: torch.dtype | None = None
 ) -> torch.dtype:
@@ -24,7 +35,7 @@ def resolve_dtype(
     Raises RequestError for one that a model cannot compute in.
     """
     if dtype is None:
-        return torch.float32 if device.type == "cpu" else torch.float16
+        return default_dtype(device)
     name = str(dtype).removeprefix("torch.")
     if name == "auto":
         name = str(config.dtype or stored or "float32").removeprefix("torch.")

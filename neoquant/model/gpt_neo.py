@@ -214,7 +214,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, masks: AttentionMasks, cache: KVCache | None = None) -> Tensor:
-        if self.step is not None:
+        if self.step is not None and x.device.type == "cpu":
             stepped = self.step(self, x, masks, cache)
             if stepped is not None:
                 return stepped
@@ -280,7 +280,7 @@ class Decoder(Network):
         masks = AttentionMasks(T, past + T, self.config.window_size, keep, x.device)
         seen: tuple[Tensor, ...] = (x,)
         for block in self.h:
-            device = next(block.parameters()).device
+            device = block.get_parameter("ln_1.weight").device
             if x.device != device:  # the blocks are spread over devices
                 x, masks = x.to(device), masks.to(device)
             x = block(x, masks, past_key_values)
@@ -310,7 +310,9 @@ class Decoder(Network):
             if past + T > limit:
                 raise ContextError(f"{past + T} positions; this model has {limit}")
             return torch.arange(past, past + T, device=device)[None]
-        if position_ids.numel() and int(position_ids.max()) >= limit:
+        # Behind the first positions on a GPU, the device asserts it: to look at every token is to wait for it.
+        looked_at = position_ids.device.type == "cpu" or past == 0
+        if looked_at and position_ids.numel() and int(position_ids.max()) >= limit:
             raise ContextError(f"position {int(position_ids.max())}; this model's are 0 to {limit - 1}")
         return position_ids
 

@@ -142,6 +142,8 @@ def test_what_they_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["sdpa", "flex_attention"])
 def test_it_equals_eager_on_a_gpu(name: str) -> None:
+    if name == "flex_attention" and torch.cuda.get_device_name() == "simulated":
+        pytest.skip("flex_attention is compiled, for which the device must be there")
     config = GPTNeoConfig(
         vocab_size=41, max_position_embeddings=300, hidden_size=64, num_heads=2, num_layers=2, window_size=100,
         attention_types=[[["global", "local"], 1]],

@@ -55,7 +55,7 @@ def pipeline(
         model: a folder, a hub id, a model, or None for the bundled one.
         tokenizer: a folder, a hub id or a tokenizer; None is the model's own.
         revision: branch, tag or commit on the hub.
-        dtype: what is computed in; None is float32 on a CPU, float16 on a GPU.
+        dtype: what is computed in; None is float32 on a CPU, bfloat16 on a GPU.
         device: 0, "cuda:1", "cpu", -1 (the CPU); None is a GPU if there is one.
         device_map: instead of `device`, as for `from_pretrained`.
         model_kwargs: further arguments of `from_pretrained`.

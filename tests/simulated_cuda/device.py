@@ -1,0 +1,339 @@
+"""A CUDA device that is not there, with a GPU's discipline: tensors that say `cuda:0` over ordinary memory.
+
+- What mixes them with tensors on the CPU raises what CUDA raises; 0-dimensional ones may be mixed, as there.
+- Their address and their numpy view cannot be had; a generator must lie where it draws.
+- Counted, with the line of neoquant that asks for them: launches, points at which the host waits for the device, and
+  copies from the host, which a stream of launches stumbles over.
+
+An operation counts as one launch, unless all that it gives lies in memory that it was given (a view) or is not yet
+written (an allocation). In inference mode torch hands composite operations over in one piece: they count once.
+Nothing here says how long anything takes, and gradients are not computed: torch's engine asks for the device's streams.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+import neoquant
+from neoquant.grids import load_bitsandbytes
+from simulated_cuda.guard import load_guard
+
+CUDA = torch.device("cuda", 0)
+MEMORY = 80 << 30
+PACKAGE = str(Path(neoquant.__file__).parent)
+aten = torch.ops.aten
+
+WAITING = {
+    f"aten::{name}"
+    for name in (
+        "item", "_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "unique_dim", "_unique",
+        "_unique2", "unique_consecutive", "bincount", "linalg_cholesky", "cholesky", "linalg_inv", "linalg_solve",
+        "inverse", "linalg_eigh", "linalg_lstsq",
+    )
+}  # fmt: skip
+ALLOCATING = {f"aten::{name}" for name in ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided")}
+INDEXING = {f"aten::{name}" for name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")}
+
+
+class OnDevice(torch.Tensor):
+    """A tensor on the simulated device; `memory` is what it holds."""
+
+    memory: torch.Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, memory: torch.Tensor) -> OnDevice:
+        with torch.inference_mode(False):
+            like = torch.empty_strided(memory.shape, memory.stride(), dtype=memory.dtype, device="meta")
+            made: OnDevice = torch.Tensor._make_subclass(  # type: ignore[attr-defined]
+                cls, like, memory.requires_grad, dispatch_device=True, device_for_backend_keys=CUDA
+            )
+        made.memory = memory
+        return made
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return CUDA
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"{func} on the simulated device, which is no longer there")
+
+    def data_ptr(self) -> int:
+        raise AssertionError("the address of a CUDA tensor was handed out")
+
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"OnDevice({self.memory})"
+
+
+class Counts:
+    """What the device was asked for, by the line of neoquant that asked."""
+
+    def __init__(self) -> None:
+        self.launches: Counter[str] = Counter()
+        self.waits: Counter[str] = Counter()
+        self.copies: Counter[str] = Counter()
+        """From the host's memory."""
+
+    def reset(self) -> None:
+        for counter in (self.launches, self.waits, self.copies):
+            counter.clear()
+
+    def totals(self) -> tuple[int, int, int]:
+        """Launches, waits, copies from the host."""
+        return self.launches.total(), self.waits.total(), self.copies.total()
+
+
+class Dispatch(TorchDispatchMode):
+    """Runs every operation of torch on the memory of its tensors, by the device's rules."""
+
+    def __init__(self, counts: Counts) -> None:
+        super().__init__()
+        self.counts = counts
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name
+        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
+        ours = [tensor for tensor in tensors if isinstance(tensor, OnDevice)]
+        wanted = kwargs.get("device")
+        if name == "prim::device":
+            return CUDA
+        if name == "aten::to":
+            return self._convert(func, args, kwargs)
+        if name == "aten::_to_copy" and wanted is not None:
+            return self._transfer(func, args, kwargs)
+        if wanted is not None and not is_cuda(wanted):
+            return func(*bare(args), **bare(kwargs))
+        if is_cuda(wanted):
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        elif not ours:
+            return func(*args, **kwargs)
+        if ours:
+            self._check(func, name, args, kwargs, tensors)
+        made = func(*bare(args), **bare(kwargs))
+        self._count(func, name, ours, made)
+        known = {id(tensor.memory): tensor for tensor in ours}
+
+        def lay(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            return known[id(leaf)] if id(leaf) in known else OnDevice(leaf)
+
+        return tree_map(lay, made)
+
+    def _convert(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """aten::to, which inference mode does not take apart."""
+        named = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+        like = named.get("other")
+        source = args[0]
+        device = torch.device(named.get("device") or (source if like is None else like).device)
+        dtype = named.get("dtype") or (source if like is None else like).dtype
+        if device.type == source.device.type and dtype == source.dtype and not named.get("copy"):
+            return source
+        options = {"dtype": dtype, "device": device, "non_blocking": bool(named.get("non_blocking"))}
+        return self._transfer(aten._to_copy.default, (source,), options)
+
+    def _transfer(self, func: Any, args: Any, kwargs: Any) -> Any:
+        (source,) = args
+        made = func(*bare(args), **{**kwargs, "device": torch.device("cpu")})
+        if not is_cuda(kwargs["device"]):
+            if isinstance(source, OnDevice) and not kwargs.get("non_blocking"):
+                self.wait("to the CPU")
+            return made
+        if isinstance(source, OnDevice):
+            self.counts.launches[where()] += 1
+        else:
+            self.counts.copies[where()] += 1
+        return OnDevice(made)
+
+    def _check(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> None:
+        """Raise what CUDA raises for tensors of two devices, and count what waits."""
+        strangers = [tensor for tensor in tensors if not isinstance(tensor, OnDevice) and tensor.dim()]
+        generator = kwargs.get("generator")
+        if generator is not None and not is_cuda(PLACES.get(generator._cdata, "cpu")):
+            raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
+        if name == "aten::copy_":
+            to = args[0]
+            if not isinstance(to, OnDevice):
+                self.wait("copy_ to the CPU")
+            elif strangers:
+                self.counts.copies[where()] += 1
+        elif name in INDEXING:
+            if not isinstance(args[0], OnDevice):
+                raise RuntimeError("indices should be on the same device as the indexed tensor (cpu)")
+            indices = [index for index in args[1] if index is not None]
+            for index in indices:
+                if index.dtype in (torch.bool, torch.uint8):
+                    self.wait("boolean index")
+                elif not isinstance(index, OnDevice):
+                    self.counts.copies[where()] += 1
+            if {id(stranger) for stranger in strangers} - set(map(id, indices)):
+                raise RuntimeError(TWO_DEVICES.format(func))
+        elif strangers:
+            raise RuntimeError(TWO_DEVICES.format(func))
+        elif name in WAITING or (name == "aten::repeat_interleave" and "Tensor" in func._overloadname):
+            self.wait(name)
+
+    def _count(self, func: Any, name: str, ours: list[OnDevice], made: Any) -> None:
+        if name in ALLOCATING:
+            return
+        made = [leaf for leaf in tree_flatten(made)[0] if isinstance(leaf, torch.Tensor)]
+        given = {tensor.memory.untyped_storage()._cdata for tensor in ours}
+        is_view = made and not func._schema.is_mutable and all(t.untyped_storage()._cdata in given for t in made)
+        if not is_view:
+            self.counts.launches[where()] += 1
+
+    def wait(self, what: str) -> None:
+        self.counts.waits[f"{where()} ({what})"] += 1
+
+
+TWO_DEVICES = "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({})"
+
+
+class Functions(TorchFunctionMode):
+    """What torch decides before it dispatches: where numbers become a tensor, how to attend, which device `cuda` is."""
+
+    def __init__(self, counts: Counts) -> None:
+        super().__init__()
+        self.counts = counts
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.device:
+            return func(*args, **kwargs)
+        args, kwargs = tuple(map(numbered, args)), {name: numbered(value) for name, value in kwargs.items()}
+        if func in (torch.tensor, torch.as_tensor):
+            return self._from_numbers(func, args, kwargs)
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return self._attention(func, args, kwargs)
+        if func is torch.Tensor.__getitem__ and isinstance(args[0], OnDevice):
+            return func(args[0], _indices(args[1]))
+        return func(*args, **kwargs)
+
+    def _from_numbers(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if isinstance(args[0], OnDevice) and kwargs.get("device") is None:
+            return args[0] if func is torch.as_tensor else args[0].clone()
+        if not is_cuda(kwargs.get("device")):
+            return func(*args, **kwargs)
+        made = args[0] if isinstance(args[0], OnDevice) else func(*args, **{**kwargs, "device": "cpu"})
+        return made.to(CUDA)
+
+    def _attention(self, func: Any, args: Any, kwargs: Any) -> Any:
+        tensors = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, torch.Tensor)]
+        if not any(isinstance(tensor, OnDevice) for tensor in tensors):
+            return func(*args, **kwargs)
+        if not all(isinstance(tensor, OnDevice) for tensor in tensors):
+            raise RuntimeError("Expected query, key, value, and attn_mask on the same device")
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return aten._scaled_dot_product_attention_math(*args, **kwargs)[0]
+        self.counts.launches[where()] += 1
+        return OnDevice(func(*bare(args), **bare(kwargs)))
+
+
+class Generator(torch.Generator):
+    """A generator that knows where it was made to lie; its numbers are the CPU's."""
+
+    def __new__(cls, device: Any = "cpu") -> Generator:
+        made = super().__new__(cls, device="cpu")
+        PLACES[made._cdata] = torch.device(device)  # torch hands over another Python object of the same generator
+        return made
+
+    def manual_seed(self, seed: int) -> Generator:
+        super().manual_seed(seed)
+        return self
+
+
+PLACES: dict[int, torch.device] = {}
+
+
+def where() -> str:
+    """The innermost line of neoquant that is running."""
+    frame = sys._getframe(1)
+    while frame is not None and not frame.f_code.co_filename.startswith(PACKAGE):
+        frame = frame.f_back  # type: ignore[assignment]
+    return "elsewhere" if frame is None else f"{frame.f_code.co_filename[len(PACKAGE) + 1 :]}:{frame.f_lineno}"
+
+
+def is_cuda(device: Any) -> bool:
+    return device is not None and torch.device(device).type == "cuda"
+
+
+def numbered(value: Any) -> Any:
+    """`cuda` as `cuda:0`: torch asks the driver, which is not there."""
+    if isinstance(value, torch.device) and value.type == "cuda" and value.index is None:
+        return CUDA
+    return CUDA if isinstance(value, str) and value == "cuda" else value
+
+
+def _indices(index: Any) -> Any:
+    """Lists of numbers as tensors, which torch would make below every mode."""
+    if isinstance(index, list):
+        return torch.tensor(index).to(CUDA)
+    return tuple(map(_indices, index)) if isinstance(index, tuple) else index
+
+
+def bare(tree: Any) -> Any:
+    """The memory of every tensor of the device in a tree of arguments."""
+    return tree_map(lambda leaf: leaf.memory if isinstance(leaf, OnDevice) else leaf, tree)
+
+
+def patches(counts: Counts, capability: tuple[int, int]) -> Iterator[Any]:
+    """What asks the driver or the runtime."""
+    properties = SimpleNamespace(
+        name="simulated", total_memory=MEMORY, major=capability[0], minor=capability[1], multi_processor_count=132
+    )
+    answers: Mapping[str, Callable[..., Any]] = {
+        "_lazy_init": lambda: None,
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "mem_get_info": lambda device=0: (MEMORY, MEMORY),
+        "get_device_name": lambda device=None: "simulated",
+        "get_device_properties": lambda device=None: properties,
+        "get_device_capability": lambda device=None: capability,
+        "is_bf16_supported": lambda including_emulation=True: capability >= (8, 0),
+        "synchronize": lambda device=None: counts.waits.update({f"{where()} (synchronize)": 1}),
+    }
+    for name, answer in answers.items():
+        yield mock.patch.object(torch.cuda, name, answer)
+    yield mock.patch.object(torch, "Generator", Generator)
+    library = type(load_bitsandbytes().cextension.lib)
+    yield mock.patch.object(library, "compiled_with_cuda", True)
+    yield mock.patch.object(torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor.to(CUDA))
+    yield mock.patch.object(torch.Tensor, "pin_memory", lambda tensor, device=None: tensor)
+
+
+@contextmanager
+def simulate(capability: tuple[int, int] = (9, 0)) -> Iterator[Counts]:
+    """Within it, there is one CUDA device of this compute capability. Raises NoCompilerError."""
+    load_guard()
+    load_bitsandbytes()  # within, it would look for a driver
+    counts = Counts()
+    former = torch.__future__.get_overwrite_module_params_on_conversion()
+    with ExitStack() as stack:
+        for patch in patches(counts, capability):
+            stack.enter_context(patch)
+        torch.__future__.set_overwrite_module_params_on_conversion(True)  # a parameter's class changes as it moves
+        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, former)
+        stack.enter_context(Dispatch(counts))
+        stack.enter_context(Functions(counts))
+        yield counts

@@ -1,0 +1,82 @@
+"""The simulated device refuses what CUDA refuses, and counts what it is asked for; planted faults are caught."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from neoquant.loading.pretrained import GPTNeoForCausalLM
+from neoquant.model import gpt_neo
+from neoquant.model.config import GPTNeoConfig
+from simulated_cuda.device import CUDA, Counts
+
+CONFIG = GPTNeoConfig(
+    vocab_size=61, max_position_embeddings=48, hidden_size=32, num_heads=2, num_layers=2, window_size=5,
+    attention_types=[[["global", "local"], 1]],
+)  # fmt: skip
+TWO = "at least two devices"
+
+
+def test_tensors_of_two_devices_do_not_mix(gpu: Counts) -> None:
+    here, there = torch.ones(3), torch.ones(3, device="cuda")
+    assert there.device == CUDA == (there + 1).device == there.to("cuda").device
+    for mix in (lambda: here + there, lambda: torch.cat([there, here]), lambda: there.add_(here)):
+        with pytest.raises(RuntimeError, match=TWO):
+            mix()
+    with pytest.raises(RuntimeError, match="indices should be"):
+        here[torch.tensor([0], device="cuda")]
+    with pytest.raises(RuntimeError, match="generator"):
+        there.normal_(generator=torch.Generator())
+    with pytest.raises(AssertionError, match="address"):
+        there.data_ptr()
+    with pytest.raises(TypeError, match="numpy"):
+        there.numpy()
+    assert (there * torch.tensor(2.0)).cpu().tolist() == [2, 2, 2]
+
+
+def test_launches_waits_and_copies_are_counted(gpu: Counts) -> None:
+    x = torch.ones(4, 6, device="cuda")
+    gpu.reset()
+    for view in (x.t(), x.view(-1), x[1:], x.expand(2, 4, 6), x.detach(), torch.empty_like(x), x.to("cuda")):
+        assert view.device == CUDA
+    assert gpu.totals() == (0, 0, 0)
+    y = (x @ x.t()).relu()
+    assert gpu.totals() == (2, 0, 0)
+    bool(y.any())
+    y.cpu()
+    y[y > 0]
+    assert gpu.waits.total() == 3
+    torch.tensor([1, 2], device="cuda")
+    y.copy_(torch.zeros(4, 4))
+    assert gpu.copies.total() == 2
+
+
+def test_numbers_are_the_cpus(gpu: Counts) -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(5, 7), torch.randn(7, 3)
+    assert torch.equal((a.cuda() @ b.cuda()).softmax(-1).cpu(), (a @ b).softmax(-1))
+
+
+def mask_on_the_cpu(T: int, S: int, window: int | None, keep: object, device: torch.device) -> torch.Tensor:
+    return torch.ones(T, S, dtype=torch.bool).tril(S - T)
+
+
+def test_a_mask_on_the_cpu_is_caught(gpu: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPTNeoForCausalLM(CONFIG).init_weights(seed=0).eval().to("cuda")
+    ids = torch.zeros(1, 9, dtype=torch.long, device="cuda")
+    with torch.inference_mode():
+        assert model(ids).logits.device == CUDA
+        monkeypatch.setattr(gpt_neo, "attention_mask", mask_on_the_cpu)
+        with pytest.raises(RuntimeError, match="attn_mask on the same device"):
+            model(ids)
+
+
+def test_a_table_on_the_cpu_is_caught(gpu: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
+    from neoquant.grids import Codebook, decoding
+    from neoquant.quantizers import Nearest
+
+    q = Nearest().quantize(torch.randn(8, 64), Codebook()).to(CUDA)
+    assert q.dequantize(torch.float32).device == CUDA
+    monkeypatch.setattr(decoding, "tensor_of", lambda table, device: torch.tensor(table))
+    with pytest.raises(RuntimeError, match=TWO):
+        q.dequantize(torch.float32)

@@ -1,0 +1,109 @@
+"""A ratchet: launches, waits and copies that a token or a linear layer costs a GPU. Lower a bound, never raise one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from neoquant.generation.generate import Sampling, stream
+from neoquant.grids import Grid, make_grid
+from neoquant.loading.pretrained import GPTNeoForCausalLM
+from neoquant.model.config import GPTNeoConfig
+from neoquant.nn.linear import QuantLinear
+from neoquant.quantizers import Nearest
+from simulated_cuda.device import Counts
+
+BLOCK, REST = 15, 12  # launches a token: of a block, its six products among them, and of all else
+ABOVE = {"nf4": 0, "fp4": 0, "mxfp4": 9, "affine": 8, "int8": 3}  # more than the plain product, of one linear layer
+
+
+def make_model(layers: int, grid: Grid | None = None, hidden: int = 512) -> GPTNeoForCausalLM:
+    config = GPTNeoConfig(
+        vocab_size=99, max_position_embeddings=128, hidden_size=hidden, num_heads=2, num_layers=layers,
+        window_size=32, attention_types=[[["global", "local"], layers // 2]],
+    )  # fmt: skip
+    model = GPTNeoForCausalLM(config).init_weights(seed=1).eval()
+    for name, module in list(model.named_modules()):
+        if grid is not None and isinstance(module, nn.Linear) and ".h." in name:
+            bias = None if module.bias is None else module.bias.detach()
+            model.set_submodule(name, QuantLinear(Nearest().quantize(module.weight.detach(), grid), bias))
+    return model.to("cuda")
+
+
+def cost_of_a_token(model: GPTNeoForCausalLM, gpu: Counts, **options: Any) -> tuple[float, float, float]:
+    """Launches, waits and copies, of each of the last 16 tokens of 24."""
+    ids, totals = torch.zeros(1, 8, dtype=torch.long), []
+    for new in (1, 8, 24):  # tables are made once
+        gpu.reset()
+        assert len(list(stream(model, ids, max_new_tokens=new, **options))) == new
+        totals.append(gpu.totals())
+    _, a, b = totals
+    return (b[0] - a[0]) / 16, (b[1] - a[1]) / 16, (b[2] - a[2]) / 16
+
+
+def test_a_token_of_the_plain_model(gpu: Counts) -> None:
+    few, many = (cost_of_a_token(make_model(layers, hidden=64), gpu, look_every=64) for layers in (2, 4))
+    assert few[1:] == many[1:] == (0, 0)
+    assert (many[0] - few[0]) / 2 <= BLOCK
+    assert 2 * few[0] - many[0] <= REST
+
+
+@pytest.mark.parametrize("kind", ABOVE)
+def test_a_token_of_a_quantized_model(kind: str, gpu: Counts) -> None:
+    grid = make_grid(8 if kind == "int8" else 4, kind)
+    plain, quantized = (cost_of_a_token(make_model(2, grid), gpu, look_every=64) for grid in (None, grid))
+    assert (quantized[0] - plain[0]) / 12 <= ABOVE[kind]
+    assert quantized[1:] == (0, 0)
+
+
+@pytest.mark.parametrize("watched", ["end", "stop", "sampling"])
+def test_one_wait_in_eight_tokens_finds_the_end(watched: str, gpu: Counts) -> None:
+    options: dict[str, Any] = {
+        "end": {"sampling": Sampling(eos_token_ids=(1000,))},
+        "stop": {"stop": lambda seen, keep: torch.zeros(len(seen), dtype=torch.bool)},
+        "sampling": {"sampling": Sampling(temperature=1.0, top_k=9, top_p=0.9, repetition_penalty=1.1, seed=1)},
+    }[watched]
+    launches, waits, copies = cost_of_a_token(make_model(2, hidden=64), gpu, **options)
+    assert (waits, copies) == (1 / 8, 0)
+    assert launches <= 2 * BLOCK + REST + (20 if watched == "sampling" else 0)
+
+
+def test_padded_rows_wait_no_more(gpu: Counts) -> None:
+    model = make_model(2, hidden=64)
+    ids, keep = torch.ones(2, 8, dtype=torch.long), torch.ones(2, 8, dtype=torch.long)
+    keep[0, :3] = 0
+
+    def waits(new: int) -> int:
+        gpu.reset()
+        model.generate(ids, attention_mask=keep, max_new_tokens=new, eos_token_id=[])
+        return gpu.waits.total()
+
+    assert waits(8) == waits(24) == waits(40)
+
+
+def test_reading_a_prompt_costs_as_many_launches_as_a_token(gpu: Counts) -> None:
+    model = make_model(2, hidden=64)
+    costs = []
+    for T in (24, 32):
+        gpu.reset()
+        with torch.inference_mode():
+            model(torch.zeros(1, T, dtype=torch.long, device="cuda"))
+        costs.append(gpu.totals())
+    assert costs[0] == costs[1]
+    assert costs[0][0] <= 2 * BLOCK + REST and costs[0][1:] == (0, 0)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "affine", "int8"])
+def test_an_embedding_looks_rows_up_without_waiting(kind: str, gpu: Counts) -> None:
+    q = Nearest().quantize(torch.randn(99, 64), make_grid(8 if kind == "int8" else 4, kind))
+    layer = QuantLinear(q).to("cuda")
+    ids = torch.tensor([[3, 98]], device="cuda")
+    layer.embedding(ids, torch.float32)  # tables are made once
+    gpu.reset()
+    layer.embedding(ids, torch.float32)
+    assert gpu.totals()[1:] == (0, 0) and gpu.totals()[0] <= 29
+    with pytest.raises(RuntimeError, match="ids are 0 to 98"):
+        layer.embedding(ids + 1, torch.float32)
