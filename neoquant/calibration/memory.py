@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from neoquant.calibration.hidden_states import rows_of_batch
+from neoquant.calibration.loss_hessian import POSITIONS
 from neoquant.errors import RequestError
 from neoquant.model.config import GPTNeoConfig
 
@@ -15,6 +16,19 @@ _RESIDENT_BYTES = 300_000_000  # of a process that has imported torch and quanti
 _WIDEST_KEPT = 512_000_000  # inner activations are kept up to here: it saves a tenth of the time
 _SQUARES = 8  # matrices [I, I] alive at once while a Hessian is inverted: measured, itself included
 _WEIGHTS = 4  # and of a weight's size [O, I] while that is rounded
+_GRADIENT_TOKENS = 65_536  # whose gradients are looked at: of a text's first rows, more gain little
+_ACTIVATIONS = 14  # of a piece's hidden states, and
+_INNER_ACTIVATIONS = 5  # of its inner activations, that are alive at once while gradients run through a block
+
+
+@dataclass(frozen=True)
+class Methods:
+    """What a calibrated run does beside GPTQ's own: whether gradients are computed for the model's loss."""
+
+    gradients: bool = False
+
+
+PLAIN = Methods()
 
 
 @dataclass(frozen=True)
@@ -30,15 +44,23 @@ class CalibrationMemory:
     """Whether the rows' hidden states are in files instead of memory."""
     keeps_inner: bool
     """Whether the MLP's inner activations are kept, instead of computed twice."""
+    methods: Methods = PLAIN
 
 
-def estimate_memory(config: GPTNeoConfig, rows: int, length: int, max_memory: int | None = None) -> CalibrationMemory:
+def gradient_rows(rows: int, length: int) -> int:
+    """Of so many rows, those whose gradients are looked at: the first ones."""
+    return max(1, min(rows, _GRADIENT_TOKENS // length))
+
+
+def estimate_memory(
+    config: GPTNeoConfig, rows: int, length: int, max_memory: int | None = None, methods: Methods = PLAIN
+) -> CalibrationMemory:
     """What rows x length tokens of calibration need, with their hidden states in files if memory is too small.
 
     Raises:
         RequestError: one block alone needs more than `max_memory`.
     """
-    plenty, little = (_estimate(config, rows, length, spilled) for spilled in (False, True))
+    plenty, little = (_estimate(config, rows, length, spilled, methods) for spilled in (False, True))
     if max_memory is None or plenty.memory <= max_memory:
         return plenty
     if little.memory <= max_memory:
@@ -49,7 +71,7 @@ def estimate_memory(config: GPTNeoConfig, rows: int, length: int, max_memory: in
     )
 
 
-def _estimate(config: GPTNeoConfig, rows: int, length: int, spilled: bool) -> CalibrationMemory:
+def _estimate(config: GPTNeoConfig, rows: int, length: int, spilled: bool, methods: Methods) -> CalibrationMemory:
     C, inner = config.hidden_size, config.inner_size
     states = 4 * rows * length * C
     block = 4 * (4 * C * C + 2 * C * inner)
@@ -60,19 +82,35 @@ def _estimate(config: GPTNeoConfig, rows: int, length: int, spilled: bool) -> Ca
     keeps_inner = not spilled and wide <= _WIDEST_KEPT
     mlp = held + keeps_inner * wide + _SQUARES * 4 * inner * inner + _WEIGHTS * 4 * C * inner
     finished = config.num_layers * block // 4  # 8 bits a weight at most
-    return CalibrationMemory(
-        rows,
-        length,
-        _RESIDENT_BYTES + block + piece + max(attention, mlp),
-        finished + (4 if spilled else 2) * states,
-        spilled,
-        keeps_inner,
+    peak, disk = block + piece + max(attention, mlp), finished + (4 if spilled else 2) * states
+    if methods.gradients:
+        curvature = 4 * (5 * C * C + inner * inner)  # output-side Hessians of one block
+        peak = max(peak + curvature, _gradient_memory(config, rows, length, spilled) + block)
+        kept = 4 * gradient_rows(rows, length) * length * C
+        disk += config.num_layers * curvature + (config.num_layers + 4) * kept
+    return CalibrationMemory(rows, length, _RESIDENT_BYTES + peak, disk, spilled, keeps_inner, methods)
+
+
+def _gradient_memory(config: GPTNeoConfig, rows: int, length: int, spilled: bool) -> int:
+    """Bytes beside a block while gradients run back: at the head, or through a block."""
+    C, inner, V = config.hidden_size, config.inner_size, config.vocab_size
+    rows = gradient_rows(rows, length)
+    held = 0 if spilled else 2 * 4 * rows * length * C
+    tokens = min(rows, rows_of_batch(length)) * length
+    head = 4 * (V * C + 3 * POSITIONS * V + 4 * tokens * C)
+    scores = 4 * config.num_heads * tokens * length
+    through = (
+        4 * tokens * (_ACTIVATIONS * C + _INNER_ACTIVATIONS * inner) + scores + 4 * (6 * C * C + 3 * inner * inner)
     )
+    return held + max(head, through)
 
 
-def guess_seconds(config: GPTNeoConfig, rows: int, length: int) -> float:
+def guess_seconds(config: GPTNeoConfig, rows: int, length: int, methods: Methods = PLAIN) -> float:
     """About how long a calibrated run will take on this machine's CPU: its multiplications, at a rate measured now."""
-    return _multiplications(config, rows * length) / _rate()
+    count = _multiplications(config, rows * length)
+    if methods.gradients:
+        count += _multiplications_of_gradients(config, gradient_rows(rows, length) * length)
+    return count / _rate()
 
 
 def _multiplications(config: GPTNeoConfig, tokens: int) -> float:
@@ -83,6 +121,16 @@ def _multiplications(config: GPTNeoConfig, tokens: int) -> float:
     factors = 0.7 * (3 * C**3 + inner**3)
     rounding = 0.75 * (4 * C**3 + inner * C * C + C * inner * inner)
     return config.num_layers * (forward + moments + factors + rounding)
+
+
+def _multiplications_of_gradients(config: GPTNeoConfig, tokens: int) -> float:
+    """Of the walk back, and of rounding with coupled rows."""
+    C, inner = config.hidden_size, config.inner_size
+    passes = 3 * tokens * (4 * C * C + 2 * C * inner)  # forwards, forwards again, and back
+    moments = 0.55 * tokens * (5 * C * C + inner * inner)
+    factors = 0.7 * (5 * C**3 + inner**3)
+    coupling = 3.5 * (5 * C**3 + C * inner * inner)  # in rounding, and in measuring what is left
+    return config.num_layers * (passes + moments + factors + coupling) + 2 * tokens * C * config.vocab_size
 
 
 def _rate(size: int = 1024, duration: float = 0.2) -> float:

@@ -191,8 +191,8 @@ Objective = Annotated[
     typer.Option(
         "--objective",
         metavar="WHAT",
-        help="What GPTQ minimizes for queries, keys and values: the error of the attention's output (attention) or "
-        "of their own (layer). [default: attention]",
+        help="What GPTQ minimizes: the model's loss, by its gradients (model), the error of attention's output for "
+        "queries, keys and values (attention), or each layer's own (layer). [default: attention]",
     ),
 ]
 Keep = Annotated[

@@ -120,7 +120,7 @@ def _calibrating_facts(plan: Plan) -> Iterator[tuple[str, str]]:
     from neoquant.model.config import GPTNeoConfig
 
     need = plan.calibrating
-    guessed = guess_seconds(GPTNeoConfig.from_dict(dict(plan.config)), need.rows, need.length)
+    guessed = guess_seconds(GPTNeoConfig.from_dict(dict(plan.config)), need.rows, need.length, need.methods)
     samples = f"{plural(need.rows, 'sample')} of {plural(need.length, 'token')}"
     yield "calibration", f"{samples}{', their hidden states in files' * need.spilled}"
     yield (

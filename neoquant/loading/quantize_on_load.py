@@ -6,6 +6,7 @@ out is what `quantize`, then loading its folder would give, bit for bit.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,8 @@ from neoquant.model.names import canonical_layer
 from neoquant.progress import SILENT, Progress
 from neoquant.quantization.plan import Plan, PlanRow, make_plan
 from neoquant.quantization.recipe import Recipe
+from neoquant.quantization.resume import ResumableRun
+from neoquant.quantization.reverse import keep_output_hessians, methods_of, needs_gradients
 from neoquant.quantization.sequential import (
     QuantizedBlock,
     embed,
@@ -127,17 +130,22 @@ def _blocks(
 ) -> Iterator[QuantizedBlock]:
     config = GPTNeoConfig.from_dict(checkpoint.config)
     rows, length = calibration.ids.shape
-    with torch.no_grad():
-        hidden = HiddenStatesInMemory((rows, length, config.hidden_size), rows_of_batch(length))
-        embed(checkpoint, calibration.ids, hidden)
-        keeps_inner = estimate_memory(config, rows, length).keeps_inner
-    blocks = quantize_blocks(checkpoint, plan, hidden, 0, progress, keeps_inner)
-    while True:
-        with torch.no_grad():  # not across a yield, which would leave it on for whoever asks
-            block = next(blocks, None)
-        if block is None:
-            return
-        yield block
+    memory = estimate_memory(config, rows, length, methods=methods_of(plan))
+    with tempfile.TemporaryDirectory(prefix="neoquant-") as folder, ResumableRun(Path(folder) / "model") as run:
+        if needs_gradients(plan):
+            run.begin({}, config.num_layers)
+            keep_output_hessians(checkpoint, plan, calibration, memory, run, progress)
+        with torch.no_grad():
+            hidden = HiddenStatesInMemory((rows, length, config.hidden_size), rows_of_batch(length))
+            embed(checkpoint, calibration.ids, hidden)
+        output_hessians = run.output_hessians if needs_gradients(plan) else None
+        blocks = quantize_blocks(checkpoint, plan, hidden, 0, progress, memory.keeps_inner, output_hessians)
+        while True:
+            with torch.no_grad():  # not across a yield, which would leave it on for whoever asks
+                block = next(blocks, None)
+            if block is None:
+                return
+            yield block
 
 
 def _calibration(checkpoint: Checkpoint, config: GPTQConfig, progress: Progress) -> Calibration:

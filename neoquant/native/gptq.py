@@ -9,8 +9,6 @@ from torch import Tensor
 
 from neoquant.native.loader import active, threads
 
-LARGEST_HEAD = 1024  # as in gptq.c
-
 
 class Levels(NamedTuple):
     """The quantization levels of each column; `width` columns share the scales scale[groups, O], float32.
@@ -29,6 +27,13 @@ class Levels(NamedTuple):
     order: Tensor | None = None
     table: Tensor | None = None
 
+    def of_rows(self, rows: Tensor) -> Levels:
+        """Those of `rows`, int64[R], of every column."""
+        scale, inverse = self.scale.index_select(1, rows), self.inverse.index_select(1, rows)
+        return self._replace(
+            scale=scale, inverse=inverse, zero=None if self.zero is None else self.zero[:, rows].contiguous()
+        )
+
 
 class Heads(NamedTuple):
     """Rows whose errors are compensated in later rows of the same attention head.
@@ -42,10 +47,8 @@ class Heads(NamedTuple):
     original: Tensor
 
 
-def refuse(head_size: int) -> str | None:
-    """Why the native library cannot round heads of so many rows (0: no heads), or None."""
-    if head_size > LARGEST_HEAD:
-        return f"heads have {head_size} rows; native are up to {LARGEST_HEAD}"
+def refuse() -> str | None:
+    """Why the native library cannot round columns, or None."""
     return None if active().library is not None else active().reason
 
 

@@ -20,6 +20,7 @@ from neoquant.model.config import GPTNeoConfig
 from neoquant.progress import Progress
 from neoquant.quantization.plan import Plan, PlanRow
 from neoquant.quantization.resume import FinishedBlock, ResumableRun
+from neoquant.quantization.reverse import keep_output_hessians, needs_gradients
 from neoquant.quantization.sequential import embed, quantize_blocks
 from neoquant.quantization.source_hash import hash_tensor, join_hashes
 from neoquant.quantization.streaming import Written, headers_of, output_tensors
@@ -48,6 +49,8 @@ def write_calibrated(
     config = GPTNeoConfig.from_dict(checkpoint.config)
     run.begin(_identity(checkpoint, plan, calibration, digest), config.num_layers)
     writer = _Writer(plan, digest, sink)
+    if needs_gradients(plan):
+        keep_output_hessians(checkpoint, plan, calibration, memory, run, progress)
     with torch.inference_mode():
         for row in plan.rows:
             if row.block is None:
@@ -58,7 +61,8 @@ def write_calibrated(
             progress.note(f"resuming after block {run.finished} of {run.blocks}")
         hidden = _hidden_states(checkpoint, calibration, config, memory, run)
         first = run.finished
-        blocks = quantize_blocks(checkpoint, plan, hidden, first, progress, memory.keeps_inner)
+        output_hessians = run.output_hessians if needs_gradients(plan) else None
+        blocks = quantize_blocks(checkpoint, plan, hidden, first, progress, memory.keeps_inner, output_hessians)
         for number, block in enumerate(blocks, first):
             output = {row.name: _output(checkpoint, plan, row, block.weights.get(row.name)) for row in block.rows}
             finished = FinishedBlock(output, {layer: report.to_dict() for layer, report in block.reports.items()})

@@ -22,6 +22,7 @@ from neoquant.quantization.model_card import render_card
 from neoquant.quantization.plan import Plan, make_plan
 from neoquant.quantization.recipe import Recipe
 from neoquant.quantization.resume import ResumableRun, has_interrupted_run
+from neoquant.quantization.reverse import gradients_record, methods_of
 from neoquant.quantization.sequential import needs_calibration, require_calibration
 from neoquant.quantization.source_hash import join_hashes
 from neoquant.quantization.streaming import Written, write_streaming
@@ -91,7 +92,9 @@ def plan(
         return planned
     config = GPTNeoConfig.from_dict(dict(planned.config))
     length = calibration_length or min(LENGTH, config.max_position_embeddings)
-    return replace(planned, calibrating=estimate_memory(config, calibration_rows, length, max_memory))
+    return replace(
+        planned, calibrating=estimate_memory(config, calibration_rows, length, max_memory, methods_of(planned))
+    )
 
 
 def quantize(
@@ -176,7 +179,8 @@ def _calibration_memory(
     require_calibration(planned, calibration)
     if calibration is not None:
         rows, length = calibration.ids.shape
-        return estimate_memory(GPTNeoConfig.from_dict(dict(planned.config)), rows, length, max_memory)
+        config = GPTNeoConfig.from_dict(dict(planned.config))
+        return estimate_memory(config, rows, length, max_memory, methods_of(planned))
     if max_memory is not None:
         raise RequestError("max_memory limits calibrated runs; without calibration few tensors are in memory at once")
     return None
@@ -241,8 +245,9 @@ def _own_files(written: Written, name: str, calibration: Calibration | None = No
     record = {"neoquant": __version__, "source_hash": written.source_hash, **written.plan.to_dict()}
     files = {CARD: render_card(written.plan, name, written.layers), RECORD: record_json(record)}
     if calibration is not None:
-        samples = {"calibration": calibration.describe(), "documents": calibration.documents, "layers": written.layers}
-        files[CALIBRATION] = record_json(samples)
+        gradients = gradients_record(written.plan, calibration)
+        samples = {"calibration": calibration.describe(), **gradients, "documents": calibration.documents}
+        files[CALIBRATION] = record_json({**samples, "layers": written.layers})
     return files
 
 

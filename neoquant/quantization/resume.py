@@ -4,6 +4,9 @@
       run.json                            what identifies the run
       block-4-<digest>.safetensors        what the output holds of that block, and its layers' reports
       hidden-5-<digest>                   the calibration rows as block 5 sees them, float32[R, T, C]
+      input-5-<digest>                    what it sees before anything is quantized, for the gradients
+      gradient-5-<digest>                 the gradients there
+      curvature-5-<digest>.safetensors    the output-side Hessians of its layers
       scratch-..., *.new                  in the making: of no use to another process
 
 A file gets its name, which holds the beginning of its SHA-256, once all of it is on the disk. A block counts as
@@ -45,7 +48,8 @@ _RUN = "run.json"
 _NEW = ".new"
 _DIGITS = 16  # of a digest, in a file's name
 _OURS = re.compile(
-    rf"\.?(run\.json|block-\d+-[0-9a-f]{{{_DIGITS}}}\.safetensors|hidden-\d+(-[0-9a-f]{{{_DIGITS}}})?)(.*\.new)?|{SCRATCH}.*"
+    rf"\.?(run\.json|(block|curvature)-\d+-[0-9a-f]{{{_DIGITS}}}\.safetensors|"
+    rf"(hidden|input|gradient)-\d+(-[0-9a-f]{{{_DIGITS}}})?)(.*\.new)?|{SCRATCH}.*"
 )
 
 Output = dict[str, dict[str, Tensor]]
@@ -91,15 +95,14 @@ class ResumableRun:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.blocks and not self.finished:
+        if self.blocks and not self._holds_work():
             self.remove()
         with suppress(OSError):  # it is gone, or holds something
             self.folder.rmdir()
         os.close(self._lock)
-        if kind is not None and issubclass(kind, KeyboardInterrupt) and self.finished:
-            raise kind(
-                f"after block {self.finished} of {self.blocks}: the same command resumes there, --restart starts again"
-            ) from error
+        if kind is not None and issubclass(kind, KeyboardInterrupt) and self._holds_work():
+            place = f"after block {self.finished} of {self.blocks}" if self.finished else "on the way to the gradients"
+            raise kind(f"{place}: the same command resumes there, --restart starts again") from error
 
     def begin(self, run: Mapping[str, Any], blocks: int) -> None:
         """Go on with the run that plain values `run` identify, or begin it.
@@ -127,10 +130,8 @@ class ResumableRun:
         path = self._find(f"block-{number}-*.safetensors")
         if path is None:
             raise self._damaged(f"block-{number}")
-        content = path.read_bytes()
+        content = self._content(path)
         try:
-            if not hashlib.sha256(content).hexdigest().startswith(_digest_in(path)):
-                raise ValueError("another digest")
             start = 8 + int.from_bytes(content[:8], "little")
             metadata = json.loads(content[8:start])["__metadata__"]
             tensors = load(content)
@@ -144,11 +145,52 @@ class ResumableRun:
         """The calibration rows [R, T, C] behind the last finished block, or None if there is none."""
         if not self.finished or self.finished == self.blocks:
             return None
-        path = self._find(f"hidden-{self.finished}-*")
+        return self.states(f"hidden-{self.finished}", shape, spilled)
+
+    def has(self, name: str) -> bool:
+        """Whether states of that name are kept."""
+        return self._find(f"{name}-*") is not None
+
+    def states(self, name: str, shape: tuple[int, int, int], spilled: bool) -> HiddenStates:
+        """What `keep_states` kept. Raises OutputError if that is damaged or missing."""
+        path = self._find(f"{name}-*")
         found = None if path is None else read_hidden_states(path, shape, _digest_in(path), spilled)
         if found is None:
-            raise self._damaged(f"hidden-{self.finished}")
+            raise self._damaged(name)
         return found
+
+    def keep_states(self, name: str, states: HiddenStates) -> None:
+        """Keep states[R, T, C], which may be used on, as `name`: a kind and the number of a block."""
+        path = self.folder / f"{name}{_NEW}"
+        digest = states.save(path)
+        self._rename(path, f"{name}-{digest[:_DIGITS]}")
+
+    def drop(self, *names: str) -> None:
+        """Let go of kept states."""
+        for name in names:
+            for path in self.folder.glob(f"{name}-*"):
+                path.unlink()
+
+    def has_output_hessians(self, number: int) -> bool:
+        """Whether those of a block's layers are kept."""
+        return self.has(f"curvature-{number}")
+
+    def keep_output_hessians(self, number: int, found: Mapping[str, Tensor]) -> None:
+        """Keep those of a block's layers, [O, O] by name."""
+        content = save({name: tensor.contiguous() for name, tensor in found.items()})
+        digest = hashlib.sha256(content).hexdigest()
+        self._write(f"curvature-{number}-{digest[:_DIGITS]}.safetensors", content)
+
+    def output_hessians(self, number: int) -> dict[str, Tensor]:
+        """What `keep_output_hessians` kept. Raises OutputError if that is damaged or missing."""
+        path = self._find(f"curvature-{number}-*.safetensors")
+        if path is None:
+            raise self._damaged(f"curvature-{number}")
+        return load(self._content(path))
+
+    def reached(self, blocks: int) -> int | None:
+        """The lowest block whose output-side Hessians are kept; None before that of the last of so many."""
+        return next(filter(self.has_output_hessians, range(blocks)), None)
 
     def new_hidden_states(self, shape: tuple[int, int, int], spilled: bool) -> HiddenStates:
         """A place for the rows that the first block sees."""
@@ -158,17 +200,14 @@ class ResumableRun:
     def keep(self, number: int, block: FinishedBlock, hidden: HiddenStates) -> None:
         """Keep a block that was finished, and the `hidden` states behind it."""
         if number + 1 < self.blocks:
-            path = self.folder / f"hidden-{number + 1}{_NEW}"
-            digest = hidden.save(path)
-            self._rename(path, f"hidden-{number + 1}-{digest[:_DIGITS]}")
+            self.keep_states(f"hidden-{number + 1}", hidden)
         tensors = {name: tensor.contiguous() for stored in block.output.values() for name, tensor in stored.items()}
         metadata = {"made": {row: list(stored) for row, stored in block.output.items()}, "reports": block.reports}
         content = save(tensors, {key: json.dumps(value) for key, value in metadata.items()})
         digest = hashlib.sha256(content).hexdigest()
         self._write(f"block-{number}-{digest[:_DIGITS]}.safetensors", content)
         self.finished = number + 1
-        for path in self.folder.glob(f"hidden-{number}-*"):
-            path.unlink()
+        self.drop(f"hidden-{number}", f"curvature-{number}")
 
     def remove(self) -> None:
         """Forget the run: it is finished, or nothing of it is."""
@@ -223,6 +262,17 @@ class ResumableRun:
         return OutputError(
             f"{self.folder}: {name} is damaged or missing, so there is no going on; begin with --restart"
         )
+
+    def _holds_work(self) -> bool:
+        """Whether anything is kept that took longer than reading."""
+        return bool(self.finished or self.reached(self.blocks) is not None or self.has("input-1"))
+
+    def _content(self, path: Path) -> bytes:
+        """Of a file that holds what its name says. Raises OutputError otherwise."""
+        content = path.read_bytes()
+        if not hashlib.sha256(content).hexdigest().startswith(_digest_in(path)):
+            raise self._damaged(path.name)
+        return content
 
     def _find(self, pattern: str) -> Path | None:
         return next(self.folder.glob(pattern), None)

@@ -5,7 +5,7 @@ Calibration samples pass through the blocks as they become once they are quantiz
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,9 @@ from neoquant.quantizers import Hessian, Quantizer, calibrated_quantizers
 from neoquant.tensor import QuantizedTensor
 
 ATTENTION_INPUTS = frozenset(SHARED_INPUTS[0])
+
+OutputHessians = Callable[[int], dict[str, Tensor]]
+"""Number of a block -> by a layer's name in it, K[O, O]."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ def quantize_blocks(
     first: int,
     progress: Progress,
     keep_inner: bool = False,
+    output_hessians: OutputHessians | None = None,
 ) -> Iterator[QuantizedBlock]:
     """Each block from number `first` on.
 
@@ -90,6 +94,7 @@ def quantize_blocks(
         first: the number of the first block to quantize.
         progress: told of every block.
         keep_inner: as for `BlockForward`.
+        output_hessians: those of the model's loss, where some layer is rounded for it.
     """
     config = GPTNeoConfig.from_dict(checkpoint.config)
     forward = BlockForward(hidden, config.window_size, keep_inner)
@@ -97,23 +102,31 @@ def quantize_blocks(
         advance(first)
         for number in range(first, config.num_layers):
             rows = [row for row in plan.rows if row.block == number]
-            yield _quantize_block(_read_block(checkpoint, rows, config, number), rows, forward)
+            for_loss = {} if output_hessians is None else output_hessians(number)
+            yield _quantize_block(read_block(checkpoint, rows, config, number), rows, forward, for_loss)
             advance(1)
 
 
-def _quantize_block(block: Block, rows: list[PlanRow], forward: BlockForward) -> QuantizedBlock:
-    """Quantize the layers of `block`, which is changed, and leave in `forward` the hidden states behind it."""
+def _quantize_block(
+    block: Block, rows: list[PlanRow], forward: BlockForward, for_loss: dict[str, Tensor]
+) -> QuantizedBlock:
+    """Quantize the layers of `block`, which is changed, and leave in `forward` the hidden states behind it.
+
+    `for_loss` are the output-side Hessians, [O, O], of layers that are rounded for the model's loss.
+    """
     result = QuantizedBlock(rows, {}, {})
     targets = {row.name_in_block: row for row in rows if row.target is not None}
-    output_hessians: dict[str, Tensor] = {}
+    output_hessians = {name: K[None] for name, K in for_loss.items()}
     for stage in forward.stages(block):
         chosen = {name: row for name in stage.linears if (row := targets.get(f"{name}.weight")) is not None}
         quantizers = [row.target.quantizer for row in chosen.values() if row.target is not None]
-        if stage.linears.keys() >= ATTENTION_INPUTS and any(each.uses_output_hessian for each in quantizers):
-            output_hessians = attention_hessians(block.attn.attention, stage.inputs(), len(forward.hidden))
+        for_attention = any(each.uses_output_hessian and not each.needs_gradients for each in quantizers)
+        if stage.linears.keys() >= ATTENTION_INPUTS and for_attention:
+            found = attention_hessians(block.attn.attention, stage.inputs(), len(forward.hidden))
+            output_hessians = {f"attn.attention.{name}": K for name, K in found.items()} | output_hessians
         hessian = _observe(stage, quantizers)
         for name, row in chosen.items():
-            _quantize_layer(stage.linears[name], row, hessian, output_hessians.get(name.rpartition(".")[2]), result)
+            _quantize_layer(stage.linears[name], row, hessian, output_hessians.get(name), result)
     return result
 
 
@@ -142,8 +155,8 @@ def _quantize_layer(
     linear.weight = nn.Parameter(q.dequantize(torch.float32), requires_grad=False)
 
 
-def _read_block(checkpoint: Checkpoint, rows: list[PlanRow], config: GPTNeoConfig, number: int) -> Block:
-    """One block of the checkpoint, in float32."""
+def read_block(checkpoint: Checkpoint, rows: list[PlanRow], config: GPTNeoConfig, number: int) -> Block:
+    """One block of the checkpoint, in float32; `rows` are the plan's of that block."""
     names = {row.name_in_block: row.name for row in rows}
     with torch.device("meta"):
         block = Block(config, number, "sdpa")

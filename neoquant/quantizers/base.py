@@ -46,6 +46,11 @@ class Quantizer(ABC):
         return False
 
     @property
+    def needs_gradients(self) -> bool:
+        """Whether `output_hessian` is to be that of the model's own loss, for which gradients are computed."""
+        return False
+
+    @property
     def label(self) -> str:
         """The name, and what was chosen otherwise than by default: `gptq, order off`."""
         return ", ".join([self.name, *(f"{k} {v}" for k, v in asdict(self).items() if v != self.options()[k])])

@@ -93,12 +93,12 @@ class Hessian:
 
 @dataclass(frozen=True)
 class OutputFactor:
-    """How an error in one row of an attention head is compensated in those that are not rounded yet.
+    """How an error in one row of a head is compensated in those that are not rounded yet; all rows may be one head.
 
     It follows from the output Hessian K[D, D] of each head: with a weight error E[O, I], the error of the attention
-    output is the sum over heads of tr(K E H Eᵀ). Errors are therefore compensated along rows with the factor of K as
-    they are along columns with that of H, since a Kronecker product's factor is that of its factors (two-sided
-    compensation: Tseng et al., arXiv:2505.22988).
+    output, or the loss, is the sum over heads of tr(K E H Eᵀ). Errors are therefore compensated along rows with the
+    factor of K as they are along columns with that of H, since a Kronecker product's factor is that of its factors
+    (two-sided compensation: Tseng et al., arXiv:2505.22988).
 
     unit       [heads, D, D]: an error e in the i-th row subtracts unit[i, k] * e from the k-th, k > i.
     row_order  int64[heads, D]: which of a head's rows is the i-th; those of the largest diagonal come first.
@@ -106,6 +106,11 @@ class OutputFactor:
 
     unit: Tensor
     row_order: Tensor
+
+    @property
+    def size(self) -> int:
+        """Rows of a head."""
+        return self.row_order.shape[1]
 
     @staticmethod
     def of(output_hessian: Tensor, damping: float) -> OutputFactor:
@@ -121,6 +126,16 @@ class OutputFactor:
             units.append(upper / upper.diagonal()[:, None])
             orders.append(order)
         return OutputFactor(torch.stack(units), torch.stack(orders))
+
+
+def diagonal_pieces(output_hessian: Tensor, size: int) -> Tensor:
+    """The blocks of so many rows on the diagonal of K[heads, D, D], as heads of their own; K itself if they are few, or
+    `size` does not divide them."""
+    heads, D, _ = output_hessian.shape
+    if 4 * size >= D or D % size:
+        return output_hessian
+    blocks = output_hessian.view(heads, D // size, size, D // size, size).diagonal(dim1=1, dim2=3)
+    return blocks.movedim(-1, 1).reshape(-1, size, size)
 
 
 def _factor(reversed_hessian: Tensor, mean: float, damping: float) -> Factor:

@@ -105,6 +105,15 @@ def test_a_folder_is_the_quantizer_applied_block_by_block(model: Path, tmp_path:
                     assert torch.allclose(layer.quantized.dequantize(torch.float32), linear.weight, atol=1e-6)
 
 
+def test_the_record_says_what_gradients_were_computed_of(model: Path, tmp_path: Path) -> None:
+    recipe = Recipe.simple(4, "affine", group_size=16, quantizer="gptq", objective="model")
+    made = quantize(model, tmp_path / "out", recipe, calibration=calibration(seed=4))
+    record = json.loads((made.folder / "calibration.json").read_text())
+    assert record["gradients"] == {"rows": 12, "labels": "drawn from the model", "seed": 4}
+    assert {layer["objective"] for layer in record["layers"].values()} == {"model"}
+    assert all(0 < layer["error"] < layer["error_nearest"] for layer in record["layers"].values())
+
+
 def test_records_and_plans(model: Path, tmp_path: Path) -> None:
     recipe = Recipe.simple(4, "nf4", quantizer="gptq", keep=["*.c_proj"])
     assert recipe.name == "nf4-gptq" and GPTQ3.name == "gptq3"

@@ -11,9 +11,10 @@ from weights import make_weight
 
 from neoquant.errors import FormatError, RequestError
 from neoquant.grids import Affine, Codebook, Columns, Grid, Int8Rows
-from neoquant.quantizers import Gptq, Hessian, gptq
+from neoquant.quantizers import Gptq, Hessian, feedback, gptq
 from neoquant.quantizers import hessian as hessians
-from neoquant.quantizers.gptq import ORDERS, SCALES, Refit, round_columns
+from neoquant.quantizers.feedback import Refit, round_columns
+from neoquant.quantizers.gptq import ORDERS, SCALES
 from neoquant.quantizers.hessian import OutputFactor, inverse_factor
 from neoquant.tensor import QuantizedTensor
 
@@ -40,6 +41,11 @@ def seen(x: Tensor) -> Hessian:
     hessian = Hessian(x.shape[-1])
     hessian.add(x)
     return hessian
+
+
+def without_library(patch: pytest.MonkeyPatch) -> None:
+    for module in (gptq, feedback):
+        patch.setattr(module, "is_native", lambda *given: False)
 
 
 def output_error(q: QuantizedTensor, w: Tensor, x: Tensor) -> float:
@@ -231,9 +237,46 @@ def test_heads_as_a_kronecker_product(grid: Grid, monkeypatch: pytest.MonkeyPatc
     expected = kronecker(w, hessian, K, grid.columns(grid.fit(w), (12, 96)))
     found = Gptq().quantize(w, grid, hessian, K)
     assert (found.codes != expected).float().mean() < 2e-3  # a value within 1e-6 of the middle may go either way
-    monkeypatch.setattr(gptq, "_is_native", lambda *given: False)
+    without_library(monkeypatch)
     plain = Gptq().quantize(w, grid, hessian, K)
     assert (plain.codes != found.codes).float().mean() < 2e-3
+
+
+@pytest.mark.parametrize("grid", [Affine(3, 32), Affine(4, -1, True), Codebook("nf4", 32, False)], ids=str)
+@pytest.mark.parametrize(("tall", "rows"), [(4, 3), (11, 4)])
+def test_many_rows_as_a_kronecker_product(grid: Grid, tall: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are gathered before later ones are corrected give what correcting one by one gives."""
+    monkeypatch.setattr(feedback, "TALL", tall)
+    monkeypatch.setattr(feedback, "ROWS", rows)
+    w, hessian, K = make_weight((12, 96), torch.float32, "normal"), seen(correlated(300, 96)), output_hessians(1, 12)
+    expected = kronecker(w, hessian, K, grid.columns(grid.fit(w), (12, 96)))
+    found = Gptq(objective="model").quantize(w, grid, hessian, K)
+    assert (found.codes != expected).float().mean() < 2e-3  # a value within 1e-6 of the middle may go either way
+
+
+@every_grid
+@every_order
+def test_identity_moments_are_the_layers_own_objective(grid: Grid, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feedback, "TALL", 16)
+    monkeypatch.setattr(feedback, "ROWS", 10)
+    w, hessian = make_weight((24, 150), torch.float32, "normal"), seen(correlated(300, 150))
+    alone = Gptq(order, objective="layer").quantize(w, grid, hessian)
+    found = Gptq(order, objective="model").quantize(w, grid, hessian, torch.eye(24)[None])
+    assert torch.equal(found.codes, alone.codes)
+    assert all(torch.equal(found.params[name], param) for name, param in alone.params.items())
+
+
+@settings(deadline=None, max_examples=30)
+@given(heads=st.integers(1, 3), pieces=st.integers(1, 9), size=st.integers(1, 5), seed=st.integers(0, 99))
+def test_diagonal_pieces_are_blocks_of_the_diagonal(heads: int, pieces: int, size: int, seed: int) -> None:
+    K = output_hessians(heads, pieces * size, seed)
+    found = hessians.diagonal_pieces(K, size)
+    if pieces <= 4:
+        assert found is K
+    else:
+        expected = [each[i : i + size, i : i + size] for each in K for i in range(0, pieces * size, size)]
+        assert torch.equal(found, torch.stack(expected))
+    assert hessians.diagonal_pieces(torch.ones(1, 5 * size + 1, 5 * size + 1), 2 * size + 2).shape[1] == 5 * size + 1
 
 
 @every_grid
@@ -243,7 +286,7 @@ def test_native_is_torch(grid: Grid, shape: tuple[int, int], monkeypatch: pytest
     for order in ORDERS:
         found = Gptq(order=order).quantize(w, grid, hessian)
         with monkeypatch.context() as patch:
-            patch.setattr(gptq, "_is_native", lambda *given: False)
+            without_library(patch)
             plain = Gptq(order=order).quantize(w, grid, hessian)
         assert (plain.codes != found.codes).float().mean() < 5e-3
 
@@ -273,5 +316,5 @@ def test_heads_that_do_not_count_are_rounded_as_if_alone() -> None:
     )
     with pytest.raises(RequestError, match=r"output Hessian \[2, 3, 3\] is not that of 8 rows"):
         Gptq().quantize(w, Affine(4, 32), hessian, torch.ones(2, 3, 3))
-    with pytest.raises(RequestError, match="objective 'best': legal are attention, layer"):
+    with pytest.raises(RequestError, match="objective 'best': legal are attention, layer, model"):
         Gptq(objective="best")

@@ -25,7 +25,8 @@ from neoquant.quantization.quantize import quantize
 from neoquant.quantization.recipe import Recipe
 from neoquant.quantization.resume import ResumableRun
 
-RECIPE = Recipe.simple(3, "affine", group_size=16, quantizer="gptq")
+RECIPE = Recipe.simple(3, "affine", group_size=16, quantizer="gptq", objective="attention")
+FOR_LOSS = Recipe.simple(3, "affine", group_size=16, quantizer="gptq", objective="model")
 SHAPE: dict[str, Any] = {
     "num_layers": 3,
     "hidden_size": 16,
@@ -38,11 +39,13 @@ SHAPE: dict[str, Any] = {
 # runs again to the end. Says how many blocks each second run found finished.
 DRIVER = """
 import json, os, pathlib, signal, sys
-model, work = map(pathlib.Path, sys.argv[1:])
+model, work = map(pathlib.Path, sys.argv[1:3])
 sys.path[:0] = json.loads(os.environ["TEST_PATHS"])
 import torch
-from test_resume import calibration, RECIPE
+from test_resume import calibration, RECIPE, FOR_LOSS
 from neoquant.quantization.quantize import quantize
+
+recipe, step = {"attention": RECIPE, "model": FOR_LOSS}[sys.argv[3]], int(sys.argv[4])
 
 
 def run(out, kill_at):
@@ -57,11 +60,11 @@ def run(out, kill_at):
         return call
     os.fsync, os.rename, os.unlink = counted(os.fsync), counted(os.rename), counted(os.unlink)
     os.preadv, os.replace = counted(os.preadv), counted(os.replace)
-    quantize(model, out, RECIPE, calibration=calibration())
+    quantize(model, out, recipe, calibration=calibration())
 
 k, found = 0, []
 while True:
-    k += 1 if k < 3 else 4
+    k += 1 if k < 3 else step
     out = work / str(k) / "out"
     child = os.fork()
     if not child:
@@ -72,7 +75,7 @@ while True:
         break
     kept = out.with_name(".out.unfinished")
     found.append(len(list(kept.glob("block-*.safetensors"))) if kept.exists() else 0)
-    quantize(model, out, RECIPE, calibration=calibration(), force=out.exists())
+    quantize(model, out, recipe, calibration=calibration(), force=out.exists())
 print(json.dumps(found))
 """
 
@@ -99,13 +102,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 class Stop(Progress):
     """Ends a run after some blocks."""
 
-    def __init__(self, blocks: int, how: type[BaseException] = KeyboardInterrupt) -> None:
-        self.left, self.how, self.notes = blocks, how, list[str]()
+    def __init__(self, blocks: int, how: type[BaseException] = KeyboardInterrupt, label: str = "calibrating") -> None:
+        self.left, self.how, self.label, self.notes = blocks, how, label, list[str]()
 
     @contextmanager
     def task(self, label: str, total: float | None) -> Iterator[Any]:
         def advance(amount: float) -> None:
-            if label == "calibrating":
+            if label == self.label:
                 self.left -= int(amount)
                 if self.left <= 0:
                     raise self.how
@@ -122,12 +125,12 @@ def stop_after(blocks: int, model: Path, out: Path, **named: Any) -> None:
     assert not out.exists() and (out.parent / f".{out.name}.unfinished").is_dir()
 
 
-def test_killed_anywhere_it_goes_on_to_the_same_bytes(
-    model: Path, undisturbed: dict[str, bytes], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("recipe", "step"), [(RECIPE, 4), (FOR_LOSS, 9)], ids=["attention", "model"])
+def test_killed_anywhere_it_goes_on_to_the_same_bytes(model: Path, recipe: Recipe, step: int, tmp_path: Path) -> None:
+    undisturbed = contents(quantize(model, tmp_path / "0" / "out", recipe, calibration=calibration()).folder)
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(model), str(tmp_path)],
+        [sys.executable, "-c", DRIVER, str(model), str(tmp_path), recipe.rules[0].options["objective"], str(step)],
         env=os.environ | {"TEST_PATHS": json.dumps(paths)},
         capture_output=True,
         text=True,
@@ -135,7 +138,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert len(found) > 10 and set(found) == {0, 1, 2, 3}
-    assert len(list(tmp_path.iterdir())) == len(found) + 1
+    assert len(list(tmp_path.iterdir())) == len(found) + 2
     for folder in tmp_path.iterdir():
         assert [path.name for path in folder.iterdir()] == ["out"]
         assert contents(folder / "out") == undisturbed, folder
@@ -149,6 +152,25 @@ def test_interrupted_it_goes_on_and_says_so(model: Path, undisturbed: dict[str, 
     assert told.notes == ["resuming after block 2 of 3"]
     assert contents(made.folder) == undisturbed
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_interrupted_on_the_way_to_the_gradients_it_goes_on(model: Path, tmp_path: Path) -> None:
+    expected = contents(quantize(model, tmp_path / "2" / "out", FOR_LOSS, calibration=calibration()).folder)
+    kept = []
+    for steps in (2, 3, 4, 5):  # of the three blocks, forwards, then back
+        with pytest.raises(KeyboardInterrupt, match="on the way to the gradients: the same command resumes there"):
+            quantize(
+                model, tmp_path / "out", FOR_LOSS, calibration=calibration(), progress=Stop(steps, label="gradients")
+            )
+        kept.append({path.name.rpartition("-")[0] for path in (tmp_path / ".out.unfinished").glob("*-*")})
+    assert kept == [
+        {"input-0", "input-1", "input-2"},
+        {"input-0", "input-1", "input-2", "input-3"},
+        {"input-0", "input-1", "input-2", "gradient-2", "curvature-2"},
+        {"input-0", "input-1", "gradient-1", "curvature-1", "curvature-2"},
+    ]
+    made = quantize(model, tmp_path / "out", FOR_LOSS, calibration=calibration())
+    assert contents(made.folder) == expected and not (tmp_path / ".out.unfinished").exists()
 
 
 def test_an_error_before_the_first_block_leaves_nothing(model: Path, tmp_path: Path) -> None:

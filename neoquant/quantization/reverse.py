@@ -1,0 +1,188 @@
+"""The walk back through the model, before anything is rounded: the output-side Hessians of every layer, for the loss.
+
+First the calibration samples pass through the blocks as they are, and what each block sees is kept in a file; then the
+gradients of the loss run from the head back, one block in memory at a time. What is finished of either is kept, so that
+an interrupted walk goes on, to the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neoquant.calibration.dataset import Calibration
+from neoquant.calibration.hidden_states import HiddenStates
+from neoquant.calibration.loss_hessian import drawn_uniforms, gradient_at_head, gradients_in_block
+from neoquant.calibration.memory import CalibrationMemory, Methods, gradient_rows
+from neoquant.checkpoint import Checkpoint
+from neoquant.errors import CheckpointError, locate
+from neoquant.model.config import GPTNeoConfig
+from neoquant.model.gpt_neo import AttentionMasks, Block
+from neoquant.model.names import BASE_PREFIX, BLOCK_LINEARS
+from neoquant.progress import Progress
+from neoquant.quantization.plan import Plan
+from neoquant.quantization.resume import ResumableRun
+from neoquant.quantization.sequential import embed, read_block
+from neoquant.quantizers import Hessian
+
+Advance = Callable[[float], None]
+
+
+def needs_gradients(plan: Plan) -> bool:
+    """Whether some layer is rounded for the model's loss."""
+    return any(row.quantizer is not None and row.quantizer.needs_gradients for row in plan.rows)
+
+
+def methods_of(plan: Plan) -> Methods:
+    """What a plan's calibrated run does beside GPTQ's own."""
+    return Methods(gradients=needs_gradients(plan))
+
+
+def gradients_record(plan: Plan, calibration: Calibration) -> dict[str, Any]:
+    """What gradients were computed of, for records; empty where none were."""
+    if not needs_gradients(plan):
+        return {}
+    labels = {"rows": gradient_rows(*calibration.ids.shape), "labels": "drawn from the model", "seed": calibration.seed}
+    return {"gradients": labels}
+
+
+def keep_output_hessians(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    calibration: Calibration,
+    memory: CalibrationMemory,
+    run: ResumableRun,
+    progress: Progress,
+) -> None:
+    """Have `run` hold the output-side Hessians of every block that is not finished.
+
+    Of the samples, the first `gradient_rows` are looked at; labels are drawn by the calibration's seed.
+    """
+    config = GPTNeoConfig.from_dict(checkpoint.config)
+    if run.finished == config.num_layers or run.has_output_hessians(run.finished):
+        return
+    walk = _Walk(checkpoint, plan, config, calibration, memory, run)
+    with progress.task("gradients", total=2 * config.num_layers) as advance:
+        walk.forward(advance)
+        walk.backward(advance)
+
+
+class _Walk:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        config: GPTNeoConfig,
+        calibration: Calibration,
+        memory: CalibrationMemory,
+        run: ResumableRun,
+    ) -> None:
+        self.checkpoint, self.plan, self.config, self.run, self.memory = checkpoint, plan, config, run, memory
+        rows, length = calibration.ids.shape
+        self.ids = calibration.ids[: gradient_rows(rows, length)]
+        self.shape = (len(self.ids), length, config.hidden_size)
+        self.seed = calibration.seed
+        self.masks = AttentionMasks(length, length, config.window_size, None, torch.device("cpu"))
+
+    def forward(self, advance: Advance) -> None:
+        """Keep what every block sees, and what the last one gives, as `input-0` to `input-L`."""
+        last = self.config.num_layers
+        begun = self.run.reached(last)  # by the walk back, which leaves behind it what it needs no more
+        at = last if begun is not None else max(filter(self._has_input, range(last + 1)), default=None)
+        if at is None:
+            hidden = self.run.new_hidden_states(self.shape, self.memory.spilled)
+            embed(self.checkpoint, self.ids, hidden)
+            self.run.keep_states("input-0", hidden)
+            at = 0
+        elif at < last:
+            hidden = self._states(f"input-{at}")
+        advance(at)
+        for number in range(at, last):
+            block = self._block(number)
+            hidden.replace(block(x, self.masks) for x in hidden.batches())
+            self.run.keep_states(f"input-{number + 1}", hidden)
+            advance(1)
+        if at < last:
+            hidden.close()
+
+    def backward(self, advance: Advance) -> None:
+        """Keep the output-side Hessians of every block, from the last to the first."""
+        last = self.config.num_layers
+        reached = self.run.reached(last)
+        if reached is None:
+            reached = last
+            self._keep_gradient(last, self._at_head())
+        advance(last - reached)
+        for number in reversed(range(reached)):
+            names = self._names(number)
+            moments = {name: Hessian(self._outputs(name)) for name in names}
+            self._keep_gradient(number, self._in_block(number, names, moments))
+            self.run.keep_output_hessians(number, {name: each.matrix.div_(2) for name, each in moments.items()})
+            self.run.drop(f"gradient-{number + 1}", f"input-{number + 1}")
+            advance(1)
+        self.run.drop("gradient-0", "input-0")
+
+    def _has_input(self, number: int) -> bool:
+        return self.run.has(f"input-{number}")
+
+    def _states(self, name: str) -> HiddenStates:
+        return self.run.states(name, self.shape, self.memory.spilled)
+
+    def _keep_gradient(self, number: int, batches: Iterator[Tensor]) -> None:
+        """Keep the gradient at what block `number` sees, `gradient-L` being that at what the last one gives."""
+        gradient = self.run.new_hidden_states(self.shape, self.memory.spilled)
+        gradient.replace(batches)
+        self.run.keep_states(f"gradient-{number}", gradient)
+        gradient.close()
+
+    def _at_head(self) -> Iterator[Tensor]:
+        hidden = self._states(f"input-{self.config.num_layers}")
+        ln_f, table = self._head()
+        uniform = drawn_uniforms(len(self.ids), self.ids.shape[1], self.seed)
+        for x, drawn in zip(hidden.batches(), torch.split(uniform, hidden.batch), strict=True):
+            yield gradient_at_head(x, ln_f, table, drawn)
+        hidden.close()
+
+    def _in_block(self, number: int, names: tuple[str, ...], moments: dict[str, Hessian]) -> Iterator[Tensor]:
+        """The gradient at what a block sees, batch by batch; `moments` are shown those at its layers' outputs."""
+        block = self._block(number)
+        hidden, gradient = self._states(f"input-{number}"), self._states(f"gradient-{number + 1}")
+        for x, at_output in zip(hidden.batches(), gradient.batches(), strict=True):
+            at_input, found = gradients_in_block(block, x, at_output, self.masks, names)
+            for name, each in found.items():
+                with locate(f"the gradient at {name} of block {number}"):
+                    moments[name].add(each)
+            yield at_input
+        hidden.close()
+        gradient.close()
+
+    def _names(self, number: int) -> tuple[str, ...]:
+        """The layers of a block that are rounded for the loss."""
+        wanted = {
+            row.name_in_block.removesuffix(".weight")
+            for row in self.plan.rows
+            if row.block == number and row.quantizer is not None and row.quantizer.needs_gradients
+        }
+        return tuple(name for name in BLOCK_LINEARS if name in wanted)
+
+    def _outputs(self, name: str) -> int:
+        return self.config.inner_size if name == "mlp.c_fc" else self.config.hidden_size
+
+    def _block(self, number: int) -> Block:
+        rows = [row for row in self.plan.rows if row.block == number]
+        return read_block(self.checkpoint, rows, self.config, number)
+
+    def _head(self) -> tuple[nn.LayerNorm, Tensor]:
+        """The final norm, and the head's weight, float32[V, C]: the token embedding where there is no other."""
+        names = {name.removeprefix(BASE_PREFIX): name for name in self.checkpoint.headers}
+        ln_f = nn.LayerNorm(self.config.hidden_size, self.config.layer_norm_epsilon).requires_grad_(False)
+        for leaf, slot in ln_f.named_parameters():
+            slot.copy_(self.checkpoint.read(names[f"ln_f.{leaf}"]))
+        tied = self.config.tie_word_embeddings or "lm_head.weight" not in names
+        head = names.get("wte.weight" if tied else "lm_head.weight", names.get("lm_head.weight"))
+        if head is None:
+            raise CheckpointError("lacks its embeddings")
+        return ln_f, self.checkpoint.read(head).float()

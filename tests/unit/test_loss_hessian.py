@@ -1,0 +1,152 @@
+"""Output-side Hessians for the loss: against autograd through the whole model; labels against their definition."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import write_tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from neoquant.calibration import loss_hessian, memory
+from neoquant.calibration.dataset import Calibration
+from neoquant.calibration.loss_hessian import draw_labels, drawn_uniforms
+from neoquant.calibration.memory import estimate_memory, gradient_rows
+from neoquant.checkpoint import open_checkpoint
+from neoquant.loading.load import load_model
+from neoquant.loading.pretrained import GPTNeoForCausalLM
+from neoquant.model.config import GPTNeoConfig
+from neoquant.model.names import BLOCK_LINEARS
+from neoquant.progress import SILENT
+from neoquant.quantization.plan import make_plan
+from neoquant.quantization.recipe import Recipe
+from neoquant.quantization.resume import ResumableRun
+from neoquant.quantization.reverse import keep_output_hessians, methods_of, needs_gradients
+
+ROWS, LENGTH, SEED = 7, 24, 5
+MODEL = Recipe.simple(4, "affine", group_size=16, quantizer="gptq", objective="model")
+
+
+def calibration() -> Calibration:
+    ids = torch.randint(0, 200, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
+    return Calibration(ids, "made up", "0" * 64, SEED)
+
+
+def kept(folder: Path, out: Path, recipe: Recipe = MODEL, max_memory: int | None = None) -> list[dict[str, Tensor]]:
+    """What the walk back leaves for each block."""
+    with open_checkpoint(folder) as checkpoint, ResumableRun(out) as run:
+        config, plan = GPTNeoConfig.from_dict(checkpoint.config), make_plan(checkpoint, recipe)
+        needed = estimate_memory(config, ROWS, LENGTH, max_memory, methods_of(plan))
+        run.begin({}, config.num_layers)
+        keep_output_hessians(checkpoint, plan, calibration(), needed, run, SILENT)
+        assert sorted(path.name.split("-")[0] for path in run.folder.iterdir()) == ["curvature"] * 2 + ["run.json"]
+        found = [run.output_hessians(number) for number in range(config.num_layers)]
+        run.remove()
+    return found
+
+
+def through_the_whole_model(folder: Path, ids: Tensor) -> list[dict[str, Tensor]]:
+    """The mean outer product of every gradient, one token after the other, in double precision."""
+    model = load_model(folder, GPTNeoForCausalLM).double()
+    model.requires_grad_(False)
+    embedded = model.transformer.wte(ids).requires_grad_()
+    outputs: dict[str, Tensor] = {}
+    for name, layer in model.named_modules():
+        layer.register_forward_hook(lambda _, given, y, name=name: outputs.update({name: y}))
+    logits = model(inputs_embeds=embedded).logits.flatten(0, 1)
+    labels = torch.stack(
+        [
+            (p.cumsum(0) <= u * p.sum()).sum()
+            for p, u in zip(
+                logits.detach().softmax(1), drawn_uniforms(*ids.shape, SEED).double().flatten(), strict=True
+            )
+        ]
+    )
+    names = [f"transformer.h.{number}.{name}" for number in range(2) for name in BLOCK_LINEARS]
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    gradients = dict(zip(names, torch.autograd.grad(loss, [outputs[name] for name in names]), strict=True))
+    moments = {
+        name: sum(torch.outer(g, g) for g in gradient.flatten(0, 1)) / ids.numel()
+        for name, gradient in gradients.items()
+    }
+    return [{name: moments[f"transformer.h.{number}.{name}"] for name in BLOCK_LINEARS} for number in range(2)]
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, {"tie_word_embeddings": False, "window_size": 5}, {"hidden_size": 24, "num_heads": 3}], ids=str
+)
+def test_against_autograd_through_the_whole_model(
+    shape: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_tiny_model(tmp_path / "plain", **shape)
+    expected = through_the_whole_model(folder, calibration().ids)
+    for positions, batch in ((512, ROWS), (10, 2)):
+        monkeypatch.setattr(loss_hessian, "POSITIONS", positions)
+        for module in ("quantization.resume", "calibration.hidden_states"):
+            monkeypatch.setattr(f"neoquant.{module}.rows_of_batch", lambda length, batch=batch: batch)
+        for found, theirs in zip(kept(folder, tmp_path / "out"), expected, strict=True):
+            assert found.keys() == theirs.keys()
+            for name, K in found.items():
+                size = float(theirs[name].abs().max())
+                assert size > 0 and torch.allclose(K.double(), theirs[name], rtol=1e-3, atol=1e-4 * size), name
+
+
+def test_in_files_and_in_memory_are_the_same(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "plain")
+    config = GPTNeoConfig.from_pretrained(folder)
+    with open_checkpoint(folder) as checkpoint:
+        plan = make_plan(checkpoint, MODEL)
+    plenty = estimate_memory(config, ROWS, LENGTH, methods=methods_of(plan)).memory
+    assert plenty > estimate_memory(config, ROWS, LENGTH).memory
+    for one, other in zip(
+        kept(folder, tmp_path / "out"), kept(folder, tmp_path / "out", max_memory=plenty - 1), strict=True
+    ):
+        assert all(torch.equal(one[name], other[name]) for name in BLOCK_LINEARS)
+
+
+def test_only_the_first_rows_and_the_layers_that_ask_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_tiny_model(tmp_path / "plain")
+    monkeypatch.setattr(memory, "_GRADIENT_TOKENS", 3 * LENGTH + 1)
+    assert gradient_rows(ROWS, LENGTH) == 3 and gradient_rows(2, LENGTH) == 2 and gradient_rows(5, 1000) == 1
+    rules = [
+        {"match": "*.0.*.c_fc", "bits": 4, "type": "affine", "quantizer": "gptq", "objective": "model"},
+        {"match": "*", "bits": 4, "type": "affine", "quantizer": "gptq", "objective": "attention"},
+    ]
+    recipe = Recipe.parse({"name": "some", "rules": rules})
+    expected = through_the_whole_model(folder, calibration().ids[:3])
+    first, second = kept(folder, tmp_path / "out", recipe)
+    assert list(first) == ["mlp.c_fc"] and not second
+    size = float(expected[0]["mlp.c_fc"].abs().max())
+    # the uniforms of three rows are the first of those of seven
+    assert torch.allclose(first["mlp.c_fc"].double(), expected[0]["mlp.c_fc"], rtol=1e-3, atol=1e-4 * size)
+    with open_checkpoint(folder) as checkpoint:
+        assert not needs_gradients(
+            make_plan(checkpoint, Recipe.simple(4, "affine", quantizer="gptq", objective="layer"))
+        )
+
+
+@settings(deadline=None, max_examples=50)
+@given(rows=st.integers(1, 9), classes=st.integers(1, 300), seed=st.integers(0, 99))
+def test_labels_by_their_definition(rows: int, classes: int, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    p = (4 * torch.randn(rows, classes, generator=random, dtype=torch.float64)).softmax(1)
+    uniform = torch.rand(rows, generator=random)
+    uniform[0] = 0
+    for label, row, u in zip(draw_labels(p, uniform).tolist(), p.tolist(), uniform.tolist(), strict=True):
+        below = sum(row[:label])
+        assert below <= u + 1e-12 and u < below + row[label] + 1e-12
+
+
+def test_labels_are_as_frequent_as_they_are_likely() -> None:
+    p = torch.tensor([0.5, 0.0, 0.3, 0.2, 0.0])
+    uniform = drawn_uniforms(100, 400, 3).flatten()
+    counts = draw_labels(p.expand(len(uniform), -1), uniform).bincount(minlength=5) / len(uniform)
+    assert counts[1] == 0 and counts[4] == 0
+    assert torch.allclose(counts, p, atol=0.01)
