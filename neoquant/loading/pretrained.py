@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,17 @@ class PreTrainedModel(Network):
             message=commit_message,
             token=token,
         )
+
+    def to_transformers(self) -> Any:
+        """transformers' model of the same class name, sharing this one's tensors: see `neoquant.transformers`.
+
+        Raises RequestError where transformers is not installed, or the model is spread over devices.
+        """
+        try:  # by name: the room is made from models, and stands above them
+            room = import_module("neoquant.transformers")
+        except ModuleNotFoundError as error:
+            raise RequestError("to_transformers needs the package transformers: pip install transformers") from error
+        return room.to_transformers(self)
 
 
 def _require_safe(safe_serialization: bool) -> None:

@@ -20,6 +20,7 @@ from neoquant.checkpoint import Checkpoint, TensorHeader, open_checkpoint
 from neoquant.data.fingerprints import hash_texts
 from neoquant.errors import RequestError, locate
 from neoquant.formats import Format, detect
+from neoquant.loading.contents import Readable
 from neoquant.loading.load import read_model
 from neoquant.loading.quantization_config import BitsAndBytesConfig, GPTQConfig, describes, read_config
 from neoquant.model.base import Network
@@ -65,19 +66,29 @@ def load_quantized(
         if found is not None:
             compute_dtype = _stored_compute_dtype(checkpoint, quantization_config, found)
             return read_model(checkpoint, cls, compute_dtype=compute_dtype, progress=progress, **options)
-        config = read_config(quantization_config)
-        compute_dtype = None if isinstance(config, Recipe) else config.compute_dtype
-        layers = [canonical_layer(name) for name in checkpoint.headers if name.endswith(".weight")]
-        recipe = config if isinstance(config, Recipe) else config.recipe(layers)
-        plan = make_plan(checkpoint, recipe)
-        blocks: Iterator[QuantizedBlock] = iter(())
-        if needs_calibration(plan):
-            if not isinstance(config, GPTQConfig):
-                needing = needing_calibration(plan)
-                raise RequestError(f"{needing} needs calibration samples: pass a GPTQConfig with a dataset")
-            blocks = _blocks(checkpoint, plan, _calibration(checkpoint, config, progress), progress)
-        view = _QuantizedView(checkpoint, plan, blocks)
+        view, compute_dtype = quantized_view(checkpoint, quantization_config, progress)
         return read_model(view, cls, compute_dtype=compute_dtype, progress=progress, **options)
+
+
+def quantized_view(
+    checkpoint: Checkpoint, quantization_config: Any, progress: Progress = SILENT
+) -> tuple[Readable, torch.dtype | None]:
+    """A plain checkpoint as the quantized one that is asked for, and the type its weights are to be multiplied in.
+
+    Raises RequestError for a request that cannot be carried out on this checkpoint.
+    """
+    config = read_config(quantization_config)
+    layers = [canonical_layer(name) for name in checkpoint.headers if name.endswith(".weight")]
+    recipe = config if isinstance(config, Recipe) else config.recipe(layers)
+    plan = make_plan(checkpoint, recipe)
+    blocks: Iterator[QuantizedBlock] = iter(())
+    if needs_calibration(plan):
+        if not isinstance(config, GPTQConfig):
+            needing = needing_calibration(plan)
+            raise RequestError(f"{needing} needs calibration samples: pass a GPTQConfig with a dataset")
+        blocks = _blocks(checkpoint, plan, _calibration(checkpoint, config, progress), progress)
+    compute_dtype = None if isinstance(config, Recipe) else config.compute_dtype
+    return _QuantizedView(checkpoint, plan, blocks), compute_dtype
 
 
 class _QuantizedView:

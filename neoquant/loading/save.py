@@ -40,7 +40,7 @@ def save_model(model: Network, folder: str | Path, *, force: bool = False, shard
     size, and leaves nothing half-written.
     """
     largest = parse_size(shard_size, "max_shard_size")
-    weights = _Weights.of(model)
+    weights = _Weights.of(model, model.tied_weights())
     format = _choose_format(model, weights)
     dtype = None if format is None else _common_type(weights.plain.values())
     companions = companion_files(Path(folder))
@@ -72,9 +72,25 @@ def push_model(
     with tempfile.TemporaryDirectory(prefix="neoquant-push-") as temp:
         folder = Path(temp) / repo.rpartition("/")[2]
         save_model(model, folder, shard_size=shard_size)
-        grids = {layer.grid for layer in _Weights.of(model).quantized.values()}
+        grids = {layer.grid for layer in _Weights.of(model, model.tied_weights()).quantized.values()}
         write_file(folder / CARD, render_saved_card(repo, read_json(folder / CONFIG), grids))
         return push_files(folder, repo, private=private, revision=revision, message=message, token=token)
+
+
+def tensors_of(model: nn.Module, tied: Iterable[str], format: Format) -> dict[str, Tensor]:
+    """What `save_model` writes of a model's weights, in this format, by name; those `tied` are another's and left out.
+
+    Raises FormatError for what the format cannot hold.
+    """
+    weights = _Weights.of(model, tied)
+    return dict(_tensors(weights, format, _common_type(weights.plain.values())))
+
+
+def choose_format(model: Network) -> tuple[Format, dict[str, Any]] | None:
+    """The format that a model is saved in, and what config.json says of it; None where nothing is quantized."""
+    weights = _Weights.of(model, model.tied_weights())
+    format = _choose_format(model, weights)
+    return None if format is None else (format, _quantization_config(model, weights, format))
 
 
 @dataclass(frozen=True)
@@ -85,7 +101,7 @@ class _Weights:
     plain: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, model: Network) -> _Weights:
+    def of(cls, model: nn.Module, tied: Iterable[str]) -> _Weights:
         # A quantized embedding's table is a layer inside it, and its weight is stored under the embedding's name. A
         # tied head is that very layer, so that the model has two names for what is inside it.
         layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantLinear)}
@@ -95,7 +111,7 @@ class _Weights:
             if isinstance(layer, QuantLinear)
             for buffer in dict(layer.named_buffers())
         }
-        left_out = inside | model.tied_weights().keys()
+        left_out = inside | set(tied)
         return cls(
             quantized={name.removesuffix(".table"): layer for name, layer in layers.items()},
             plain={name: tensor.detach() for name, tensor in model.state_dict().items() if name not in left_out},
@@ -159,12 +175,15 @@ def _config(model: Network, weights: _Weights, format: Format | None, dtype: tor
         "dtype": dtype_name(dtype or model.dtype),
     }
     config.pop("quantization_config", None)
-    if format is None:
-        return config
+    return config if format is None else config | {"quantization_config": _quantization_config(model, weights, format)}
+
+
+def _quantization_config(model: Network, weights: _Weights, format: Format) -> dict[str, Any]:
+    """What config.json says of the quantized layers."""
     kept = left_out(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
     grids = {name: layer.grid for name, layer in weights.quantized.items()}
     stated = format.config(grids, kept, ordered=bool(weights.ordered))
     computed = {layer.compute_dtype for layer in weights.quantized.values()} - {None}
     if format.compute_key and len(computed) == 1:
         stated[format.compute_key] = dtype_name(*computed)  # type: ignore[arg-type]
-    return config | {"quantization_config": stated}
+    return stated

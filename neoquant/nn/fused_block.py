@@ -159,7 +159,7 @@ class PreparedBlock:
         if self.anatomy != anatomy:
             return False
         for modules, name, module in self._modules:
-            if modules.get(name) is not module or _is_hooked(module):
+            if modules.get(name) is not module or is_hooked(module):
                 return False
         for layer, kernel, dtype in self._kernels:
             if layer.kernel is not kernel or layer.compute_dtype != dtype:
@@ -186,7 +186,7 @@ def _prepare(block: Any, anatomy: Anatomy) -> PreparedBlock | None:
     norms = [block.ln_1, block.ln_2]
     modules = [block.attn, attention, mlp, *linears, *norms]
     activation = ACTIVATIONS.get(anatomy.activation)
-    if activation is None or not anatomy.is_plain or any(map(_is_hooked, modules)):
+    if activation is None or not anatomy.is_plain or any(map(is_hooked, modules)):
         return None
     if not all(map(_is_taken, linears)):
         return None
@@ -239,7 +239,7 @@ def _is_vector(tensor: Tensor | None, length: int) -> bool:
     return tensor.shape == (length,) and tensor.is_contiguous()
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
     """Whether it has hooks, or a `forward` of its own."""
     hooked = module._forward_hooks or module._forward_pre_hooks
     return bool(hooked) or "forward" in module.__dict__
