@@ -10,11 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from neoquant.checkpoint.headers import MAX_HEADER_BYTES
+from neoquant.data import documents
+from neoquant.data.zstd_frames import MAX_WINDOW
 from neoquant.errors import DataError, OutputError, RecipeError, RequestError
 from neoquant.files import reading
 from neoquant.files.names import is_safe_name, safe_name
 from neoquant.files.reading import read_json, read_text, read_toml
 from neoquant.files.writing import replacing, write_file
+from neoquant.model.config_values import MAX_LAYERS, MAX_SIZE
+from neoquant.tokenizer.bounds import MAX_GROWTH
 
 
 def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
@@ -87,6 +92,25 @@ def test_long_files_are_refused_unless_asked_for(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv(reading.VARIABLE, "much")
     with pytest.raises(RequestError, match="NEOQUANT_MAX_FILE_SIZE 'much' is not a size"):
         read_text(path, error=DataError)
+
+
+def test_the_bounds_are_documented() -> None:
+    """The guide's table has every bound, and the variable that raises it."""
+    guide = Path(__file__).parents[2].joinpath("docs", "guide.md").read_text("utf-8")
+    rows = [row for row in guide.partition("## Bounds")[2].partition("\n## ")[0].splitlines() if row.startswith("| ")]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+    stated = [(int(most.split()[0].replace(",", "")), more.strip("`")) for _, most, more in cells]
+    assert stated == [
+        (reading.MAX_BYTES, reading.VARIABLE),
+        (reading.MAX_LARGE_BYTES, reading.VARIABLE),
+        (documents.MAX_TEXT_BYTES, documents.VARIABLE),
+        (documents.MAX_FILE_BYTES, reading.VARIABLE),
+        (MAX_WINDOW, ""),
+        (MAX_HEADER_BYTES, ""),
+        (MAX_LAYERS, ""),
+        (MAX_SIZE, ""),
+        (MAX_GROWTH, ""),
+    ]
 
 
 def test_what_is_not_json_is_named(tmp_path: Path) -> None:
