@@ -39,6 +39,8 @@ class StandIn(ThreadingHTTPServer):
         self.revisions = {"main": COMMIT, COMMIT: COMMIT, "v1": OLD_COMMIT, OLD_COMMIT: OLD_COMMIT}
         self.sent: dict[str, int] = {}
         self.tokens: set[str | None] = set()
+        self.portal: bytes | None = None
+        """What a network answers to everything before one has logged in."""
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -57,6 +59,8 @@ class Handler(BaseHTTPRequestHandler):
     server: StandIn
 
     def do_GET(self) -> None:
+        if self.server.portal is not None:
+            return self.answer(200, self.server.portal, {"Content-Type": "text/html"})
         path = self.path.split("?")[0]
         api = re.fullmatch(r"/api/models/(?P<model>[^/]+/[^/]+)(/(?P<what>revision|tree)/(?P<revision>[^/]+))?", path)
         file = re.fullmatch(r"/(?P<model>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)", path)

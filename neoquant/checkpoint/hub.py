@@ -206,10 +206,17 @@ def _explained(source: str, revision: str | None) -> Iterator[None]:
     except transport_errors() as error:
         raise HubError(_transport_problem(source, error)) from error
     except (ValueError, KeyError, TypeError) as error:  # JSON that is none, or another's
-        raise HubError(
-            f"what answers at {constants.ENDPOINT} is not the hub (a login page of the network, or a proxy?): "
-            f"its answer about {source} cannot be read"
-        ) from error
+        raise not_the_hub(source) from error
+
+
+def not_the_hub(source: str) -> HubError:
+    """Something else answers in the hub's place."""
+    from huggingface_hub import constants
+
+    return HubError(
+        f"what answers at {constants.ENDPOINT} is not the hub (a login page of the network, or a proxy?): "
+        f"its answer about {source} cannot be read"
+    )
 
 
 def _transport_problem(source: str, error: BaseException) -> str:

@@ -5,6 +5,7 @@ huggingface_hub is imported when first needed. It honours HF_TOKEN, HF_ENDPOINT 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -249,6 +250,8 @@ def _explained(repo: str) -> Iterator[None]:
     unreachable: tuple[type[BaseException], ...] = (*hub.transport_errors(), RuntimeError)
     try:
         yield
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise hub.not_the_hub(repo) from error
     except (errors.HFValidationError, ValueError) as error:
         if isinstance(error, errors.HfHubHTTPError):
             raise HubError(_refusal(repo, error)) from error

@@ -29,6 +29,10 @@ class Streamer(Protocol):
     def end(self) -> object: ...
 
 
+COLD = 1e-6
+"""Below this temperature only differences from the largest logit are divided by it: 0, or far below, or -inf."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen.
@@ -64,7 +68,7 @@ class Sampling:
 
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     """`logits[B, V]` in float32 after temperature, top-k and top-p; what falls out is -inf."""
-    logits = logits / sampling.temperature
+    logits = _over_temperature(logits, sampling.temperature)
     if 0 < sampling.top_k < logits.shape[-1]:
         kth = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -75,6 +79,14 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
         surplus = probabilities.cumsum(-1) - probabilities >= sampling.top_p
         logits = logits.masked_fill(surplus.scatter(-1, index, surplus), -torch.inf)
     return logits
+
+
+def _over_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """`logits[B, V]` over the temperature, which may be so small that a quotient is beyond float32."""
+    if temperature >= COLD:
+        return logits / temperature
+    below = logits - logits.max(-1, keepdim=True).values
+    return below / max(temperature, torch.finfo(torch.float32).tiny)
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

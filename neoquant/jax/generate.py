@@ -120,7 +120,8 @@ def _choose(logits: Any, key: Any, draw: tuple[float, int] | None) -> Any:
     if draw is None:
         return logits.argmax(-1).astype(jnp.int32)
     temperature, top_k = draw
-    logits = logits / temperature
+    # Differences from the largest: a quotient by a tiny temperature may be beyond float32.
+    logits = (logits - logits.max(-1, keepdims=True)) / max(temperature, float(jnp.finfo(jnp.float32).tiny))
     if 0 < top_k < logits.shape[-1]:
         logits = jnp.where(logits < jax.lax.top_k(logits, top_k)[0][:, -1:], -jnp.inf, logits)
     return jax.random.categorical(key, logits).astype(jnp.int32)

@@ -6,18 +6,30 @@ import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from conftest import Cli
+from conftest import Cli, write_tiny_model
 from safetensors.torch import load_file, save_file
 
 from neoquant.data import documents
 from neoquant.errors import CheckpointError
+from neoquant.quantization.quantize import quantize
+from neoquant.quantization.recipe import Recipe
 from neoquant.tokenizer.bounds import check_growth
 
+if TYPE_CHECKING:
+    from hub_stand_in import StandIn
+
 GENERATE = ("--prompt", "x", "--max-new-tokens", "2")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quantized model with its card."""
+    folder = tmp_path_factory.mktemp("hostile")
+    return quantize(write_tiny_model(folder / "source"), folder / "nf4", Recipe.simple()).folder
 
 
 @pytest.mark.parametrize(
@@ -57,17 +69,41 @@ def test_weights_that_are_not_finite(cli: Cli, make_model: Callable[..., Path]) 
     tensors = load_file(folder / "model.safetensors")
     tensors["transformer.ln_f.weight"][:] = float("nan")
     save_file(tensors, folder / "model.safetensors")
-    result = cli("generate", folder, *GENERATE)
-    assert result.code == 1 and "finite" in result.err.splitlines()[-1]
+    for options in ((), ("--greedy",), ("--temperature", "1e-300"), ("--temperature", "0")):
+        result = cli("generate", folder, *GENERATE, *options)
+        assert result.code == 1 and "finite" in result.err.splitlines()[-1]
+        turn = cli("chat", folder, *options[:0] if options == ("--greedy",) else options, stdin="x\n")
+        assert turn.code == 1 and "finite" in turn.err.splitlines()[-1]
 
 
-def test_seeds(cli: Cli, tiny_model: Path) -> None:
-    for seed in (2**70, -1):
-        assert cli("quantize", tiny_model, "--type", "gptq", "--calibration", "demo", "--seed", seed).code == 2
+@pytest.mark.parametrize("verb", ["generate", "chat"])
+def test_temperatures_next_to_zero_take_the_likeliest(cli: Cli, tiny_model: Path, verb: str) -> None:
+    """What is divided by them overflows; the likeliest token is what is left."""
+    words = (verb, tiny_model, "--max-new-tokens", "5", "--seed", "1")
+    expected = cli(*words, "--temperature", "0", stdin="word\n")
+    for temperature in ("1e-300", "1e-40", "5e-324"):
+        found = cli(*words, "--temperature", temperature, stdin="word\n")
+        assert found.code == 0 and found.out == expected.out
+    for temperature in ("-1", "nan", "-inf", "inf", "x"):
+        refused = cli(*words, f"--temperature={temperature}", stdin="word\n")
+        assert refused.code == 2 and "temperature" in refused.error
+
+
+@pytest.mark.parametrize(
+    "words", [("generate",), ("chat",), ("quantize", "--type", "gptq", "--calibration", "demo")], ids=lambda w: w[0]
+)
+def test_seeds(cli: Cli, tiny_model: Path, words: tuple[str, ...]) -> None:
+    for seed in (2**70, 2**63, -1, "x"):
+        refused = cli(words[0], tiny_model, *words[1:], "--seed", seed, stdin="x\n")
+        assert refused.code == 2 and "--seed" in refused.error and str(seed) in refused.error
+    if words[0] != "quantize":
+        assert cli(words[0], tiny_model, "--seed", 2**63 - 1, "--max-new-tokens", 2, stdin="x\nx\n").code == 0
 
 
 def test_a_prompt_that_is_no_text(cli: Cli, tiny_model: Path) -> None:
     assert "standard input is not UTF-8: byte 2 is 0xff" in cli("generate", tiny_model, stdin="a\udcff").error
+    turns = cli("chat", tiny_model, "--max-new-tokens", "2", stdin="a\udcff\nx\n/show\n")
+    assert turns.code == 0 and "a line that is not UTF-8 is left out" in turns.err and "x" in turns.out
 
 
 def test_a_task_that_is_none_comes_first(cli: Cli) -> None:
@@ -98,6 +134,86 @@ def test_a_normalizer_that_multiplies() -> None:
     for growing in ([step] * 2, [{"type": "Replace", "pattern": {"Regex": ""}, "content": "b" * 100}]):
         with pytest.raises(CheckpointError, match=r"its normalizer may make a text \d+ times longer"):
             check_growth({"normalizer": {"type": "Sequence", "normalizers": growing}})
+
+
+def test_shapes_beyond_every_memory(cli: Cli, make_model: Callable[..., Path]) -> None:
+    """Refused by what the header says, also where nothing is stored of them; sizes are told in words people use."""
+    folder = make_model()
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    for shape in ([0, 10**30], [10**30], [2**62, 2**62]):
+        said = json.dumps(header | {"extra": {"dtype": "F16", "shape": shape, "data_offsets": [0, 0]}}).encode()
+        path.write_bytes(len(said).to_bytes(8, "little") + said + whole[8 + length :])
+        for verb in ("quantize", "plan", "info", "generate"):
+            assert "tensor 'extra' " in cli(verb, folder, *(GENERATE if verb == "generate" else ())).error
+
+
+def test_layers_that_no_tensor_is_of(cli: Cli, make_model: Callable[..., Path]) -> None:
+    kinds = {"num_layers": 10**9, "attention_types": [[["global"], 10**9]], "attention_layers": None}
+    folder = make_model()
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | kinds))
+    for verb in ("info", "plan", "quantize", "generate", "eval"):
+        words = GENERATE if verb == "generate" else ("--suite", "demo") if verb == "eval" else ()
+        assert "num_layers is 1000000000; legal is an integer of 1 to 100,000" in cli(verb, folder, *words).error
+
+
+@pytest.mark.parametrize(
+    ("shard", "says"),
+    [
+        (5, "weight_map gives 5 for 'transformer.wte.weight'"),
+        (None, "weight_map gives None for 'transformer.wte.weight'"),
+        (["a"], r"weight_map gives ['a'] for 'transformer.wte.weight'"),
+        ({"a": 1}, "weight_map gives {'a': 1} for 'transformer.wte.weight'"),
+        ("../../x", "weight_map gives '../../x' for 'transformer.wte.weight'"),
+        ("/etc/passwd", "weight_map gives '/etc/passwd' for"),
+        ("\x1b[31mred", "\\x1b[31mred, which is missing"),
+    ],
+)
+def test_index_entries(cli: Cli, make_model: Callable[..., Path], shard: Any, says: str) -> None:
+    folder = make_model()
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": {"transformer.wte.weight": shard}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for verb in ("info", "quantize"):
+        refused = cli(verb, folder)
+        assert refused.code == 1 and says in refused.error and "\x1b" not in refused.error
+
+
+def test_recipes(cli: Cli, tiny_model: Path) -> None:
+    for content, says in (
+        (b"a = " + b"[" * 100_000, "is not TOML"),
+        (b"a = " + b"{b = " * 10_000, "is not TOML"),
+        (b'name = "../../x"\n', "../../x"),
+        (b'name = "\x1b[31mred"\n', "is not TOML"),
+        (b'name = "\\u001b[31mred"\n', "\\x1b[31mred"),
+    ):
+        Path("recipe.toml").write_bytes(content)
+        for verb in ("plan", "quantize"):
+            refused = cli(verb, tiny_model, "--recipe", "recipe.toml")
+            assert says in refused.error and "recipe.toml" in refused.error and "\x1b" not in refused.error
+    for verb in ("plan", "quantize"):
+        assert "/dev/zero: is a device or a pipe" in cli(verb, tiny_model, "--recipe", "/dev/zero").error
+    assert [path.name for path in Path.cwd().iterdir()] == ["recipe.toml"]
+
+
+@pytest.mark.parametrize(
+    "answer", [b"<html><body>Log in to the network</body></html>", b"", b"{}", b"[]", b'"x"', b"1"]
+)
+def test_a_network_that_answers_for_the_hub(bare_hub: StandIn, cli: Cli, made: Path, answer: bytes) -> None:
+    """A captive portal gives its login page to whatever is asked for, with status 200."""
+    bare_hub.portal = answer
+    for words in (
+        ("info", "user/neo"), ("plan", "user/neo"), ("quantize", "user/neo"), ("push", made, "user/other"),
+        ("generate", "user/neo", *GENERATE),
+    ):  # fmt: skip
+        refused = cli(*words)
+        assert refused.code == 1 and "user/" in refused.error
+        if answer.startswith(b"<"):
+            assert f"what answers at {bare_hub.url} is not the hub" in refused.error
+    assert not list(Path.cwd().iterdir())
 
 
 # data -----------------------------------------------------------------------------------------------------------------
@@ -174,6 +290,25 @@ def test_an_output_that_is_an_input_is_refused(cli: Cli, make_model: Callable[..
     assert before == {path: path.read_bytes() for path in before}
 
 
+def test_results_and_models_are_no_outputs(cli: Cli, made: Path, text_file: Path) -> None:
+    words = ("compare", made, made, "--data", text_file, "--context", "16", "--documents", "1")
+    assert cli(*words, "--json", "t.json").code == 0
+    before = {path: path.read_bytes() for path in (Path("t.json"), *made.iterdir())}
+    for option in ("--html", "--markdown"):
+        assert "t.json is read as input, and would be lost" in cli("report", "t.json", option, "t.json").error
+        assert "config.json" in cli("report", "t.json", option, made / "config.json").error
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        assert cli(*words, "--json", made / name, "--force").code == 1
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_results_are_nested_within_reason(cli: Cli) -> None:
+    Path("deep.json").write_text("[" * 100_000)
+    assert "deep.json is not a result of neoquant: no JSON object" in cli("report", "deep.json").error
+    refused = cli("compare", "deep.json", "deep.json")
+    assert "deep.json: cannot be read as a result: it is nested too deeply" in refused.error
+
+
 def test_another_file_needs_force(cli: Cli, tiny_model: Path, text_file: Path) -> None:
     words = ("eval", tiny_model, "--data", text_file, "--context", "16", "--json", "x.json")
     Path("x.json").write_text('{"mine": 1}')
@@ -198,3 +333,14 @@ def test_names_do_not_control_the_terminal(cli: Cli, make_model: Callable[..., P
     for verb in ("plan", "info", "generate"):
         result = cli(verb, folder, *(GENERATE if verb == "generate" else ()))
         assert "\x1b" not in result.out + result.err and "\u202e" not in result.out + result.err
+
+
+def test_subsets_do_not_control_the_terminal(cli: Cli, tiny_model: Path) -> None:
+    row = {"text": "some words", "meta": {"pile_set_name": "\x1b]0;title\x07\u202ered"}}
+    Path("x.jsonl").write_text(json.dumps(row))
+    words = ("--data", "x.jsonl", "--context", "16")
+    for found in (cli("eval", tiny_model, *words), cli("compare", tiny_model, tiny_model, *words)):
+        assert found.code == 0 and "\\x1b]0;" in found.out
+        assert not {"\x1b", "\x07", "\u202e"} & set(found.out + found.err)
+    missing = cli("eval", tiny_model, *words, "--subset", "\x1b[31mred")
+    assert missing.code != 0 and "\x1b" not in missing.err

@@ -230,6 +230,20 @@ def test_damage_is_recognized(model: Path, undisturbed: dict[str, bytes], tmp_pa
     assert contents(made.folder) == undisturbed and not kept.exists()
 
 
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("name", ["photos/one.jpg", "thesis.tex", "block-1.safetensors"])
+def test_a_folder_that_is_not_a_runs_is_left_alone(model: Path, tmp_path: Path, name: str, restart: bool) -> None:
+    kept = tmp_path / ".out.unfinished"
+    for path in (kept / "run.json", kept / name):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    for recipe, texts in ((RECIPE, calibration()), (Recipe.simple(), None)):
+        with pytest.raises(OutputError, match=f"holds {name.split('/')[0]}, which is no part of an unfinished run"):
+            quantize(model, tmp_path / "out", recipe, calibration=texts, restart=restart)
+        assert (kept / "run.json").read_text() == (kept / name).read_text() == "mine"
+        assert not (tmp_path / "out").exists()
+
+
 def test_two_at_once_are_refused(model: Path, tmp_path: Path) -> None:
     with ResumableRun(tmp_path / "out"):
         with pytest.raises(OutputError, match="out is being made by another process"):
