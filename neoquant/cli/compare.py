@@ -17,7 +17,7 @@ from neoquant.cli.evaluation import (
     fail_where,
     inputs_of,
     is_result,
-    journal_of,
+    keeping_progress,
     load_evaluated_model,
     process_group_of,
     publish,
@@ -97,7 +97,7 @@ def compare(
     chosen = choose_suite(SuiteOptions.of(ctx.params), base)
     inputs = inputs_of(chosen, suite, base, *models)
     check_output_file(json, json_kind("comparison"), terminal, inputs=inputs, force=force)
-    with process_group_of(terminal) as group:
+    with keeping_progress(json) as journal, process_group_of(terminal) as group:
         reference, others, tokenizer = _load(base, revision, models, loading.within(group), terminal)
 
         from neoquant.evaluation import compare
@@ -109,7 +109,7 @@ def compare(
             chosen,
             exclude_calibrated=exclude_calibrated,
             progress=terminal.progress,
-            journal=journal_of(json),
+            journal=journal,
             process_group=group,
         )
     if not group.rank:

@@ -12,7 +12,7 @@ from neoquant.cli.evaluation import (
     conditions_of,
     fail_where,
     inputs_of,
-    journal_of,
+    keeping_progress,
     load_evaluated_model,
     process_group_of,
     publish,
@@ -62,7 +62,7 @@ def eval_(
     chosen = choose_suite(SuiteOptions.of(ctx.params), model)
     inputs = inputs_of(chosen, suite, model)
     check_output_file(json, json_kind("evaluation"), terminal, inputs=inputs, force=force)
-    with process_group_of(terminal) as group:
+    with keeping_progress(json) as journal, process_group_of(terminal) as group:
         entry, tokenizer = load_evaluated_model(model, terminal, "eval", loading.within(group), revision)
 
         from neoquant.evaluation import evaluate
@@ -76,7 +76,7 @@ def eval_(
             calibrated_on=entry.calibrated_on,
             exclude_calibrated=exclude_calibrated,
             progress=terminal.progress,
-            journal=journal_of(json),
+            journal=journal,
             process_group=group,
         )
     if group.rank:

@@ -125,6 +125,19 @@ def journal_of(json: Path | None) -> Path | None:
     return None if json is None or is_stdout(json) else journal_path(json)
 
 
+@contextmanager
+def keeping_progress(json: Path | None) -> Iterator[Path | None]:
+    """The journal of a result; an interruption says whether the same command goes on, or what would make it."""
+    journal = journal_of(json)
+    try:
+        yield journal
+    except KeyboardInterrupt as error:
+        reason = "before anything was scored: the same command starts again"
+        if journal is None:
+            reason = "before the end: nothing is kept; with --json FILE the same command would resume"
+        raise type(error)(*(error.args or (reason,))) from error
+
+
 def journal_path(result: Path) -> Path:
     """Where what has been scored so far is kept, so that the same command goes on after an interruption."""
     return Path(f"{result}.partial")

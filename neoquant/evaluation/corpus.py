@@ -80,7 +80,7 @@ def read_corpus(
     stream = _DocumentStream(documents, exclude)
     if suite.protocol == "rolling":
         units, windows = _by_document(stream, tokenizer, suite.context)
-        notes = _plural_note(sum(unit.tokens == 0 for unit in units), "{} empty and adds nothing to score")
+        notes = _plural_note(sum(unit.tokens == 0 for unit in units), "{} empty, with nothing to score")
     elif suite.protocol == "last-word":
         units, windows = _by_last_word(stream, tokenizer, suite.context)
         notes = []

@@ -57,7 +57,7 @@ class Journal:
             if done:
                 _note(f"resuming from {self.path}: {len(done)} of {batches} batches are scored")
                 self.write(accumulator, done)
-            elif files:
+            elif files and not found:
                 _note(f"{self.path} is of another evaluation or damaged: starting from the beginning")
             for file in files:
                 if file != self._own or not done:

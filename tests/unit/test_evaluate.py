@@ -225,7 +225,7 @@ def test_rolling_counts_all_tokens_and_bytes(models: Models, make_suite: Callabl
     assert result.suite.context == 32  # the model's
     assert result.total.bits_per_byte == pytest.approx(result.total.nats_per_token / 0.6931471805599453)
     assert [score.subset for score in result.subsets] == ["code", "prose"]
-    assert result.notes == ("1 document is empty and adds nothing to score",)
+    assert result.notes == ("1 document is empty, with nothing to score",)
 
 
 def test_a_model_does_not_differ_from_itself(models: Models, make_suite: Callable[..., Suite]) -> None:

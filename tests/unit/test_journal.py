@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Cli, Result
 
+from neoquant.cli import Terminated
 from neoquant.errors import OutputError
 from neoquant.evaluation import Comparison, EvaluatedModel, ModelInfo, Suite, compare, journal, scoring
 from neoquant.evaluation.journal import ResumeNote, remove_journal
@@ -56,13 +59,13 @@ def figures(result: Comparison) -> dict[str, Any]:
 class Stops(Progress):
     """A listener that is interrupted after some calls."""
 
-    def __init__(self, after: int, error: type[BaseException]) -> None:
-        self.left, self.error = after, error
+    def __init__(self, after: int, error: type[BaseException], during: str = "scoring") -> None:
+        self.left, self.error, self.during = after, error, during
 
     @contextmanager
     def task(self, label: str, total: float | None) -> Iterator[Callable[[float], None]]:
         def advance(amount: float) -> None:
-            self.left -= label == "scoring"
+            self.left -= label == self.during
             if self.left < 0:
                 raise self.error
 
@@ -169,3 +172,36 @@ def test_killed_and_shared(suite: Suite, tiny_model: Path, make_model: Callable[
         assert figures(Comparison.from_json((tmp_path / f"{name}.json").read_text())) == expected, name
         assert table.splitlines()[:-1] == tables["alone"].splitlines()[:-1]  # the last line says how long it took
     assert not list(tmp_path.glob("*.partial*"))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "word"), [(KeyboardInterrupt, 130, "interrupted"), (Terminated, 143, "terminated")]
+)
+@pytest.mark.parametrize("verb", ["eval", "compare"])
+def test_the_last_line_says_how_to_go_on(
+    cli: Cli, tiny_model: Path, suite: Suite, verb: str, error: type[BaseException], code: int, word: str
+) -> None:
+    models = (tiny_model,) if verb == "eval" else (tiny_model, tiny_model)
+    words = (verb, *models, "--data", suite.data.path, "--context", "16")  # type: ignore[union-attr]
+
+    def stopped(after: int, *more: str, task: str = "scoring") -> Result:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("neoquant.cli.terminal.Notes.task", Stops(after, error, task).task)
+            return cli(*words, *more)
+
+    ended = stopped(3)
+    assert ended.code == code
+    hint = "nothing is kept; with --json FILE the same command would resume"
+    assert ended.error == f"{word} before the end: {hint}"
+    assert hint in stopped(3, "--json", "-").error
+    early = stopped(0, "--json", "x.json", task="reading texts.jsonl")
+    assert early.error == f"{word} before anything was scored: the same command starts again"
+    begun = stopped(0, "--json", "x.json")
+    assert re.fullmatch(rf"{word} after 0 of \d+ batches: the same command resumes from x.json.partial", begun.error)
+    kept = stopped(40, "--json", "x.json")
+    assert kept.code == code and "damaged" not in kept.err
+    last = kept.err.splitlines()[-1]
+    assert re.fullmatch(rf"{word} after [1-9]\d* of \d+ batches: the same command resumes from x.json.partial", last)
+    done = cli(*words, "--json", "x.json")
+    assert done.code == 0 and "resuming from x.json.partial" in done.err
+    assert not list(Path.cwd().glob("*.partial*"))
