@@ -38,6 +38,15 @@ AFFINE = [
 NF4 = make_grid(4, "nf4", block_size=64, double_quant=True)
 
 NEAREST, FEEDBACK = "nearest", "neoquant"  # both ours: without and with calibration
+OBJECTIVES: dict[str, dict[str, Any]] = {  # ours as well: GPTQ by other objectives than its default
+    "neoquant, model": {"objective": "model", "correction": 0.0},
+    "neoquant, attention": {"objective": "attention", "correction": 0.0},
+    "neoquant, layer": {"objective": "layer", "correction": 0.0},
+}
+SHORT = {  # the grids by what a command line calls them
+    **{f"affine{g.bits}-g{g.group_size}{'-sym' * g.symmetric}": g for g in AFFINE},
+    "nf4": NF4,
+}
 
 
 @dataclass(frozen=True)
@@ -80,8 +89,18 @@ class Maker:
     and of a peer its version and options, of neoquant all its source files.
     """
 
-    def __init__(self, model: Path, work: Path, pythons: dict[str, Path], peers: tuple[Peer, ...] = PEERS) -> None:
-        """`pythons`: package of a peer -> an interpreter that has it; peers without one are left out."""
+    def __init__(
+        self,
+        model: Path,
+        work: Path,
+        pythons: dict[str, Path],
+        peers: tuple[Peer, ...] = PEERS,
+        own: tuple[str, ...] = (),
+        grids: tuple[Grid, ...] = (*AFFINE, NF4),
+    ) -> None:
+        """`pythons`: package of a peer -> an interpreter that has it; peers without one are left out. `own`: which of
+        `OBJECTIVES` take part."""
+        self.own, self.grids = own, grids
         self.model, self.work = model.resolve(), work.resolve()
         self.pythons = {package: python.absolute() for package, python in pythons.items()}
         self.model_sha256 = file_sha256(model / "model.safetensors")
@@ -93,9 +112,9 @@ class Maker:
 
     def candidates(self) -> list[Candidate]:
         """Everything that can be made with the interpreters at hand, in the order of the tables."""
-        tools = [NEAREST, FEEDBACK, *self.peers]
-        return [Candidate(tool, grid) for grid in AFFINE for tool in tools] + [
-            Candidate(tool, NF4) for tool in (NEAREST, FEEDBACK)
+        ours = [NEAREST, FEEDBACK, *self.own]
+        return [
+            Candidate(tool, grid) for grid in self.grids for tool in (ours if grid == NF4 else [*ours, *self.peers])
         ]
 
     def key(self, candidate: Candidate, calibration: Calibration) -> str:
@@ -128,10 +147,11 @@ class Maker:
         return folder, json.loads(record.read_text("utf-8"))
 
     def _own(self, candidate: Candidate, calibration: Calibration, folder: Path) -> dict[str, Any]:
-        feedback = candidate.tool == FEEDBACK
+        feedback = candidate.tool != NEAREST
+        options = OBJECTIVES.get(candidate.tool, {})
         asked = {key: value for key, value in candidate.grid.describe().items() if key not in ("name", "bits")}
         recipe = neoquant.Recipe.simple(
-            candidate.grid.bits, candidate.grid.name, quantizer="gptq" if feedback else "nearest", **asked
+            candidate.grid.bits, candidate.grid.name, quantizer="gptq" if feedback else "nearest", **asked, **options
         )
         started = time.perf_counter()
         neoquant.quantize(self.model, folder, recipe, calibration=calibration if feedback else None)

@@ -12,7 +12,9 @@ of token ids. Each result is multiplied out to float32 and scored beside the unq
 KL divergence, agreement of the likeliest token, change of the loss. A ratio of two tools is that of their mean
 divergences, with its 95 % interval, documents being the sample, the same ones for both.
 
-A peer without an interpreter is left out, and that is said. After a change to a driver in eval/peers, delete --work.
+A peer without an interpreter is left out, and that is said. `--objectives` adds GPTQ as neoquant does it by another
+objective than its default, and `--grids` takes some of the grids only. After a change to a driver in eval/peers,
+delete --work.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from candidates import DESC_ACT, FEEDBACK, PEERS, Candidate, Maker, load_dense, rows_sha256
+from candidates import DESC_ACT, FEEDBACK, OBJECTIVES, PEERS, SHORT, Candidate, Maker, load_dense, rows_sha256
 from provenance import ROOT, provenance
 from texts import DEMO_RULE, RULE, Texts, texts
 
@@ -44,7 +46,9 @@ def main() -> None:
         if python is None:
             print(f"{package} is left out: no --{package}-python")
     peers = (*PEERS, DESC_ACT) if args.desc_act else PEERS
-    maker = Maker(args.model, args.work, {package: python for package, python in pythons.items() if python}, peers)
+    grids = tuple(SHORT[name] for name in args.grids)
+    given = {package: python for package, python in pythons.items() if python}
+    maker = Maker(args.model, args.work, given, peers, tuple(args.objectives), grids)
     scored = []
     for seed in args.seeds:
         folder = args.work / f"seed-{seed}"
@@ -78,6 +82,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--llmcompressor-python", type=Path)
     parser.add_argument("--gptqmodel-python", type=Path)
     parser.add_argument("--desc-act", action="store_true", help="GPTQModel also with its other activation order")
+    parser.add_argument("--objectives", nargs="*", choices=OBJECTIVES, default=[], help="GPTQ's others beside its own")
+    parser.add_argument("--grids", nargs="+", choices=SHORT, default=list(SHORT), help="[all]")
     return parser.parse_args()
 
 

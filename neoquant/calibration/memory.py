@@ -23,9 +23,14 @@ _INNER_ACTIVATIONS = 5  # of its inner activations, that are alive at once while
 
 @dataclass(frozen=True)
 class Methods:
-    """What a calibrated run does beside GPTQ's own: whether gradients are computed for the model's loss."""
+    """What a calibrated run does beside GPTQ's own.
+
+    gradients  are computed for the model's loss
+    reference  the unquantized model runs along, for what outputs lack
+    """
 
     gradients: bool = False
+    reference: bool = False
 
 
 PLAIN = Methods()
@@ -76,13 +81,17 @@ def _estimate(config: GPTNeoConfig, rows: int, length: int, spilled: bool, metho
     states = 4 * rows * length * C
     block = 4 * (4 * C * C + 2 * C * inner)
     piece = 4 * min(rows, rows_of_batch(length)) * length * (2 * inner + 4 * C)
+    if methods.reference:  # all of it twice, and what a layer's output lacks
+        states, piece = 2 * states, 2 * piece
     held = 0 if spilled else states
     attention = 2 * held + _SQUARES * 4 * C * C  # what out_proj sees is held as well
-    wide = 4 * rows * length * inner
+    wide = 4 * rows * length * inner * (2 if methods.reference else 1)
     keeps_inner = not spilled and wide <= _WIDEST_KEPT
     mlp = held + keeps_inner * wide + _SQUARES * 4 * inner * inner + _WEIGHTS * 4 * C * inner
     finished = config.num_layers * block // 4  # 8 bits a weight at most
     peak, disk = block + piece + max(attention, mlp), finished + (4 if spilled else 2) * states
+    if methods.reference:
+        peak += block + 2 * 4 * C * inner
     if methods.gradients:
         curvature = 4 * (5 * C * C + inner * inner)  # output-side Hessians of one block
         peak = max(peak + curvature, _gradient_memory(config, rows, length, spilled) + block)
@@ -108,6 +117,8 @@ def _gradient_memory(config: GPTNeoConfig, rows: int, length: int, spilled: bool
 def guess_seconds(config: GPTNeoConfig, rows: int, length: int, methods: Methods = PLAIN) -> float:
     """About how long a calibrated run will take on this machine's CPU: its multiplications, at a rate measured now."""
     count = _multiplications(config, rows * length)
+    if methods.reference:
+        count += _multiplications_of_reference(config, rows * length)
     if methods.gradients:
         count += _multiplications_of_gradients(config, gradient_rows(rows, length) * length)
     return count / _rate()
@@ -121,6 +132,14 @@ def _multiplications(config: GPTNeoConfig, tokens: int) -> float:
     factors = 0.7 * (3 * C**3 + inner**3)
     rounding = 0.75 * (4 * C**3 + inner * C * C + C * inner * inner)
     return config.num_layers * (forward + moments + factors + rounding)
+
+
+def _multiplications_of_reference(config: GPTNeoConfig, tokens: int) -> float:
+    """Of the unquantized model that runs along, and of what outputs lack."""
+    C, inner = config.hidden_size, config.inner_size
+    forward = tokens * (4 * C * C + 4 * C * inner)
+    lacking = tokens * (4 * C * C + 2 * C * inner)
+    return config.num_layers * (forward + lacking + 4 * C**3 + C * inner * (C + inner))
 
 
 def _multiplications_of_gradients(config: GPTNeoConfig, tokens: int) -> float:

@@ -32,6 +32,7 @@ from neoquant.quantization.recipe import Recipe
 from neoquant.quantization.resume import ResumableRun
 from neoquant.quantization.reverse import keep_output_hessians, methods_of, needs_gradients
 from neoquant.quantization.sequential import (
+    Calibrating,
     QuantizedBlock,
     embed,
     needing_calibration,
@@ -147,10 +148,14 @@ def _blocks(
             run.begin({}, config.num_layers)
             keep_output_hessians(checkpoint, plan, calibration, memory, run, progress)
         with torch.no_grad():
-            hidden = HiddenStatesInMemory((rows, length, config.hidden_size), rows_of_batch(length))
-            embed(checkpoint, calibration.ids, hidden)
-        output_hessians = run.output_hessians if needs_gradients(plan) else None
-        blocks = quantize_blocks(checkpoint, plan, hidden, 0, progress, memory.keeps_inner, output_hessians)
+            states = []
+            for _ in range(2 if memory.methods.reference else 1):
+                states.append(HiddenStatesInMemory((rows, length, config.hidden_size), rows_of_batch(length)))
+                embed(checkpoint, calibration.ids, states[-1])
+        output_hessians = run.output_hessians if memory.methods.gradients else None
+        reference = states[1] if memory.methods.reference else None
+        samples = Calibrating(states[0], memory.keeps_inner, output_hessians, reference)
+        blocks = quantize_blocks(checkpoint, plan, samples, 0, progress)
         while True:
             with torch.no_grad():  # not across a yield, which would leave it on for whoever asks
                 block = next(blocks, None)

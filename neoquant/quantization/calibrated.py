@@ -21,7 +21,7 @@ from neoquant.progress import Progress
 from neoquant.quantization.plan import Plan, PlanRow
 from neoquant.quantization.resume import FinishedBlock, ResumableRun
 from neoquant.quantization.reverse import keep_output_hessians, needs_gradients
-from neoquant.quantization.sequential import embed, quantize_blocks
+from neoquant.quantization.sequential import Calibrating, embed, quantize_blocks
 from neoquant.quantization.source_hash import hash_tensor, join_hashes
 from neoquant.quantization.streaming import Written, headers_of, output_tensors
 from neoquant.tensor import QuantizedTensor
@@ -59,17 +59,20 @@ def write_calibrated(
             writer.put_block(run.block(number))
         if run.finished:
             progress.note(f"resuming after block {run.finished} of {run.blocks}")
-        hidden = _hidden_states(checkpoint, calibration, config, memory, run)
+        hidden, reference = _hidden_states(checkpoint, calibration, config, memory, run)
         first = run.finished
-        output_hessians = run.output_hessians if needs_gradients(plan) else None
-        blocks = quantize_blocks(checkpoint, plan, hidden, first, progress, memory.keeps_inner, output_hessians)
+        output_hessians = run.output_hessians if memory.methods.gradients else None
+        samples = Calibrating(hidden, memory.keeps_inner, output_hessians, reference)
+        blocks = quantize_blocks(checkpoint, plan, samples, first, progress)
         for number, block in enumerate(blocks, first):
             output = {row.name: _output(checkpoint, plan, row, block.weights.get(row.name)) for row in block.rows}
             finished = FinishedBlock(output, {layer: report.to_dict() for layer, report in block.reports.items()})
             writer.put_block(finished)
             writer.layer_seconds |= {layer: report.seconds for layer, report in block.reports.items()}
-            run.keep(number, finished, hidden)
+            run.keep(number, finished, hidden, reference)
         hidden.close()
+        if reference is not None:
+            reference.close()
     return writer.written()
 
 
@@ -110,15 +113,18 @@ def _hidden_states(
     config: GPTNeoConfig,
     memory: CalibrationMemory,
     run: ResumableRun,
-) -> HiddenStates:
-    """The calibration samples as the first block that is not finished sees them."""
+) -> tuple[HiddenStates, HiddenStates | None]:
+    """The calibration samples as the first block that is not finished sees them, and would in the unquantized model."""
     rows, length = calibration.ids.shape
     shape = (rows, length, config.hidden_size)
-    hidden = run.hidden_states(shape, memory.spilled)
-    if hidden is None:
-        hidden = run.new_hidden_states(shape, memory.spilled)
-        embed(checkpoint, calibration.ids, hidden)
-    return hidden
+    found = []
+    for kind in ("hidden", "reference") if memory.methods.reference else ("hidden",):
+        states = run.hidden_states(shape, memory.spilled, kind)
+        if states is None:
+            states = run.new_hidden_states(shape, memory.spilled)
+            embed(checkpoint, calibration.ids, states)
+        found.append(states)
+    return found[0], found[1] if len(found) > 1 else None
 
 
 def _identity(checkpoint: Checkpoint, plan: Plan, calibration: Calibration, digest: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ A recipe is a frozen value, written in TOML::
     # scales = "range"
     # damping = 0.01
     # objective = "attention"
+    # correction = 0.0
 
 Layers are named as in the causal language model (`transformer.h.0.attn.attention.q_proj`), whatever the checkpoint's
 head.

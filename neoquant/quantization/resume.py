@@ -4,6 +4,7 @@
       run.json                            what identifies the run
       block-4-<digest>.safetensors        what the output holds of that block, and its layers' reports
       hidden-5-<digest>                   the calibration rows as block 5 sees them, float32[R, T, C]
+      reference-5-<digest>                the same in the unquantized model, where layers are corrected by it
       input-5-<digest>                    what it sees before anything is quantized, for the gradients
       gradient-5-<digest>                 the gradients there
       curvature-5-<digest>.safetensors    the output-side Hessians of its layers
@@ -49,7 +50,7 @@ _NEW = ".new"
 _DIGITS = 16  # of a digest, in a file's name
 _OURS = re.compile(
     rf"\.?(run\.json|(block|curvature)-\d+-[0-9a-f]{{{_DIGITS}}}\.safetensors|"
-    rf"(hidden|input|gradient)-\d+(-[0-9a-f]{{{_DIGITS}}})?)(.*\.new)?|{SCRATCH}.*"
+    rf"(hidden|reference|input|gradient)-\d+(-[0-9a-f]{{{_DIGITS}}})?)(.*\.new)?|{SCRATCH}.*"
 )
 
 Output = dict[str, dict[str, Tensor]]
@@ -141,11 +142,11 @@ class ResumableRun:
         except (ValueError, KeyError, SafetensorError):
             raise self._damaged(path.name) from None
 
-    def hidden_states(self, shape: tuple[int, int, int], spilled: bool) -> HiddenStates | None:
+    def hidden_states(self, shape: tuple[int, int, int], spilled: bool, kind: str = "hidden") -> HiddenStates | None:
         """The calibration rows [R, T, C] behind the last finished block, or None if there is none."""
         if not self.finished or self.finished == self.blocks:
             return None
-        return self.states(f"hidden-{self.finished}", shape, spilled)
+        return self.states(f"{kind}-{self.finished}", shape, spilled)
 
     def has(self, name: str) -> bool:
         """Whether states of that name are kept."""
@@ -197,17 +198,21 @@ class ResumableRun:
         batch = rows_of_batch(shape[1])
         return HiddenStatesOnDisk(shape, batch, self.folder) if spilled else HiddenStatesInMemory(shape, batch)
 
-    def keep(self, number: int, block: FinishedBlock, hidden: HiddenStates) -> None:
-        """Keep a block that was finished, and the `hidden` states behind it."""
+    def keep(
+        self, number: int, block: FinishedBlock, hidden: HiddenStates, reference: HiddenStates | None = None
+    ) -> None:
+        """Keep a block that was finished, and the `hidden` states behind it, also those of the unquantized model."""
         if number + 1 < self.blocks:
             self.keep_states(f"hidden-{number + 1}", hidden)
+            if reference is not None:
+                self.keep_states(f"reference-{number + 1}", reference)
         tensors = {name: tensor.contiguous() for stored in block.output.values() for name, tensor in stored.items()}
         metadata = {"made": {row: list(stored) for row, stored in block.output.items()}, "reports": block.reports}
         content = save(tensors, {key: json.dumps(value) for key, value in metadata.items()})
         digest = hashlib.sha256(content).hexdigest()
         self._write(f"block-{number}-{digest[:_DIGITS]}.safetensors", content)
         self.finished = number + 1
-        self.drop(f"hidden-{number}", f"curvature-{number}")
+        self.drop(f"hidden-{number}", f"reference-{number}", f"curvature-{number}")
 
     def remove(self) -> None:
         """Forget the run: it is finished, or nothing of it is."""

@@ -38,7 +38,8 @@ def needs_gradients(plan: Plan) -> bool:
 
 def methods_of(plan: Plan) -> Methods:
     """What a plan's calibrated run does beside GPTQ's own."""
-    return Methods(gradients=needs_gradients(plan))
+    reference = any(row.quantizer is not None and row.quantizer.needs_reference for row in plan.rows)
+    return Methods(gradients=needs_gradients(plan), reference=reference)
 
 
 def gradients_record(plan: Plan, calibration: Calibration) -> dict[str, Any]:

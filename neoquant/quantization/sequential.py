@@ -5,9 +5,10 @@ Calibration samples pass through the blocks as they become once they are quantiz
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from neoquant.calibration.attention_hessian import attention_hessians
 from neoquant.calibration.block_forward import BlockForward, Stage
 from neoquant.calibration.dataset import Calibration
 from neoquant.calibration.hidden_states import HiddenStates
+from neoquant.calibration.missing_output import MissingOutput
 from neoquant.checkpoint import Checkpoint
 from neoquant.errors import CheckpointError, RequestError, locate
 from neoquant.model.config import GPTNeoConfig
@@ -76,79 +78,116 @@ def require_calibration(plan: Plan, calibration: Calibration | None) -> None:
         raise RequestError(f"calibration holds token {largest}: the model's end at {config.vocab_size - 1}")
 
 
+@dataclass(frozen=True)
+class Calibrating:
+    """What goes through the model while its blocks are quantized.
+
+    hidden           the calibration samples as the next block sees them
+    keep_inner       as for `BlockForward`
+    output_hessians  those of the model's loss, where some layer is rounded for it
+    reference        the samples in the unquantized model, where some layer is corrected by it
+    """
+
+    hidden: HiddenStates
+    keep_inner: bool = False
+    output_hessians: OutputHessians | None = None
+    reference: HiddenStates | None = None
+
+
 def quantize_blocks(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    hidden: HiddenStates,
-    first: int,
-    progress: Progress,
-    keep_inner: bool = False,
-    output_hessians: OutputHessians | None = None,
+    checkpoint: Checkpoint, plan: Plan, samples: Calibrating, first: int, progress: Progress
 ) -> Iterator[QuantizedBlock]:
     """Each block from number `first` on.
 
     Args:
         checkpoint: read one block at a time, in float32.
         plan: what becomes of every tensor.
-        hidden: the calibration samples as block `first` sees them, and after each block as the next one does.
+        samples: as block `first` sees them, and after each block as the next one does.
         first: the number of the first block to quantize.
         progress: told of every block.
-        keep_inner: as for `BlockForward`.
-        output_hessians: those of the model's loss, where some layer is rounded for it.
     """
     config = GPTNeoConfig.from_dict(checkpoint.config)
-    forward = BlockForward(hidden, config.window_size, keep_inner)
+    forward = BlockForward(samples.hidden, config.window_size, samples.keep_inner)
+    reference = None
+    if samples.reference is not None:
+        reference = BlockForward(samples.reference, config.window_size, samples.keep_inner)
     with progress.task("calibrating", total=config.num_layers) as advance:
         advance(first)
         for number in range(first, config.num_layers):
             rows = [row for row in plan.rows if row.block == number]
-            for_loss = {} if output_hessians is None else output_hessians(number)
-            yield _quantize_block(read_block(checkpoint, rows, config, number), rows, forward, for_loss)
+            for_loss = {} if samples.output_hessians is None else samples.output_hessians(number)
+            yield _quantize_block(read_block(checkpoint, rows, config, number), rows, forward, reference, for_loss)
             advance(1)
 
 
 def _quantize_block(
-    block: Block, rows: list[PlanRow], forward: BlockForward, for_loss: dict[str, Tensor]
+    block: Block,
+    rows: list[PlanRow],
+    forward: BlockForward,
+    reference: BlockForward | None,
+    for_loss: dict[str, Tensor],
 ) -> QuantizedBlock:
     """Quantize the layers of `block`, which is changed, and leave in `forward` the hidden states behind it.
 
-    `for_loss` are the output-side Hessians, [O, O], of layers that are rounded for the model's loss.
+    `reference` takes its own through the block as it was. `for_loss` are the output-side Hessians, [O, O], of layers
+    that are rounded for the model's loss.
     """
     result = QuantizedBlock(rows, {}, {})
     targets = {row.name_in_block: row for row in rows if row.target is not None}
     output_hessians = {name: K[None] for name, K in for_loss.items()}
-    for stage in forward.stages(block):
+    for stage, twin in _stages(block, forward, reference):
         chosen = {name: row for name in stage.linears if (row := targets.get(f"{name}.weight")) is not None}
         quantizers = [row.target.quantizer for row in chosen.values() if row.target is not None]
         for_attention = any(each.uses_output_hessian and not each.needs_gradients for each in quantizers)
         if stage.linears.keys() >= ATTENTION_INPUTS and for_attention:
             found = attention_hessians(block.attn.attention, stage.inputs(), len(forward.hidden))
             output_hessians = {f"attn.attention.{name}": K for name, K in found.items()} | output_hessians
-        hessian = _observe(stage, quantizers)
+        missing = None
+        if reference is not None and twin is not None and any(each.needs_reference for each in quantizers):
+            missing = MissingOutput(stage, forward, twin, reference)
+        hessian = _observe(stage, quantizers, stage.inputs if missing is None else missing.gather)
+        lacking = {} if missing is None else {name: missing.of(name) for name in chosen}
         for name, row in chosen.items():
-            _quantize_layer(stage.linears[name], row, hessian, output_hessians.get(name), result)
+            seen = Seen(hessian, output_hessians.get(name), lacking.get(name))
+            _quantize_layer(stage.linears[name], row, seen, result)
     return result
 
 
-def _observe(stage: Stage, quantizers: list[Quantizer]) -> Hessian | None:
+def _stages(
+    block: Block, forward: BlockForward, reference: BlockForward | None
+) -> Iterator[tuple[Stage, Stage | None]]:
+    """The stages of `block`, and those of it as it was."""
+    if reference is None:
+        yield from ((stage, None) for stage in forward.stages(block))
+    else:  # weights that are quantized are replaced in one of them, never changed
+        yield from zip(forward.stages(block), reference.stages(copy.deepcopy(block)), strict=True)
+
+
+def _observe(stage: Stage, quantizers: list[Quantizer], inputs: Callable[[], Iterator[Tensor]]) -> Hessian | None:
     """What the quantizers of a stage's layers need to know about their common inputs."""
     observers = (quantizer.observer(stage.in_features) for quantizer in quantizers)
     hessian = next((observer for observer in observers if observer is not None), None)
     if hessian is not None:
-        for batch in stage.inputs():
+        for batch in inputs():
             hessian.add(batch)
     return hessian
 
 
-def _quantize_layer(
-    linear: nn.Linear, row: PlanRow, hessian: Hessian | None, output_hessian: Tensor | None, result: QuantizedBlock
-) -> None:
+class Seen(NamedTuple):
+    """What calibration says of a layer, as `Quantizer.quantize` takes it."""
+
+    hessian: Hessian | None
+    output_hessian: Tensor | None
+    missing: Tensor | None
+
+
+def _quantize_layer(linear: nn.Linear, row: PlanRow, seen: Seen, result: QuantizedBlock) -> None:
     """Quantize one layer as its row says; its weight becomes what the quantized one gives."""
     assert row.target is not None
     quantizer, grid = row.target.quantizer, row.target.grid
     with locate(row.name):
         weight = linear.weight.detach().to(row.dtype)
-        q, report = quantizer.quantize_with_report(weight, grid, hessian, output_hessian)
+        q, report = quantizer.quantize_with_report(weight, grid, *seen)
     result.weights[row.name] = q
     if report is not None:
         result.reports[row.layer] = report

@@ -51,6 +51,11 @@ class Quantizer(ABC):
         return False
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether it makes use of `missing`, for which the unquantized model runs along."""
+        return False
+
+    @property
     def label(self) -> str:
         """The name, and what was chosen otherwise than by default: `gptq, order off`."""
         return ", ".join([self.name, *(f"{k} {v}" for k, v in asdict(self).items() if v != self.options()[k])])
@@ -72,7 +77,12 @@ class Quantizer(ABC):
         return None
 
     def quantize(
-        self, w: Tensor, grid: Grid, hessian: Hessian | None = None, output_hessian: Tensor | None = None
+        self,
+        w: Tensor,
+        grid: Grid,
+        hessian: Hessian | None = None,
+        output_hessian: Tensor | None = None,
+        missing: Tensor | None = None,
     ) -> QuantizedTensor:
         """Round w[O, I] to `grid`.
 
@@ -80,15 +90,21 @@ class Quantizer(ABC):
             hessian: what calibration gathered about the layer's inputs, if anything.
             output_hessian: by how much errors in the rows of each head matter together, float32[heads, D, D] with
                 heads * D = O.
+            missing: 2/n sum of e xᵀ over the inputs x, float32[O, I], where e is what the layer's output lacks.
 
         Raises:
             FormatError: w is not a floating-point matrix, or no grid can hold it.
             RequestError: the quantizer refuses this grid, or needs inputs that it was not shown.
         """
-        return self.quantize_with_report(w, grid, hessian, output_hessian)[0]
+        return self.quantize_with_report(w, grid, hessian, output_hessian, missing)[0]
 
     def quantize_with_report(
-        self, w: Tensor, grid: Grid, hessian: Hessian | None = None, output_hessian: Tensor | None = None
+        self,
+        w: Tensor,
+        grid: Grid,
+        hessian: Hessian | None = None,
+        output_hessian: Tensor | None = None,
+        missing: Tensor | None = None,
     ) -> tuple[QuantizedTensor, LayerReport | None]:
         """The same, and a report of what happened; None if there is nothing to report."""
         if w.dim() != 2 or not w.is_floating_point() or 0 in w.shape:
@@ -97,10 +113,10 @@ class Quantizer(ABC):
             raise RequestError(reason)
         if self.needs_calibration and (hessian is None or hessian.columns != w.shape[1] or not hessian.rows):
             raise RequestError(f"{self.name} needs the layer's inputs: observe some first")
-        return self._quantize(w, grid, hessian, output_hessian)
+        return self._quantize(w, grid, hessian, output_hessian, missing)
 
     @abstractmethod
     def _quantize(
-        self, w: Tensor, grid: Grid, hessian: Hessian | None, output_hessian: Tensor | None
+        self, w: Tensor, grid: Grid, hessian: Hessian | None, output_hessian: Tensor | None, missing: Tensor | None
     ) -> tuple[QuantizedTensor, LayerReport | None]:
         """`quantize_with_report` of what was checked: w is a floating-point matrix, on a grid that is not refused."""

@@ -68,12 +68,15 @@ class Gptq(Quantizer):
                error is also compensated in the later rows of its head (see `hessian.OutputFactor`). layer: every layer
                for its own output, as in the paper. model: every layer for the model's loss, to second order: all its
                rows are coupled (see `calibration.loss_hessian`).
+    correction part of the way that a weight first moves to make up for what its layer's output lacks, since earlier
+               layers are quantized (see `calibration.missing_output`), with `damping` as the ridge: 0 to 1.
     """
 
     order: str = "static"
     scales: str = "range"
     damping: float = 0.01
     objective: str = "attention"
+    correction: float = 0.0
 
     name: ClassVar[str] = "gptq"
     needs_calibration: ClassVar[bool] = True
@@ -92,6 +95,9 @@ class Gptq(Quantizer):
         if self.objective not in OBJECTIVES:
             raise RequestError(f"objective {self.objective!r}: legal are {', '.join(OBJECTIVES)}")
 
+        if not 0 <= self.correction <= 1:
+            raise RequestError(f"correction {self.correction}: legal is 0 (none) to 1")
+
     def sample_report(self) -> Report:
         error = 0.012345678901234567
         return Report(self.objective, self.scales, self.damping, 0, False, 0, error, error, 0.0)
@@ -107,15 +113,20 @@ class Gptq(Quantizer):
     def needs_gradients(self) -> bool:
         return self.objective == "model"
 
+    @property
+    def needs_reference(self) -> bool:
+        return self.correction > 0
+
     def _quantize(
-        self, w: Tensor, grid: Grid, hessian: Hessian | None, output_hessian: Tensor | None
+        self, w: Tensor, grid: Grid, hessian: Hessian | None, output_hessian: Tensor | None, missing: Tensor | None
     ) -> tuple[QuantizedTensor, Report]:
         started = time.perf_counter()
         assert hessian is not None
         output_hessian = self._used_output_hessian(output_hessian, len(w))
         factor = hessian.factor(self.order != "off", self.damping)
         order = hessian.order() if self.order == "dynamic" else None
-        weight = w.detach().float() if order is None else w.detach().float()[:, order]
+        weight = self._corrected(w.detach().float(), hessian, missing)
+        weight = weight if order is None else weight[:, order]
         refit = self._refit(hessian, order)
         columns = grid.columns(grid.fit(weight, refit.search, refit.importance), (w.shape[0], w.shape[1]))
         nearest = grid.decode(grid.round(weight, columns.params), columns.params)
@@ -134,6 +145,14 @@ class Gptq(Quantizer):
             error=error,
             seconds=time.perf_counter() - started,
         )
+
+    def _corrected(self, weight: Tensor, hessian: Hessian, missing: Tensor | None) -> Tensor:
+        """weight[O, I], moved towards the one that gives what the layer's output lacks."""
+        if missing is None or not self.correction:
+            return weight
+        if missing.shape != weight.shape:
+            raise RequestError(f"missing output {list(missing.shape)} is not that of a weight {list(weight.shape)}")
+        return weight + self.correction * hessian.solve(missing, self.order != "off", self.damping)
 
     def _used_output_hessian(self, output_hessian: Tensor | None, rows: int) -> Tensor | None:
         """`output_hessian` where it is used. Raises RequestError if it is not that of so many rows."""

@@ -90,6 +90,16 @@ class Hessian:
             self._factors[ordered, damping] = _factor(H, mean, damping)
         return self._factors[ordered, damping]
 
+    def solve(self, missing: Tensor, ordered: bool, damping: float) -> Tensor:
+        """missing[O, I] times the inverse of H, damped: by the factor of `factor`, which GPTQ needs as well."""
+        upper = self.factor(ordered, damping).upper
+        if not ordered:
+            return missing @ upper.T @ upper
+        order = self.order()
+        solved = torch.empty_like(missing)
+        solved[:, order] = missing[:, order] @ upper.T @ upper
+        return solved
+
 
 @dataclass(frozen=True)
 class OutputFactor:

@@ -56,7 +56,7 @@ class Hqq(Quantizer):
         return None if isinstance(grid, Affine) else f"hqq solves for the scales of affine groups, {grid.name} has none"
 
     def _quantize(
-        self, w: Tensor, grid: Grid, hessian: Hessian | None, output_hessian: Tensor | None
+        self, w: Tensor, grid: Grid, hessian: Hessian | None, output_hessian: Tensor | None, missing: Tensor | None
     ) -> tuple[QuantizedTensor, None]:
         assert isinstance(grid, Affine)
         params = grid.fit_groups(w, lambda groups, columns: self._solve(grid, groups))

@@ -20,7 +20,7 @@ class Nearest(Quantizer):
     name: ClassVar[str] = "nearest"
 
     def _quantize(
-        self, w: Tensor, grid: Grid, hessian: Hessian | None, output_hessian: Tensor | None
+        self, w: Tensor, grid: Grid, hessian: Hessian | None, output_hessian: Tensor | None, missing: Tensor | None
     ) -> tuple[QuantizedTensor, None]:
         codes, params = grid.nearest(w)
         return QuantizedTensor(codes, grid, params, dtype=w.dtype), None

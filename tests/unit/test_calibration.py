@@ -26,7 +26,7 @@ from neoquant.quantization.quantize import plan, quantize
 from neoquant.quantization.recipe import Recipe
 from neoquant.quantizers import Gptq, Hessian
 
-GPTQ3 = Recipe.simple(3, "affine", group_size=32, quantizer="gptq")
+GPTQ3 = Recipe.simple(3, "affine", group_size=32, quantizer="gptq", objective="attention", correction=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,9 @@ def test_a_folder_is_the_quantizer_applied_block_by_block(model: Path, tmp_path:
                     weighing = attention_hessians(block.attn.attention, stage.inputs(), len(calibration().ids))
                 for name, linear in stage.linears.items():
                     grid, weight = GPTQ3.rules[0].grid(), linear.weight.detach()
-                    q = Gptq().quantize(weight, grid, hessian, weighing.get(name.rpartition(".")[2]))
+                    q = Gptq(objective="attention").quantize(
+                        weight, grid, hessian, weighing.get(name.rpartition(".")[2])
+                    )
                     replace_weight(linear, q.dequantize(torch.float32))
                     layer = quantized.get_submodule(name)
                     assert isinstance(layer, QuantLinear)

@@ -25,8 +25,8 @@ from neoquant.quantization.quantize import quantize
 from neoquant.quantization.recipe import Recipe
 from neoquant.quantization.resume import ResumableRun
 
-RECIPE = Recipe.simple(3, "affine", group_size=16, quantizer="gptq", objective="attention")
-FOR_LOSS = Recipe.simple(3, "affine", group_size=16, quantizer="gptq", objective="model")
+RECIPE = Recipe.simple(3, "affine", group_size=16, quantizer="gptq", objective="attention", correction=0.0)
+FOR_LOSS = Recipe.simple(3, "affine", group_size=16, quantizer="gptq", objective="model", correction=0.5)
 SHAPE: dict[str, Any] = {
     "num_layers": 3,
     "hidden_size": 16,
