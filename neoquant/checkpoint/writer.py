@@ -6,7 +6,6 @@ Everything is written into a hidden folder beside the target, which gets its nam
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from neoquant.checkpoint.headers import DTYPE_NAMES, TensorHeader
 from neoquant.checkpoint.shard import Layout, Shard, header_reserve
 from neoquant.checkpoint.weight_files import CONFIG
 from neoquant.errors import CheckpointError, OutputError
+from neoquant.files.locks import close_folder, open_folder, take_lock
 from neoquant.files.reading import read_json
 from neoquant.files.writing import sync_folder
 
@@ -65,7 +65,7 @@ class CheckpointWriter:
         self._reserve = header_reserve(tensors)
         self._partial = self.out.parent / f".{self.out.name}.partial-{os.getpid()}"
         self._replaced = self.out.parent / f".{self.out.name}.replaced-{os.getpid()}"
-        self._lock = -1
+        self._lock: int | None = None
         self._shards: list[Shard] = []
         self._names: set[str] = set()
         self._finished = False
@@ -80,8 +80,8 @@ class CheckpointWriter:
             except FileExistsError:
                 raise OutputError(f"{self.out} is being written already (to {self._partial})") from None
             try:
-                self._lock = os.open(self._partial, os.O_RDONLY)
-                _try_lock(self._lock)
+                self._lock = open_folder(self._partial)
+                take_lock(self._lock)
             except BaseException:  # __exit__ is not called for what happens here, Ctrl-C included
                 self._partial.rmdir()
                 raise
@@ -92,7 +92,7 @@ class CheckpointWriter:
     ) -> None:
         for shard in self._shards:
             shard.abandon()
-        os.close(self._lock)
+        close_folder(self._lock)
         shutil.rmtree(self._partial, ignore_errors=True)
         if error is None and not self._finished:
             raise RuntimeError("finish() was not called, so no checkpoint was written")
@@ -273,24 +273,12 @@ def _sweep(out: Path) -> None:
         else:  # killed between the two renames: the old checkpoint is the only whole one
             replaced.rename(out)
     for partial in leftovers("partial"):
-        descriptor = os.open(partial, os.O_RDONLY)
+        descriptor = open_folder(partial)
         try:
-            if _try_lock(descriptor):
+            if take_lock(descriptor):  # without locks it might be a living writer's
                 shutil.rmtree(partial, ignore_errors=True)
         finally:
-            os.close(descriptor)
-
-
-def _try_lock(descriptor: int) -> bool:
-    """Lock a folder for as long as it is open; false where another process holds it, or the disk knows no locks.
-
-    A lock dies with its process, also on another machine or in another container, where a process number says nothing.
-    """
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+            close_folder(descriptor)
 
 
 @contextmanager

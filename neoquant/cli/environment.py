@@ -31,7 +31,8 @@ def facts() -> Iterator[Fact]:
     model, features = _cpu()
     yield "cpu", f"{model}, {os.cpu_count()} cores, torch runs {torch.get_num_threads()} threads"
     yield "features", f"{', '.join(features) or 'none known'}; torch uses {torch.backends.cpu.get_cpu_capability()}"
-    yield "memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB"
+    if hasattr(os, "sysconf"):  # not on Windows
+        yield "memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB"
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(index)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from neoquant.errors import OutputError
+from neoquant.files.locks import close_folder, open_folder
 
 TEMPORARY = ".new"
 """How the name of a temporary file ends."""
@@ -43,7 +44,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 if old is not None:
-                    os.fchmod(file.fileno(), stat.S_IMODE(old.st_mode))
+                    temporary.chmod(stat.S_IMODE(old.st_mode))
                 os.fsync(file.fileno())
             temporary.replace(target)
         except BaseException:
@@ -61,14 +62,16 @@ def write_file(path: str | Path, content: str | bytes) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Wait until the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = open_folder(folder)
+    if descriptor is None:
+        return
     try:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system without it
             raise
     finally:
-        os.close(descriptor)
+        close_folder(descriptor)
 
 
 @contextmanager

@@ -17,7 +17,6 @@ afterwards. So a process may be killed at any moment.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -43,7 +42,8 @@ from neoquant.calibration.hidden_states import (
     writing,
 )
 from neoquant.errors import OutputError, RequestError
-from neoquant.files.writing import write_file
+from neoquant.files.locks import close_folder, open_folder, take_lock
+from neoquant.files.writing import sync_folder, write_file
 
 _RUN = "run.json"
 _NEW = ".new"
@@ -85,12 +85,12 @@ class ResumableRun:
         self.finished = 0
         self.blocks = 0
         self._restart = restart
-        self._lock = -1
+        self._lock: int | None = None
 
     def __enter__(self) -> ResumableRun:
         with writing(self.folder):
             while not self._is_locked():
-                os.close(self._lock)
+                close_folder(self._lock)
         return self
 
     def __exit__(
@@ -100,7 +100,7 @@ class ResumableRun:
             self.remove()
         with suppress(OSError):  # it is gone, or holds something
             self.folder.rmdir()
-        os.close(self._lock)
+        close_folder(self._lock)
         if kind is not None and issubclass(kind, KeyboardInterrupt) and self._holds_work():
             place = f"after block {self.finished} of {self.blocks}" if self.finished else "on the way to the gradients"
             raise kind(f"{place}: the same command resumes there, --restart starts again") from error
@@ -231,18 +231,16 @@ class ResumableRun:
         """Lock the folder, made if need be; False if it was removed meanwhile. A lock dies with its process."""
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock = os.open(self.folder, os.O_RDONLY)
+            self._lock = open_folder(self.folder)
         except FileNotFoundError:
-            self._lock = os.open(self.folder.parent, os.O_RDONLY)
+            self._lock = None
             return False
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
+        if take_lock(self._lock) is False:
+            close_folder(self._lock)
             made = self.folder.name.removeprefix(".").removesuffix(".unfinished")
-            raise OutputError(f"{self.folder.parent / made} is being made by another process") from None
-        except OSError:
-            pass  # a disk that knows no locks
+            raise OutputError(f"{self.folder.parent / made} is being made by another process")
+        if self._lock is None:
+            return True
         with_name = self.folder.stat() if self.folder.exists() else None
         return with_name is not None and os.path.samestat(with_name, os.fstat(self._lock))
 
@@ -288,7 +286,7 @@ class ResumableRun:
     def _rename(self, path: Path, name: str) -> None:
         with writing(path):
             path.rename(self.folder / name)
-            os.fsync(self._lock)  # the folder itself
+            sync_folder(self.folder)
 
     def _clear(self) -> None:
         """Remove what is inside; first what says that there is anything."""

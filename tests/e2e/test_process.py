@@ -55,6 +55,33 @@ def test_a_terminal_without_utf8_does_not_crash(tiny_model: Path) -> None:
     assert done.returncode == 0 and done.stdout.startswith(b"? ? 3")
 
 
+ELSEWHERE = """
+import sys
+sys.modules.update(fcntl=None, resource=None)
+from neoquant.cli import run
+run()
+"""
+
+
+def test_what_windows_lacks_is_not_needed(tiny_model: Path, tmp_path: Path) -> None:
+    """Without fcntl, resource and the native library: quantize, replace, calibrate, evaluate and generate."""
+    text = tmp_path / "text.txt"
+    text.write_text("All happy families are alike. " * 40)
+    out = tmp_path / "out"
+    verbs = [
+        ["quantize", tiny_model, "--bits", "4", "--type", "nf4", "--out", out],
+        ["quantize", tiny_model, "--bits", "4", "--type", "gptq", "--group-size", "16", "--out", out, "--force"],
+        ["eval", out, "--data", text, "--context", "16", "--json", tmp_path / "result.json"],
+        ["generate", out, "--prompt", "All", "--max-new-tokens", "4", "--greedy"],
+    ]
+    verbs[1] += ["--calibration", text, "--rows", "2", "--length", "16"]
+    for words in verbs:
+        command = [sys.executable, "-c", ELSEWHERE, *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"NEOQUANT_ISA": "off"})
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "result.json").is_file() and done.stdout.startswith("All")
+
+
 @pytest.mark.slow
 def test_an_installed_copy_is_whole(tmp_path: Path) -> None:
     """A wheel holds suites, recipes and the bundled model, and runs from anywhere."""

@@ -229,7 +229,7 @@ def test_an_interruption_while_entering_leaves_nothing(tmp_path: Path, monkeypat
     def interrupt(*_: object) -> bool:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("neoquant.checkpoint.writer._try_lock", interrupt)
+    monkeypatch.setattr("neoquant.checkpoint.writer.take_lock", interrupt)
     with pytest.raises(KeyboardInterrupt), CheckpointWriter(tmp_path / "out", tensors=1):
         pass
     assert list(tmp_path.iterdir()) == []
