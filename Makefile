@@ -10,7 +10,7 @@ DEMO   := .demo
 PYTEST_FLAGS ?= --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-cuda-simulated test-jax check docs fix bench clean
+.PHONY: help demo test test-gpu test-cuda-simulated test-jax test-triton check docs fix bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -59,6 +59,15 @@ test-cuda-simulated: $(VENV)/.installed-test  ## the tests that need a CUDA devi
 # Each program runs once or twice: optimizing it takes longer than it saves.
 test-jax: $(VENV)/.installed-jax  ## the tests of the JAX models
 	OMP_NUM_THREADS=1 JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/unit/test_jax.py
+
+$(VENV)/.installed-triton: $(VENV)/.installed-test
+	$(PIP) --editable '.[triton]'
+	@touch $@
+
+# Programs in Triton's interpreter, then compiled ahead of time: no GPU is needed for either.
+test-triton: $(VENV)/.installed-triton  ## the tests of the kernels written in Triton
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/triton_kernels
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/triton_kernels/test_compiled.py
 
 check: $(VENV)/.installed-check  ## formatting, lint and types
 	$(BIN)/ruff format --check .

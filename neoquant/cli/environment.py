@@ -12,7 +12,16 @@ from neoquant import __version__
 
 Fact = tuple[str, str]
 
-LIBRARIES = ("torch", "bitsandbytes", "safetensors", "tokenizers", "huggingface-hub", "datasets", "transformers")
+LIBRARIES = (
+    "torch",
+    "bitsandbytes",
+    "safetensors",
+    "tokenizers",
+    "huggingface-hub",
+    "datasets",
+    "transformers",
+    "triton",
+)
 
 # What kernels for quantized weights look for, as Linux names it.
 CPU_FEATURES = ("avx2", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "asimddp", "i8mm", "bf16")

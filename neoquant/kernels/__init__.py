@@ -10,8 +10,9 @@ from neoquant.kernels.bnb import Bitsandbytes
 from neoquant.kernels.cpu import Cpu
 from neoquant.kernels.reference import Reference
 from neoquant.kernels.rounded import CpuInt8, ReferenceInt8
+from neoquant.kernels.triton import Triton
 
-KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (Cpu(), Bitsandbytes(), Reference())}
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (Cpu(), Triton(), Bitsandbytes(), Reference())}
 ROUNDING: dict[str, Kernel] = {kernel.name: kernel for kernel in (CpuInt8(), ReferenceInt8())}
 """Kernels that are not exact, and are taken only where somebody asks for it."""
 
@@ -28,6 +29,7 @@ __all__ = [
     "Reference",
     "ReferenceInt8",
     "State",
+    "Triton",
     "choose",
 ]
 

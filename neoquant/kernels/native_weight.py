@@ -37,10 +37,15 @@ class _Arrangement(NamedTuple):
     weight: Callable[[State], products.Weight]
 
 
-def refuse(grid: Grid, shape: tuple[int, ...]) -> str | None:
-    """Why the library cannot hold a weight [O, I] on `grid`, or None."""
+def refuse(grid: Grid, shape: tuple[int, ...], who: str = "the native library does") -> str | None:
+    """Why a weight [O, I] on `grid` cannot be held so, or None; `who` cannot run it."""
     found = _arrange(grid, shape)
-    return found if isinstance(found, str) else None
+    return f"{who} not run {grid.name}: {found}" if isinstance(found, str) else None
+
+
+def codes_name(grid: Grid, shape: tuple[int, ...]) -> str:
+    """The name of the codes in the state."""
+    return _require(grid, shape).codes
 
 
 def pack_codes(codes: Tensor, grid: Grid) -> State:
@@ -69,7 +74,7 @@ def native_weight(state: State, grid: Grid, shape: tuple[int, ...]) -> products.
 def _require(grid: Grid, shape: tuple[int, ...]) -> _Arrangement:
     found = _arrange(grid, shape)
     if isinstance(found, str):
-        raise FormatError(found)
+        raise FormatError(f"the native library does not run {grid.name}: {found}")
     return found
 
 
@@ -87,7 +92,7 @@ def _arrange(grid: Grid, shape: tuple[int, ...]) -> _Arrangement | str:
     else:
         reason = _refuse_affine(decoding, dtype, shape)
         made = None if reason else _Arrangement("packed", False, _affine(decoding, shape))
-    return made if made is not None else f"the native library does not run {grid.name}: {reason}"
+    return made if made is not None else str(reason)
 
 
 def _refuse_codebook(decoding: Decoding, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:

@@ -12,10 +12,12 @@ Nothing here says how long anything takes, and gradients are not computed: torch
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +30,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 import neoquant
 from neoquant.grids import load_bitsandbytes
+from neoquant.kernels.triton import kernel as triton_kernel
+from neoquant.kernels.triton import launch
 from simulated_cuda.guard import load_guard
 
 CUDA = torch.device("cuda", 0)
@@ -318,8 +322,22 @@ def patches(counts: Counts, capability: tuple[int, int]) -> Iterator[Any]:
     yield mock.patch.object(torch, "Generator", Generator)
     library = type(load_bitsandbytes().cextension.lib)
     yield mock.patch.object(library, "compiled_with_cuda", True)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        yield mock.patch.object(launch, "run", partial(interpret, counts))
+    else:
+        yield mock.patch.object(triton_kernel, "lacking", lambda: "Triton compiles nothing for a simulated device")
     yield mock.patch.object(torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor.to(CUDA))
     yield mock.patch.object(torch.Tensor, "pin_memory", lambda tensor, device=None: tensor)
+
+
+def interpret(counts: Counts, program: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: Any) -> None:
+    """Run a program of Triton in its interpreter: one launch."""
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor) and not isinstance(value, OnDevice):
+            raise ValueError(f"Pointer argument ({name}) cannot be accessed from Triton (cpu tensor?)")
+    counts.launches[where()] += 1
+    with torch._C._DisableTorchDispatch():
+        program[grid](**bare(arguments), **options)
 
 
 @contextmanager

@@ -273,7 +273,7 @@ def test_a_gpu_gives_the_cpus_logits(kind: str | None, tiny_model: Path, tmp_pat
         neoquant.quantize(tiny_model, source, neoquant.Recipe.load(kind))
     expected, _ = neoquant.load(source, device="cpu")
     found, _ = neoquant.load(source, device="cuda", dtype="float32")
-    assert neoquant.load(source)[0].dtype == torch.float16
+    assert neoquant.load(source)[0].dtype == torch.bfloat16
     with torch.no_grad():
         a, b = expected(IDS).logits, found(IDS.cuda()).logits.cpu()
     assert (a - b).abs().max() <= 1e-3 * a.abs().max()

@@ -1,0 +1,9 @@
+"""Kernels for GPUs, written in Triton: products with packed weights, and rows of them.
+
+`programs` is what is compiled, `arrangement` how a weight is described to it, `launch` how it is started, `kernel` the
+Kernel. Triton is imported when the first program is launched.
+"""
+
+from neoquant.kernels.triton.kernel import Triton
+
+__all__ = ["Triton"]

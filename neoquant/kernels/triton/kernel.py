@@ -1,0 +1,101 @@
+"""The kernel by Triton's programs, for every grid whose `Decoding` fits them, on CUDA devices."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from neoquant.grids import Grid
+from neoquant.kernels import native_weight
+from neoquant.kernels.base import Kernel, State, require_ids
+from neoquant.kernels.triton import launch
+from neoquant.kernels.triton.arrangement import LARGEST, Arrangement, arrange
+from neoquant.tensor import QuantizedTensor
+
+COMPUTED = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Triton(Kernel):
+    """State: as `Cpu` holds it: the codes as `native_weight` packs them, parameters, `order` where there is one.
+
+    Few rows of activations, up to `launch.SOME`, meet the packed weight in one launch; for more it is decoded in one
+    and torch multiplies. Not yet measured on hardware.
+    """
+
+    name: ClassVar[str] = "triton"
+
+    def refuse(self, grid: Grid, shape: tuple[int, ...], device: torch.device, ordered: bool = False) -> str | None:
+        if device.type != "cuda":
+            return f"Triton's kernels run on CUDA, not on {device.type}"
+        if reason := lacking():
+            return reason
+        if shape[0] * shape[1] >= LARGEST:
+            return f"Triton's kernels count to {LARGEST - 1:,} weights, not {shape[0] * shape[1]:,}"
+        return native_weight.refuse(grid, shape, "Triton's kernels do")
+
+    def pack(self, q: QuantizedTensor) -> State:
+        state = {**native_weight.pack_codes(q.codes, q.grid), **q.params}
+        return state if q.order is None else {**state, "order": q.order}
+
+    def unpack(self, state: State, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype) -> QuantizedTensor:
+        params = {name: state[name] for name in grid.param_shapes(shape)}
+        codes = native_weight.unpack_codes(state, grid, shape)
+        return QuantizedTensor(codes, grid, params, state.get("order"), dtype)
+
+    def linear(self, x: Tensor, state: State, grid: Grid, shape: tuple[int, ...], bias: Tensor | None) -> Tensor:
+        arrangement = arranged(state, grid, shape)
+        rows = x.reshape(-1, shape[1])
+        if torch.is_grad_enabled() and x.requires_grad:
+            y: Tensor = _PackedProduct.apply(rows, state, arrangement, shape, bias)  # type: ignore[no-untyped-call]
+        else:
+            y = _product(rows, state, arrangement, shape, bias)
+        return y.view(*x.shape[:-1], shape[0])
+
+    def embedding(self, ids: Tensor, state: State, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        require_ids(ids, shape[0])
+        kind = dtype if dtype in COMPUTED else torch.float32
+        rows = launch.decode(state, arranged(state, grid, shape), shape, kind, ids.reshape(-1))
+        return rows.to(dtype).view(*ids.shape, shape[1])
+
+
+def arranged(state: State, grid: Grid, shape: tuple[int, ...]) -> Arrangement:
+    """How the programs see the weight of a state."""
+    return arrange(grid, shape, native_weight.codes_name(grid, shape))
+
+
+def _product(x: Tensor, state: State, arrangement: Arrangement, shape: tuple[int, ...], bias: Tensor | None) -> Tensor:
+    if arrangement.aligned and 0 < x.shape[0] <= launch.SOME and x.dtype in COMPUTED:
+        return launch.multiply(x, state, arrangement, shape, bias)
+    return torch.nn.functional.linear(x, _decoded(state, arrangement, shape, x.dtype), bias)
+
+
+def _decoded(state: State, arrangement: Arrangement, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return launch.decode(state, arrangement, shape, dtype if dtype in COMPUTED else torch.float32).to(dtype)
+
+
+class _PackedProduct(torch.autograd.Function):
+    """The product, with the gradient of x; the weight has none."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, state: State, arrangement: Arrangement, shape: tuple[int, ...], bias: Tensor | None
+    ) -> Tensor:
+        ctx.weight = state, arrangement, shape
+        return _product(x, state, arrangement, shape, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        state, arrangement, shape = ctx.weight
+        return grads[0] @ _decoded(state, arrangement, shape, grads[0].dtype), None, None, None, None
+
+
+@cache
+def lacking() -> str | None:
+    """Why Triton's programs cannot be compiled here, or None."""
+    if find_spec("triton") is None:
+        return "the package triton is not installed (torch brings it with CUDA; else pip install neoquant[triton])"
+    return None

@@ -1,0 +1,120 @@
+"""Every program compiled ahead of time, as a launch would compile it, for cards that are not here.
+
+Held: no register is spilled and no memory of a thread's own is used, the shared memory fits, registers stay below a
+bound, and the table of a codebook is never read from the card's memory by code.
+"""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("Triton's interpreter compiles nothing: make test-triton", allow_module_level=True)
+triton = pytest.importorskip("triton", reason="Triton is not installed: make test-triton")
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from neoquant.grids import Affine, Codebook, Grid, Mxfp4, make_grid
+from neoquant.kernels import Triton
+from neoquant.kernels.triton import launch
+from neoquant.kernels.triton.kernel import arranged
+from neoquant.quantizers import Nearest
+
+CARDS = (80, 86, 89, 90, 100)
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # KiB that a program may have (CUDA C programming guide, 16.2)
+REGISTERS = {"multiply_few": 72, "multiply_some": 128, "decode": 40}
+GRIDS: dict[str, Grid] = {
+    "nf4": Codebook("nf4", 64, True), "fp4": Codebook("fp4", 64, False), "mxfp4": Mxfp4(), "int8": make_grid(8, "int8"),
+    "affine-2": Affine(2, 64), "affine-3": Affine(3, 128), "affine-4": Affine(4, 64), "affine-8": Affine(8, 128, True),
+    "affine-4-row": Affine(4, -1),
+}  # fmt: skip
+TYPES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int8: "i8",
+    torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def launched(grid: Grid, rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, Any]:
+    """The program, arguments and options with which so many rows (0: none, the weight is decoded) meet a weight."""
+    shape = (256, 1024)
+    kept: list[tuple[Any, Any, Any]] = []
+    monkeypatch.setattr(
+        launch, "run", lambda program, grid, arguments, options: kept.append((program, arguments, options))
+    )
+    q = Nearest().quantize(torch.randn(shape), grid)
+    state = Triton().pack(q)
+    arrangement = arranged(state, grid, shape)
+    if rows:
+        x, bias = torch.empty(rows, shape[1], dtype=dtype), torch.empty(shape[0], dtype=dtype)
+        launch.multiply(x, state, arrangement, shape, bias, "gelu_new", torch.empty(rows, shape[0], dtype=dtype))
+    else:
+        launch.decode(state, arrangement, shape, dtype)
+    return kept[0]
+
+
+def compiled(program: Any, arguments: dict[str, Any], options: dict[str, Any], card: int) -> Any:
+    """As Triton's launcher specializes: whole constants, ones, and what 16 divides."""
+    signature, constants, attributes = {}, {}, {}
+    for at, name in enumerate(program.arg_names):
+        value = arguments[name]
+        if isinstance(value, torch.Tensor):
+            signature[name] = f"*{TYPES[value.dtype]}"
+            attributes[(at,)] = [["tt.divisibility", 16]]
+        elif (name.isupper() and name not in "MNK") or value == 1:
+            signature[name], constants[name] = "constexpr", value
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0:
+                attributes[(at,)] = [["tt.divisibility", 16]]
+    source = ASTSource(program, signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", card, 32), options=options)
+
+
+def resources(cubin: bytes, folder: Path) -> dict[str, int]:
+    path = folder / "program.cubin"
+    path.write_bytes(cubin)
+    told = subprocess.run([TOOLS / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", told)
+    assert found, told
+    return dict(zip(("registers", "stack", "shared", "local"), map(int, found.groups()), strict=True))
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [(1, torch.bfloat16), (4, torch.float16), (16, torch.bfloat16), (0, torch.bfloat16)]
+)
+def test_programs_fit_every_card(
+    name: str, rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program, arguments, options = launched(GRIDS[name], rows, dtype, monkeypatch)
+    for card in CARDS if name in ("nf4", "affine-4") else (80, 90):
+        made = compiled(program, arguments, options, card)
+        used = resources(made.asm["cubin"], tmp_path)
+        print(f"\n{name} rows={rows} sm_{card}: {used} shared={made.metadata.shared}")
+        assert used["stack"] == used["local"] == 0, "registers are spilled"
+        assert used["registers"] <= REGISTERS[program.__name__]
+        assert made.metadata.shared <= SHARED[card] << 10
+        if arguments["TABLE"]:  # 16 numbers, read once: what a code is looked up in lies in shared memory or registers
+            assert "tt.gather" in made.asm["ttir"]
+
+
+@pytest.mark.parametrize("rows", [40, 64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_many_rows_fit_too(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program, arguments, options = launched(GRIDS["nf4"], rows, dtype, monkeypatch)
+    for card in (80, 90):
+        made = compiled(program, arguments, options, card)
+        used = resources(made.asm["cubin"], tmp_path)
+        print(f"\nnf4 rows={rows} {dtype} sm_{card}: {used} shared={made.metadata.shared}")
+        assert used["stack"] == used["local"] == 0 and made.metadata.shared <= SHARED[card] << 10
+        assert used["registers"] <= REGISTERS["multiply_some"]
