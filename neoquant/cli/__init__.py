@@ -48,7 +48,6 @@ TERMINATED = 143  # ... and by SIGTERM
 
 app = typer.Typer(
     name="neoquant",
-    add_completion=False,
     rich_markup_mode=None,  # plain help: half the time, and it can be searched, piped and read aloud
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -170,6 +169,8 @@ def _terminate(*_: Any) -> None:
 
 def run() -> None:
     """The `neoquant` command."""
+    if "_NEOQUANT_COMPLETE" in os.environ:  # set by what --install-completion gives to the shell
+        app(prog_name="neoquant")
     # Python has none where it was closed.
     sys.stdin = sys.stdin or Path(os.devnull).open()  # noqa: SIM115
     sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115

@@ -55,6 +55,15 @@ def test_a_terminal_without_utf8_does_not_crash(tiny_model: Path) -> None:
     assert done.returncode == 0 and done.stdout.startswith(b"? ? 3")
 
 
+@pytest.mark.parametrize(
+    ("typed", "number", "expected"), [("neoquant qua", 1, {"quantize"}), ("neoquant plan --group", 2, {"--group-size"})]
+)
+def test_a_shell_completes_verbs_and_options(typed: str, number: int, expected: set[str]) -> None:
+    asked = {"_NEOQUANT_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(number)}
+    done = subprocess.run(PYTHON, capture_output=True, text=True, env=os.environ | asked)
+    assert set(done.stdout.split()) == expected and not done.stderr
+
+
 ELSEWHERE = """
 import sys
 sys.modules.update(fcntl=None, resource=None)
