@@ -132,13 +132,14 @@ class SelfAttention(nn.Module):
     def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, masks: AttentionMasks) -> Tensor:
         # scale=1.0: GPT-Neo does not scale. Every backend accumulates the scores of half-precision inputs in float32.
         dropout = self.dropout if self.training else 0.0
-        if masks.is_plain_causal(self.local):
+        compiled = torch.compiler.is_compiling()  # one graph for every length asks nothing about the window
+        if not (self.local and compiled) and masks.is_plain_causal(self.local):
             return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=1.0)
-        if masks.keep is None and masks.T == 1 and self.local:
+        if masks.keep is None and masks.T == 1 and self.local and not compiled:
             # One new position sees exactly the last `window_size`: a slice does what a mask would.
             key, value = key[:, :, -self.window_size :], value[:, :, -self.window_size :]
             return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=1.0)
-        if masks.keep is None and self.local and self.window_size < masks.T:
+        if masks.keep is None and self.local and not compiled and self.window_size < masks.T:
             return self._by_stretches(query, key, value, masks, dropout)
         mask = masks.mask(self.local)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=1.0)
@@ -311,7 +312,7 @@ class Decoder(Network):
                 raise ContextError(f"{past + T} positions; this model has {limit}")
             return torch.arange(past, past + T, device=device)[None]
         # Behind the first positions on a GPU, the device asserts it: to look at every token is to wait for it.
-        looked_at = position_ids.device.type == "cpu" or past == 0
+        looked_at = (position_ids.device.type == "cpu" or past == 0) and not torch.compiler.is_compiling()
         if looked_at and position_ids.numel() and int(position_ids.max()) >= limit:
             raise ContextError(f"position {int(position_ids.max())}; this model's are 0 to {limit - 1}")
         return position_ids

@@ -30,6 +30,8 @@ def fused_block(block: Block, x: Tensor, masks: AttentionMasks, cache: KVCache |
     None is given unless the native library runs all six linear layers in float32, nothing intercepts (hooks, adapters,
     gradients, compilers), attention is the ordinary one, and the cache holds what float32 on the CPU left there.
     """
+    if is_traced():
+        return None
     prepared = prepared_block(block, x, masks.keep, anatomy)
     if prepared is None:
         return None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from neoquant import native
-from neoquant.kernels import Kernel, State, choose
+from neoquant.kernels import Kernel, State, choose, operators
 from neoquant.native import products
 from neoquant.tensor import QuantizedTensor
 
@@ -39,6 +39,7 @@ class QuantLinear(nn.Module):
         self.kernel = kernel or choose(q.grid, q.shape, q.codes.device, q.order is not None)
         for name, tensor in self.kernel.pack(q).items():
             self.register_buffer(name, tensor)
+        self._describe()
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @property
@@ -63,7 +64,11 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         inside = x if self.compute_dtype is None else x.to(self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(inside.dtype)
-        return self.kernel.linear(inside, self.state, self.grid, self.shape, bias).to(x.dtype)
+        if torch.compiler.is_compiling():
+            y: Tensor = operators.linear(inside, list(self.state.values()), self.described, bias)
+        else:
+            y = self.kernel.linear(inside, self.state, self.grid, self.shape, bias)
+        return y.to(x.dtype)
 
     def set_activations(self, activations: str) -> None:
         """What may be done to x: "exact" is nothing, "int8" rounds it in runs of inputs, which is faster."""
@@ -72,6 +77,9 @@ class QuantLinear(nn.Module):
 
     def embedding(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of the weight, ids[...] -> dtype[..., I]."""
+        if torch.compiler.is_compiling():
+            rows: Tensor = operators.embedding(ids, list(self.state.values()), self.described, dtype)
+            return rows
         return self.kernel.embedding(ids, self.state, self.grid, self.shape, dtype)
 
     def extra_repr(self) -> str:
@@ -103,12 +111,18 @@ class QuantLinear(nn.Module):
         """Hand the weight to another kernel; one that holds it alike takes it as it lies."""
         held, self.kernel, former = self.state, kernel, self.kernel
         if isinstance(kernel, type(former)) or isinstance(former, type(kernel)):
+            self._describe()
             return
         q = former.unpack(held, self.grid, self.shape, self.dtype)
         for name in held:
             del self._buffers[name]
         for name, tensor in kernel.pack(q).items():
             self.register_buffer(name, tensor)
+        self._describe()
+
+    def _describe(self) -> None:
+        """What operators are told of the layer, while it is compiled."""
+        self.described = operators.describe(self.kernel, list(self.state), self.grid, self.shape)
 
 
 class StoredLinear(nn.Linear):

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.models.gpt_neo import modeling_gpt_neo
 
 from neoquant.nn.fused_block import Anatomy, PreparedBlock, is_hooked, prepared_block
+from neoquant.nn.linear import is_traced
 
 
 class GPTNeoBlock(modeling_gpt_neo.GPTNeoBlock):  # type: ignore[misc]  # transformers need not be there
@@ -32,15 +33,15 @@ class GPTNeoBlock(modeling_gpt_neo.GPTNeoBlock):  # type: ignore[misc]  # transf
         **others: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """`hidden_states[B, T, C]` to [B, T, C], and the attention weights where they are asked for."""
-        if not output_attentions and head_mask is None:
+        if not (output_attentions or head_mask is not None or is_traced()):
             y = _step(self, hidden_states, layer_past, attention_mask)
             if y is not None:
                 return y, None
         if head_mask is not None:  # which newer versions do not know
             others["head_mask"] = head_mask
         given = {"layer_past": layer_past, "attention_mask": attention_mask, "use_cache": use_cache}
-        return super().forward(  # type: ignore[no-any-return]
-            hidden_states, output_attentions=output_attentions, **given, **others
+        return modeling_gpt_neo.GPTNeoBlock.forward(  # type: ignore[no-any-return]  # compilers trip over `super`
+            self, hidden_states, output_attentions=output_attentions, **given, **others
         )
 
 

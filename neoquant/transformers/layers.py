@@ -20,6 +20,7 @@ class TransformersLinear(QuantLinear, nn.Linear):  # type: ignore[misc]  # a qua
         self.out_features, self.in_features = layer.shape
         for name, tensor in layer.state.items():
             self.register_buffer(name, tensor)
+        self.described = layer.described
         self.register_parameter("bias", layer.bias)
 
     @property

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_tiny_model
+from hub_stand_in import StandIn
 from safetensors.torch import load_file
 
 import neoquant
@@ -311,6 +312,28 @@ def test_device_maps(folder: Callable[[str], Path], device_map: Any) -> None:
     assert model.device.type == ("cuda" if device_map == "auto" and torch.cuda.is_available() else "cpu")
     with torch.no_grad():
         assert model(IDS.to(model.device)).logits.isfinite().all()
+
+
+@quiet
+def test_compiled_models_are_one_graph(folder: Callable[[str], Path]) -> None:
+    model = inside.from_pretrained(folder("own, 4 bits"))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        expected = model(IDS).logits
+        assert (compiled(IDS).logits - expected).abs().max() <= 2e-5 * expected.abs().max()
+    rows = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    gradients = [torch.autograd.grad(each(inputs_embeds=rows, labels=IDS).loss, rows)[0] for each in (model, compiled)]
+    assert (gradients[0] - gradients[1]).abs().max() <= 1e-5 * gradients[0].abs().max()
+
+
+@quiet
+def test_the_hub_gets_the_same_bits(folder: Callable[[str], Path], bare_hub: StandIn, tmp_path: Path) -> None:
+    bare_hub.repos["user/other"] = {}
+    inside.from_pretrained(folder("own, 4 bits")).push_to_hub("user/other", token="hf_secret")
+    assert {"config.json", "model.safetensors", "generation_config.json"} <= bare_hub.repos["user/other"].keys()
+    for name, content in bare_hub.repos["user/other"].items():
+        (tmp_path / name).write_bytes(content)
+    assert same(tensors(tmp_path), tensors(folder("own, 4 bits")))
 
 
 def test_disks_are_refused(folder: Callable[[str], Path]) -> None:

@@ -1,0 +1,131 @@
+"""neoquant's layers inside transformers: decoding and prefill beside transformers' own and neoquant's.
+
+    python eval/bench/inside_transformers.py --shape 125m
+    python eval/bench/inside_transformers.py --shape demo
+
+The 125m shape is filled with random float16 weights; `demo` is the bundled model. Both are quantized to NF4 as
+bitsandbytes stores it, and to NF4 with an int8 embedding in neoquant's own format. Measured in turn, in one process:
+transformers on the plain weights in float32; transformers with bitsandbytes, as it is and as on a CPU without bf16
+instructions; transformers with neoquant's layers; neoquant itself. Decoding is transformers' own `generate` (neoquant's
+in its own row), greedy and with four beams: the time of NEW + 1 tokens less that of one. Medians of `--repeats` rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from quantize_1p3b import PACKAGES, SHAPES, make_source
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from provenance import ROOT, provenance
+
+PROMPT, NEW, PREFILL, BEAMS = 32, 32, 480, 4
+Timed = Callable[[], float]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=("demo", *SHAPES), default="125m")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="default: eval/results/inside-transformers-SHAPE.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory(prefix="neoquant-bench-") as temp, torch.no_grad():
+        models = load(args.shape, Path(temp))
+        rates = measure(models, args.repeats)
+    result = {
+        "what": f"tokens per second, {args.shape}, {args.threads} threads, medians of {args.repeats}",
+        "prompt": PROMPT, "new": NEW, "prefill": PREFILL, "beams": BEAMS,
+        "rates": rates, **provenance((*PACKAGES, "peft")),
+    }  # fmt: skip
+    target = args.json or ROOT / "eval" / "results" / f"inside-transformers-{args.shape}.json"
+    target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(rates, indent=1))
+
+
+def load(shape: str, temp: Path) -> dict[str, Any]:
+    """The models that are compared, by what runs them."""
+    import bitsandbytes.nn.modules
+    import transformers
+
+    import neoquant
+    from neoquant import transformers as inside
+    from neoquant.demo import MODEL
+    from neoquant.quantization.recipe import Recipe
+
+    plain = MODEL if shape == "demo" else temp / "plain"
+    if shape != "demo":
+        make_source(shape, plain)
+    neoquant.quantize(plain, temp / "nf4", Recipe.simple(4, "nf4"))
+    neoquant.quantize(plain, temp / "own", Recipe.simple(4, "nf4", embeddings="int8"))
+    theirs = transformers.AutoModelForCausalLM
+    found = {
+        "transformers, float32": theirs.from_pretrained(plain, dtype=torch.float32),
+        "transformers + bitsandbytes, NF4": theirs.from_pretrained(temp / "nf4"),
+    }
+    has_bf16 = bitsandbytes.nn.modules.has_avx512bf16
+    bitsandbytes.nn.modules.has_avx512bf16 = lambda: False  # each layer calls it when it is created
+    found["transformers + bitsandbytes, NF4, as without bf16"] = theirs.from_pretrained(temp / "nf4")
+    bitsandbytes.nn.modules.has_avx512bf16 = has_bf16
+    found |= {
+        "transformers + neoquant, NF4": inside.from_pretrained(temp / "nf4"),
+        "transformers + neoquant, NF4, int8 embedding": inside.from_pretrained(temp / "own"),
+        "neoquant, NF4": neoquant.AutoModelForCausalLM.from_pretrained(temp / "nf4"),
+        "neoquant, NF4, int8 embedding": neoquant.AutoModelForCausalLM.from_pretrained(temp / "own"),
+    }
+    return {name: model.eval() for name, model in found.items()}
+
+
+def measure(models: dict[str, Any], repeats: int) -> dict[str, dict[str, float | None]]:
+    """Medians of tokens per second."""
+    rates: dict[str, dict[str, list[float]]] = {name: {} for name in models}
+    for round_number in range(repeats + 1):  # the first warms up
+        for name, model in models.items():
+            for what, rate in timings(name, model).items():
+                rates[name].setdefault(what, []).extend([rate] if round_number else [])
+        print(f"round {round_number} of {repeats}", flush=True)
+    return {name: {what: round(statistics.median(all_), 2) for what, all_ in of.items()} for name, of in rates.items()}
+
+
+def timings(name: str, model: Any) -> dict[str, float]:
+    """Tokens per second of one round."""
+    ids = torch.randint(1, model.config.vocab_size, (1, PREFILL), generator=torch.Generator().manual_seed(0))
+    prefill = seconds(lambda: model(ids, use_cache=True, logits_to_keep=1))
+    found = {"prefill": PREFILL / prefill, "decode": NEW / decode_seconds(model, ids[:, :PROMPT], 1)}
+    if not name.startswith("neoquant"):
+        found["decode with beams"] = NEW / decode_seconds(model, ids[:, :PROMPT], BEAMS)
+    return found
+
+
+def decode_seconds(model: Any, ids: torch.Tensor, beams: int) -> float:
+    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
+    if beams > 1:
+        options |= {"num_beams": beams, "pad_token_id": 0}
+
+    def generate(new: int) -> float:
+        return seconds(lambda: model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **options))
+
+    return generate(NEW + 1) - generate(1)
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()
