@@ -20,6 +20,7 @@ from neoquant.evaluation.result import Record
 from neoquant.files.names import short_name
 from neoquant.formats import Format, detect
 from neoquant.kernels import ACTIVATIONS
+from neoquant.model.cache import require_storage
 from neoquant.progress import SILENT, Progress
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -57,6 +58,8 @@ class Speed(Record):
     repeats: int
     threads: int
     dtype: str
+    batch: int = 1
+    cache: str | None = None  # the type that neoquant holds keys and values in; None: as they are computed
     programs: list[Program]
     notes: list[str]
 
@@ -68,6 +71,8 @@ class Speed(Record):
 class Request:
     """What to measure: `models`, folders or hub ids. `base` is the plain model, for peers that read none of these.
 
+    `batch` prompts are read and continued together, and rates count the tokens of all; `cache` is the type that
+    neoquant holds keys and values in.
     `activations`: "exact", "int8" or both; every quantized model runs with each of them.
     `pythons`: peer -> the interpreter that has it, where that is not this one.
     `without_bf16`: whether transformers runs bitsandbytes' weights once more as on a CPU without bf16 instructions,
@@ -82,17 +87,20 @@ class Request:
     repeats: int = 3
     threads: int = 1
     dtype: str = "float32"
+    batch: int = 1
+    cache: str | None = None
     activations: Sequence[str] = ("exact",)
     pythons: Mapping[str, str] = field(default_factory=dict)
     without_bf16: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("prompt", 1), ("new", 2), ("repeats", 1), ("threads", 1)):
+        for name, least in (("prompt", 1), ("new", 2), ("repeats", 1), ("threads", 1), ("batch", 1)):
             if getattr(self, name) < least:
                 raise RequestError(f"{name} is {getattr(self, name)}; legal is at least {least}")
         for peer in (*self.against, *self.pythons):
             if peer not in PEERS:
                 raise RequestError(f"there is no peer {peer!r}; there are {', '.join(PEERS)}")
+        require_storage(self.cache)
         if not self.activations:
             raise RequestError(f"no activations are named; legal are {' and '.join(ACTIVATIONS)}")
         for kind in self.activations:
@@ -163,6 +171,8 @@ def measure(request: Request, progress: Progress = SILENT) -> Speed:
         repeats=request.repeats,
         threads=request.threads,
         dtype=request.dtype,
+        batch=request.batch,
+        cache=request.cache,
         programs=[target.summary() for target in targets],
         notes=notes,
     )
@@ -237,6 +247,7 @@ def _is_ready(target: _Target, temp: Path, notes: list[str]) -> bool:
 def _run(target: _Target, request: Request) -> Run:
     job = {"step": "run", "tool": target.tool, "source": target.source, "threads": request.threads}
     job |= {"prompt": request.prompt, "new": request.new, "dtype": request.dtype, "activations": target.activations}
+    job |= {"batch": request.batch, "cache": request.cache}
     return Run(**_call_worker(target, job, request.threads))
 
 

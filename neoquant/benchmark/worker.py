@@ -32,7 +32,7 @@ REQUIRED = {
 WARM_UP = 4  # tokens generated before anything is timed: threads start, buffers are allocated
 
 Generate = Callable[[Any, int], Iterator[None]]
-"""(ids int64[1, T], new tokens): yields after every token."""
+"""(ids int64[B, T], new tokens): yields after every position."""
 
 
 def main() -> None:
@@ -73,7 +73,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
     import torch
 
-    ids = torch.randint(0, vocabulary, (1, job["prompt"]), generator=torch.Generator().manual_seed(0))
+    rows = job.get("batch", 1)
+    ids = torch.randint(0, vocabulary, (rows, job["prompt"]), generator=torch.Generator().manual_seed(0))
     for _ in generate(ids[:, : min(WARM_UP, job["prompt"])], WARM_UP):
         pass
     began = time.perf_counter()
@@ -82,8 +83,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "import_s": imported - started,
         "load_s": loaded - imported,
         "prefill_s": times[0] - began,
-        "prefill_tokens_per_s": job["prompt"] / (times[0] - began),
-        "decode_tokens_per_s": (len(times) - 1) / (times[-1] - times[0]),
+        "prefill_tokens_per_s": rows * job["prompt"] / (times[0] - began),
+        "decode_tokens_per_s": rows * (len(times) - 1) / (times[-1] - times[0]),
         "peak_rss_bytes": _peak_rss_bytes(),
     }
 
@@ -102,7 +103,7 @@ def _neoquant(job: dict[str, Any]) -> Callable[[], tuple[Generate, int]]:
         model = load_model(job["source"], GPTNeoForCausalLM, device="cpu", **options)
 
         def generate(ids: Any, new: int) -> Iterator[None]:
-            for _ in stream(model, ids, max_new_tokens=new):
+            for _ in stream(model, ids, max_new_tokens=new, cache_dtype=job.get("cache")):
                 yield None
 
         return generate, model.config.vocab_size
@@ -149,7 +150,7 @@ def _greedy(model: Any, **options: Any) -> Generate:
     def generate(ids: Any, new: int) -> Iterator[None]:
         past, length = None, ids.shape[1]
         for _ in range(new):
-            mask = torch.ones(1, length, dtype=torch.int64)
+            mask = torch.ones(len(ids), length, dtype=torch.int64)
             out = model(input_ids=ids, attention_mask=mask, past_key_values=past, use_cache=True, **options)
             ids, past, length = out.logits[:, -1].argmax(-1)[:, None], out.past_key_values, length + 1
             yield None

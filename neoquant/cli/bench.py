@@ -56,6 +56,8 @@ def bench(
             "--activations", metavar="A", help="exact, int8, or both with a comma: how neoquant treats activations."
         ),
     ] = "exact",
+    batch: Annotated[int, typer.Option("--batch", metavar="B", help="Prompts read and continued together.")] = 1,
+    cache: options.Cache = None,
     json: options.Json = None,
     force: options.Force = False,
     quiet: options.Quiet = False,
@@ -97,6 +99,8 @@ def bench(
         repeats=repeats,
         threads=threads,
         dtype=dtype,
+        batch=batch,
+        cache=cache,
         activations=_names(activations),
         pythons={name: path for name, _, path in pythons},
     )

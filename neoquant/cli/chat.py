@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from neoquant.cli import options
-from neoquant.cli.generation import settings
+from neoquant.cli.generation import require_cache, settings
 from neoquant.cli.models import find_model
 from neoquant.cli.terminal import Terminal, escape_controls
 from neoquant.errors import RequestError
@@ -55,6 +55,7 @@ def chat(
     device: options.Device = None,
     dtype: options.Dtype = None,
     activations: options.Activations = "exact",
+    cache: options.Cache = None,
     revision: options.Revision = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -72,6 +73,7 @@ def chat(
     """
     terminal: Terminal = ctx.obj
     names = _names(roles)
+    require_cache(cache)
 
     from neoquant.loading.pretrained import load
 
@@ -90,6 +92,7 @@ def chat(
         temperature=temperature,
         top_p=top_p,
         repetition_penalty=repetition_penalty,
+        cache=cache,
     )
     longest = max_new_tokens or own.max_new_tokens or LONGEST_TURN
     _Chat(network, tokenizer, own, min(longest, _half(network)), names, seed, terminal).run(_typed(terminal))
@@ -199,6 +202,7 @@ class _Chat:
             max_new_tokens=self.longest,
             sampling=replace(self.settings.sampling(len(ids)), seed=self.seed),
             stop=ends_with(stops, self.tokenizer),
+            cache_dtype=self.settings.cache_dtype,
         ):
             tokens += 1
             if int(chosen[0]) not in ends:

@@ -53,6 +53,7 @@ def compare(
     device: options.Device = None,
     dtype: options.Dtype = None,
     activations: options.Activations = "exact",
+    cache: options.Cache = None,
     revision: options.Revision = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -61,7 +62,8 @@ def compare(
 
     Shows perplexity and bits per byte of both, the change, the KL divergence and the share of tokens with
     the same top token, each with its 95 % interval over documents, and size and bits per weight. --revision
-    applies to BASE, --activations to the others.
+    applies to BASE, --activations and --cache to the others: --cache measures what holding keys and values
+    in fewer bits loses.
 
     BASE and MODEL may also be files that --json wrote: then no model runs, and results of another text or
     protocol are refused. With --json, an interrupted run resumes when the command is given again.
@@ -120,7 +122,7 @@ def _load(
     base: str, revision: str | None, models: list[str], options: LoadOptions, terminal: Terminal
 ) -> tuple[EvaluatedModel, list[EvaluatedModel], Tokenizer]:
     """The reference, the models made from it, and the tokenizer of the reference, which reads the text for all."""
-    exact = replace(options, activations="exact")
+    exact = replace(options, activations="exact", cache=None)
     reference, tokenizer = load_evaluated_model(base, terminal, "compare", exact, revision)
     others = []
     for model in models:

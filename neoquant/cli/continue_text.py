@@ -31,6 +31,7 @@ class Choices(NamedTuple):
     repetition_penalty: float | None
     seed: int | None
     max_new_tokens: int | None
+    cache: str | None
 
 
 def continue_text(
@@ -52,6 +53,7 @@ def continue_text(
         top_k=choices.top_k,
         top_p=choices.top_p,
         repetition_penalty=choices.repetition_penalty,
+        cache=choices.cache,
     )
     ids = tokenizer.prompt_ids(text)
     seed = random.SystemRandom().randrange(2**31) if choices.seed is None else choices.seed
@@ -89,7 +91,14 @@ def _print_continuation(
     out = TextStream(tokenizer, terminal.show_raw)
     stop, ends, tokens = ends_with(own.stops(), tokenizer), own.ends(), 0
     try:
-        for chosen in stream(network, torch.tensor([ids]), max_new_tokens=length, sampling=sampling, stop=stop):
+        for chosen in stream(
+            network,
+            torch.tensor([ids]),
+            max_new_tokens=length,
+            sampling=sampling,
+            stop=stop,
+            cache_dtype=own.cache_dtype,
+        ):
             tokens += 1
             if int(chosen[0]) not in ends:
                 out.put(int(chosen[0]))

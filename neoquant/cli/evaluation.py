@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from neoquant.cli.describe import calibrated_on, model_info
+from neoquant.cli.generation import require_cache
 from neoquant.cli.models import find_model, short_name, suite_for
 from neoquant.cli.output import is_stdout, write_text
 from neoquant.cli.terminal import Terminal
@@ -52,6 +53,7 @@ class LoadOptions:
     device: str | None
     dtype: str | None
     activations: str = "exact"
+    cache: str | None = None
 
     @classmethod
     def of(cls, params: Mapping[str, Any]) -> LoadOptions:
@@ -66,6 +68,7 @@ class LoadOptions:
 
         made = cls(**{field.name: params[field.name] for field in fields(cls) if field.name in params})
         check_dtype(made.dtype)
+        require_cache(made.cache)
         if made.activations not in ACTIVATIONS:
             raise RequestError(f"activations are {made.activations!r}; legal are {' and '.join(ACTIVATIONS)}")
         if made.device is not None:
@@ -217,6 +220,7 @@ def load_evaluated_model(
 ) -> tuple[EvaluatedModel, Tokenizer]:
     """A model ready to run, what results say of it, and its tokenizer."""
     from neoquant.evaluation import EvaluatedModel
+    from neoquant.evaluation.held_states import HeldStates
     from neoquant.loading.pretrained import load
 
     source = find_model(model, terminal, verb)
@@ -231,4 +235,8 @@ def load_evaluated_model(
     )
     if (kind := options.activations) != "exact":
         info = info.model_copy(update={"name": f"{info.name} ({kind} activations)", "activations": kind})
-    return EvaluatedModel(network, info, calibrated_on(source, info.revision, terminal.progress)), tokenizer
+    runs: Any = network
+    if options.cache is not None:
+        info = info.model_copy(update={"name": f"{info.name} ({options.cache} cache)"})
+        runs = HeldStates(network, options.cache)
+    return EvaluatedModel(runs, info, calibrated_on(source, info.revision, terminal.progress)), tokenizer

@@ -8,6 +8,7 @@ import typer
 
 from neoquant.cli import options
 from neoquant.cli.continue_text import DEFAULT_TOKENS, Choices, continue_text
+from neoquant.cli.generation import require_cache
 from neoquant.cli.models import Loading, find_model
 from neoquant.cli.prompt import prompt_text
 from neoquant.cli.run_task import run_task
@@ -60,6 +61,7 @@ def generate(
     device: options.Device = None,
     dtype: options.Dtype = None,
     activations: options.Activations = "exact",
+    cache: options.Cache = None,
     revision: options.Revision = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -87,7 +89,8 @@ def generate(
     if task == GENERATION:
         if question is not None:
             raise RequestError("--question belongs to --task question-answering")
-        choices = Choices(greedy, temperature, top_k, top_p, repetition_penalty, seed, max_new_tokens)
+        require_cache(cache)
+        choices = Choices(greedy, temperature, top_k, top_p, repetition_penalty, seed, max_new_tokens, cache)
         text = prompt_text(prompt)
         continue_text(find_model(model, terminal, "generate"), text, choices, loading, activations, terminal)
         return
@@ -95,7 +98,7 @@ def generate(
 
     require_task(task)
     sampling: dict[str, object] = {**randomness, "--greedy": greedy or None, "--max-new-tokens": max_new_tokens}
-    sampling |= {"--repetition-penalty": repetition_penalty}
+    sampling |= {"--repetition-penalty": repetition_penalty, "--cache": cache}
     sampling |= {"--activations": None if activations == "exact" else activations}
     if given := [option for option, value in sampling.items() if value is not None]:
         raise RequestError(f"--task {task} generates nothing: leave out {', '.join(given)}")

@@ -9,11 +9,37 @@ from neoquant.errors import RequestError, locate
 
 if TYPE_CHECKING:
     from neoquant.generation.config import GenerationConfig
+    from neoquant.model.config import GPTNeoConfig
 
 DEFAULTS: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 0.95}
 
 _SEARCHES = ("num_beams", "num_beam_groups", "diversity_penalty", "penalty_alpha", "dola_layers")
 """Other ways to choose tokens, instead of which an option may ask for ours."""
+
+
+def require_cache(storage: str | None) -> None:
+    """Raise RequestError where `--cache` names a type that nothing is held in."""
+    from neoquant.model.cache import require_storage
+
+    with locate("--cache"):
+        require_storage(storage)
+
+
+def cache_memory(config: GPTNeoConfig, context: int | None, batch: int) -> str:
+    """What keys and values take while so many sequences are generated; `context` None is the whole context.
+
+    Raises RequestError where the model has no such context.
+    """
+    from neoquant.model.cache import cache_bytes
+    from neoquant.model.stored_states import STORAGES
+    from neoquant.report.formatting import plural, size
+
+    limit = config.max_position_embeddings
+    positions = limit if context is None else context
+    if not 1 <= positions <= limit:
+        raise RequestError(f"--context is {positions}; legal is 1 to {limit}, this model's context")
+    held = ", ".join(f"{size(cache_bytes(config, positions, batch, each))} in {each}" for each in STORAGES)
+    return f"{held}; {plural(batch, 'sequence')} of {plural(positions, 'token')}"
 
 
 def settings(
@@ -25,6 +51,7 @@ def settings(
     top_k: int | None = None,
     top_p: float | None = None,
     repetition_penalty: float | None = None,
+    cache: str | None = None,
 ) -> GenerationConfig:
     """What holds, given the folder's `own` settings and the options that were typed; `temperature=0` is greedy.
 
@@ -40,6 +67,8 @@ def settings(
         asked["do_sample"] = not greedy
     if repetition_penalty is not None:
         asked["repetition_penalty"] = repetition_penalty
+    if cache is not None:
+        asked["cache_dtype"] = cache
     with locate("the model's generation settings"):
         try:
             own.require_possible()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from neoquant.cli import options
+from neoquant.cli.generation import cache_memory
 from neoquant.cli.models import find_model
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import RequestError
@@ -24,11 +25,14 @@ def info(
         bool,
         typer.Option("--env", help="Describe this machine instead: versions, CPU features, kernels."),
     ] = False,
+    context: options.SequenceLength = None,
+    batch: options.Batch = 1,
     revision: options.Revision = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Describe a model: its shape, size, grids, bits per weight, and which programs read it. Reads no weights.
+    """Describe a model: its shape, size, grids, bits per weight, which programs read it, and what keys and values take
+    while it generates. Reads no weights.
 
     \b
     Examples:
@@ -50,7 +54,9 @@ def info(
 
     source = find_model(model, terminal, "info")
     with open_checkpoint(source, revision=revision, headers_only=True, progress=terminal.progress) as checkpoint:
-        terminal.show_facts([*_facts(checkpoint, describe(checkpoint)), *(("note", note) for note in checkpoint.notes)])
+        found = describe(checkpoint)
+        held = ("generating", "keys and values take " + cache_memory(found.config, context, batch))
+        terminal.show_facts([*_facts(checkpoint, found), held, *(("note", note) for note in checkpoint.notes)])
         layers = calibration_record(checkpoint).get("layers")
     if isinstance(layers, dict) and layers:
         from neoquant.calibration.summary import remarks

@@ -72,6 +72,22 @@ Temperature = Annotated[
         help="Below 1 less random, above more, 0 greedy. [default: the model's, else 0.8]",
     ),
 ]
+SequenceLength = Annotated[
+    int | None,
+    typer.Option(
+        "--context", metavar="N", help="Tokens of a sequence, for the memory of generating. [default: all]", min=1
+    ),
+]
+Batch = Annotated[int, typer.Option("--batch", metavar="B", help="Sequences generated together, for the same.", min=1)]
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        "--cache",
+        metavar="TYPE",
+        help="Hold keys and values of the text so far in float32, float16 or int8: half and a quarter of the memory. "
+        "[default: the model's, else as they are computed]",
+    ),
+]
 TopP = Annotated[
     float | None,
     typer.Option(

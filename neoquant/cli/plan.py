@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import typer
 
 from neoquant.cli import options
+from neoquant.cli.generation import cache_memory
 from neoquant.cli.models import find_model
 from neoquant.cli.output import check_output_file, json_kind, write_text
 from neoquant.cli.recipes import RecipeOptions, choose_recipe
@@ -48,6 +49,8 @@ def plan(
     length: options.Length = None,
     max_memory: options.MaxMemory = None,
     shard_size: options.ShardSize = "5GB",
+    context: options.SequenceLength = None,
+    batch: options.Batch = 1,
     revision: options.Revision = None,
     json: options.Json = None,
     force: options.Force = False,
@@ -65,6 +68,7 @@ def plan(
       neoquant plan EleutherAI/gpt-neo-2.7B --bits 8 --type int8 --keep '*.c_proj'
       neoquant plan my-finetune --recipe my-recipe.toml --json plan.json
     """
+    from neoquant.model.config import GPTNeoConfig
     from neoquant.quantization import quantize as quantization
 
     terminal: Terminal = ctx.obj
@@ -81,15 +85,16 @@ def plan(
         max_memory=None if max_memory is None else parse_size(max_memory, "--max-memory"),
         progress=terminal.progress,
     )
+    held = cache_memory(GPTNeoConfig.from_dict(dict(made.config)), context, batch)
     if json is not None:
         calibrating = {} if made.calibrating is None else {"calibrating": asdict(made.calibrating)}
         written = {"schema_version": "neoquant.plan/1", **made.to_dict(), **calibrating}
         write_text(json, dumps(written, indent=2) + "\n", terminal)
-    show_plan(made, terminal)
+    show_plan(made, terminal, held)
 
 
-def show_plan(plan: Plan, terminal: Terminal) -> None:
-    """Print a plan: the table of tensors, then the totals and the notes."""
+def show_plan(plan: Plan, terminal: Terminal, held: str | None = None) -> None:
+    """Print a plan: the table of tensors, then the totals, what keys and values take (`held`), and the notes."""
     at = f" at {plan.revision[:12]}" if plan.revision else ""
     terminal.show(f"{plan.source}{at}, recipe {plan.recipe.name}, format {plan.format.name}", plan_table(plan))
     before, after = plan.source_bytes, plan.weights_bytes
@@ -108,6 +113,7 @@ def show_plan(plan: Plan, terminal: Terminal) -> None:
             ),
             ("memory", f"about {size(plan.peak_memory_bytes)} at the peak"),
             *_calibrating_facts(plan),
+            *([] if held is None else [("generating", f"keys and values take {held}")]),
             *(("note", note) for note in plan.notes),
         ]
     )

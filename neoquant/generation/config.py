@@ -29,6 +29,9 @@ class GenerationConfig:
     `do_sample=False` takes the likeliest token; `temperature`, `top_k`, `top_p`, `repetition_penalty` and `seed` are
     `Sampling`'s. `num_return_sequences` rows come of each prompt. Rows end at `eos_token_id` and are filled up with
     `pad_token_id`; they also end behind one of `stop_strings`. Without a prompt, a text begins with `bos_token_id`.
+    `cache_dtype` is what keys and values are held in: "float32", "float16", "int8", or None, as they come.
+    With `prompt_lookup_num_tokens` above 0, so many tokens at most are guessed from what followed where the text ended
+    likewise before, and checked together.
     """
 
     max_new_tokens: int | None = None
@@ -46,6 +49,8 @@ class GenerationConfig:
     pad_token_id: int | None = None
     stop_strings: str | Sequence[str] | None = None
     seed: int | None = None
+    cache_dtype: str | None = None
+    prompt_lookup_num_tokens: int | None = None
     others: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """transformers' other words that were stated; `require_possible` refuses what neoquant does not do."""
 
@@ -193,7 +198,7 @@ class GenerationConfig:
 
 
 _NAMES = tuple(each.name for each in fields(GenerationConfig) if each.name != "others")
-_WORDS = {*_NAMES, *ONLY} - {"seed", "output_attentions", "output_hidden_states"}
+_WORDS = {*_NAMES, *ONLY} - {"seed", "cache_dtype", "output_attentions", "output_hidden_states"}
 """Transformers' words for generating, without those that a model configuration has for its own forward pass."""
 
 

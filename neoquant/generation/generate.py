@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -100,19 +100,36 @@ def choose(
 ) -> tuple[Tensor, Tensor]:
     """The next token `[B]` from the last position's `logits[B, V]` and all ids so far, `seen[B, S]`.
 
-    And whether there was one to choose, bool `[B]`: False where a logit is NaN or the largest infinite. (The largest
-    is NaN where any is, so that nothing is read a second time.)
+    And whether there was one to choose, bool `[B]`: False where a logit is NaN or the largest infinite.
     """
+    logits, likeliest, finite = _penalized(logits, seen, sampling)
+    if sampling.temperature == 0:
+        return likeliest, finite
+    probabilities = _probabilities(logits, finite, sampling)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0], finite
+
+
+def distribution(logits: Tensor, seen: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """The probabilities `[B, V]` with which `choose` draws, and whether there was one to choose, bool `[B]`."""
+    logits, likeliest, finite = _penalized(logits, seen, sampling)
+    if sampling.temperature == 0:
+        return torch.zeros_like(logits).scatter_(-1, likeliest[:, None], 1.0), finite
+    return _probabilities(logits, finite, sampling), finite
+
+
+def _penalized(logits: Tensor, seen: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits `[B, V]` in float32, the likeliest `[B]`, and whether they are finite, bool `[B]`. (The largest is NaN
+    where any is, so that nothing is read a second time.)"""
     logits = logits.float()
     if sampling.repetition_penalty != 1:
         logits = penalize(logits, seen, sampling.repetition_penalty)
     largest, likeliest = logits.max(-1)
-    finite = largest.isfinite()
-    if sampling.temperature == 0:
-        return likeliest, finite
+    return logits, likeliest, largest.isfinite()
+
+
+def _probabilities(logits: Tensor, finite: Tensor, sampling: Sampling) -> Tensor:
     # Drawing from what is not finite ends a process on a GPU: draw anything instead, the caller raises an error.
-    probabilities = filter_logits(logits.masked_fill(~finite[:, None], 0.0), sampling).softmax(-1)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0], finite
+    return filter_logits(logits.masked_fill(~finite[:, None], 0.0), sampling).softmax(-1)
 
 
 class _Inputs:
@@ -165,11 +182,11 @@ class _Inputs:
         self.types = None if self.types is None else self.types[:, -1:]
 
 
-class _Endings:
+class Endings:
     """Which rows have ended, kept on the CPU."""
 
-    def __init__(self, inputs: _Inputs, sampling: Sampling, stop: Stop | None, new: int) -> None:
-        ids = inputs.ids
+    def __init__(self, ids: Tensor, keep: Tensor | None, sampling: Sampling, stop: Stop | None, new: int) -> None:
+        """`ids[B, T]` are the prompts; `keep[B, T + new]` is False on padding."""
         eos = sampling.eos_token_ids or ()
         self._ends = torch.tensor(eos, dtype=ids.dtype)
         self._filler = sampling.pad_token_id if sampling.pad_token_id is not None else next(iter(eos), 0)
@@ -178,7 +195,7 @@ class _Endings:
         self._length = ids.shape[1]
         if stop is not None:
             self._seen = torch.cat([ids.cpu(), torch.empty(len(ids), new, dtype=ids.dtype)], dim=1)
-            self._keep = None if inputs.keep is None else inputs.keep.cpu()
+            self._keep = None if keep is None else keep.cpu()
 
     def take(self, drawn: Tensor) -> tuple[Tensor, bool, bool]:
         """From what was drawn next, `[B]`: what is given out, whether all rows that go on had something to draw, and
@@ -208,6 +225,7 @@ def stream(
     sampling: Sampling | None = None,
     stop: Stop | None = None,
     look_every: int | None = None,
+    cache_dtype: str | None = None,
 ) -> Iterator[Tensor]:
     """Yield the next ids `[B]` of `input_ids[B, T]`, on the CPU, one position at a time, until all rows have ended.
 
@@ -216,6 +234,7 @@ def stream(
     it is filled up from there. New positions count on from `position_ids[B, T]`, and have the type of the last of
     `token_type_ids[B, T]`. Ids come from the model's device `look_every` at a time (None: 1 on a CPU, LOOK_EVERY
     elsewhere), and nothing else waits for it; what it has made beyond the end is dropped.
+    Keys and values are held in `cache_dtype`: "float32", "float16", "int8", or as they come.
 
     Raises ContextError before anything is generated where prompt and new tokens do not fit into the model's context,
     CheckpointError where the model's predictions are not finite.
@@ -230,12 +249,12 @@ def stream(
         None if tensor is None else tensor.to(device) for tensor in (attention_mask, position_ids, token_type_ids)
     )
     inputs = _Inputs(input_ids.to(device), mask, positions, types, max_new_tokens)
-    endings = _Endings(inputs, sampling, stop, max_new_tokens)
+    endings = Endings(inputs.ids, inputs.keep, sampling, stop, max_new_tokens)
     seen = torch.cat([inputs.ids, inputs.ids.new_empty(B, max_new_tokens)], dim=1)
     outcomes = seen.new_empty(B, max_new_tokens)
     eos = [e for e in sampling.eos_token_ids or () if 0 <= e < model.config.vocab_size]
     reachable = torch.tensor(eos, dtype=seen.dtype, device=device)
-    cache = KVCache(model.config.num_layers, capacity=max(1, T + max_new_tokens))
+    cache = KVCache.of(model.config, max(1, T + max_new_tokens), cache_dtype)
     looked = 0
     for new in range(max_new_tokens):
         logits = inputs.logits(model, cache)
@@ -249,14 +268,14 @@ def stream(
                 looked += 1
                 chosen, is_usable, is_last = endings.take(ids)
                 if not is_usable:
-                    raise _not_finite(model, looked)
+                    raise not_finite(model, looked)
                 yield chosen
                 if is_last:
                     return
         inputs.follow(drawn)
 
 
-def _not_finite(model: CausalLM, number: int) -> CheckpointError:
+def not_finite(model: CausalLM, number: int) -> CheckpointError:
     dtype = str(model.dtype).removeprefix("torch.")
     advice = "the weights may be damaged"
     if model.dtype == torch.float16:
@@ -311,17 +330,15 @@ def generate(
     max_new_tokens: int = 64,
     sampling: Sampling | None = None,
     stop: Stop | None = None,
+    cache_dtype: str | None = None,
     streamer: Streamer | None = None,
 ) -> Tensor:
     """`input_ids[B, T]` with up to `max_new_tokens` more: `[B, T + new]`; the other arguments are `stream`'s.
 
     `streamer` is told of the prompt, of each new id, and of the end.
     """
-    if streamer is not None:
-        streamer.put(input_ids.cpu())
-    chosen = []
     watched = streamer is not None or stop is not None or (sampling is not None and sampling.eos_token_ids)
-    for ids in stream(
+    made = stream(
         model,
         input_ids,
         attention_mask=attention_mask,
@@ -331,7 +348,17 @@ def generate(
         sampling=sampling,
         stop=stop,
         look_every=None if watched else max_new_tokens,
-    ):
+        cache_dtype=cache_dtype,
+    )
+    return collect(input_ids.to(model.device), made, streamer)
+
+
+def collect(input_ids: Tensor, made: Iterable[Tensor], streamer: Streamer | None) -> Tensor:
+    """`input_ids[B, T]` and what is `made` after it, `[B]` at a time, of which `streamer` is told: `[B, T + new]`."""
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+    chosen = []
+    for ids in made:
         chosen.append(ids)
         if streamer is not None:
             streamer.put(ids)
@@ -339,8 +366,7 @@ def generate(
         streamer.end()
     if not chosen:
         return input_ids
-    device = model.device
-    return torch.cat([input_ids.to(device), torch.stack(chosen, dim=1).to(device)], dim=1)
+    return torch.cat([input_ids, torch.stack(chosen, dim=1).to(input_ids.device)], dim=1)
 
 
 def as_ids(values: Tensor | Sequence[Sequence[int]] | Sequence[int]) -> Tensor:

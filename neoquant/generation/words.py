@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from neoquant.model.stored_states import STORAGES
+
 MAX = sys.float_info.max
 
 # What transformers also takes and neoquant does in these ways only; None, which is legal for all, leaves it to them.
@@ -35,7 +37,6 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
     "watermarking_config": (),
     "constraints": ([],),
     "dola_layers": (),
-    "prompt_lookup_num_tokens": (),
     "assistant_early_exit": (),
     "use_mtp": (False,),
     "token_healing": (False,),
@@ -79,11 +80,13 @@ _COUNT = (_is_count, "an integer of 64 bits")
 _NUMBER = (_is_number, "a finite number")
 LEGAL: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("max_new_tokens", "max_length", "min_new_tokens", "min_length", "top_k"), _COUNT),
+    "prompt_lookup_num_tokens": _COUNT,
     **dict.fromkeys(("num_return_sequences", "bos_token_id", "pad_token_id", "seed"), _COUNT),
     **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), _NUMBER),
     "do_sample": (lambda value: isinstance(value, bool), "true or false"),
     "eos_token_id": (_are_ids, "an integer of 64 bits or a list of them"),
     "stop_strings": (_are_texts, "a text or a list of them"),
+    "cache_dtype": (lambda value: value in STORAGES, " or ".join(STORAGES)),
 }
 
 

@@ -16,8 +16,10 @@ from neoquant.checkpoint import SHARD_SIZE, Push, open_checkpoint
 from neoquant.errors import RequestError, locate
 from neoquant.generation.config import FILE as GENERATION_FILE
 from neoquant.generation.config import GenerationConfig
-from neoquant.generation.generate import Streamer, as_ids, generate
+from neoquant.generation.drafting import drafter_of
+from neoquant.generation.generate import Streamer, as_ids, collect, generate
 from neoquant.generation.padding import inferred_mask
+from neoquant.generation.speculative import stream_with_drafts
 from neoquant.generation.stopping import ends_with
 from neoquant.loading.load import folder_of, load_model, read_model
 from neoquant.loading.save import push_model, save_model
@@ -165,6 +167,7 @@ class GPTNeoForCausalLM(PreTrainedModel, CausalLM):
         generation_config: Any = None,
         tokenizer: Tokenizer | None = None,
         streamer: Streamer | None = None,
+        assistant_model: CausalLM | None = None,
         **asked: Any,
     ) -> Tensor:
         """`input_ids[B, T]` continued to `[B, T + new]`: greedy, or sampled with `do_sample=True`.
@@ -183,6 +186,8 @@ class GPTNeoForCausalLM(PreTrainedModel, CausalLM):
             generation_config: ours or transformers'.
             tokenizer: needed for `stop_strings`.
             streamer: told of the prompt and of each new id; transformers' streamers serve.
+            assistant_model: a faster model of the same vocabulary, which guesses tokens that are then checked together;
+                for one prompt.
 
         Raises:
             ContextError: the result would not fit into the context.
@@ -195,7 +200,9 @@ class GPTNeoForCausalLM(PreTrainedModel, CausalLM):
         config = self.settings(generation_config, asked)
         ids = as_ids([[self._beginning(config)]] if input_ids is None else input_ids)
         given = {"attention_mask": attention_mask, "position_ids": position_ids, "token_type_ids": token_type_ids}
-        return self.generate_as(config, ids, given, tokenizer=tokenizer, streamer=streamer)
+        return self.generate_as(
+            config, ids, given, tokenizer=tokenizer, streamer=streamer, assistant_model=assistant_model
+        )
 
     def generate_as(
         self,
@@ -205,6 +212,7 @@ class GPTNeoForCausalLM(PreTrainedModel, CausalLM):
         *,
         tokenizer: Tokenizer | None = None,
         streamer: Streamer | None = None,
+        assistant_model: CausalLM | None = None,
     ) -> Tensor:
         """`generate` with these settings alone; `given` are its other tensors of the shape of `ids[B, T]`, by name."""
         given = dict(given)
@@ -217,15 +225,19 @@ class GPTNeoForCausalLM(PreTrainedModel, CausalLM):
                 name: each if each is None or len(each) != rows else each.repeat_interleave(copies, dim=0)
                 for name, each in given.items()
             }
-        return generate(
-            self,
-            ids,
-            **given,
-            max_new_tokens=config.new_tokens(ids.shape[1], self.config.max_position_embeddings),
-            sampling=config.sampling(ids.shape[1]),
-            stop=ends_with(config.stops(), tokenizer),
-            streamer=streamer,
-        )
+        options: dict[str, Any] = {
+            "max_new_tokens": config.new_tokens(ids.shape[1], self.config.max_position_embeddings),
+            "sampling": config.sampling(ids.shape[1]),
+            "stop": ends_with(config.stops(), tokenizer),
+            "cache_dtype": config.cache_dtype,
+        }
+        if assistant_model is None and not config.prompt_lookup_num_tokens:
+            return generate(self, ids, **{**given, **options}, streamer=streamer)
+        drafter = drafter_of(self, assistant_model, config.prompt_lookup_num_tokens, options["sampling"])
+        mask = given.pop("attention_mask")
+        if any(each is not None for each in given.values()) or not (mask is None or bool(mask.all())):
+            raise RequestError("drafts are for one prompt without padding, and positions and types that are its own")
+        return collect(ids.to(self.device), stream_with_drafts(self, ids, drafter, **options), streamer)
 
     def settings(self, generation_config: Any, asked: Mapping[str, Any]) -> GenerationConfig:
         """What `generate` is to do: as asked, as `generation_config` says, as the model's own settings say.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from neoquant.errors import ContextError, RequestError
 from neoquant.model import attention
 from neoquant.model.base import Network
-from neoquant.model.cache import KVCache
+from neoquant.model.cache import KVCache, windows_of
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.outputs import BaseModelOutput, CausalLMOutput
 
@@ -61,14 +61,19 @@ class AttentionMasks:
 
     def __init__(self, T: int, S: int, window: int, keep: Tensor | None, device: torch.device) -> None:
         self.T, self.S, self.window, self.keep, self.device = T, S, window, keep, device
-        self._made: dict[bool, Tensor | None] = {}
+        self._made: dict[tuple[bool, int], Tensor | None] = {}
         self._windows: dict[tuple[int, int], Tensor | None] = {}
 
-    def mask(self, local: bool) -> Tensor | None:
-        if local not in self._made:
+    def mask(self, local: bool, keys: int) -> Tensor | None:
+        """Over the last `keys` positions: all that a layer holds, which are fewer than S where it is local."""
+        if (local, keys) not in self._made:
             window = self.window if local else None
-            self._made[local] = attention_mask(self.T, self.S, window, self.keep, self.device)
-        return self._made[local]
+            self._made[local, keys] = attention_mask(self.T, keys, window, self.kept(keys), self.device)
+        return self._made[local, keys]
+
+    def kept(self, keys: int) -> Tensor | None:
+        """Which of the last `keys` positions are no padding, bool `[B, keys]`."""
+        return None if self.keep is None else self.keep[:, self.S - keys :]
 
     def to(self, device: torch.device) -> AttentionMasks:
         """The same, to be made on another device."""
@@ -141,12 +146,12 @@ class SelfAttention(nn.Module):
             return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=1.0)
         if masks.keep is None and self.local and not compiled and self.window_size < masks.T:
             return self._by_stretches(query, key, value, masks, dropout)
-        mask = masks.mask(self.local)
+        mask = masks.mask(self.local, key.shape[2])
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=1.0)
 
     def _by_stretches(self, query: Tensor, key: Tensor, value: Tensor, masks: AttentionMasks, dropout: float) -> Tensor:
         """Many queries of a local layer, a window's length at a time, each with the keys that it may see."""
-        parts, past = [], masks.S - masks.T
+        parts, past = [], key.shape[2] - masks.T
         for start in range(0, masks.T, self.window_size):
             stop = min(start + self.window_size, masks.T)
             seen = slice(max(0, past + start - self.window_size + 1), past + stop)
@@ -159,7 +164,7 @@ class SelfAttention(nn.Module):
 
     def _eager(self, query: Tensor, key: Tensor, value: Tensor, masks: AttentionMasks) -> Tensor:
         scores = query.float() @ key.float().transpose(-1, -2)  # [B, H, T, S]; float32, since half overflows
-        mask = masks.mask(self.local)
+        mask = masks.mask(self.local, key.shape[2])
         if mask is not None:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         weights = scores.softmax(-1).to(value.dtype)
@@ -168,11 +173,13 @@ class SelfAttention(nn.Module):
     def _flex(self, query: Tensor, key: Tensor, value: Tensor, masks: AttentionMasks) -> Tensor:
         if self.training and self.dropout:
             raise RequestError(f"flex_attention drops no weights, and attention_dropout is {self.dropout}: take sdpa")
-        return attention.flex(query, key, value, self.window_size if self.local else None, masks.keep)
+        keep = masks.kept(key.shape[2])
+        return attention.flex(query, key, value, self.window_size if self.local else None, keep)
 
     def _flash(self, query: Tensor, key: Tensor, value: Tensor, masks: AttentionMasks) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        return attention.flash(query, key, value, self.window_size if self.local else None, masks.keep, dropout)
+        keep = masks.kept(key.shape[2])
+        return attention.flash(query, key, value, self.window_size if self.local else None, keep, dropout)
 
 
 class Attention(nn.Module):
@@ -265,7 +272,7 @@ class Decoder(Network):
         x = self._embed(input_ids, inputs_embeds, attention_mask)  # [B, T, C]
         T = x.shape[1]
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
-            past_key_values = KVCache(len(self.h), capacity=max(1, T))
+            past_key_values = KVCache(len(self.h), max(1, T), windows=windows_of(self.config)[: len(self.h)])
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if self.config.output_attentions if output_attentions is None else output_attentions:

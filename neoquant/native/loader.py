@@ -24,7 +24,7 @@ from neoquant.errors import RequestError
 ISAS = ("portable", "avx2", "avx512", "avx512vnni", "neon")  # by their number in cpu.h, each better than those before
 SWITCH = "NEOQUANT_ISA"
 FOLDER = Path(__file__).parent  # where the library was put when neoquant was installed
-VERSION = 8  # of the C functions' signatures, as in parallel.c
+VERSION = 9  # of the C functions' signatures, as in parallel.c
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _LEVELS = (*(_POINTER,) * 4, _LONG, _INT, *(_POINTER,) * 3)  # where the values of columns may lie
@@ -42,7 +42,19 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "nq_multiply": (_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT),
     "nq_multiply_int8": (_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT),
     "nq_decode": (_POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT),
-    "nq_step": (*(_POINTER,) * 2, _LONG, _LONG, *(_POINTER,) * 2, *(_LONG,) * 2, _POINTER, _LONG, _POINTER, _INT, _INT),
+    "nq_step": (
+        *(_POINTER,) * 2,
+        _LONG,
+        _LONG,
+        *(_POINTER,) * 4,
+        _INT,
+        *(_LONG,) * 2,
+        _POINTER,
+        _LONG,
+        _POINTER,
+        _INT,
+        _INT,
+    ),
 }
 
 _RESULTS = {"nq_affine": _INT}  # the others give nothing

@@ -96,7 +96,7 @@ void *nq_scratch(enum nq_scratch_name name, size_t bytes) {
 }
 
 /* Of the signatures of every exported function: the loader refuses a library whose number is not its own. */
-NQ_EXPORT int nq_version(void) { return 8; }
+NQ_EXPORT int nq_version(void) { return 9; }
 
 /* The address of torch's GOMP_parallel, or 0 for threads of our own. */
 NQ_EXPORT void nq_use_team(void *gomp_parallel) { team = (team_function)gomp_parallel; }

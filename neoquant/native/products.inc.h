@@ -847,6 +847,7 @@ const struct nq_kernels NAME(nq_kernels) = {
     .int8 = {int8_size, int8_lay, int8_run, TILE8, PANEL},
     .few8 = {few8_size, few8_lay, few8_run, 1, 4},
     .plain = {nothing_size, nothing_lay, plain_run, 1, 1},
+    .hold = hold,
     .attend = attend,
     .panel = PANEL,
     .norm = norm,

@@ -23,7 +23,8 @@ struct step {
     const float *x; /* [rows, C], row r being new position r % positions of sequence r / positions */
     float *y;
     float *normed, *query, *key, *value, *wide; /* [rows of a piece, C] and [.., inner], those from `begin` on */
-    float *keys, *values;                       /* [sequences, heads, capacity, size] */
+    struct nq_states keys, values;
+    int stored;
     int64_t C, inner, size, capacity, held, positions, begin;
 };
 
@@ -32,20 +33,6 @@ static void norm_rows(void *argument, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++)
         s->kernels->norm(
             s->x + (s->begin + i) * s->C, s->b->norms[0], s->b->norms[1], s->C, s->b->epsilons[0], s->normed + i * s->C);
-}
-
-/* Keys and values to where they are held. */
-static void hold_rows(void *argument, int64_t begin, int64_t end) {
-    const struct step *s = argument;
-    const int64_t heads = s->b->heads, size = s->size;
-    for (int64_t i = begin; i < end; i++) {
-        const int64_t sequence = (s->begin + i) / s->positions, at = s->held + (s->begin + i) % s->positions;
-        for (int64_t h = 0; h < heads; h++) {
-            const int64_t from = i * s->C + h * size, to = ((sequence * heads + h) * s->capacity + at) * size;
-            memcpy(s->keys + to, s->key + from, (size_t)size * sizeof(float));
-            memcpy(s->values + to, s->value + from, (size_t)size * sizeof(float));
-        }
-    }
 }
 
 static void add(float *to, const float *from, int64_t n) {
@@ -81,7 +68,7 @@ static void step_rows(const struct step *s, int64_t n, const uint8_t *keep, int6
     struct nq_attention attention = {
         .query = s->query, .keys = s->keys, .values = s->values, .keep = keep, .y = s->normed, .begin = s->begin,
         .end = s->begin + n, .positions = s->positions, .held = s->held, .heads = b->heads, .size = s->size,
-        .capacity = s->capacity, .window = b->window, .keep_stride = keep_stride,
+        .capacity = s->capacity, .window = b->window, .keep_stride = keep_stride, .stored = s->stored,
         .panels = nq_ceil(together, s->kernels->panel)};
     const int64_t items = (nq_ceil(s->begin + n, s->positions) - sequence) * b->heads * attention.panels;
     const int64_t work = nq_min(together, s->kernels->panel) * (s->held + s->positions) * s->size;
@@ -91,7 +78,13 @@ static void step_rows(const struct step *s, int64_t n, const uint8_t *keep, int6
     PRODUCT(QUERY, s->normed, s->query);
     PRODUCT(KEY, s->normed, s->key);
     PRODUCT(VALUE, s->normed, s->value);
-    nq_parallel(threads, n, grain, hold_rows, (void *)s);
+    for (int which = 0; which < 2; which++) {
+        struct nq_holding holding = {
+            .from = which ? s->value : s->key, .to = which ? s->values : s->keys, .first = s->begin,
+            .positions = s->positions, .held = s->held, .heads = b->heads, .size = s->size, .capacity = s->capacity,
+            .stored = s->stored};
+        nq_parallel(threads, n, grain, s->kernels->hold, &holding);
+    }
     nq_parallel(threads, items, nq_ceil(AT_ONCE, work), s->kernels->attend, &attention);
     PRODUCT(OUT, s->normed, s->y + s->begin * s->C);
     nq_parallel(threads, n, grain, add_and_norm_rows, (void *)s);
@@ -103,18 +96,18 @@ static void step_rows(const struct step *s, int64_t n, const uint8_t *keep, int6
 }
 
 /* x[sequences, positions, C] through the block: y of the same shape. Keys and values of the new positions are added
- * behind the `held` ones, to keys and values [sequences, heads, capacity, C / heads]. keep[sequences, keep_stride] is 0
+ * behind the `held` ones, to keys and values [sequences, heads, capacity, C / heads], held as `stored` says. keep[sequences, keep_stride] is 0
  * on padding; or 0: there is none. */
 NQ_EXPORT void nq_step(
-    const struct nq_block *b, const float *x, int64_t sequences, int64_t positions, float *keys, float *values,
-    int64_t capacity, int64_t held, const uint8_t *keep, int64_t keep_stride, float *y, int isa, int threads) {
+    const struct nq_block *b, const float *x, int64_t sequences, int64_t positions, void *keys, void *values,
+    float *key_scale, float *value_scale, int stored, int64_t capacity, int64_t held, const uint8_t *keep, int64_t keep_stride, float *y, int isa, int threads) {
     const int64_t C = b->weights[QUERY]->columns, inner = b->weights[FC]->rows, rows = sequences * positions;
     const int64_t most = nq_min(NQ_MOST_ROWS, rows);
     float *scratch = nq_scratch(NQ_STEP, (size_t)(most * (4 * C + inner)) * sizeof(float));
     struct step s = {
         .b = b, .kernels = nq_kernels_of(isa), .x = x, .y = y, .normed = scratch, .query = scratch + most * C,
-        .key = scratch + 2 * most * C, .value = scratch + 3 * most * C, .wide = scratch + 4 * most * C, .keys = keys,
-        .values = values, .C = C, .inner = inner, .size = C / b->heads, .capacity = capacity, .held = held,
+        .key = scratch + 2 * most * C, .value = scratch + 3 * most * C, .wide = scratch + 4 * most * C, .stored = stored,
+        .keys = {keys, key_scale}, .values = {values, value_scale}, .C = C, .inner = inner, .size = C / b->heads, .capacity = capacity, .held = held,
         .positions = positions};
     for (; s.begin < rows; s.begin += most) step_rows(&s, nq_min(most, rows - s.begin), keep, keep_stride, threads);
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from neoquant.native.products import Weight
 
 ACTIVATIONS = {"gelu_new": 0, "gelu_pytorch_tanh": 0, "relu": 1}  # by their number in weight.h
 
+STORED = {torch.float32: 0, torch.float16: 1, torch.uint8: 2}
+"""How keys and values may be held, by their number in weight.h; bytes have a scale for each head and position."""
+
 _LINEARS = 6
 _Pointer = ctypes.c_void_p
 
@@ -22,6 +25,13 @@ def outruns_torch() -> bool:
     """Whether many rows meet a weight that is not quantized faster here than in torch: measured with AVX-512 (twice as
     fast) and AVX2 (as fast)."""
     return ISAS[active().isa].startswith("avx512")
+
+
+class _Stored(Protocol):
+    """`data` [B, H, capacity, D], and with bytes `scale` float32 [B, H, capacity]."""
+
+    data: Tensor
+    scale: Tensor | None
 
 
 class _Block(ctypes.Structure):
@@ -76,18 +86,22 @@ class NativeBlock:
         )
         self.address = ctypes.addressof(self.struct)
 
-    def step(self, x: Tensor, keys: Tensor, values: Tensor, held: int, keep: Tensor | None) -> Tensor:
+    def step(self, x: Tensor, keys: _Stored, values: _Stored, held: int, keep: Tensor | None) -> Tensor:
         """x[B, T, C] to [B, T, C]; keys and values of the positions are added from `held` on.
 
-        `keys` and `values` [B, H, capacity, D] are contiguous; `keep` bool[B, held + T] is False on padding, and its
-        rows are contiguous.
+        Buffers of `keys` and `values` [B, H, capacity, D] are contiguous; `keep` bool[B, held + T] is False on padding,
+        and its rows are contiguous.
         """
         x = x.contiguous()
         y = torch.empty_like(x)
         native = active()
         native.call(
-            "nq_step", self.address, x.data_ptr(), *x.shape[:2], keys.data_ptr(), values.data_ptr(), keys.shape[2],
-            held, None if keep is None else keep.data_ptr(), 0 if keep is None else keep.stride(0), y.data_ptr(),
-            native.isa, threads(),
+            "nq_step", self.address, x.data_ptr(), *x.shape[:2], keys.data.data_ptr(), values.data.data_ptr(),
+            _address(keys.scale), _address(values.scale), STORED[keys.data.dtype], keys.data.shape[2], held,
+            _address(keep), 0 if keep is None else keep.stride(0), y.data_ptr(), native.isa, threads(),
         )  # fmt: skip
         return y
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

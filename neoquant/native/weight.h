@@ -48,15 +48,34 @@ struct nq_way {
     int tile, panel;                           /* rows of x in a tile, rows of the weight handled together */
 };
 
+/* How keys and values are held. Bytes count steps from NQ_MIDDLE, `scale` being the step of a head at a position. */
+enum nq_stored { NQ_HELD_FLOAT32 = 0, NQ_HELD_FLOAT16 = 1, NQ_HELD_INT8 = 2 };
+enum { NQ_MIDDLE = 128 };
+
+struct nq_states {
+    void *data;   /* [sequences, heads, capacity, size] */
+    float *scale; /* [sequences, heads, capacity], or 0 */
+};
+
+/* Rows [begin, end) of `from` [rows, heads, size] to where they are held, where row r is new position r % positions of
+ * sequence r / positions; `from` begins with row `first`. */
+struct nq_holding {
+    const float *from;
+    struct nq_states to;
+    int64_t first, positions, held, heads, size, capacity;
+    int stored;
+};
+
 /* New positions look back, each at those of its sequence up to itself: all heads of the rows [begin, end), where row r is
  * new position r % positions of sequence r / positions. An item of work is a panel of a head of a sequence. */
 struct nq_attention {
     const float *query;         /* [end - begin, heads, size] */
-    const float *keys, *values; /* [sequences, heads, capacity, size]: `held` of before, then the new ones */
+    struct nq_states keys, values; /* `held` of before, then the new ones */
     const uint8_t *keep;        /* [sequences, keep_stride], 0 on padding; or 0: there is none */
     float *y;                   /* [end - begin, heads, size] */
     int64_t begin, end, positions, held, heads, size, capacity, window, keep_stride; /* `window` 0: everything is seen */
     int64_t panels;             /* of `panel` rows, that the most rows of a sequence make */
+    int stored;
 };
 
 enum nq_activation { NQ_GELU_TANH = 0, NQ_RELU = 1 };
@@ -65,7 +84,7 @@ enum nq_activation { NQ_GELU_TANH = 0, NQ_RELU = 1 };
 struct nq_kernels {
     int few_most; /* rows of x up to which `few` is the faster */
     struct nq_way few, many, int8, few8, plain; /* `few8`: int8 and few rows of x; `plain`: a plain weight and few rows */
-    nq_range attend;
+    nq_range hold, attend;
     int panel; /* new positions of a sequence that `attend` looks at together */
     void (*norm)(const float *x, const float *weight, const float *bias, int64_t n, float epsilon, float *to);
     void (*activate)(float *x, int64_t n, int activation);

@@ -19,8 +19,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from neoquant.kernels import Cpu
 from neoquant.model.cache import KVCache
 from neoquant.model.gpt_neo import AttentionMasks, Block
+from neoquant.model.stored_states import StoredStates
 from neoquant.native import products
-from neoquant.native.step import ACTIVATIONS, NativeBlock, NativeLinear, outruns_torch
+from neoquant.native.step import ACTIVATIONS, STORED, NativeBlock, NativeLinear, outruns_torch
 from neoquant.nn.linear import QuantLinear, StoredLinear, is_native, is_traced
 
 
@@ -39,13 +40,17 @@ def fused_block(block: Block, x: Tensor, masks: AttentionMasks, cache: KVCache |
     shape = prepared.states_of(x)
     if not _belongs(masks, rows, positions, 0 if cache is None else cache.length):
         return None
-    keep = None if masks.keep is None else _by_rows(masks.keep.expand(rows, -1))
     if cache is None:
-        return prepared.native.step(x, x.new_empty(shape), x.new_empty(shape), 0, keep)
-    keys, values = cache.room(prepared.layer, shape, x)
-    if not (_has_room(keys, shape) and _has_room(values, shape)):
-        return None
-    y = prepared.native.step(x, keys, values, cache.length, keep)
+        keys, values = (StoredStates(x.new_empty(shape)) for _ in range(2))
+        held = 0
+    else:
+        keys, values, held = cache.room(prepared.layer, shape, x)
+        if not (_has_room(keys, shape) and _has_room(values, shape)):
+            return None
+    keep = masks.kept(held + positions)
+    y = prepared.native.step(x, keys, values, held, None if keep is None else _by_rows(keep.expand(rows, -1)))
+    if cache is None:
+        return y
     cache.advance(prepared.layer, positions)
     return y
 
@@ -116,9 +121,10 @@ def _is_ordinary(block: Any, x: Tensor, keep: Tensor | None) -> bool:
     return keep is None or keep.device.type == "cpu"
 
 
-def _has_room(buffer: Tensor, shape: tuple[int, ...]) -> bool:
+def _has_room(stored: StoredStates, shape: tuple[int, ...]) -> bool:
     """Whether a cache's buffer [B, H, capacity, D] is as the library takes it: it may be another model's, or type's."""
-    fits = buffer.dtype == torch.float32 and buffer.device.type == "cpu" and buffer.is_contiguous()
+    buffer = stored.data
+    fits = buffer.dtype in STORED and buffer.device.type == "cpu" and buffer.is_contiguous()
     return fits and (*buffer.shape[:2], buffer.shape[3]) == (*shape[:2], shape[3])
 
 

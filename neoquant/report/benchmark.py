@@ -25,6 +25,8 @@ def speed_table(result: Speed) -> RenderableType:
     ]
     legend = (
         f"{plural(result.prompt_tokens, 'prompt token')}, {plural(result.new_tokens, 'new token')}, "
+        f"{f'{result.batch} sequences together, ' if result.batch > 1 else ''}"
+        f"{f'keys and values in {result.cache}, ' if result.cache else ''}"
         f"{plural(result.threads, 'thread')}; medians of {plural(result.repeats, 'run')} in turn, each in a process of "
         "its own · ×: neoquant is so many times as fast"
     )

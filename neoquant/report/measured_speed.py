@@ -57,4 +57,6 @@ def measured_speed(results: Mapping[str, Speed]) -> MeasuredSpeed:
 def _settings(result: Speed) -> str:
     return (
         f"{result.prompt_tokens} prompt tokens, {result.new_tokens} new ones, {result.threads} threads, {result.dtype}"
+        + (f", {result.batch} sequences together" if result.batch > 1 else "")
+        + (f", keys and values in {result.cache}" if result.cache else "")
     )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.models.gpt_neo import modeling_gpt_neo
 
+from neoquant.model.stored_states import StoredStates
 from neoquant.nn.fused_block import Anatomy, PreparedBlock, is_hooked, prepared_block
 from neoquant.nn.linear import is_traced
 
@@ -69,14 +70,14 @@ def _step(block: GPTNeoBlock, x: Tensor, cache: Any, mask: Tensor | None) -> Ten
     if not known:
         return None
     if cache is None:
-        return prepared.native.step(x, x.new_empty(shape), x.new_empty(shape), 0, keep)
+        return prepared.native.step(x, StoredStates(x.new_empty(shape)), StoredStates(x.new_empty(shape)), 0, keep)
     layer = _layer_of(cache, prepared, x)
     if layer is None:
         return None
     buffers = _with_room(layer, shape, held)
     if buffers is None:
         return None
-    y = prepared.native.step(x, buffers.keys, buffers.values, held, keep)
+    y = prepared.native.step(x, StoredStates(buffers.keys), StoredStates(buffers.values), held, keep)
     end = held + shape[2]
     layer.keys, layer.values = buffers.keys[:, :, :end], buffers.values[:, :, :end]
     _BUFFERS[layer] = buffers._replace(left=(ref(layer.keys), ref(layer.values)))

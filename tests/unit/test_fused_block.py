@@ -79,10 +79,11 @@ def twin(model: GPTNeoModel, dtype: torch.dtype = torch.float64) -> GPTNeoModel:
 
 
 def generate(
-    model: GPTNeoModel, ids: Tensor, prompt: int, keep: Tensor | None = None, at_once: int = 1
-) -> tuple[Tensor, KVCache]:
+    model: GPTNeoModel, ids: Tensor, prompt: int, keep: Tensor | None = None, at_once: int = 1,
+    storage: str | None = None,
+) -> tuple[Tensor, KVCache]:  # fmt: skip
     """Hidden states of ids[B, T], of which the first are read at once and the others one by one, or so many."""
-    cache, seen = KVCache(len(model.h), capacity=3), []
+    cache, seen = KVCache.of(model.config, 3, storage), []
     positions = None if keep is None else (keep.cumsum(1) - 1).clamp(min=0)
     behind = [(i, i + at_once) for i in range(prompt, ids.shape[1], at_once)]
     for begin, end in [(0, prompt), *behind] if prompt else behind:
@@ -130,6 +131,34 @@ def test_steps_are_what_the_block_does(isa: str, threads: int, data: st.DataObje
     kept = torch.ones(rows, 12, dtype=torch.bool) if keep is None else keep
     assert_as_exact(found[kept], plain[kept], expected[kept])
     assert cache.length == held.length == 12
+
+
+@every_isa
+@pytest.mark.parametrize("storage", ["float16", "int8"])
+@settings(deadline=None, max_examples=4)
+@given(data=st.data())
+def test_what_is_held_in_fewer_bits_is_what_torch_holds(isa: str, storage: str, data: st.DataObject) -> None:
+    """And gives what it gives there, for one position, a few and many, in buffers that slide; alone and padded."""
+    heads, size = data.draw(st.sampled_from([1, 2])), data.draw(st.sampled_from([3, 8, 13, 40, 144]))
+    model = make(
+        seed=data.draw(st.integers(0, 99)), num_heads=heads, hidden_size=heads * size, context=600,
+        window_size=data.draw(st.sampled_from([1, 5, 40])),
+    )  # fmt: skip
+    rows, at_once, prompt = data.draw(st.sampled_from([(1, 1, 150), (2, 1, 40), (3, 5, 7), (2, 37, 300)]))
+    length = prompt + 2 * at_once + (70 if at_once == 1 else 0)
+    ids = torch.randint(0, 17, (rows, length), generator=torch.Generator().manual_seed(rows))
+    keep = torch.arange(length) >= 3 * torch.arange(rows)[:, None] if data.draw(st.booleans()) else None
+    plain = twin(model, torch.float32)
+    with forced(isa), torch.inference_mode():
+        found, cache = generate(model, ids, prompt, keep, at_once, storage)
+    with torch.inference_mode():
+        expected, held = generate(plain, ids, prompt, keep, at_once, storage)
+        exact, _ = generate(twin(model), ids, prompt, keep, at_once)
+    kept = torch.ones(rows, length, dtype=torch.bool) if keep is None else keep
+    assert cache.nbytes == held.nbytes
+    # What is rounded to the one side here and to the other there is as far apart as what is rounded at all.
+    usual = (expected - exact)[kept].norm()
+    assert (found - expected)[kept].norm() <= 0.5 * usual + 1e-4 * exact[kept].norm()
 
 
 def assert_as_exact(found: Tensor, plain: Tensor, expected: Tensor) -> None:
@@ -446,7 +475,9 @@ def other_batch(model: GPTNeoModel, cache: KVCache) -> Tensor:
 
 
 def other_type(model: GPTNeoModel, cache: KVCache) -> Tensor:
-    cache._keys = [None if keys is None else keys.bfloat16() for keys in cache._keys]
+    for layer in cache._layers:
+        for stored in layer.stored:
+            stored.data = stored.data.bfloat16()
     return torch.tensor([[1]])
 
 
