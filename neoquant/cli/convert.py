@@ -12,7 +12,7 @@ from neoquant.cli import options
 from neoquant.cli.models import find_model, short_name
 from neoquant.cli.output import check_output_file, json_kind, write_text
 from neoquant.cli.terminal import Terminal
-from neoquant.report.formatting import size
+from neoquant.report.formatting import duration, size
 from neoquant.sizes import parse_size
 
 
@@ -94,4 +94,4 @@ def convert(
         f"{folder}: {made.before} -> {made.after}, {layers} quantized layers of {len(made.tensors)} tensors, "
         f"{size(made.source_bytes)} -> {size(made.weights_bytes)}"
     )
-    terminal.note(f"took {made.seconds:.1f} s and {size(made.peak_rss_bytes)} of memory")
+    terminal.note(f"took {duration(made.seconds)} and {size(made.peak_rss_bytes)} of memory")

@@ -196,10 +196,14 @@ def _kind(path: Path) -> str | None:
 
 def _text_document(path: Path, subset: str) -> Document:
     content = read_bytes(path, limit=MAX_FILE_BYTES, error=DataError)
-    if content.startswith(_UTF16):
-        raise DataError(f"{path.name} is UTF-16: convert it to UTF-8")
+    _require_no_utf16(content, path.name)
     text, mended = _decoded(content.removeprefix(codecs.BOM_UTF8))
     return Document(path.name, subset, text, mended)
+
+
+def _require_no_utf16(content: bytes, name: str) -> None:
+    if content.startswith(_UTF16):
+        raise DataError(f"{name} is UTF-16: convert it to UTF-8")
 
 
 def _json_lines(path: Path, progress: Progress, subset: str) -> Iterator[Document]:
@@ -207,7 +211,9 @@ def _json_lines(path: Path, progress: Progress, subset: str) -> Iterator[Documen
         position = 0
         with _decompressed(file, path) as lines:
             for number, line in enumerate(_lines(lines, text_limit()), start=1):
-                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if number == 1:
+                    _require_no_utf16(line, path.name)
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
                     yield _json_document(line, number, subset)
                 advance(file.tell() - position)

@@ -230,6 +230,7 @@ def evaluated(cli: Cli, tiny_model: Path, name: str, content: bytes) -> Any:
     ("content", "says"),
     [
         (b"[" * 100_000, "line 1: not JSON: it is nested too deeply"),
+        ('{"text": "a"}'.encode("utf-16"), "x.jsonl is UTF-16: convert it to UTF-8"),
         (b'{"text": 5}', 'line 1: "text" is 5; expected a string'),
         (b'{"text": "' + b"x" * 3000 + b'"}', "line 1 has more than 1,000 bytes; set NEOQUANT_MAX_TEXT_SIZE"),
     ],
