@@ -5,14 +5,13 @@
 
 Random weights of the model's exact shapes in NF4 with an int8 embedding, or `--model`, a folder. For each type a random
 text is read once up to each of `--positions`; then, `--repeats` times and in turn, `--new-tokens` tokens are decoded
-behind each, and taken back. transformers runs the plain weights in float32, from a copy of its cache. Figures are
+behind each, and taken back. transformers runs the plain weights in float32. Figures are
 medians; each ratio is of the last position to the first in the same turn.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 import sys
@@ -62,14 +61,17 @@ def bench(folder: Path, plain: Path | None, args: argparse.Namespace) -> dict[st
     """Tokens a second of each way at each position, in turn."""
     import torch
 
+    from neoquant.loading.load import load_model
+    from neoquant.loading.pretrained import GPTNeoForCausalLM
     from neoquant.model.stored_states import STORAGES
 
     torch.set_num_threads(args.threads)
     ways: dict[str, dict[int, Decode]] = {}
     held: dict[str, int] = {}
     text = torch.randint(0, 50257, (1, max(args.positions)), generator=torch.Generator().manual_seed(0))
+    model = load_model(folder, GPTNeoForCausalLM, device="cpu")
     for storage in STORAGES:
-        ways[storage], held[storage] = ours(folder, storage, text, args.positions)
+        ways[storage], held[storage] = ours(model, storage, text, args.positions)
     if plain is not None:
         ways["transformers"] = theirs(plain, text, args.positions)
     runs: dict[str, dict[str, list[float]]] = {way: {str(p): [] for p in args.positions} for way in ways}
@@ -96,15 +98,12 @@ def bench(folder: Path, plain: Path | None, args: argparse.Namespace) -> dict[st
     }  # fmt: skip
 
 
-def ours(folder: Path, storage: str, text: Any, positions: list[int]) -> tuple[dict[int, Decode], int]:
+def ours(model: Any, storage: str, text: Any, positions: list[int]) -> tuple[dict[int, Decode], int]:
     """What decodes behind each length of text, and the bytes that the longest one's keys and values take."""
     import torch
 
-    from neoquant.loading.load import load_model
-    from neoquant.loading.pretrained import GPTNeoForCausalLM
     from neoquant.model.cache import KVCache
 
-    model = load_model(folder, GPTNeoForCausalLM, device="cpu")
     ways, cache = {}, KVCache(0)
     for position in positions:
         cache = KVCache.of(model.config, position + 16, storage)
@@ -133,15 +132,14 @@ def theirs(folder: Path, text: Any, positions: list[int]) -> dict[int, Decode]:
     for position in positions:
         with torch.inference_mode():
             read = model(text[:, :position], use_cache=True, logits_to_keep=1).past_key_values
-        copies = [copy.deepcopy(read) for _ in range(16)]  # copying is not timed
 
-        def decode(count: int, read: Any = read, copies: list[Any] = copies) -> None:
-            past = copies.pop() if copies else copy.deepcopy(read)
+        def decode(count: int, read: Any = read, position: int = position) -> None:
             with torch.inference_mode():
                 ids = text[:, :1]
                 for _ in range(count):
-                    out = model(ids, past_key_values=past, use_cache=True, logits_to_keep=1)
-                    ids, past = out.logits[:, -1].argmax(-1)[:, None], out.past_key_values
+                    out = model(ids, past_key_values=read, use_cache=True, logits_to_keep=1)
+                    ids = out.logits[:, -1].argmax(-1)[:, None]
+            read.crop(position)
 
         ways[position] = decode
     return ways

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from neoquant import demo
 from neoquant.cli.generation import settings
 from neoquant.cli.models import Loading
 from neoquant.cli.terminal import Terminal
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from neoquant.generation.config import GenerationConfig
+    from neoquant.generation.drafting import Drafter
     from neoquant.generation.generate import Sampling
     from neoquant.loading.pretrained import GPTNeoForCausalLM
     from neoquant.tokenizer.tokenizer import Tokenizer
 
 DEFAULT_TOKENS = 100
+LOOKUP = "lookup"
+"""What `--draft` takes in place of a model: what followed where the text ended likewise before."""
 
 
 class Choices(NamedTuple):
@@ -32,6 +39,7 @@ class Choices(NamedTuple):
     seed: int | None
     max_new_tokens: int | None
     cache: str | None
+    draft: str | None
 
 
 def continue_text(
@@ -41,7 +49,11 @@ def continue_text(
 
     Raises RequestError where the text leaves no room in the context.
     """
-    from neoquant.generation.generate import check_room, require_known_tokens
+    import torch
+
+    from neoquant.generation.generate import check_room, require_known_tokens, stream
+    from neoquant.generation.speculative import Acceptance, stream_with_drafts
+    from neoquant.generation.stopping import ends_with
     from neoquant.loading.pretrained import load
 
     network, tokenizer = load(source, **loading._asdict(), activations=activations, progress=terminal.progress)
@@ -64,41 +76,49 @@ def continue_text(
     require_known_tokens(network, ids)
     check_room(network, len(ids), length)  # before the prompt is printed
 
+    acceptance = Acceptance()
+    options: dict[str, Any] = {"max_new_tokens": length, "sampling": sampling, "cache_dtype": own.cache_dtype}
+    options["stop"] = ends_with(own.stops(), tokenizer)
+    prompt = torch.tensor([ids])
+    if choices.draft is None:
+        made = stream(network, prompt, **options)
+    else:
+        drafter = _drafter(choices.draft, network, sampling, loading, terminal)
+        made = stream_with_drafts(network, prompt, drafter, acceptance=acceptance, **options)
     started = time.perf_counter()
     terminal.show_raw(text)
-    tokens = _print_continuation(network, tokenizer, ids, length, sampling, own, terminal)
+    tokens = _print_continuation(made, tokenizer, own, terminal)
     seconds = time.perf_counter() - started
     repeat = "" if sampling.temperature == 0 else f"; to repeat: --seed {seed}"
+    if acceptance.drafted:
+        terminal.note(f"drafts: {acceptance}")
     terminal.note(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s{repeat}")
 
 
-def _print_continuation(
-    network: GPTNeoForCausalLM,
-    tokenizer: Tokenizer,
-    ids: list[int],
-    length: int,
-    sampling: Sampling,
-    own: GenerationConfig,
-    terminal: Terminal,
-) -> int:
-    """Print at most `length` tokens after `ids`, and count them."""
-    import torch
+def _drafter(
+    draft: str, network: GPTNeoForCausalLM, sampling: Sampling, loading: Loading, terminal: Terminal
+) -> Drafter:
+    """What `--draft` names: LOOKUP, or a model, loaded as the other one."""
+    from neoquant.generation.drafting import ModelDrafter, PromptLookup, require_same_vocabulary
+    from neoquant.loading.load import load_model
+    from neoquant.loading.pretrained import GPTNeoForCausalLM
 
-    from neoquant.generation.generate import stream
-    from neoquant.generation.stopping import ends_with
+    if draft == LOOKUP:
+        return PromptLookup()
+    how = loading._asdict() | {"revision": None}
+    model = load_model(demo.resolve(draft), GPTNeoForCausalLM, **how, progress=terminal.progress)
+    require_same_vocabulary(network, model)
+    return ModelDrafter(model, sampling)
+
+
+def _print_continuation(made: Iterable[Tensor], tokenizer: Tokenizer, own: GenerationConfig, terminal: Terminal) -> int:
+    """Print the tokens that are made, and count them."""
     from neoquant.generation.text import TextStream
 
     out = TextStream(tokenizer, terminal.show_raw)
-    stop, ends, tokens = ends_with(own.stops(), tokenizer), own.ends(), 0
+    ends, tokens = own.ends(), 0
     try:
-        for chosen in stream(
-            network,
-            torch.tensor([ids]),
-            max_new_tokens=length,
-            sampling=sampling,
-            stop=stop,
-            cache_dtype=own.cache_dtype,
-        ):
+        for chosen in made:
             tokens += 1
             if int(chosen[0]) not in ends:
                 out.put(int(chosen[0]))

@@ -62,6 +62,17 @@ def generate(
     dtype: options.Dtype = None,
     activations: options.Activations = "exact",
     cache: options.Cache = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            "--draft",
+            metavar="MODEL|lookup",
+            help="A faster model of the same tokenizer guesses tokens, which MODEL checks together; lookup guesses "
+            "what followed where the text ended likewise before. Greedy texts stay as they are, sampled ones keep "
+            "their distribution.",
+            show_default=False,
+        ),
+    ] = None,
     revision: options.Revision = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -74,7 +85,7 @@ def generate(
     Examples:
       neoquant generate gpt-neo-1.3B-nf4 --prompt "Hello, I'm a language model"
       neoquant generate gpt-neo-1.3B-nf4 --prompt "Once upon a time" --temperature 0.7 --seed 7
-      echo "def mean(values):" | neoquant generate neoquant-demo --greedy
+      echo "def mean(values):" | neoquant generate neoquant-demo --greedy --draft lookup
       echo -e "Hello" | neoquant generate --task text-generation --model EleutherAI/gpt-neo-1.3B --device 0
       cat lines.txt | neoquant generate --task text-classification my-finetune
     """
@@ -90,7 +101,7 @@ def generate(
         if question is not None:
             raise RequestError("--question belongs to --task question-answering")
         require_cache(cache)
-        choices = Choices(greedy, temperature, top_k, top_p, repetition_penalty, seed, max_new_tokens, cache)
+        choices = Choices(greedy, temperature, top_k, top_p, repetition_penalty, seed, max_new_tokens, cache, draft)
         text = prompt_text(prompt)
         continue_text(find_model(model, terminal, "generate"), text, choices, loading, activations, terminal)
         return
@@ -98,7 +109,7 @@ def generate(
 
     require_task(task)
     sampling: dict[str, object] = {**randomness, "--greedy": greedy or None, "--max-new-tokens": max_new_tokens}
-    sampling |= {"--repetition-penalty": repetition_penalty, "--cache": cache}
+    sampling |= {"--repetition-penalty": repetition_penalty, "--cache": cache, "--draft": draft}
     sampling |= {"--activations": None if activations == "exact" else activations}
     if given := [option for option, value in sampling.items() if value is not None]:
         raise RequestError(f"--task {task} generates nothing: leave out {', '.join(given)}")
