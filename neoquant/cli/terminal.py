@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichBars
 
 PIPED_WIDTH = 200  # columns for tables where no terminal says how many it has
+BESIDE_LABEL = 22  # columns of a progress bar at its shortest, the share that is done and the time left
 LONGEST_MESSAGE = 2000  # characters of an error: a value from a file may be of any length
 
 # C0 and C1 controls but for line ends and tabs, and what changes the direction of text.
@@ -146,9 +147,12 @@ class Bars(Notes):
     def _make(self) -> RichBars:
         from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichBars
+        from rich.table import Column
 
+        # A long label, as of a file, leaves room for the share that is done and for the time left.
+        label = Column(no_wrap=True, overflow="ellipsis", max_width=max(8, self._console.width - BESIDE_LABEL))
         columns = (
-            TextColumn("{task.description}", markup=False),
+            TextColumn("{task.description}", markup=False, table_column=label),
             BarColumn(),
             TaskProgressColumn(),
             TimeRemainingColumn(),
