@@ -145,6 +145,8 @@ class _Inputs:
     ) -> None:
         self.keep: Tensor | None = None
         self.ids = ids
+        self._rows, self._all = list(range(len(ids))), len(ids)
+        self._index: Tensor | None = None  # of the rows that go on, where not all do
         self.positions = _like(ids, position_ids, "position_ids")
         self.types = _like(ids, token_type_ids, "token_type_ids")
         if attention_mask is None:
@@ -173,11 +175,25 @@ class _Inputs:
             logits_to_keep=1,
         )
         logits: Tensor = output.logits[:, -1]
+        if self._index is not None:  # rows that have ended draw too, or the others would draw something else
+            return logits.new_zeros(self._all, logits.shape[-1]).index_copy_(0, self._index, logits)
         return logits
 
+    def leave(self, rows: list[int], cache: KVCache) -> None:
+        """Only these rows go on, of those that did."""
+        if len(rows) == len(self._rows):
+            return
+        kept = torch.tensor([self._rows.index(row) for row in rows], device=self.ids.device)
+        self._rows, self._index = rows, torch.tensor(rows, device=self.ids.device)
+        cache.select(kept)
+        self.keep, self.positions, self.types = (
+            None if tensor is None else tensor.index_select(0, kept)
+            for tensor in (self.keep, self.positions, self.types)
+        )
+
     def follow(self, ids: Tensor) -> None:
-        """`ids[B]` are given next. Their type is the one of the position before."""
-        self.ids = ids[:, None]
+        """`ids[B]` are given next, of the rows that go on. Their type is the one of the position before."""
+        self.ids = (ids if self._index is None else ids.index_select(0, self._index))[:, None]
         self.positions = None if self.positions is None else self.positions[:, -1:] + 1
         self.types = None if self.types is None else self.types[:, -1:]
 
@@ -187,10 +203,10 @@ class Endings:
 
     def __init__(self, ids: Tensor, keep: Tensor | None, sampling: Sampling, stop: Stop | None, new: int) -> None:
         """`ids[B, T]` are the prompts; `keep[B, T + new]` is False on padding."""
-        eos = sampling.eos_token_ids or ()
-        self._ends = torch.tensor(eos, dtype=ids.dtype)
-        self._filler = sampling.pad_token_id if sampling.pad_token_id is not None else next(iter(eos), 0)
-        self._ended = torch.zeros(len(ids), dtype=torch.bool)
+        self._ends = frozenset(sampling.eos_token_ids or ())
+        first = next(iter(sampling.eos_token_ids or ()), 0)
+        self._filler = sampling.pad_token_id if sampling.pad_token_id is not None else first
+        self._ended = [False] * len(ids)  # few numbers: lists are faster than tensors
         self._stop = stop
         self._length = ids.shape[1]
         if stop is not None:
@@ -200,17 +216,24 @@ class Endings:
     def take(self, drawn: Tensor) -> tuple[Tensor, bool, bool]:
         """From what was drawn next, `[B]`: what is given out, whether all rows that go on had something to draw, and
         whether all have ended."""
-        usable = bool((self._ended | (drawn != NOTHING)).all())
-        chosen = drawn
-        if len(self._ends):
-            chosen = drawn.masked_fill(self._ended, self._filler)
-            self._ended = self._ended | torch.isin(chosen, self._ends)
+        ids = drawn.tolist()
+        usable = all(ended or token != NOTHING for token, ended in zip(ids, self._ended, strict=True))
+        if self._ends:
+            if any(self._ended):
+                ids = [self._filler if ended else token for token, ended in zip(ids, self._ended, strict=True)]
+                drawn = torch.tensor(ids, dtype=drawn.dtype)
+            self._ended = [ended or token in self._ends for token, ended in zip(ids, self._ended, strict=True)]
         if self._stop is not None:
-            self._seen[:, self._length] = chosen
+            self._seen[:, self._length] = drawn
             self._length += 1
             keep = None if self._keep is None else self._keep[:, : self._length]
-            self._ended = self._ended | self._stop(self._seen[:, : self._length], keep)
-        return chosen, usable, bool(self._ended.all())
+            stopped = self._stop(self._seen[:, : self._length], keep).tolist()
+            self._ended = [ended or now for ended, now in zip(self._ended, stopped, strict=True)]
+        return drawn, usable, all(self._ended)
+
+    def going_on(self) -> list[int]:
+        """The rows whose next tokens matter: without an end-of-text token nothing fills up those that have ended."""
+        return [row for row, ended in enumerate(self._ended) if not (ended and self._ends)]
 
 
 @torch.inference_mode()
@@ -231,9 +254,10 @@ def stream(
 
     Rows of different lengths are padded, on either side, and `attention_mask[B, T]` is 0 there: each is continued as it
     would be alone. A row ends behind an end-of-text token, or where `stop` says so; where there are end-of-text tokens,
-    it is filled up from there. New positions count on from `position_ids[B, T]`, and have the type of the last of
-    `token_type_ids[B, T]`. Ids come from the model's device `look_every` at a time (None: 1 on a CPU, LOOK_EVERY
-    elsewhere), and nothing else waits for it; what it has made beyond the end is dropped.
+    it is filled up from there, and the model computes the others alone. New positions count on from
+    `position_ids[B, T]`, and have the type of the last of `token_type_ids[B, T]`. Ids come from the model's device
+    `look_every` at a time (None: 1 on a CPU, LOOK_EVERY elsewhere), and nothing else waits for it; what it has made
+    beyond the end is dropped.
     Keys and values are held in `cache_dtype`: "float32", "float16", "int8", or as they come.
 
     Raises ContextError before anything is generated where prompt and new tokens do not fit into the model's context,
@@ -262,7 +286,7 @@ def stream(
             logits = logits.index_fill(-1, reachable, -torch.inf)
         drawn, finite = choose(logits, seen[:, : T + new], sampling, generator)
         seen[:, T + new] = drawn
-        outcomes[:, new] = drawn.masked_fill(~finite, NOTHING)
+        outcomes[:, new] = drawn.where(finite, NOTHING)
         if (new + 1 - looked) % every == 0 or new + 1 == max_new_tokens:
             for ids in outcomes[:, looked : new + 1].cpu().unbind(1):
                 looked += 1
@@ -272,6 +296,7 @@ def stream(
                 yield chosen
                 if is_last:
                     return
+            inputs.leave(endings.going_on(), cache)
         inputs.follow(drawn)
 
 

@@ -210,3 +210,35 @@ def test_generated_text_is_what_was_streamed() -> None:
     text = generate_text(model, tokenizer, "héllo", max_new_tokens=20, on_text=pieces.append)
     assert text == "".join(pieces)
     assert generate_text(model, tokenizer, "", max_new_tokens=3) is not None
+
+
+@pytest.mark.parametrize("storage", [None, "int8"])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_rows_that_have_ended_are_not_computed(
+    model: GPTNeoForCausalLM, sampled: bool, storage: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the others go on as beside them: with the same draws, as transformers has them."""
+    ids, mask = torch.tensor([[17, 5, 9], [3, 8, 1], [17, 17, 7], [4, 4, 1]]), torch.ones(4, 3, dtype=torch.int64)
+    mask[0, 0] = mask[2, :2] = 0
+    rows: list[int] = []
+    real = model.transformer.forward
+
+    def counted(ids: torch.Tensor, *arguments: object, **options: object) -> object:
+        rows.append(len(ids))
+        return real(ids, *arguments, **options)
+
+    monkeypatch.setattr(model.transformer, "forward", counted)
+    options = {"max_new_tokens": 20, "do_sample": sampled, "top_k": 0, "pad_token_id": 17, "cache_dtype": storage}
+    torch.manual_seed(1)
+    whole = model.generate(ids, mask, eos_token_id=[], **options)[:, 3:]
+    ends = whole[torch.arange(3), torch.tensor([3, 11, 6])].tolist()
+    rows.clear()
+    torch.manual_seed(1)
+    found = model.generate(ids, mask, eos_token_id=ends, **options)[:, 3:]
+    lengths = []
+    for row, all_of_it in zip(found, whole, strict=True):
+        length = next((i + 1 for i, token in enumerate(all_of_it.tolist()) if token in ends), 20)
+        assert row[:length].tolist() == all_of_it[: min(length, found.shape[1])].tolist()
+        assert set(row[length:].tolist()) <= {17}
+        lengths.append(length)
+    assert len(set(lengths)) > 1 and rows == [sum(length > step for length in lengths) for step in range(max(lengths))]
