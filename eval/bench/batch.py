@@ -73,9 +73,12 @@ def bench(args: argparse.Namespace, temp: Path) -> dict[str, Any]:
                     rates[kind][str(batch)].append(count / (time.perf_counter() - started))
     median = {kind: {b: round(statistics.median(found), 1) for b, found in of.items()} for kind, of in rates.items()}
     ratio = {
-        kind: {b: round(statistics.median(y / x for x, y in zip(of["1"], found, strict=True)), 2) for b, found in of.items()}
+        kind: {
+            batch: round(statistics.median(many / one for one, many in zip(of["1"], found, strict=True)), 2)
+            for batch, found in of.items()
+        }
         for kind, of in rates.items()
-    }  # fmt: skip
+    }
     print(json.dumps({"median": median, "ratio": ratio}, indent=1))
     return {
         "what": f"sequences generated together, {args.name}", "provenance": provenance(("neoquant", "torch")),
