@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from neoquant.calibration.hidden_states import HiddenStates
@@ -43,7 +42,7 @@ class BlockForward:
     def __init__(self, hidden: HiddenStates, window_size: int, keep_inner: bool = False) -> None:
         """`hidden` the embedded rows, which are used up; `keep_inner`: whether inner activations are kept."""
         self.hidden, self.keep_inner = hidden, keep_inner
-        self.masks = AttentionMasks(hidden.shape[1], hidden.shape[1], window_size, None, torch.device("cpu"))
+        self.masks = AttentionMasks(hidden.shape[1], hidden.shape[1], window_size, None, hidden.device)
 
     def stages(self, block: Block) -> Iterator[Stage]:
         """The stages of `block` in the order of computing; after the last, `hidden` is what the block gives.

@@ -18,15 +18,16 @@ from torch import Tensor
 
 from neoquant.errors import OutputError
 
+CPU = torch.device("cpu")
 TOKENS = 4096  # of a piece, about: large enough for whole matrix products, small beside a block
 SCRATCH = "scratch-"  # how names of files begin that nobody needs once their process is gone
 
 
 class HiddenStates(ABC):
-    """float32[R, T, C], dealt with in batches of `batch` rows."""
+    """float32[R, T, C], dealt with in batches of `batch` rows, which lie on `device`."""
 
-    def __init__(self, shape: tuple[int, int, int], batch: int) -> None:
-        self.shape, self.batch = shape, batch
+    def __init__(self, shape: tuple[int, int, int], batch: int, device: torch.device = CPU) -> None:
+        self.shape, self.batch, self.device = shape, batch, device
 
     def __len__(self) -> int:
         """Rows."""
@@ -66,8 +67,8 @@ class HiddenStates(ABC):
 class HiddenStatesInMemory(HiddenStates):
     """Pieces in a list."""
 
-    def __init__(self, shape: tuple[int, int, int], batch: int) -> None:
-        super().__init__(shape, batch)
+    def __init__(self, shape: tuple[int, int, int], batch: int, device: torch.device = CPU) -> None:
+        super().__init__(shape, batch, device)
         self._pieces: list[Tensor] = []
 
     @classmethod
@@ -82,17 +83,18 @@ class HiddenStatesInMemory(HiddenStates):
 
     def replace(self, batches: Iterable[Tensor]) -> None:
         for number, piece in enumerate(batches):
-            self._pieces[number : number + 1] = [piece]
+            self._pieces[number : number + 1] = [piece.to(self.device)]
 
     def empty_like(self) -> HiddenStates:
-        return HiddenStatesInMemory(self.shape, self.batch)
+        return HiddenStatesInMemory(self.shape, self.batch, self.device)
 
     def save(self, path: Path) -> str:
         digest = hashlib.sha256()
         with writing(path), path.open("wb") as file:
             for piece in self._pieces:
-                file.write(_bytes_of(piece))
-                digest.update(_bytes_of(piece))
+                content = _bytes_of(piece)
+                file.write(content)
+                digest.update(content)
             file.flush()
             os.fsync(file.fileno())
         return digest.hexdigest()
@@ -104,8 +106,15 @@ class HiddenStatesInMemory(HiddenStates):
 class HiddenStatesOnDisk(HiddenStates):
     """A file in `folder`, or one that is there already: `path`, which must be as long as `shape` says."""
 
-    def __init__(self, shape: tuple[int, int, int], batch: int, folder: Path, path: Path | None = None) -> None:
-        super().__init__(shape, batch)
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        batch: int,
+        folder: Path,
+        path: Path | None = None,
+        device: torch.device = CPU,
+    ) -> None:
+        super().__init__(shape, batch, device)
         self.folder = folder
         self._scratch: Path | None = None  # the file, while it is nobody else's
         self._file = -1 if path is None else os.open(path, os.O_RDONLY)
@@ -120,10 +129,10 @@ class HiddenStatesOnDisk(HiddenStates):
                 if not count:
                     raise OutputError(f"{self.folder}: hidden states end {len(view)} bytes too early")
                 view, place = view[count:], place + count
-            yield piece
+            yield piece.to(self.device)
 
     def replace(self, batches: Iterable[Tensor]) -> None:
-        other = HiddenStatesOnDisk(self.shape, self.batch, self.folder)
+        other = HiddenStatesOnDisk(self.shape, self.batch, self.folder, device=self.device)
         with writing(self.folder):
             other._file, name = tempfile.mkstemp(prefix=SCRATCH, dir=self.folder)
             other._scratch = Path(name)
@@ -138,7 +147,7 @@ class HiddenStatesOnDisk(HiddenStates):
         self._file, self._scratch = other._file, other._scratch
 
     def empty_like(self) -> HiddenStates:
-        return HiddenStatesOnDisk(self.shape, self.batch, self.folder)
+        return HiddenStatesOnDisk(self.shape, self.batch, self.folder, device=self.device)
 
     def save(self, path: Path) -> str:
         assert self._scratch is not None
@@ -163,18 +172,20 @@ def rows_of_batch(length: int, tokens: int = TOKENS) -> int:
     return max(1, tokens // length)
 
 
-def read_hidden_states(path: Path, shape: tuple[int, int, int], digest: str, spilled: bool) -> HiddenStates | None:
+def read_hidden_states(
+    path: Path, shape: tuple[int, int, int], digest: str, spilled: bool, device: torch.device = CPU
+) -> HiddenStates | None:
     """What `save` left in a file, or None if it is not that any more."""
     expected = 4 * shape[0] * shape[1] * shape[2]
     if path.stat().st_size != expected:
         return None
-    found = HiddenStatesOnDisk(shape, rows_of_batch(shape[1]), path.parent, path)
+    found = HiddenStatesOnDisk(shape, rows_of_batch(shape[1]), path.parent, path, device)
     if not found._digest().startswith(digest):
         found.close()
         return None
     if spilled:
         return found
-    loaded = HiddenStatesInMemory(shape, found.batch)
+    loaded = HiddenStatesInMemory(shape, found.batch, device)
     loaded.replace(found.batches())
     found.close()
     return loaded
@@ -190,4 +201,4 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def _bytes_of(piece: Tensor) -> memoryview:
-    return piece.contiguous().view(-1).view(torch.uint8).numpy().data
+    return piece.cpu().contiguous().view(-1).view(torch.uint8).numpy().data

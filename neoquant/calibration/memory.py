@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,6 +12,7 @@ from neoquant.calibration.loss_hessian import POSITIONS
 from neoquant.errors import RequestError
 from neoquant.model.config import GPTNeoConfig
 
+_FREE = 0.9  # of a GPU's free memory: what is allocated is not all of it in one piece
 _RESIDENT_BYTES = 300_000_000  # of a process that has imported torch and quantized tiny layers
 _WIDEST_KEPT = 512_000_000  # inner activations are kept up to here: it saves a tenth of the time
 _SQUARES = 8  # matrices [I, I] alive at once while a Hessian is inverted: measured, itself included
@@ -50,6 +51,8 @@ class CalibrationMemory:
     keeps_inner: bool
     """Whether the MLP's inner activations are kept, instead of computed twice."""
     methods: Methods = PLAIN
+    device: str = "cpu"
+    """Where it is computed, and `memory` taken."""
 
 
 def gradient_rows(rows: int, length: int) -> int:
@@ -58,14 +61,28 @@ def gradient_rows(rows: int, length: int) -> int:
 
 
 def estimate_memory(
-    config: GPTNeoConfig, rows: int, length: int, max_memory: int | None = None, methods: Methods = PLAIN
+    config: GPTNeoConfig,
+    rows: int,
+    length: int,
+    max_memory: int | None = None,
+    methods: Methods = PLAIN,
+    device: torch.device | str = "cpu",
 ) -> CalibrationMemory:
-    """What rows x length tokens of calibration need, with their hidden states in files if memory is too small.
+    """What rows x length tokens of calibration need on a device, with their hidden states in files if memory is too
+    small: `max_memory`, or what is free on a GPU.
 
     Raises:
-        RequestError: one block alone needs more than `max_memory`.
+        RequestError: one block alone needs more than that. Or gradients are needed, which are computed on the CPU only.
     """
-    plenty, little = (_estimate(config, rows, length, spilled, methods) for spilled in (False, True))
+    device = torch.device(device)
+    if device.type != "cpu":
+        if methods.gradients:
+            raise RequestError(f"gradients for the model's loss are computed on the CPU: leave --device {device} out")
+        free = int(torch.cuda.mem_get_info(device)[0] * _FREE)
+        max_memory = free if max_memory is None else min(max_memory, free)
+    plenty, little = (
+        replace(_estimate(config, rows, length, spilled, methods), device=str(device)) for spilled in (False, True)
+    )
     if max_memory is None or plenty.memory <= max_memory:
         return plenty
     if little.memory <= max_memory:
@@ -114,14 +131,20 @@ def _gradient_memory(config: GPTNeoConfig, rows: int, length: int, spilled: bool
     return held + max(head, through)
 
 
-def guess_seconds(config: GPTNeoConfig, rows: int, length: int, methods: Methods = PLAIN) -> float:
-    """About how long a calibrated run will take on this machine's CPU: its multiplications, at a rate measured now."""
-    count = _multiplications(config, rows * length)
+def guess_seconds(
+    config: GPTNeoConfig, rows: int, length: int, methods: Methods = PLAIN, device: torch.device | str = "cpu"
+) -> float:
+    """About how long a calibrated run will take: its multiplications, at a rate measured now; those of rounding are the
+    CPU's, also where the others are a GPU's."""
+    rounding = _multiplications_of_rounding(config)
+    count = _multiplications(config, rows * length) - rounding
     if methods.reference:
         count += _multiplications_of_reference(config, rows * length)
     if methods.gradients:
         count += _multiplications_of_gradients(config, gradient_rows(rows, length) * length)
-    return count / _rate()
+    device = torch.device(device)
+    cpu = _rate(torch.device("cpu"))
+    return rounding / cpu + count / (cpu if device.type == "cpu" else _rate(device))
 
 
 def _multiplications(config: GPTNeoConfig, tokens: int) -> float:
@@ -130,8 +153,12 @@ def _multiplications(config: GPTNeoConfig, tokens: int) -> float:
     forward = tokens * (4 * C * C + 4 * C * inner)  # some are made twice
     moments = 0.55 * tokens * (3 * C * C + inner * inner)
     factors = 0.7 * (3 * C**3 + inner**3)
-    rounding = 0.75 * (4 * C**3 + inner * C * C + C * inner * inner)
-    return config.num_layers * (forward + moments + factors + rounding)
+    return config.num_layers * (forward + moments + factors) + _multiplications_of_rounding(config)
+
+
+def _multiplications_of_rounding(config: GPTNeoConfig) -> float:
+    C, inner = config.hidden_size, config.inner_size
+    return config.num_layers * 0.75 * (4 * C**3 + inner * C * C + C * inner * inner)
 
 
 def _multiplications_of_reference(config: GPTNeoConfig, tokens: int) -> float:
@@ -152,12 +179,12 @@ def _multiplications_of_gradients(config: GPTNeoConfig, tokens: int) -> float:
     return config.num_layers * (passes + moments + factors + coupling) + 2 * tokens * C * config.vocab_size
 
 
-def _rate(size: int = 1024, duration: float = 0.2) -> float:
+def _rate(device: torch.device, size: int = 1024, duration: float = 0.2) -> float:
     """Multiplications a second of float32 matrix products, less what a run's smaller operations take."""
-    x = torch.rand(size, size)
-    x @ x
+    x = torch.rand(size, size, device=device)
+    float((x @ x)[0, 0])
     started, done = time.perf_counter(), 0
     while (took := time.perf_counter() - started) < duration:
-        x @ x
+        float((x @ x)[0, 0])  # a GPU has finished when a number is there
         done += 1
     return 0.6 * done * size**3 / took

@@ -63,7 +63,7 @@ class LoadOptions:
             RequestError: no model could be loaded like that, or the device is none, or is not there.
         """
         from neoquant.kernels import ACTIVATIONS
-        from neoquant.loading.device_map import resolve_device
+        from neoquant.model.devices import resolve_device
         from neoquant.model.dtypes import check_dtype
 
         made = cls(**{field.name: params[field.name] for field in fields(cls) if field.name in params})

@@ -47,6 +47,10 @@ Device = Annotated[
     str | None,
     typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ... [default: cuda if there is one]"),
 ]
+CalibrationDevice = Annotated[
+    str,
+    typer.Option("--device", metavar="DEVICE", help="Where calibration is computed: cpu, cuda, cuda:1, ..."),
+]
 Dtype = Annotated[
     str | None,
     typer.Option(

@@ -48,6 +48,7 @@ def plan(
     rows: options.Rows = 128,
     length: options.Length = None,
     max_memory: options.MaxMemory = None,
+    device: options.CalibrationDevice = "cpu",
     shard_size: options.ShardSize = "5GB",
     context: options.SequenceLength = None,
     batch: options.Batch = 1,
@@ -60,7 +61,7 @@ def plan(
     """Show what quantizing would do: how each tensor is stored, sizes, memory. Reads no weights.
 
     Of a model on the hub only the headers are downloaded, some kilobytes. With --calibration, whose text is not read,
-    the time is estimated from the speed of this machine's CPU.
+    the time is estimated from the speed of this machine's CPU, or of --device.
 
     \b
     Examples:
@@ -83,6 +84,7 @@ def plan(
         calibration_rows=rows,
         calibration_length=length,
         max_memory=None if max_memory is None else parse_size(max_memory, "--max-memory"),
+        device=device,
         progress=terminal.progress,
     )
     held = cache_memory(GPTNeoConfig.from_dict(dict(made.config)), context, batch)
@@ -126,12 +128,14 @@ def _calibrating_facts(plan: Plan) -> Iterator[tuple[str, str]]:
     from neoquant.model.config import GPTNeoConfig
 
     need = plan.calibrating
-    guessed = guess_seconds(GPTNeoConfig.from_dict(dict(plan.config)), need.rows, need.length, need.methods)
+    config = GPTNeoConfig.from_dict(dict(plan.config))
+    guessed = guess_seconds(config, need.rows, need.length, need.methods, need.device)
+    where = "this machine's CPU" if need.device == "cpu" else need.device
     samples = f"{plural(need.rows, 'sample')} of {plural(need.length, 'token')}"
     yield "calibration", f"{samples}{', their hidden states in files' * need.spilled}"
     yield (
         "time",
-        f"about {duration(guessed)} on this machine's CPU (an estimate), with {size(need.disk)} of temporary files",
+        f"about {duration(guessed)} on {where} (an estimate), with {size(need.disk)} of temporary files",
     )
 
 

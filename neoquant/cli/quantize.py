@@ -42,6 +42,7 @@ def quantize(
     length: options.Length = None,
     seed: options.Seed = 0,
     max_memory: options.MaxMemory = None,
+    device: options.CalibrationDevice = "cpu",
     keep: options.Keep = None,
     recipe: options.RecipeName = None,
     format: options.Format = None,
@@ -96,6 +97,7 @@ def quantize(
                 calibration_rows=rows,
                 calibration_length=length,
                 max_memory=limit,
+                device=device,
                 progress=terminal.progress,
             ),
             terminal,
@@ -113,6 +115,7 @@ def quantize(
         calibration=samples,
         max_memory=limit,
         restart=restart,
+        device=device,
         progress=terminal.progress,
     )
     _show_result(made, folder, model, terminal)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from neoquant.errors import FormatError
-from neoquant.grids.decoding import CHUNK, Decoding
+from neoquant.grids.decoding import CHUNK, LAUNCHED, Decoding
 from neoquant.native.gptq import Levels
 
 Params = dict[str, Tensor]
@@ -153,7 +153,7 @@ def spans(n: int) -> Iterator[slice]:
 
 def row_spans(w: Tensor) -> Iterator[slice]:
     """Pieces of the rows of w[O, I]."""
-    rows = max(1, CHUNK // max(1, w.shape[1]))
+    rows = max(1, (CHUNK if w.device.type == "cpu" else LAUNCHED) // max(1, w.shape[1]))
     return (slice(start, min(start + rows, w.shape[0])) for start in range(0, w.shape[0], rows))
 
 

@@ -270,7 +270,7 @@ class _CodebookColumns(Columns):
             scale = self.scales[at // self.block]
         single = w.float()
         scaled = single * (1 / scale)
-        if int(at[-1]) >= self.body:  # the last, short block: bitsandbytes divides there
+        if (self.shape[0] - 1) * self.shape[1] + j >= self.body:  # the last, short block: bitsandbytes divides there
             scaled = torch.where(at < self.body, scaled, single / scale)
         codes = nearest_codes(self.kind, scaled)
         return codes, (self.table.index_select(0, codes.int()) * scale).to(w.dtype)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from neoquant.errors import RequestError
+from neoquant.model.devices import resolve_device
 from neoquant.model.names import in_block
 from neoquant.sizes import parse_size
 
@@ -88,23 +89,6 @@ def assign_devices(
         return DeviceMap(_spread(_limits(max_memory), sizes), tied)
     device = DISK if device_map == DISK else resolve_device("auto" if device_map in _SPREAD else device_map)
     return DeviceMap(dict.fromkeys(sizes, device), tied)
-
-
-def resolve_device(device: object) -> torch.device:
-    """A device from what a user may say. Raises RequestError for what is not one, or is not there."""
-    if device is None or device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if isinstance(device, int) or (isinstance(device, str) and device.isdecimal()):
-        device = f"cuda:{device}"
-    try:
-        found: torch.device = torch.device(device)  # type: ignore[call-overload]
-    except (RuntimeError, TypeError):
-        raise RequestError(f"device is {device!r}; legal are auto, cpu, cuda, cuda:N, N") from None
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise RequestError(f"device is {str(found)!r}, but this machine has {torch.cuda.device_count()} CUDA devices")
-    if found.type not in ("cpu", "cuda"):
-        raise RequestError(f"device is {str(found)!r}; legal are auto, cpu, cuda, cuda:N, N")
-    return torch.device("cuda", found.index or 0) if found.type == "cuda" else found
 
 
 def _explicit(device_map: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, torch.device | str]:

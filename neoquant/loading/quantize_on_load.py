@@ -7,24 +7,25 @@ out is what `quantize`, then loading its folder would give, bit for bit.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from neoquant.calibration.dataset import LENGTH, ROWS, Calibration, draw, load_calibration
-from neoquant.calibration.hidden_states import HiddenStatesInMemory, rows_of_batch
 from neoquant.calibration.memory import estimate_memory
 from neoquant.checkpoint import Checkpoint, TensorHeader, open_checkpoint
 from neoquant.data.fingerprints import hash_texts
 from neoquant.errors import RequestError, locate
 from neoquant.formats import Format, detect
 from neoquant.loading.contents import Readable
+from neoquant.loading.device_map import DISK
 from neoquant.loading.load import read_model
 from neoquant.loading.quantization_config import BitsAndBytesConfig, GPTQConfig, describes, read_config
 from neoquant.model.base import Network
 from neoquant.model.config import GPTNeoConfig
+from neoquant.model.devices import resolve_device
 from neoquant.model.names import canonical_layer
 from neoquant.progress import SILENT, Progress
 from neoquant.quantization.plan import Plan, PlanRow, make_plan
@@ -67,14 +68,16 @@ def load_quantized(
         if found is not None:
             compute_dtype = _stored_compute_dtype(checkpoint, quantization_config, found)
             return read_model(checkpoint, cls, compute_dtype=compute_dtype, progress=progress, **options)
-        view, compute_dtype = quantized_view(checkpoint, quantization_config, progress)
+        view, compute_dtype = quantized_view(checkpoint, quantization_config, progress, options.get("device"))
         return read_model(view, cls, compute_dtype=compute_dtype, progress=progress, **options)
 
 
 def quantized_view(
-    checkpoint: Checkpoint, quantization_config: Any, progress: Progress = SILENT
+    checkpoint: Checkpoint, quantization_config: Any, progress: Progress = SILENT, device: object = "cpu"
 ) -> tuple[Readable, torch.dtype | None]:
     """A plain checkpoint as the quantized one that is asked for, and the type its weights are to be multiplied in.
+
+    Calibration is computed on the first GPU that `device` names, as `load_model` takes it, else on the CPU.
 
     Raises RequestError for a request that cannot be carried out on this checkpoint.
     """
@@ -87,7 +90,8 @@ def quantized_view(
         if not isinstance(config, GPTQConfig):
             needing = needing_calibration(plan)
             raise RequestError(f"{needing} needs calibration samples: pass a GPTQConfig with a dataset")
-        blocks = _blocks(checkpoint, plan, _calibration(checkpoint, config, progress), progress)
+        samples = _calibration(checkpoint, config, progress)
+        blocks = _blocks(checkpoint, plan, samples, _computing_device(device, plan), progress)
     compute_dtype = None if isinstance(config, Recipe) else config.compute_dtype
     return _QuantizedView(checkpoint, plan, blocks), compute_dtype
 
@@ -138,11 +142,11 @@ class _QuantizedView:
 
 
 def _blocks(
-    checkpoint: Checkpoint, plan: Plan, calibration: Calibration, progress: Progress
+    checkpoint: Checkpoint, plan: Plan, calibration: Calibration, device: torch.device, progress: Progress
 ) -> Iterator[QuantizedBlock]:
     config = GPTNeoConfig.from_dict(checkpoint.config)
     rows, length = calibration.ids.shape
-    memory = estimate_memory(config, rows, length, methods=methods_of(plan))
+    memory = estimate_memory(config, rows, length, methods=methods_of(plan), device=device)
     with tempfile.TemporaryDirectory(prefix="neoquant-") as folder, ResumableRun(Path(folder) / "model") as run:
         if needs_gradients(plan):
             run.begin({}, config.num_layers)
@@ -150,7 +154,7 @@ def _blocks(
         with torch.no_grad():
             states = []
             for _ in range(2 if memory.methods.reference else 1):
-                states.append(HiddenStatesInMemory((rows, length, config.hidden_size), rows_of_batch(length)))
+                states.append(run.new_hidden_states((rows, length, config.hidden_size), memory.spilled, device))
                 embed(checkpoint, calibration.ids, states[-1])
         output_hessians = run.output_hessians if memory.methods.gradients else None
         reference = states[1] if memory.methods.reference else None
@@ -162,6 +166,14 @@ def _blocks(
             if block is None:
                 return
             yield block
+
+
+def _computing_device(device: object, plan: Plan) -> torch.device:
+    """The first GPU that a model will lie on; the CPU where there is none, or the loss's gradients are needed."""
+    named = list(device.values()) if isinstance(device, Mapping) else [device]
+    places = [resolve_device("auto" if place in ("auto", "sequential") else place) for place in named if place != DISK]
+    gpus = [] if needs_gradients(plan) else [place for place in places if place.type == "cuda"]
+    return gpus[0] if gpus else torch.device("cpu")
 
 
 def _calibration(checkpoint: Checkpoint, config: GPTQConfig, progress: Progress) -> Calibration:

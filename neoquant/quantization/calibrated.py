@@ -17,6 +17,7 @@ from neoquant.checkpoint import Checkpoint, CheckpointWriter
 from neoquant.errors import locate
 from neoquant.formats.base import dtype_name
 from neoquant.model.config import GPTNeoConfig
+from neoquant.model.devices import device_name
 from neoquant.progress import Progress
 from neoquant.quantization.plan import Plan, PlanRow
 from neoquant.quantization.resume import FinishedBlock, ResumableRun
@@ -47,7 +48,7 @@ def write_calibrated(
     # in the file's order, which need not be the blocks'
     digest = join_hashes([hash_tensor(row.source, checkpoint.read(row.name)) for row in plan.rows])
     config = GPTNeoConfig.from_dict(checkpoint.config)
-    run.begin(_identity(checkpoint, plan, calibration, digest), config.num_layers)
+    run.begin(_identity(checkpoint, plan, calibration, memory, digest), config.num_layers)
     writer = _Writer(plan, digest, sink)
     if needs_gradients(plan):
         keep_output_hessians(checkpoint, plan, calibration, memory, run, progress)
@@ -117,17 +118,19 @@ def _hidden_states(
     """The calibration samples as the first block that is not finished sees them, and would in the unquantized model."""
     rows, length = calibration.ids.shape
     shape = (rows, length, config.hidden_size)
-    found = []
+    found, device = [], torch.device(memory.device)
     for kind in ("hidden", "reference") if memory.methods.reference else ("hidden",):
-        states = run.hidden_states(shape, memory.spilled, kind)
+        states = run.hidden_states(shape, memory.spilled, kind, device)
         if states is None:
-            states = run.new_hidden_states(shape, memory.spilled)
+            states = run.new_hidden_states(shape, memory.spilled, device)
             embed(checkpoint, calibration.ids, states)
         found.append(states)
     return found[0], found[1] if len(found) > 1 else None
 
 
-def _identity(checkpoint: Checkpoint, plan: Plan, calibration: Calibration, digest: str) -> dict[str, Any]:
+def _identity(
+    checkpoint: Checkpoint, plan: Plan, calibration: Calibration, memory: CalibrationMemory, digest: str
+) -> dict[str, Any]:
     """Everything that the bytes of a calibrated run follow from, as plain values."""
     from neoquant import __version__
 
@@ -137,6 +140,7 @@ def _identity(checkpoint: Checkpoint, plan: Plan, calibration: Calibration, dige
         "neoquant": __version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),  # sums are split among them
+        "device": device_name(torch.device(memory.device)),  # and cards round them in other orders
         "model": {"tensors": digest, "config": config},
         "recipe": plan.recipe.model_dump(mode="json", exclude_unset=True),
         "format": plan.format.name,

@@ -10,12 +10,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from neoquant import demo
 from neoquant.calibration.dataset import LENGTH, ROWS, Calibration
 from neoquant.calibration.memory import CalibrationMemory, estimate_memory
 from neoquant.checkpoint import SHARD_SIZE, Checkpoint, CheckpointWriter, check_output, free_bytes, open_checkpoint
 from neoquant.errors import OutputError, RequestError
 from neoquant.model.config import GPTNeoConfig
+from neoquant.model.devices import device_name, resolve_device
 from neoquant.progress import SILENT, Progress
 from neoquant.quantization.calibrated import write_calibrated
 from neoquant.quantization.model_card import render_card
@@ -65,6 +68,7 @@ def plan(
     calibration_rows: int = ROWS,
     calibration_length: int | None = None,
     max_memory: int | None = None,
+    device: object = "cpu",
     progress: Progress = SILENT,
 ) -> Plan:
     """What `quantize` would do, from headers alone; of a model on the hub only kilobytes are fetched.
@@ -78,23 +82,24 @@ def plan(
         calibration_rows: of text, for what a calibrated run takes.
         calibration_length: tokens of a row; None is 2,048, or the model's context where that is shorter.
         max_memory: as for `quantize`.
+        device: as for `quantize`.
         progress: told of downloads, where a model has no headers to fetch alone.
 
     Raises:
         RequestError: the recipe cannot be carried out on this model; every reason is named. Or `max_memory` is too
-            little for one block.
+            little for one block, or the device is not there.
         CheckpointError, HubError: the source cannot be read, or is not a GPT-Neo.
     """
-    recipe = Recipe.of(recipe)
+    recipe, place = Recipe.of(recipe), resolve_device(device)
     with open_checkpoint(source, revision=revision, headers_only=True, progress=progress) as checkpoint:
         planned = _whole_plan(checkpoint, recipe, shard_size, name)
     if not needs_calibration(planned):
+        _require_cpu(place)
         return planned
     config = GPTNeoConfig.from_dict(dict(planned.config))
     length = calibration_length or min(LENGTH, config.max_position_embeddings)
-    return replace(
-        planned, calibrating=estimate_memory(config, calibration_rows, length, max_memory, methods_of(planned))
-    )
+    need = estimate_memory(config, calibration_rows, length, max_memory, methods_of(planned), place)
+    return replace(planned, calibrating=need)
 
 
 def quantize(
@@ -108,6 +113,7 @@ def quantize(
     calibration: Calibration | None = None,
     max_memory: int | None = None,
     restart: bool = False,
+    device: object = "cpu",
     progress: Progress = SILENT,
 ) -> QuantizeResult:
     """Quantize a checkpoint into the folder `out`, one tensor in memory at a time; the same request, the same bytes.
@@ -126,24 +132,27 @@ def quantize(
         max_memory: bytes that a calibrated run may take; where they are too few for the rows' hidden states, those are
             kept in files. Changes nothing in the result.
         restart: drop what an unfinished run left, instead of going on with it.
+        device: where a calibrated run computes, "cpu", "cuda", "cuda:1", ...; `max_memory` is then that device's.
+            Columns are rounded on the CPU where the native library does it. Other devices, other bytes.
         progress: told of the bytes of the source dealt with, and of downloads.
 
     Raises:
         RequestError: the recipe cannot be carried out on this model; every reason is named. Or `out` is the source, or
-            what is unfinished was another request, or `max_memory` is too little for one block.
+            what is unfinished was another request, or `max_memory` is too little for one block, or the device is not
+            there.
         OutputError: `out` exists or cannot be written, or the disk has too little space: found before any work. Or
             another process makes it, or what is unfinished is damaged.
         CheckpointError, HubError: the source cannot be read, is not a GPT-Neo, or holds weights that are not finite or
             do not fit the type they are to be stored in.
     """
     started = time.perf_counter()
-    recipe = Recipe.of(recipe)
+    recipe, place = Recipe.of(recipe), resolve_device(device)
     out = Path(out).expanduser().resolve()
     require_another_folder(source, out)
     check_output(out, force)
     with open_checkpoint(source, revision=revision, headers_only=True, progress=progress) as headers:
         planned = _whole_plan(headers, recipe, shard_size, out.name)
-    memory = _calibration_memory(planned, calibration, max_memory)
+    memory = _calibration_memory(planned, calibration, max_memory, place)
     _require_space(out, planned.output_bytes + (0 if memory is None else memory.disk))
     with (
         _resumable(out, calibration, restart) as run,
@@ -157,7 +166,8 @@ def quantize(
         else:
             written = write_calibrated(checkpoint, planned, calibration, memory, sink, run, progress)
         companions: dict[str, Path | str] = {path.name: path for path in checkpoint.companions()}
-        sink.finish(written.plan.config, files={**companions, **_own_files(written, out.name, calibration)})
+        own = _own_files(written, out.name, calibration, place)
+        sink.finish(written.plan.config, files={**companions, **own})
         if run is not None:
             run.remove()
     return QuantizeResult(
@@ -173,17 +183,24 @@ def quantize(
 
 
 def _calibration_memory(
-    planned: Plan, calibration: Calibration | None, max_memory: int | None
+    planned: Plan, calibration: Calibration | None, max_memory: int | None, device: torch.device
 ) -> CalibrationMemory | None:
     """What a calibrated run takes; None for another. Raises RequestError where plan and calibration do not fit."""
     require_calibration(planned, calibration)
     if calibration is not None:
         rows, length = calibration.ids.shape
         config = GPTNeoConfig.from_dict(dict(planned.config))
-        return estimate_memory(config, rows, length, max_memory, methods_of(planned))
+        return estimate_memory(config, rows, length, max_memory, methods_of(planned), device)
+    _require_cpu(device)
     if max_memory is not None:
         raise RequestError("max_memory limits calibrated runs; without calibration few tensors are in memory at once")
     return None
+
+
+def _require_cpu(device: torch.device) -> None:
+    """Raise RequestError for a run that a GPU would not make faster: it reads and writes as long as it rounds."""
+    if device.type != "cpu":
+        raise RequestError(f"--device {device} is for calibrated runs; others round weights on the CPU: leave it out")
 
 
 def _whole_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: int, name: str) -> Plan:
@@ -238,7 +255,9 @@ def _require_space(out: Path, needed: int) -> None:
         raise OutputError(f"{out}: {needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free on this disk")
 
 
-def _own_files(written: Written, name: str, calibration: Calibration | None = None) -> dict[str, str]:
+def _own_files(
+    written: Written, name: str, calibration: Calibration | None = None, device: torch.device | None = None
+) -> dict[str, str]:
     """The model card and the records."""
     from neoquant import __version__
 
@@ -247,6 +266,8 @@ def _own_files(written: Written, name: str, calibration: Calibration | None = No
     if calibration is not None:
         gradients = gradients_record(written.plan, calibration)
         samples = {"calibration": calibration.describe(), **gradients, "documents": calibration.documents}
+        if device is not None and device.type != "cpu":
+            samples["device"] = device_name(device)
         files[CALIBRATION] = record_json({**samples, "layers": written.layers})
     return files
 

@@ -28,11 +28,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from neoquant.calibration.hidden_states import (
+    CPU,
     SCRATCH,
     HiddenStates,
     HiddenStatesInMemory,
@@ -142,20 +144,22 @@ class ResumableRun:
         except (ValueError, KeyError, SafetensorError):
             raise self._damaged(path.name) from None
 
-    def hidden_states(self, shape: tuple[int, int, int], spilled: bool, kind: str = "hidden") -> HiddenStates | None:
+    def hidden_states(
+        self, shape: tuple[int, int, int], spilled: bool, kind: str = "hidden", device: torch.device = CPU
+    ) -> HiddenStates | None:
         """The calibration rows [R, T, C] behind the last finished block, or None if there is none."""
         if not self.finished or self.finished == self.blocks:
             return None
-        return self.states(f"{kind}-{self.finished}", shape, spilled)
+        return self.states(f"{kind}-{self.finished}", shape, spilled, device)
 
     def has(self, name: str) -> bool:
         """Whether states of that name are kept."""
         return self._find(f"{name}-*") is not None
 
-    def states(self, name: str, shape: tuple[int, int, int], spilled: bool) -> HiddenStates:
+    def states(self, name: str, shape: tuple[int, int, int], spilled: bool, device: torch.device = CPU) -> HiddenStates:
         """What `keep_states` kept. Raises OutputError if that is damaged or missing."""
         path = self._find(f"{name}-*")
-        found = None if path is None else read_hidden_states(path, shape, _digest_in(path), spilled)
+        found = None if path is None else read_hidden_states(path, shape, _digest_in(path), spilled, device)
         if found is None:
             raise self._damaged(name)
         return found
@@ -193,10 +197,12 @@ class ResumableRun:
         """The lowest block whose output-side Hessians are kept; None before that of the last of so many."""
         return next(filter(self.has_output_hessians, range(blocks)), None)
 
-    def new_hidden_states(self, shape: tuple[int, int, int], spilled: bool) -> HiddenStates:
+    def new_hidden_states(self, shape: tuple[int, int, int], spilled: bool, device: torch.device = CPU) -> HiddenStates:
         """A place for the rows that the first block sees."""
         batch = rows_of_batch(shape[1])
-        return HiddenStatesOnDisk(shape, batch, self.folder) if spilled else HiddenStatesInMemory(shape, batch)
+        if spilled:
+            return HiddenStatesOnDisk(shape, batch, self.folder, device=device)
+        return HiddenStatesInMemory(shape, batch, device)
 
     def keep(
         self, number: int, block: FinishedBlock, hidden: HiddenStates, reference: HiddenStates | None = None

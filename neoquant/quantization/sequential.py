@@ -116,7 +116,8 @@ def quantize_blocks(
         for number in range(first, config.num_layers):
             rows = [row for row in plan.rows if row.block == number]
             for_loss = {} if samples.output_hessians is None else samples.output_hessians(number)
-            yield _quantize_block(read_block(checkpoint, rows, config, number), rows, forward, reference, for_loss)
+            block = read_block(checkpoint, rows, config, number).to(samples.hidden.device)
+            yield _quantize_block(block, rows, forward, reference, for_loss)
             advance(1)
 
 
@@ -165,7 +166,8 @@ def _stages(
 
 def _observe(stage: Stage, quantizers: list[Quantizer], inputs: Callable[[], Iterator[Tensor]]) -> Hessian | None:
     """What the quantizers of a stage's layers need to know about their common inputs."""
-    observers = (quantizer.observer(stage.in_features) for quantizer in quantizers)
+    device = next(iter(stage.linears.values())).weight.device
+    observers = (quantizer.observer(stage.in_features, device) for quantizer in quantizers)
     hessian = next((observer for observer in observers if observer is not None), None)
     if hessian is not None:
         for batch in inputs():
@@ -188,7 +190,7 @@ def _quantize_layer(linear: nn.Linear, row: PlanRow, seen: Seen, result: Quantiz
     with locate(row.name):
         weight = linear.weight.detach().to(row.dtype)
         q, report = quantizer.quantize_with_report(weight, grid, *seen)
-    result.weights[row.name] = q
+    result.weights[row.name] = q.to(torch.device("cpu"))
     if report is not None:
         result.reports[row.layer] = report
     linear.weight = nn.Parameter(q.dequantize(torch.float32), requires_grad=False)

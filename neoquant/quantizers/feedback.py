@@ -25,6 +25,10 @@ class Refit:
     search: bool
     importance: Tensor | None  # [I]
 
+    def to(self, device: torch.device) -> Refit:
+        """The same on another device."""
+        return Refit(self.search, None if self.importance is None else self.importance.to(device))
+
 
 def round_columns(
     weights: Tensor,

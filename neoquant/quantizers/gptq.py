@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from neoquant.errors import RequestError
-from neoquant.grids import Columns, Grid
+from neoquant.grids import Columns, Grid, Params
 from neoquant.quantizers.base import Quantizer
 from neoquant.quantizers.feedback import Refit, is_native, round_columns
 from neoquant.quantizers.hessian import LEGAL_DAMPING, Factor, Hessian, OutputFactor, diagonal_pieces
@@ -128,10 +128,10 @@ class Gptq(Quantizer):
         weight = self._corrected(w.detach().float(), hessian, missing)
         weight = weight if order is None else weight[:, order]
         refit = self._refit(hessian, order)
-        columns = grid.columns(grid.fit(weight, refit.search, refit.importance), (w.shape[0], w.shape[1]))
-        nearest = grid.decode(grid.round(weight, columns.params), columns.params)
-        codes = self._round(weight, columns, refit, factor, hessian, output_hessian)
-        q = QuantizedTensor(codes, grid, columns.params, None if order is None else order.int(), w.dtype)
+        params = grid.fit(weight, refit.search, refit.importance)
+        nearest = grid.decode(grid.round(weight, params), params)
+        codes, params = self._round(weight, grid, params, refit, factor, hessian, output_hessian)
+        q = QuantizedTensor(codes, grid, params, None if order is None else order.int(), w.dtype)
         rounded = grid.decode(q.codes, q.params)
         error_nearest, error = _relative_errors(weight, (nearest, rounded), hessian, order, output_hessian)
         return q, Report(
@@ -171,21 +171,40 @@ class Gptq(Quantizer):
     def _round(
         self,
         weight: Tensor,
-        columns: Columns,
+        grid: Grid,
+        params: Params,
         refit: Refit,
         factor: Factor,
         hessian: Hessian,
         output_hessian: Tensor | None,
-    ) -> Tensor:
-        """The codes of weight[O, I], uint8[O, I]; unless the order is static, `columns` are fitted on the way."""
+    ) -> tuple[Tensor, Params]:
+        """The codes of weight[O, I], uint8[O, I], and the parameters, which, unless the order is static, are fitted on
+        the way."""
+        home = weight.device
+        weight, columns = _where_rounded(weight, grid, params)
+        place = weight.device
+        output_hessian = None if output_hessian is None else output_hessian.to(place)
         if output_hessian is not None and not is_native(weight, columns):
             output_hessian = diagonal_pieces(output_hessian, PIECE)
         output_factor = None if output_hessian is None else OutputFactor.of(output_hessian, self.damping)
         if self.order == "static":
-            order = hessian.order()
-            return round_columns(weight.T[order], factor.upper, columns, order, None, output_factor)
-        natural = torch.arange(weight.shape[1])
-        return round_columns(weight.T[natural], factor.upper, columns, natural, refit, output_factor)
+            order, fitted = hessian.order().to(place), None
+        else:
+            order, fitted = torch.arange(weight.shape[1], device=place), refit.to(place)
+        codes = round_columns(weight.T[order], factor.upper.to(place), columns, order, fitted, output_factor)
+        return codes.to(home), {name: param.to(home) for name, param in columns.params.items()}
+
+
+def _where_rounded(weight: Tensor, grid: Grid, params: Params) -> tuple[Tensor, Columns]:
+    """weight[O, I] and its columns on the CPU, wherever it lies, if the native library rounds them: a GPU takes several
+    launches for each column, which is longer than copying all of them there and back."""
+    shape = (weight.shape[0], weight.shape[1])
+    if weight.device.type != "cpu":
+        here = weight.cpu()
+        columns = grid.columns({name: param.cpu() for name, param in params.items()}, shape)
+        if is_native(here, columns):
+            return here, columns
+    return weight, grid.columns(params, shape)
 
 
 def _relative_errors(

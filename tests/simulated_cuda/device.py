@@ -81,6 +81,12 @@ class OnDevice(torch.Tensor):
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
 
+    def __deepcopy__(self, memo: Any) -> OnDevice:
+        made = OnDevice(self.memory.clone())
+        made._is_param = getattr(self, "_is_param", False)  # type: ignore[attr-defined]
+        memo[id(self)] = made
+        return made
+
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
@@ -121,6 +127,8 @@ class Dispatch(TorchDispatchMode):
         wanted = kwargs.get("device")
         if name == "prim::device":
             return CUDA
+        if name == "aten::_has_compatible_shallow_copy_type":  # asked by Module.to
+            return False
         if name == "aten::to":
             return self._convert(func, args, kwargs)
         if name == "aten::_to_copy" and wanted is not None:

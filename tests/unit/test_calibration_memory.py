@@ -40,7 +40,7 @@ def test_grows_with_the_text_and_not_with_it_in_files() -> None:
 
 
 def test_time_follows_the_multiplications(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(costs, "_rate", lambda: 1e9)
+    monkeypatch.setattr(costs, "_rate", lambda device: 1e9)
     assert guess_seconds(CONFIG, 16, 512) < guess_seconds(CONFIG, 32, 512) < 2 * guess_seconds(CONFIG, 16, 512)
     monkeypatch.undo()
     assert 0 < guess_seconds(CONFIG, 16, 512) < 3600
