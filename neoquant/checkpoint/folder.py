@@ -46,7 +46,8 @@ def find_folder(source: str | Path, revision: str | None) -> Path | None:
             raise RequestError(f"{source} is a folder, and only models on the hub have revisions (got {revision!r})")
         return _snapshot(folder)
     if exists:
-        raise CheckpointError(f"{source} is a file, expected a model folder (perhaps {folder.parent})")
+        hint = f" (perhaps {folder.parent})" if (folder.parent / CONFIG).is_file() else ""
+        raise CheckpointError(f"{source} is a file, expected a model folder{hint}")
     if not hub.is_model_id(str(source)):
         raise CheckpointError(f"there is no folder {str(source)!r}, and it cannot be a model on the hub (`user/name`)")
     return None

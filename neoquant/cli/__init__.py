@@ -100,9 +100,9 @@ def root(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code. Results go to stdout, everything else to stderr."""
     terminal = Terminal()
-    command = typer.main.get_command(app)
     typed = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
+        command = typer.main.get_command(app)
         with _our_warnings_only(terminal), command.make_context("neoquant", typed, obj=terminal) as ctx:
             command.invoke(ctx)
         sys.stdout.flush()

@@ -76,7 +76,7 @@ def compare(
     \b
     Examples:
       neoquant compare neoquant-demo neoquant-demo-nf4 --suite demo
-      neoquant compare EleutherAI/gpt-neo-1.3B gpt-neo-1.3B-nf4 gpt-neo-1.3B-int8 --suite pile-core --json cost.json
+      neoquant compare EleutherAI/gpt-neo-1.3B gpt-neo-1.3B-nf4 gpt-neo-1.3B-int8 --suite pile-core --json loss.json
       neoquant compare gpt-neo-1.3B-nf4 gpt-neo-1.3B-nf4 --activations int8 --suite pile-smoke
       neoquant compare base.json nf4.json --fail-if "delta_nll > 0.05" --fail-if "any:delta_nll > 0.1"
     """

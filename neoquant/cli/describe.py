@@ -37,7 +37,7 @@ class Description:
     def grids(self) -> str:
         """The grids and their options: counted where neoquant's record lists them, else what config.json says."""
         from neoquant.grids import grid_from_dict
-        from neoquant.report.formatting import grid_label
+        from neoquant.report.formatting import grid_label, plural
 
         rows = [row["grid"] for row in self.record.get("tensors", []) if "grid" in row]
         try:
@@ -45,7 +45,7 @@ class Description:
         except NeoquantError:
             return "not stated: the record is damaged"
         if counted:
-            return "; ".join(f"{count} weights {grid}" for grid, count in counted.items())
+            return "; ".join(f"{plural(count, 'weight')} {grid}" for grid, count in counted.items())
         stated = self.quantization
         if stated.get("load_in_4bit"):
             nested = "double quant" if stated.get("bnb_4bit_use_double_quant") else "no double quant"

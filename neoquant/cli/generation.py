@@ -38,8 +38,8 @@ def cache_memory(config: GPTNeoConfig, context: int | None, batch: int) -> str:
     positions = limit if context is None else context
     if not 1 <= positions <= limit:
         raise RequestError(f"--context is {positions}; legal is 1 to {limit}, this model's context")
-    held = ", ".join(f"{size(cache_bytes(config, positions, batch, each))} in {each}" for each in STORAGES)
-    return f"{held}; {plural(batch, 'sequence')} of {plural(positions, 'token')}"
+    held = ", ".join(f"{size(cache_bytes(config, positions, batch, each))} {each}" for each in STORAGES)
+    return f"{held} for {plural(batch, 'sequence')} of {plural(positions, 'token')}"
 
 
 def settings(

@@ -8,7 +8,7 @@ import typer
 
 from neoquant.cli import options
 from neoquant.cli.generation import cache_memory
-from neoquant.cli.models import find_model
+from neoquant.cli.models import find_model, shown_name
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import RequestError
 from neoquant.report.formatting import plural, size
@@ -55,14 +55,14 @@ def info(
     source = find_model(model, terminal, "info")
     with open_checkpoint(source, revision=revision, headers_only=True, progress=terminal.progress) as checkpoint:
         found = describe(checkpoint)
-        held = ("generating", "keys and values take " + cache_memory(found.config, context, batch))
+        held = ("KV cache", cache_memory(found.config, context, batch))
         terminal.show_facts([*_facts(checkpoint, found), held, *(("note", note) for note in checkpoint.notes)])
         layers = calibration_record(checkpoint).get("layers")
     if isinstance(layers, dict) and layers:
         from neoquant.calibration.summary import remarks
-        from neoquant.report.calibration import calibration_table
+        from neoquant.report.calibration import CALIBRATION_LEGEND, calibration_table
 
-        terminal.show(calibration_table(layers), *remarks(layers))
+        terminal.show(CALIBRATION_LEGEND, calibration_table(layers), *remarks(layers))
 
 
 def _facts(checkpoint: Checkpoint, found: Description) -> list[tuple[str, str]]:
@@ -71,7 +71,7 @@ def _facts(checkpoint: Checkpoint, found: Description) -> list[tuple[str, str]]:
     config, record = found.config, found.record
     local = sum(kind == "local" for kind in config.attention_layers)
     facts = [
-        ("model", f"{checkpoint.source}{f' at {checkpoint.revision}' if checkpoint.revision else ''}"),
+        ("model", f"{shown_name(checkpoint.source)}{f' at {checkpoint.revision}' if checkpoint.revision else ''}"),
         ("layers", f"{config.num_layers}, {local} with local attention of window {config.window_size}"),
         ("width", f"{config.hidden_size}, {config.num_heads} heads, MLP {config.inner_size}"),
         ("context", f"{config.max_position_embeddings:,} tokens, vocabulary {config.vocab_size:,}"),
@@ -86,7 +86,7 @@ def _facts(checkpoint: Checkpoint, found: Description) -> list[tuple[str, str]]:
     if found.format is None:
         types = sorted({str(header.dtype).removeprefix("torch.") for header in checkpoint.headers.values()})
         return [*facts, ("format", f"not quantized, {', '.join(types)}"), ("read by", "neoquant and transformers")]
-    facts += [("format", f"{found.format.name}, the {found.format.family} family"), ("grids", found.grids)]
+    facts += [("format", found.format.label), ("grids", found.grids)]
     if record:
         made_from, recipe, by = record.get("source"), record.get("recipe", {}).get("name"), record.get("neoquant")
         before = record.get("converted_from", {}).get("format")

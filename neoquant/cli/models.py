@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from neoquant.cli.terminal import Terminal
+from neoquant.demo import MODEL, is_shadowed, resolve
 from neoquant.demo import NAME as BUNDLED
-from neoquant.demo import resolve
 from neoquant.files import names
 
 
@@ -26,7 +26,14 @@ def find_model(model: str | None, terminal: Terminal, verb: str) -> str | Path:
             f"no model named: using {BUNDLED}, which comes with neoquant "
             f"(for another: neoquant {verb} FOLDER or neoquant {verb} EleutherAI/gpt-neo-1.3B)"
         )
+    if model == BUNDLED and is_shadowed():
+        terminal.note(f"note: {BUNDLED} is the folder of that name here, not the model that comes with neoquant")
     return resolve(model)
+
+
+def shown_name(source: str) -> str:
+    """A source as a user names it."""
+    return BUNDLED if source == str(MODEL) else source
 
 
 def short_name(model: str | None) -> str:

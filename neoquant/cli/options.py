@@ -73,6 +73,7 @@ Temperature = Annotated[
     typer.Option(
         "--temperature",
         metavar="T",
+        min=0,
         help="Below 1 less random, above more, 0 greedy. [default: the model's, else 0.8]",
     ),
 ]
@@ -115,10 +116,10 @@ SamplingSeed = Annotated[
     ),
 ]
 Json = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Also write what was measured to FILE; - for stdout.")
+    Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON to FILE; - for stdout.")
 ]
 
-Force = Annotated[bool, typer.Option("--force", help="Replace FILE where it is there and is not such a result.")]
+Force = Annotated[bool, typer.Option("--force", help="Let --json replace a FILE that this command did not write.")]
 
 FailIf = Annotated[
     list[str] | None,
@@ -139,8 +140,8 @@ Type = Annotated[
     typer.Option(
         "--type",
         metavar="T",
-        help="nf4, fp4 or mxfp4 with 4 bits, int8 with 8, affine (integers in groups, round-to-nearest) or gptq (the "
-        "same, quantized by GPTQ with --calibration) with 2, 3, 4 or 8. "
+        help="nf4, fp4 or mxfp4 with 4 bits, int8 with 8, affine (integers in groups, round-to-nearest), hqq (the "
+        "same, by HQQ) or gptq (by GPTQ, with --calibration) with 2, 3, 4 or 8. "
         "[default: nf4, int8 with 8 bits, affine with 2 or 3]",
     ),
 ]
@@ -172,7 +173,7 @@ Quantizer = Annotated[
     typer.Option(
         "--quantizer",
         metavar="NAME",
-        help="What rounds weights to the grid, by its name in recipes; any other name prints the legal ones. "
+        help="What rounds weights to the grid: nearest (RTN), hqq (no calibration, affine only) or gptq. "
         "[default: nearest, or gptq with --calibration]",
     ),
 ]
@@ -181,7 +182,7 @@ QuantizerOption = Annotated[
     typer.Option(
         "--quantizer-option",
         metavar="NAME=VALUE",
-        help="Any option of the quantizer, as in a recipe. Repeat for more.",
+        help="An option of the quantizer, as in a recipe: hqq has norm and iterations. Repeat for more.",
         show_default=False,
     ),
 ]
@@ -251,7 +252,10 @@ Calibration = Annotated[
         show_default=False,
     ),
 ]
-Rows = Annotated[int, typer.Option("--rows", metavar="N", help="Number of calibration samples.")]
+Rows = Annotated[
+    int | None,
+    typer.Option("--rows", metavar="N", help="Number of calibration samples. [default: 128]", show_default=False),
+]
 Length = Annotated[
     int | None,
     typer.Option(
@@ -261,7 +265,15 @@ Length = Annotated[
     ),
 ]
 Seed = Annotated[
-    int, typer.Option("--seed", metavar="N", min=0, max=MAX_SEED, help="Seed for drawing the calibration samples.")
+    int | None,
+    typer.Option(
+        "--seed",
+        metavar="N",
+        min=0,
+        max=MAX_SEED,
+        help="Seed for drawing the calibration samples. [default: 0]",
+        show_default=False,
+    ),
 ]
 MaxMemory = Annotated[
     str | None,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -80,10 +80,14 @@ def check_writable(path: Path) -> None:
             raise OutputError(f"{path} is a folder, name a file")
         if not path.parent.is_dir():
             raise OutputError(f"{path} cannot be written: there is no folder {path.parent}")
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise OutputError(f"{path} cannot be written: permission denied")
+        if path.is_file():
+            path.open("ab").close()
+        elif not path.exists():
+            tempfile.TemporaryFile(dir=path.parent).close()
     except (OSError, ValueError) as error:  # a name that is too long, a null byte in it, a loop of links
-        raise OutputError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+        raise OutputError(
+            f"{path} cannot be written: {(getattr(error, 'strerror', None) or str(error)).lower()}"
+        ) from None
 
 
 def check_different(*paths: Path | None) -> None:

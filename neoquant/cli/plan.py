@@ -12,9 +12,9 @@ import typer
 
 from neoquant.cli import options
 from neoquant.cli.generation import cache_memory
-from neoquant.cli.models import find_model
+from neoquant.cli.models import find_model, shown_name
 from neoquant.cli.output import check_output_file, json_kind, write_text
-from neoquant.cli.recipes import RecipeOptions, choose_recipe
+from neoquant.cli.recipes import RecipeOptions, choose_recipe, refuse_idle_options
 from neoquant.cli.terminal import Terminal
 from neoquant.report.formatting import duration, grid_label, plural, size
 from neoquant.sizes import parse_size
@@ -45,7 +45,7 @@ def plan(
     dtype: options.KeptDtype = None,
     embeddings: options.Embeddings = None,
     calibration: options.Calibration = None,
-    rows: options.Rows = 128,
+    rows: options.Rows = None,
     length: options.Length = None,
     max_memory: options.MaxMemory = None,
     device: options.CalibrationDevice = "cpu",
@@ -69,11 +69,13 @@ def plan(
       neoquant plan EleutherAI/gpt-neo-2.7B --bits 8 --type int8 --keep '*.c_proj'
       neoquant plan my-finetune --recipe my-recipe.toml --json plan.json
     """
+    from neoquant.calibration.dataset import ROWS
     from neoquant.model.config import GPTNeoConfig
     from neoquant.quantization import quantize as quantization
 
     terminal: Terminal = ctx.obj
     chosen = choose_recipe(RecipeOptions.of(ctx.params))
+    refuse_idle_options(ctx.params, chosen)
     check_output_file(json, json_kind("plan"), terminal, inputs=[model, recipe], force=force)
     source = find_model(model, terminal, "plan")
     made = quantization.plan(
@@ -81,7 +83,7 @@ def plan(
         chosen,
         revision=revision,
         shard_size=parse_size(shard_size, "--shard-size"),
-        calibration_rows=rows,
+        calibration_rows=ROWS if rows is None else rows,
         calibration_length=length,
         max_memory=None if max_memory is None else parse_size(max_memory, "--max-memory"),
         device=device,
@@ -96,9 +98,11 @@ def plan(
 
 
 def show_plan(plan: Plan, terminal: Terminal, held: str | None = None) -> None:
-    """Print a plan: the table of tensors, then the totals, what keys and values take (`held`), and the notes."""
+    """Print a plan: the table of tensors, then the totals, the KV cache (`held`), and the notes."""
     at = f" at {plan.revision[:12]}" if plan.revision else ""
-    terminal.show(f"{plan.source}{at}, recipe {plan.recipe.name}, format {plan.format.name}", plan_table(plan))
+    terminal.show(
+        f"{shown_name(plan.source)}{at}, recipe {plan.recipe.name}, format {plan.format.label}", plan_table(plan)
+    )
     before, after = plan.source_bytes, plan.weights_bytes
     terminal.show_facts(
         [
@@ -107,7 +111,7 @@ def show_plan(plan: Plan, terminal: Terminal, held: str | None = None) -> None:
                 for grid in dict.fromkeys(row.grid for row in plan.rows if row.grid is not None)
             ),
             ("weights", f"{size(before)} -> {size(after)}, {before / after:.2f} times smaller"),
-            ("folder", size(plan.output_bytes)),
+            ("on disk", f"{size(plan.output_bytes)}, the whole folder"),
             (
                 "bits",
                 f"{plan.bits_per_weight_linears:.3f} per weight of the block linears, "
@@ -115,7 +119,7 @@ def show_plan(plan: Plan, terminal: Terminal, held: str | None = None) -> None:
             ),
             ("memory", f"about {size(plan.peak_memory_bytes)} at the peak"),
             *_calibrating_facts(plan),
-            *([] if held is None else [("generating", f"keys and values take {held}")]),
+            *([] if held is None else [("KV cache", held)]),
             *(("note", note) for note in plan.notes),
         ]
     )

@@ -11,7 +11,7 @@ import typer
 from neoquant.cli import options
 from neoquant.cli.models import find_model, short_name, suite_for
 from neoquant.cli.plan import show_plan
-from neoquant.cli.recipes import RecipeOptions, choose_recipe
+from neoquant.cli.recipes import RecipeOptions, choose_recipe, refuse_idle_options
 from neoquant.cli.terminal import Terminal
 from neoquant.demo import NAME as BUNDLED
 from neoquant.report.formatting import duration, size
@@ -38,9 +38,9 @@ def quantize(
     objective: options.Objective = None,
     quantizer_option: options.QuantizerOption = None,
     calibration: options.Calibration = None,
-    rows: options.Rows = 128,
+    rows: options.Rows = None,
     length: options.Length = None,
-    seed: options.Seed = 0,
+    seed: options.Seed = None,
     max_memory: options.MaxMemory = None,
     device: options.CalibrationDevice = "cpu",
     keep: options.Keep = None,
@@ -61,7 +61,7 @@ def quantize(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Quantize a model into a new folder, tensor by tensor, by round-to-nearest (RTN) or GPTQ.
+    """Quantize a model into a new folder, tensor by tensor: by round-to-nearest (RTN), HQQ or GPTQ.
 
     The folder is a bitsandbytes checkpoint wherever that format can hold the recipe: transformers loads it,
     and so does neoquant. Tokenizer, licence and a model card are written with it. The write is atomic: the
@@ -78,10 +78,13 @@ def quantize(
       neoquant quantize my-finetune --bits 4 --type nf4 --calibration pile
       neoquant quantize my-finetune --recipe my-recipe.toml --dry-run
     """
+    from neoquant.calibration.dataset import ROWS
     from neoquant.quantization import quantize as quantization
 
     terminal: Terminal = ctx.obj
     chosen = choose_recipe(RecipeOptions.of(ctx.params))
+    refuse_idle_options(ctx.params, chosen)
+    rows, seed = ROWS if rows is None else rows, seed or 0
     largest = parse_size(shard_size, "--shard-size")
     limit = None if max_memory is None else parse_size(max_memory, "--max-memory")
     source = find_model(model, terminal, "quantize")
@@ -102,7 +105,7 @@ def quantize(
             ),
             terminal,
         )
-        terminal.show(f"folder     {folder} (dry run: nothing was written)")
+        terminal.show(f"a dry run: {folder} was not written")
         return
     samples = _calibration(source, revision, calibration, rows, length, seed, terminal)
     made = quantization.quantize(
@@ -128,13 +131,13 @@ def _show_result(made: QuantizeResult, folder: Path, model: str | None, terminal
     terminal.show(
         f"{folder}: {size(made.plan.source_bytes)} -> {size(made.plan.weights_bytes)}, "
         f"{made.plan.bits_per_weight_linears:.3f} bits per weight of the block linears, "
-        f"{made.plan.bits_per_weight_model:.3f} of the whole model, format {made.plan.format.name}"
+        f"{made.plan.bits_per_weight_model:.3f} of the whole model, format {made.plan.format.label}"
     )
     if made.layers:
         from neoquant.calibration.summary import remarks
-        from neoquant.report.calibration import calibration_table
+        from neoquant.report.calibration import CALIBRATION_LEGEND, calibration_table
 
-        terminal.show(calibration_table(made.layers, made.layer_seconds))
+        terminal.show(CALIBRATION_LEGEND, calibration_table(made.layers, made.layer_seconds))
         for remark in remarks(made.layers):
             terminal.note(f"note: {remark}")
     measure = shlex.join(["neoquant", "compare", model or BUNDLED, str(folder), "--suite", suite_for(model)])

@@ -75,6 +75,17 @@ def choose_recipe(options: RecipeOptions) -> Recipe:
     return recipe.keeping(options.keep or (), "--keep")
 
 
+def refuse_idle_options(params: Mapping[str, Any], recipe: Recipe) -> None:
+    """Raise RequestError for options of a calibrated run, among a verb's parameters by name, where there is none."""
+    calibrated = any(rule.make_quantizer().needs_calibration for rule in recipe.rules if not rule.keep)
+    given = [name for name in ("rows", "length", "seed", "max_memory") if params.get(name) is not None]
+    if given and not calibrated and params["calibration"] is None:
+        names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise RequestError(
+            f"{names}: there are no calibration samples without --calibration; add that, or leave these out"
+        )
+
+
 def _refuse_rule_options(options: RecipeOptions) -> None:
     """Raise RequestError for options that say what the rules of a recipe say."""
     chosen = {"bits": options.bits, "type": options.type, "quantizer": options.quantizer}
@@ -141,10 +152,17 @@ def _stated(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _complete(bits: int | None, type: str | None, quantizer: str | None) -> tuple[int, str]:
     """Bits and type where only one of them, or neither, is named: the first that the quantizer does not refuse. An
-    illegal pair is passed on to be refused."""
-    from neoquant.grids import legal_pairs, make_grid
-    from neoquant.quantizers import make_quantizer
+    illegal pair is passed on to be refused; raises RequestError for bits or a type that no pair has."""
+    from neoquant.grids import GRIDS, legal_pairs, make_grid
+    from neoquant.quantizers import QUANTIZERS, make_quantizer
 
+    if type is not None and type not in GRIDS:
+        rounded = [name for name in QUANTIZERS if make_quantizer(name).refuse(make_grid(4, "affine")) is None]
+        legal_types = ", ".join(dict.fromkeys([*GRIDS, *rounded]))
+        raise RequestError(f"--type {type!r} is not one of {legal_types}")
+    if bits is not None and all(bits != width for width, _ in legal_pairs()):
+        pairs = ", ".join(f"{width} {name}" for width, name in legal_pairs())
+        raise RequestError(f"--bits {bits}: legal pairs of bits and type are {pairs}")
     rounds = None if quantizer is None else make_quantizer(quantizer)
     for pair in ((4, "nf4"), (8, "int8"), (4, "affine"), *sorted(legal_pairs())):
         legal = bits in (None, pair[0]) and type in (None, pair[1])

@@ -56,9 +56,9 @@ def report(
 
     \b
     Examples:
-      neoquant report cost.json --html cost.html
-      neoquant report cost.json layers.json bench.json --html cost.html --markdown cost.md
-      neoquant report cost.json --card gpt-neo-1.3B-nf4
+      neoquant report loss.json --html loss.html
+      neoquant report loss.json layers.json bench.json --html loss.html --markdown loss.md
+      neoquant report loss.json --card gpt-neo-1.3B-nf4
     """
     terminal: Terminal = ctx.obj
     piped = is_stdout(markdown)

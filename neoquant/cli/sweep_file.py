@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from neoquant.cli.models import short_name
-from neoquant.cli.recipes import RecipeOptions, choose_recipe
+from neoquant.cli.recipes import RecipeOptions, choose_recipe, refuse_idle_options
 from neoquant.errors import DataError, NeoquantError, OutputError, locate
 from neoquant.files.names import LEGAL_NAME, is_safe_name
 from neoquant.files.reading import read_json, read_toml
@@ -101,7 +101,7 @@ def check_recipe(words: str) -> None:
         from neoquant.calibration.dataset import calibration_suite
 
         calibration_suite(given["calibration"])
-    choose_recipe(RecipeOptions.of(given))
+    refuse_idle_options(given, choose_recipe(RecipeOptions.of(given)))
 
 
 def fingerprint(*parts: object) -> str:

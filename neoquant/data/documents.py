@@ -340,7 +340,7 @@ def _hub_errors(data: HubData) -> Iterator[None]:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise HubError(
             f"split {data.split!r} at revision {data.revision[:12]} cannot be read: {reason[0]} "
-            "(a local .jsonl or .jsonl.zst file can take its place)"
+            "(a local .jsonl, .jsonl.zst or .txt file can take its place: with --data, or as the text of --calibration)"
         ) from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):

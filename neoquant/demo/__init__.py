@@ -10,8 +10,13 @@ NAME = "neoquant-demo"
 MODEL = Path(__file__).parent / NAME
 
 
+def is_shadowed() -> bool:
+    """Whether a folder in the current one has the bundled model's name, and is meant by it."""
+    return Path(NAME).exists()
+
+
 def resolve(source: str | Path | None) -> str | Path:
     """`source`, or the bundled model's folder where that is named, or nothing is."""
-    if source is None or (str(source) == NAME and not Path(source).exists()):
+    if source is None or (str(source) == NAME and not is_shadowed()):
         return MODEL
     return source

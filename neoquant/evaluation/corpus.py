@@ -143,11 +143,18 @@ def _require_tokens(suite: Suite, stream: _DocumentStream, units: list[Unit]) ->
     for subset, count in stream.counts.items():
         if not any(unit.subset == subset and unit.tokens for unit in units):
             raise DataError(
-                f"subset {subset!r} of suite {suite.name} leaves nothing to score: "
-                f"its {count} documents are empty or shorter than one window of {suite.context} tokens"
+                f"subset {subset!r} of suite {suite.name} leaves nothing to score: " + _no_text(count, suite)
             )
     if not stream.counts:
         raise DataError(f"nothing of suite {suite.name} is left: all {stream.excluded} documents were calibrated on")
+
+
+def _no_text(count: int, suite: Suite) -> str:
+    """Why so many documents of a subset have no token to score: rolling scores any, the others whole windows."""
+    few = "its one document is" if count == 1 else f"its {count} documents are"
+    return f"{few} empty" + (
+        "" if suite.protocol == "rolling" else f", or shorter than a window of {suite.context} tokens"
+    )
 
 
 def _notes(suite: Suite, source: Source, stream: _DocumentStream) -> Iterator[str]:

@@ -36,8 +36,8 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             with target.open("wb") as device:
                 yield device
             return
-        if old is not None and not os.access(target, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if old is not None:
+            target.open("ab").close()  # a file that may not be written is not replaced either
         temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(4)}{TEMPORARY}")
         try:
             with temporary.open("xb") as file:

@@ -34,6 +34,11 @@ class Format(ABC):
 
     compute_key: ClassVar[str | None] = None  # of config.json: in which type weights are multiplied
 
+    @property
+    def label(self) -> str:
+        """What users read: the family's name, with the format's own where that says more."""
+        return f"{self.family} ({self.name})" if self.family == "bitsandbytes" else self.family
+
     def configured(self, said: Mapping[str, Any]) -> Format:
         """The format as a checkpoint of this `quantization_config` has it, where its tensors do not say all."""
         return self

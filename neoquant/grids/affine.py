@@ -59,6 +59,11 @@ class Affine(Grid):
         return "affine"
 
     @property
+    def label(self) -> str:
+        groups = "rows" if self.group_size == -1 else f"g{self.group_size}"
+        return f"affine{self.bits}-{groups}{'-sym' if self.symmetric else ''}"
+
+    @property
     def top(self) -> int:
         """The highest code."""
         return (1 << self.bits) - 1

@@ -37,6 +37,11 @@ class Grid(ABC):
         """What a user calls it: a key of `GRIDS`."""
 
     @property
+    def label(self) -> str:
+        """The name with what differs from the usual, for names of recipes and folders: `nf4-b128`, `affine4-g64`."""
+        return self.name
+
+    @property
     @abstractmethod
     def decoding(self) -> Decoding:
         """How its values follow from codes and parameters: what kernels and JAX run it by."""

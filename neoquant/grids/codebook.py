@@ -69,6 +69,11 @@ class Codebook(Grid):
         return self.kind
 
     @property
+    def label(self) -> str:
+        block = "" if self.block_size == 64 else f"-b{self.block_size}"
+        return f"{self.kind}{block}{'' if self.double_quant else '-single'}"
+
+    @property
     def zero_code(self) -> int:
         """The code that a zero is rounded to."""
         return {"nf4": 7, "fp4": 0}[self.kind]

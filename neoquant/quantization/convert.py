@@ -259,11 +259,13 @@ class _Conversion:
                     f"{target_name(target)} does not say what type weights had before: {before} is now {now}"
                 ] = None
             return
-        others = [key for key in FORMATS if key != target.name]
+        others = [format.family for format in FORMATS.values() if format.family != target.family]
         if target.name == "gptq" and target_name(target) != "gptq-v2":  # the version may be all that is wrong
             others.insert(0, "gptq-v2")
-        legal = [key for key in others if refuse_layer(TARGETS[key][0], name, q) is None]
-        exact = f"--to {', '.join(legal)} can, and " if legal else ""
+        legal = [
+            key for key in dict.fromkeys(others) if any(refuse_layer(each, name, q) is None for each in TARGETS[key])
+        ]
+        exact = f"--to {' or '.join(legal)} can, and " if legal else ""
         raise RequestError(f"{reason}: {exact}--dequantize gives plain weights")
 
 

@@ -32,7 +32,7 @@ def grid_notes(targets: Targets) -> Iterator[str]:
 def format_notes(format: Format, targets: Targets, passed_over: Sequence[str]) -> Iterator[str]:
     """Who reads the format, and with what caution."""
     if format.family == "neoquant" and passed_over:
-        yield f"only neoquant reads the result, transformers does not: {'; '.join(passed_over)}"
+        yield f"only neoquant reads the result, transformers does not: {_some(list(dict.fromkeys(passed_over)), '; ')}"
     yield from dict.fromkeys(caution for target in targets.values() if (caution := format.caution(*target)))
 
 
@@ -45,5 +45,5 @@ def dropped_notes(drops_head: bool, dropped: Sequence[str]) -> Iterator[str]:
         yield f"{len(masks)} old mask buffers are left out: {_some(masks)}"
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+def _some(names: Sequence[str], between: str = ", ") -> str:
+    return between.join(names[:3]) + (f"{between}..." if len(names) > 3 else "")

@@ -230,6 +230,10 @@ def require_another_folder(source: str | Path | None, out: Path) -> None:
     source = demo.resolve(source)
     if Path(source).is_dir() and Path(source).resolve() == out:
         raise RequestError(f"{source} is the model to read, and would be lost: name another folder to make")
+    if out == Path(demo.NAME).resolve() and not out.exists():
+        raise RequestError(
+            f"a folder {demo.NAME} here would hide the model of that name, which comes with neoquant: name another one"
+        )
 
 
 @contextmanager

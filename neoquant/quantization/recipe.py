@@ -195,11 +195,12 @@ class Recipe(BaseModel):
 
         stated = {"bits": bits, "type": type, "quantizer": quantizer, **options}
         everything = {"match": "*", **{key: value for key, value in stated.items() if value is not None}}
-        Rule.model_validate(everything).check()  # here, so that the message does not speak of a rule nobody wrote
-        several_bits = sum(name == type for _, name in legal_pairs()) > 1
-        named = f"{type}{bits}" if several_bits else type
+        rule = Rule.model_validate(everything)
+        rule.check()  # here, so that the message does not speak of a rule nobody wrote
+        named = rule.grid().label
         if quantizer not in (None, "nearest"):
-            named = f"{quantizer}{bits}" if several_bits else f"{named}-{quantizer}"
+            several_bits = sum(name == type for _, name in legal_pairs()) > 1
+            named = f"{quantizer}{named.removeprefix(type)}" if several_bits else f"{named}-{quantizer}"
         if embeddings not in ("auto", "keep"):
             named = f"{named}-{embeddings}-embeddings"
         recipe = cls.parse(

@@ -8,6 +8,11 @@ from neoquant.calibration.summary import Layers, by_projection
 from neoquant.report.formatting import NONE, share
 from neoquant.report.split_table import Column, SplitTable
 
+CALIBRATION_LEGEND = (
+    "Error of each kind of layer's output on the calibration samples, % of the output's mean square, medians of n "
+    "layers: by round-to-nearest (RTN), as quantized, and their ratio."
+)
+
 
 def calibration_table(layers: Layers, seconds: Mapping[str, float] | None = None) -> SplitTable:
     """One line for each kind of layer: its output error by round-to-nearest (RTN) and as quantized, and the time."""

@@ -117,11 +117,16 @@ def suite_label(suite: Suite) -> str:
     return f"suite {suite.name} ({suite.protocol}, context {suite.context}{stride})"
 
 
+_OFF = {"symmetric": "asymmetric"}
+
+
 def grid_label(grid: Grid) -> str:
     """`nf4, block size 64, double quant`: a grid and its options."""
     options = grid.describe()
     labels = [str(options.pop("name"))]
     for key, value in options.items():
         name = key.replace("_", " ")
-        labels.append(f"{name} {value}" if not isinstance(value, bool) else name if value else f"no {name}")
+        labels.append(
+            f"{name} {value}" if not isinstance(value, bool) else name if value else _OFF.get(name, f"no {name}")
+        )
     return ", ".join(labels)

@@ -81,7 +81,7 @@ def inspection_table(result: Inspection) -> RenderableType:
     for measure in measures_of(result):
         sections += [Text(), Text(measure.title, style="bold"), heat_table(result.layers, measure)]
     if most_affected(result):
-        sections += [Text(), Text("layers with the largest loss", style="bold"), worst_table(result)]
+        sections += [Text(), Text(_ranking(result), style="bold"), worst_table(result)]
     else:
         sections += [Text(), Text("no layer differs")]
     return Group(*sections, Text(), Text(_total(result)))
@@ -113,11 +113,22 @@ def worst_table(result: Inspection) -> SplitTable:
     columns = [
         Column("weight %", [share(layer.weight_error) for layer in layers]),
         Column("output %", [share(layer.output_error) for layer in layers]),
-        Column("KL", [divergence(layer.loss.kl) if layer.loss else NONE for layer in layers]),
-        Column("Δ nats/token", [f"{layer.loss.nats_per_token:+.5f}" if layer.loss else NONE for layer in layers]),
+        *(_loss_columns(layers) if any(layer.loss for layer in layers) else ()),
         Column("grid", [grid_text(layer) for layer in layers], "left", wraps=True),
     ]
     return SplitTable("layer", [f"h.{layer.block}.{layer.projection.rpartition('.')[2]}" for layer in layers], columns)
+
+
+def _loss_columns(layers: Sequence[Layer]) -> list[Column]:
+    return [
+        Column("KL", [divergence(layer.loss.kl) if layer.loss else NONE for layer in layers]),
+        Column("Δ nats/token", [f"{layer.loss.nats_per_token:+.5f}" if layer.loss else NONE for layer in layers]),
+    ]
+
+
+def _ranking(result: Inspection) -> str:
+    """What `most_affected` goes by."""
+    return f"layers with the largest {'loss' if any(layer.loss for layer in result.layers) else 'output error'}"
 
 
 def grid_text(layer: Layer) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,30 @@ def test_sizes(text: str, size: int | None) -> None:
             parse_size(text, "--shard-size")
     else:
         assert parse_size(text, "--shard-size") == size
+
+
+@pytest.mark.parametrize("option", [("--rows", "4"), ("--length", "16"), ("--seed", "0"), ("--max-memory", "1GB")])
+@pytest.mark.parametrize("verb", ["quantize", "plan"])
+def test_options_of_calibration_are_refused_without_it(
+    cli: Cli, tiny_model: Path, verb: str, option: tuple[str, str]
+) -> None:
+    if (verb, option[0]) == ("plan", "--seed"):
+        return  # plan draws nothing, and has no such option
+    result = cli(verb, tiny_model, *option)
+    assert result.code == 2 and option[0] in result.error and "--calibration" in result.error
+    if verb == "plan":  # a recipe that needs samples is planned without their text
+        assert cli("plan", tiny_model, "--recipe", "gptq3", *option).code == 0
+
+
+def test_a_folder_cannot_hide_the_bundled_model(cli: Cli, tiny_model: Path) -> None:
+    refused = cli("quantize", tiny_model, "--out", "neoquant-demo")
+    assert refused.code == 2 and "a folder neoquant-demo here would hide the model" in refused.error
+    assert not list(Path.cwd().iterdir())
+    shutil.copytree(tiny_model, "neoquant-demo")
+    there = cli("info", "neoquant-demo")
+    assert there.code == 0 and "the folder of that name here" in there.err
+
+
+def test_a_task_without_trained_weights_is_refused(cli: Cli, tiny_model: Path) -> None:
+    result = cli("generate", tiny_model, "--task", "text-classification", "--prompt", "Fine.")
+    assert result.code == 1 and "has no weights for score.weight: it is not trained for text-cl" in result.error

@@ -70,7 +70,7 @@ def test_the_grid_options_reach_the_grid(cli: Cli, tiny_model: Path) -> None:
         "nf4, block size 128, no double quant"
         in cli("plan", tiny_model, "--type", "nf4", "--block-size", "128", "--no-double-quant").out
     )
-    assert "format packed" in cli("plan", tiny_model, "--format", "neoquant").out
+    assert "format neoquant" in cli("plan", tiny_model, "--format", "neoquant").out
     assert "bfloat16" in cli("plan", tiny_model, "--dtype", "bfloat16").out
     assert cli("plan", tiny_model, "--block-size", "100").code == 2
     assert cli("plan", tiny_model, "--type", "int8", "--block-size", "64").code == 2
@@ -270,12 +270,12 @@ def test_what_nobody_expected_is_called_a_bug(cli: Cli, tiny_model: Path, monkey
 def test_quantize_with_calibration(cli: Cli, tiny_model: Path, text_file: Path) -> None:
     shown = ("--calibration", text_file, "--rows", "4", "--length", "16")
     assert cli("quantize", tiny_model, "--bits", "3", "--type", "gptq", "--group-size", "16", *shown).code == 0
-    record = json.loads(Path("tiny-neo-gptq3/calibration.json").read_text())
+    record = json.loads(Path("tiny-neo-gptq3-g16/calibration.json").read_text())
     assert record["calibration"]["source"] == text_file.name and len(record["layers"]) == 12
     assert cli("quantize", tiny_model, *SIMPLE, *shown, "--order", "off").code == 0
     told = cli("info", "tiny-neo-nf4-gptq").out
     assert "transformers with bitsandbytes" in told and "worst" in told and "c_proj" in told
-    assert "recipe gptq4" in cli("plan", tiny_model, "--type", "gptq").out
+    assert "recipe gptq4-g128" in cli("plan", tiny_model, "--type", "gptq").out
     assert "order off" in (Path("tiny-neo-nf4-gptq") / "README.md").read_text()
     options = ("--order", "off", "--scales", "mse", "--damping", "0.05")
     assert cli("plan", tiny_model, *SIMPLE, *options, "--json", "p.json").code == 0
@@ -297,11 +297,11 @@ def test_quantize_with_calibration(cli: Cli, tiny_model: Path, text_file: Path) 
     [
         ("--quantizer nearest", "nf4", {"bits": 4, "type": "nf4", "quantizer": "nearest"}),
         ("--quantizer gptq", "nf4-gptq", {"bits": 4, "type": "nf4", "quantizer": "gptq"}),
-        ("--bits 3 --quantizer gptq", "gptq3", {"bits": 3, "type": "affine", "quantizer": "gptq"}),
-        ("--type gptq --quantizer gptq", "gptq4", {"bits": 4, "type": "affine", "quantizer": "gptq"}),
+        ("--bits 3 --quantizer gptq", "gptq3-g128", {"bits": 3, "type": "affine", "quantizer": "gptq"}),
+        ("--type gptq --quantizer gptq", "gptq4-g128", {"bits": 4, "type": "affine", "quantizer": "gptq"}),
         (
             "--quantizer-option damping=0.5 --quantizer-option order=off --type affine",
-            "gptq4",
+            "gptq4-g128",
             {"bits": 4, "type": "affine", "quantizer": "gptq", "damping": 0.5, "order": "off"},
         ),
     ],

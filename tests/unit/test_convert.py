@@ -101,7 +101,7 @@ def test_every_other_target_is_refused_with_what_is_legal(
     for target in TARGETS.keys() - legal:
         with pytest.raises(RequestError, match=r"transformer\.h\.0.*--dequantize gives plain weights") as caught:
             convert(first, tmp_path / "out", target)
-        assert all(name in str(caught.value) for name in ("packed", str(first))), caught.value
+        assert all(name in str(caught.value) for name in ("neoquant can", str(first))), caught.value
         assert not list(tmp_path.glob("*out*"))
 
 
@@ -116,7 +116,7 @@ def test_an_activation_order_travels(source: Path, tmp_path: Path) -> None:
         tensors[name.replace(".neoquant", ".order")] = order.flatten().int()
     tables = [name for name in tensors if name.startswith("transformer.wte")]
     with pytest.raises(
-        RequestError, match=r"transformer.wte: format gptq keeps embeddings in half precision.*--to packed"
+        RequestError, match=r"transformer.wte: format gptq keeps embeddings in half precision.*--to neoquant"
     ):
         convert(made.folder, tmp_path / "no", "gptq")
     plain = load_file(source / "model.safetensors")["transformer.wte.weight"]
@@ -126,7 +126,7 @@ def test_an_activation_order_travels(source: Path, tmp_path: Path) -> None:
         assert_same(made.folder, convert(made.folder, tmp_path / target, target).folder)
     assert json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]["desc_act"] is True
     assert_same(made.folder, convert(tmp_path / "gptq", tmp_path / "back", "neoquant").folder)
-    with pytest.raises(RequestError, match="cannot hold an activation order: --to gptq, packed can"):
+    with pytest.raises(RequestError, match="cannot hold an activation order: --to gptq or neoquant can"):
         convert(made.folder, tmp_path / "no", "compressed-tensors")
 
 
@@ -289,7 +289,7 @@ def test_what_was_measured_and_calibrated_travels(source: Path, tmp_path: Path) 
         (["--to", "packed", "--dequantize"], 2, "gives plain weights, which packed does not hold"),
         (["--to", "packed", "--dtype", "float16"], 2, "dtype is for plain weights"),
         (["--dequantize", "--dtype", "int8"], 2, "dtype is 'int8'; legal are auto, float32"),
-        (["--to", "gptq"], 2, "the GPTQ format holds affine grids, not nf4: --to bnb4, packed can"),
+        (["--to", "gptq"], 2, "the GPTQ format holds affine grids, not nf4: --to bitsandbytes or neoquant can"),
         (["--dequantize", "--out", "here"], 1, "here exists; choose another name, or replace it with --force"),
         (["--dequantize", "--out", "source"], 2, "source is the model to read, and would be lost"),
     ],
@@ -316,7 +316,7 @@ def test_the_command_line(cli: Cli, source: Path) -> None:
     again = cli("convert", "first", "--to", "neoquant", "--out", "first-compressed-tensors")
     assert again.code == 1 and "--force" in again.error
     assert cli("convert", "first", "--to", "neoquant", "--out", "first-compressed-tensors", "--force").code == 0
-    assert "packed" in cli("info", "first-compressed-tensors").out
+    assert "format      neoquant\n" in cli("info", "first-compressed-tensors").out
 
 
 def test_interrupted_it_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

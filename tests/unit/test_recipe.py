@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -90,7 +90,7 @@ def test_toml_round_trip(tmp_path_factory: pytest.TempPathFactory, **data: objec
 def test_simple_is_the_recipe_of_one_rule() -> None:
     recipe = Recipe.simple(4, "nf4", block_size=128, keep=["*.c_proj"])
     assert recipe == Recipe.parse(
-        {"name": "nf4", "rules": [{"match": "*.c_proj", "keep": True}, {**NF4, "block_size": 128}]}
+        {"name": "nf4-b128", "rules": [{"match": "*.c_proj", "keep": True}, {**NF4, "block_size": 128}]}
     )
     assert recipe.rules[1].grid() == Codebook("nf4", 128, True)
     assert Recipe.simple(8, "int8").rules[0].grid() == Int8Rows()
@@ -154,8 +154,8 @@ def test_a_quantizer_refuses_a_grid() -> None:
         (4, "nf4", None, "nf4"),
         (4, "nf4", "nearest", "nf4"),
         (8, "int8", None, "int8"),
-        (3, "affine", None, "affine3"),
-        (4, "affine", "gptq", "gptq4"),
+        (3, "affine", None, "affine3-g128"),
+        (4, "affine", "gptq", "gptq4-g128"),
         (4, "nf4", "gptq", "nf4-gptq"),
         (8, "int8", "picky", "int8-picky"),
     ],
@@ -303,3 +303,22 @@ def test_files(tmp_path: Path) -> None:
         Recipe.load(path)
     with pytest.raises(RecipeError, match="is a folder, expected a file"):
         Recipe.from_toml(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{}, {"group_size": 64}, {"double_quant": False}, {"block_size": 128}], ids=str)
+def test_a_built_in_recipe_shares_its_name_with_no_other(options: dict[str, Any]) -> None:
+    """A recipe that options describe is called like a built-in one only if it has its grid and quantizer."""
+    built_in = {path.stem for path in (Path(__file__).resolve().parents[2] / "recipes").glob("*.toml")}
+    named = 0
+    for bits, type in legal_pairs():
+        for quantizer in QUANTIZERS:
+            try:
+                made = Recipe.simple(bits, type, quantizer=quantizer, **options)
+            except RequestError:  # the grid has no such option, or the quantizer refuses it
+                continue
+            if made.name in built_in:
+                named += 1
+                found = Recipe.load(made.name)
+                assert [rule.grid() for rule in found.rules] == [rule.grid() for rule in made.rules]
+                assert [rule.quantizer for rule in found.rules] == [rule.quantizer for rule in made.rules]
+    assert named or options
