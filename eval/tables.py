@@ -56,7 +56,7 @@ def why() -> str:
 
     models = {"bundled model": FEEDBACK_DEMO, "neo-8m": FEEDBACK}
     for grid, what, rounded in (
-        ("4 bits, groups of 64, asymmetric", "KL, 4 bits in groups of 64", None),
+        ("4 bits, groups of 64, asymmetric", "KL, GPTQ with 4 bits in groups of 64", None),
         ("NF4, double quantization", "KL, NF4 in bitsandbytes' format", "bitsandbytes"),
     ):
         for model, path in models.items():
@@ -70,14 +70,14 @@ def why() -> str:
     quantizing = {"neoquant": whole(bench["neoquant-unsynced"]), "bitsandbytes": whole(bench["transformers"])}
     line("quantize 1.3B to NF4: the whole command, memory", quantizing)
     gptq = json.loads(CALIBRATED["125m"].read_text("utf-8"))["median"]
-    line("GPTQ of 125M: time, memory", {tool: cost(median) for tool, median in gptq.items()})
+    line("GPTQ of 125M on 32 x 512 tokens: time, memory", {tool: cost(median) for tool, median in gptq.items()})
     decode = json.loads(RUN["1.3b"].read_text("utf-8"))["decode"]["programs"]
     rates = {_run_label(each["tool"], each["label"]): each["median"]["decode_tokens_per_s"] for each in decode}
     bnb = [rates[f"transformers + bitsandbytes: NF4{how}"] for how in ("", ", as without bf16 instructions")]
     line(
         "generate with 1.3B in 4 bits, tokens/s",
         {
-            "neoquant": f"{rates['neoquant: NF4, embedding in int8']:.1f}",
+            "neoquant": f"{rates['neoquant: NF4, embedding in float16']:.1f}",
             "bitsandbytes": f"{bnb[0]:.1f} ({bnb[1]:.1f} without bf16 instructions)",
             "OpenVINO": f"{rates['OpenVINO: int4, groups of 64, embedding in int8']:.1f}",
         },
