@@ -3,11 +3,17 @@
 Opening reads headers only. `read` copies a tensor into memory of its own; `view` maps it where it lies in the file,
 which copies nothing, and `forget` gives such memory back as soon as the tensor has been dealt with: pages of a memory
 map count against the process until then, or until the system wants them back.
+
+Who cuts a mapped file short takes memory from under the process, which the system answers with SIGBUS. So pages are
+asked for when a tensor is viewed, which fails in order, and `require_unchanged` says whether a file was rewritten.
 """
 
 from __future__ import annotations
 
+import errno
 import mmap
+import os
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -27,6 +33,11 @@ from neoquant.model.names import EMBEDDING, TIED_HEAD
 from neoquant.progress import SILENT, Progress
 
 __all__ = ["Checkpoint", "Stored", "companion_files", "find_companions", "open_checkpoint"]
+
+
+_SMALL = 1 << 16
+"""Bytes up to which a tensor is copied rather than viewed."""
+_POPULATE_READ = 22 if sys.platform == "linux" else None  # MADV_POPULATE_READ, from Linux 5.14 on; see madvise(2)
 
 
 class Checkpoint:
@@ -52,6 +63,7 @@ class Checkpoint:
         stored: Iterable[Stored],
         remote_sizes: Mapping[str, int] | None = None,
         notes: Iterable[str] = (),
+        mapped: bool = True,
     ) -> None:
         with locate(source):
             kept, dropped, renamed = normalize(stored, config)
@@ -69,6 +81,8 @@ class Checkpoint:
         self._remote_sizes = remote_sizes or {}
         self._open_files: dict[Path, BinaryIO] = {}
         self._maps: dict[Path, mmap.mmap] = {}
+        self._mapped = mapped
+        self._stamps = {} if folder is None else {path: _stamp(path) for path in self.weight_files()}
         self._untie_another_head()
 
     @property
@@ -103,7 +117,8 @@ class Checkpoint:
 
     def view(self, name: str) -> torch.Tensor:
         """One tensor as `read` gives it, but in the file's own memory where that can be: nothing is read before it is
-        used, and nothing is copied. It outlives the checkpoint. The file must not be cut short meanwhile.
+        used, and nothing is copied but what is small. It outlives the checkpoint, and its file must not be cut short
+        as long as it lives.
 
         Raises:
             CheckpointError: no such tensor, only the headers are here, or the file cannot be read.
@@ -111,17 +126,19 @@ class Checkpoint:
         header, path, place = self._find(name)
         if isinstance(place, torch.Tensor) or place.stride or place.begin % header.dtype.itemsize or not header.numel:
             return self.read(name)
+        if not self._mapped or header.nbytes <= _SMALL:
+            return self.read(name)
         with reading(path):
             if path not in self._maps:
                 # Copy on write: torch wants memory that could be written, and the file is never changed by it.
                 self._maps[path] = mmap.mmap(self._open(path).fileno(), 0, access=mmap.ACCESS_COPY)
             mapped = self._maps[path]
-            if place.begin + header.nbytes > len(mapped):
-                missing = place.begin + header.nbytes - len(mapped)
+            there = min(len(mapped), os.fstat(self._open(path).fileno()).st_size)
+            if place.begin + header.nbytes > there:
+                missing = place.begin + header.nbytes - there
                 raise CheckpointError(f"ends {missing} bytes before the end of tensor {header.name!r}")
+            _populate(mapped, place.begin, header)
             tensor = torch.frombuffer(mapped, dtype=header.dtype, count=header.numel, offset=place.begin)
-            if hasattr(mmap, "MADV_WILLNEED"):
-                mapped.madvise(mmap.MADV_WILLNEED, *_pages(place.begin, place.begin + header.nbytes))
         return tensor.reshape(header.shape)
 
     def forget(self, name: str) -> None:
@@ -141,6 +158,14 @@ class Checkpoint:
         if path not in self._open_files:
             self._open_files[path] = path.open("rb", buffering=0)
         return self._open_files[path]
+
+    def require_unchanged(self) -> None:
+        """Raise CheckpointError where a file of weights has been rewritten since the checkpoint was opened: what was
+        read may be of two versions."""
+        for path, stamp in self._stamps.items():
+            with reading(path):
+                if _stamp(path) != stamp:
+                    raise CheckpointError("was changed by another program while it was read: nothing is made of it")
 
     def weight_files(self) -> list[Path]:
         """The files that hold the tensors."""
@@ -199,7 +224,12 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    source: str | Path | None, *, revision: str | None = None, headers_only: bool = False, progress: Progress = SILENT
+    source: str | Path | None,
+    *,
+    revision: str | None = None,
+    headers_only: bool = False,
+    mmap: bool = True,
+    progress: Progress = SILENT,
 ) -> Checkpoint:
     """Open a GPT-Neo in a folder or on the hub.
 
@@ -208,6 +238,7 @@ def open_checkpoint(
             the bundled model.
         revision: branch, tag or commit on the hub.
         headers_only: fetch some kilobytes of headers from the hub instead of the files.
+        mmap: `view` maps large tensors where they lie in their files; False copies all of them.
         progress: told of downloads.
 
     Raises:
@@ -218,7 +249,7 @@ def open_checkpoint(
     source = demo.resolve(source)
     folder = find_folder(source, revision)
     if folder is not None:
-        return _open_folder(str(source), folder, None)
+        return _open_folder(str(source), folder, None, mmap)
     model = hub.find(str(source), revision)
     config, notes = read_config(model.folder)  # before gigabytes are fetched of something else than a GPT-Neo
     tensors = hub.fetch_headers(model) if headers_only else None
@@ -226,7 +257,7 @@ def open_checkpoint(
         stored = [Stored(header, Path(file), Span(begin, ())) for header, file, begin in tensors]
         return Checkpoint(str(source), model.commit, None, config, stored, model.sizes, notes)
     hub.fetch_files(model, progress)
-    return _open_folder(str(source), model.folder, model.commit)
+    return _open_folder(str(source), model.folder, model.commit, mmap)
 
 
 def find_companions(source: str | Path | None, *, revision: str | None = None) -> Path:
@@ -243,11 +274,37 @@ def find_companions(source: str | Path | None, *, revision: str | None = None) -
     return model.folder
 
 
-def _open_folder(source: str, folder: Path, revision: str | None) -> Checkpoint:
+def _open_folder(source: str, folder: Path, revision: str | None, mapped: bool) -> Checkpoint:
     config, notes = read_config(folder)
     weights = files_of(folder)
     tensors = list_tensors(folder, weights, ties_head(config))
-    return Checkpoint(source, revision, folder, config, tensors.stored, None, (*notes, *tensors.notes))
+    return Checkpoint(source, revision, folder, config, tensors.stored, None, (*notes, *tensors.notes), mapped)
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What changes when a file is rewritten or replaced."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def _populate(mapped: mmap.mmap, begin: int, header: TensorHeader) -> None:
+    """Have the system map the pages of a tensor, or at least read them.
+
+    Raises:
+        CheckpointError: the file has been cut short.
+    """
+    pages = _pages(begin, begin + header.nbytes)
+    try:
+        if _POPULATE_READ is not None:
+            mapped.madvise(_POPULATE_READ, *pages)
+            return
+    except OSError as error:
+        if error.errno == errno.EFAULT:
+            raise CheckpointError(f"was cut short while tensor {header.name!r} was read") from None
+        if error.errno != errno.EINVAL:  # an older system does not know it
+            raise
+    if hasattr(mmap, "MADV_WILLNEED"):
+        mapped.madvise(mmap.MADV_WILLNEED, *pages)
 
 
 def _read_strided(file: BinaryIO, header: TensorHeader, span: Span) -> torch.Tensor:

@@ -22,6 +22,7 @@ from neoquant.checkpoint.headers import DTYPE_NAMES, TensorHeader
 from neoquant.checkpoint.shard import Layout, Shard, header_reserve
 from neoquant.checkpoint.weight_files import CONFIG
 from neoquant.errors import CheckpointError, OutputError
+from neoquant.files.exchanging import exchange
 from neoquant.files.locks import close_folder, open_folder, take_lock
 from neoquant.files.reading import read_json
 from neoquant.files.writing import sync_folder
@@ -155,6 +156,9 @@ class CheckpointWriter:
             self._partial.rename(self.out)
         else:
             check_output(self.out, self._force, self._keeps)  # it may have appeared since we began
+            if exchange(self._partial, self.out):  # there is a whole folder of that name at every moment
+                sync_folder(self.out.parent)  # before what was there goes, which it does with the rest of our own
+                return
             try:
                 self.out.rename(self._replaced)
                 self._partial.rename(self.out)
@@ -162,6 +166,7 @@ class CheckpointWriter:
                 if not self.out.exists():
                     self._replaced.rename(self.out)
                 raise
+            sync_folder(self.out.parent)
             shutil.rmtree(self._replaced, ignore_errors=True)
         sync_folder(self.out.parent)
 
@@ -181,6 +186,7 @@ def check_output(out: Path, force: bool, keeps: Collection[str] = ()) -> None:
     if out.resolve() == Path.cwd():  # to replace it would leave the user's shell in a folder that is gone
         raise OutputError(f"{out.resolve()} is the current folder, expected the name of a new one")
     if all(entry.name in keeps and entry.is_file() and not entry.is_symlink() for entry in entries):
+        _require_no_mount(out)
         return
     if not force:
         raise OutputError(f"{out} exists; choose another name, or replace it with --force")
@@ -193,6 +199,13 @@ def check_output(out: Path, force: bool, keeps: Collection[str] = ()) -> None:
             raise OutputError(
                 f"{out} holds a folder ({entry.name}), which is more than a model, so --force does not replace it"
             )
+    _require_no_mount(out)
+
+
+def _require_no_mount(out: Path) -> None:
+    """Raise OutputError where nothing could be renamed to `out`, which would be found out when all is done."""
+    if out.resolve().is_mount():
+        raise OutputError(f"{out} is a mount point, which no folder can take the place of: name a folder in it")
 
 
 def expected_size(headers: Iterable[TensorHeader], shard_size: int = SHARD_SIZE) -> int:

@@ -108,6 +108,8 @@ class Filler:
                 f"{name} is to stay on disk, where it is {dtype_name(tensor.dtype)}: {dtype_name(self.dtype)} would be "
                 "a copy in memory, so load it with dtype='auto'"
             )
+        if self.places.is_mapped(name):
+            self.checkpoint.forget(stored)  # it is read again when it is used
         if self._keeps_stored_type(name, tensor):
             return tensor
         placed = _cast(tensor, self.dtype, stored).to(self.places.of(name))

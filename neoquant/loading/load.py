@@ -39,6 +39,7 @@ def load_model(
     max_memory: Mapping[int | str, int | str] | None = None,
     attn_implementation: str = "sdpa",
     activations: str = "exact",
+    mmap: bool = True,
     progress: Progress = SILENT,
 ) -> ModelT:
     """A model of class `cls`, in evaluation mode.
@@ -53,6 +54,8 @@ def load_model(
         attn_implementation: "sdpa", "eager", "flex_attention", or "flash_attention_2" (the package flash-attn on CUDA).
         activations: "exact", or "int8": what quantized weights are multiplied with is rounded as well, which is faster
             for many tokens, and loses a little.
+        mmap: weights that stay as they are stored lie in the file's own memory; False copies them, so that the model
+            outlives a file that is cut short or rewritten.
         progress: told of every tensor.
 
     Raises:
@@ -65,7 +68,7 @@ def load_model(
         LoadWarning: tensors that the model has no place for, heads that the checkpoint has no weights for, and what is
             unusual about its files and was dealt with (`Checkpoint.notes`).
     """
-    with open_checkpoint(source, revision=revision, progress=progress) as checkpoint:
+    with open_checkpoint(source, revision=revision, mmap=mmap, progress=progress) as checkpoint:
         return read_model(
             checkpoint,
             cls,
@@ -117,6 +120,7 @@ def read_model(
     if len(set(places.units.values())) > 1:
         model.hf_device_map = places.describe()
     model.quantization_format = None if format is None else format.name
+    checkpoint.require_unchanged()
     _arrange(model, activations)
     warn_of(model.load_report, checkpoint.source, model)
     remarks = [f": {note}" for note in (*checkpoint.notes, *notes)]

@@ -49,6 +49,7 @@ class PreTrainedModel(Network):
         max_memory: Mapping[int | str, int | str] | None = None,
         attn_implementation: str = "sdpa",
         quantization_config: Any = None,
+        mmap: bool = True,
     ) -> Self:
         """Load a checkpoint, plain or quantized, from a folder or by its id on the hub.
 
@@ -57,11 +58,13 @@ class PreTrainedModel(Network):
         model to devices or `"disk"`; `max_memory` says what `"auto"` may take of each (0 or "cpu" -> "2GB"). With
         `quantization_config`, a BitsAndBytesConfig or GPTQConfig (neoquant's or transformers'), their values or a
         Recipe (or the name of one), a plain checkpoint is quantized on the way.
+        `mmap=False` copies weights that would lie in their file's own memory, which must not be cut short.
 
         Raises CheckpointError, HubError or RequestError; a tensor that is missing or unexpected is one of the first.
         """
         options: dict[str, Any] = {
-            "dtype": dtype, "device": device_map, "max_memory": max_memory, "attn_implementation": attn_implementation
+            "dtype": dtype, "device": device_map, "max_memory": max_memory, "attn_implementation": attn_implementation,
+            "mmap": mmap,
         }  # fmt: skip
         if quantization_config is not None:
             from neoquant.loading.quantize_on_load import load_quantized  # a third of a second that few loads need
@@ -281,13 +284,14 @@ def load(
     device: torch.device | str | int | None = None,
     attn_implementation: str = "sdpa",
     activations: str = "exact",
+    mmap: bool = True,
     progress: Progress = SILENT,
 ) -> tuple[GPTNeoForCausalLM, Tokenizer]:
     """A language model and its tokenizer, from a folder or by id on the hub; None is the bundled model.
 
     Arguments and errors are `load_model`'s.
     """
-    with open_checkpoint(source, revision=revision, progress=progress) as checkpoint:
+    with open_checkpoint(source, revision=revision, mmap=mmap, progress=progress) as checkpoint:
         tokenizer = Tokenizer.from_folder(folder_of(checkpoint))
         model = read_model(
             checkpoint,

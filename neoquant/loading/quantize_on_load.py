@@ -53,6 +53,7 @@ def load_quantized(
     quantization_config: Any,
     *,
     revision: str | None = None,
+    mmap: bool = True,
     progress: Progress = SILENT,
     **options: Any,
 ) -> ModelT:
@@ -63,7 +64,7 @@ def load_quantized(
 
     Raises RequestError for a request that cannot be carried out on this checkpoint, and what `load_model` raises.
     """
-    with open_checkpoint(source, revision=revision, progress=progress) as checkpoint:
+    with open_checkpoint(source, revision=revision, mmap=mmap, progress=progress) as checkpoint:
         found = detect(checkpoint.config, checkpoint.headers)
         if found is not None:
             compute_dtype = _stored_compute_dtype(checkpoint, quantization_config, found)
@@ -125,6 +126,9 @@ class _QuantizedView:
                 weight, given = self._checkpoint.view(row.name), self._calibrated(row)
                 self._tensors[row.name] = output_tensors(weight, row, self._plan.format, given)
         return self._tensors[row.name][name]
+
+    def require_unchanged(self) -> None:
+        self._checkpoint.require_unchanged()
 
     def forget(self, name: str) -> None:
         row = self._rows[name]

@@ -138,6 +138,7 @@ def convert(
                     if tensor is not None:
                         sink.put(name, tensor)
                     advance(read)
+            checkpoint.require_unchanged()
             result = job.result(folder, started)
             sink.finish(job.config(), files=_files(checkpoint, job, result))
     return result

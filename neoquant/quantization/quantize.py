@@ -165,6 +165,7 @@ def quantize(
             written = write_streaming(checkpoint, planned, sink, progress)
         else:
             written = write_calibrated(checkpoint, planned, calibration, memory, sink, run, progress)
+        checkpoint.require_unchanged()
         companions: dict[str, Path | str] = {path.name: path for path in checkpoint.companions()}
         own = _own_files(written, out.name, calibration, place)
         sink.finish(written.plan.config, files={**companions, **own})

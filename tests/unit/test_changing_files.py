@@ -1,0 +1,160 @@
+"""Files that change under the program, and programs that end under files."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from neoquant import demo
+from neoquant.checkpoint import open_checkpoint, writer
+from neoquant.checkpoint.writer import CheckpointWriter
+from neoquant.errors import CheckpointError, OutputError
+from neoquant.files.exchanging import exchange
+from neoquant.quantization.quantize import quantize
+from neoquant.quantization.recipe import Recipe
+
+LARGE = "transformer.wte.weight"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(demo.MODEL, tmp_path / "source"))
+
+
+def weights(folder: Path) -> Path:
+    return folder / "model.safetensors"
+
+
+@pytest.mark.parametrize("viewed_before", [False, True])
+def test_a_file_that_was_cut_short_is_an_error(source: Path, viewed_before: bool) -> None:
+    with open_checkpoint(source) as checkpoint:
+        last = max(checkpoint.headers, key=lambda name: checkpoint._stored[name].place.begin)
+        if viewed_before:
+            checkpoint.view(LARGE)  # the file is mapped
+        os.truncate(weights(source), weights(source).stat().st_size - 1)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors.* (ends 1 bytes before the end|cut short)"):
+            checkpoint.view(last)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors.* was changed by another program"):
+            checkpoint.require_unchanged()
+
+
+def rewrite(path: Path) -> None:
+    """Other bytes, as many, in place."""
+    with path.open("r+b") as file:
+        file.seek(-4096, os.SEEK_END)
+        file.write(bytes(4096))
+
+
+def replace(path: Path) -> None:
+    """Another file of the same bytes and time, under that name."""
+    other = path.with_name("other")
+    shutil.copy2(path, other)
+    other.replace(path)
+
+
+@pytest.mark.parametrize("change", [rewrite, replace, lambda path: os.truncate(path, path.stat().st_size - 1)])
+@pytest.mark.parametrize("when", [0, 20])
+def test_what_was_read_of_two_versions_is_not_written(
+    source: Path, change: object, when: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, real = 0, CheckpointWriter.put
+
+    def put(self: CheckpointWriter, name: str, tensor: torch.Tensor) -> None:
+        nonlocal calls
+        if calls == when:
+            change(weights(source))  # type: ignore[operator]
+        calls += 1
+        real(self, name, tensor)
+
+    monkeypatch.setattr(CheckpointWriter, "put", put)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        quantize(source, tmp_path / "out", Recipe.simple(4, "nf4"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_copied_model_outlives_its_file(source: Path) -> None:
+    """In a process of its own, which SIGBUS would end."""
+    code = f"""
+import os, torch
+from neoquant.loading.pretrained import load
+model, _ = load({str(source)!r}, dtype="auto", mmap=False)
+model.float()
+again, _ = load({str(source)!r}, dtype="auto", mmap=False)
+os.truncate({str(weights(source))!r}, 0)
+assert torch.equal(model(torch.tensor([[1, 2]])).logits, again.float()(torch.tensor([[1, 2]])).logits)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def write(out: Path, version: int) -> None:
+    """A folder whose tensors and config.json are of one version."""
+    with CheckpointWriter(out, tensors=4, force=True) as sink:
+        for number in range(4):
+            sink.put(f"t{number}", torch.full((64, 65), version))
+        sink.finish({"model_type": "gpt_neo", "version": version}, files={"note": str(version)})
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_whoever_is_killed_leaves_a_whole_folder(tmp_path: Path) -> None:
+    """Two hundred writers in a row, each replacing the folder over and over until it is killed."""
+    out, chance = tmp_path / "out", random.Random(0)
+    write(out, 0)
+    for number in range(200):
+        child = os.fork()
+        if child == 0:
+            for version in range(1000):
+                write(out, 1000 * number + version)
+            os._exit(0)
+        time.sleep(chance.uniform(0.001, 0.015))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if not out.exists():  # without an exchange there is a moment between two renames: the next writer mends it
+            assert not exchange_is_there(tmp_path)
+            continue
+        version = int((out / "note").read_text())
+        assert f'"version": {version}' in (out / "config.json").read_text()
+        tensors = load_file(weights(out))
+        assert len(tensors) == 4 and all(bool((each == version).all()) for each in tensors.values())
+    write(out, 7)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def exchange_is_there(folder: Path) -> bool:
+    one, other = folder / "one", folder / "other"
+    one.write_text("1")
+    other.write_text("2")
+    done = exchange(one, other)
+    assert one.read_text() == ("2" if done else "1")
+    one.unlink()
+    other.unlink()
+    return done
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_replacing_a_folder_leaves_nothing_else(can: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not can:
+        monkeypatch.setattr(writer, "exchange", lambda one, other: False)
+    for version in (1, 2):
+        write(tmp_path / "out", version)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "note").read_text() == "2"
+
+
+def test_a_mount_point_is_refused_before_the_work(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == out)
+    with pytest.raises(OutputError, match="out is a mount point, which no folder can take the place of"):
+        quantize(source, out, Recipe.simple(4, "nf4"))
