@@ -13,6 +13,7 @@ import argparse
 import functools
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ CALIBRATED = {shape: ROOT / "eval" / "results" / f"calibrated-{shape}.json" for 
 RUN = {shape: ROOT / "eval" / "results" / f"run-{shape}.json" for shape in ("125m", "1.3b")}
 FEEDBACK = ROOT / "eval" / "results" / "feedback-neo-8m.json"
 FEEDBACK_DEMO = ROOT / "eval" / "results" / "feedback-demo.json"
+OBJECTIVES = {name: ROOT / "eval" / "results" / f"objectives-{name}.json" for name in ("demo", "neo-8m")}
 HQQ = {name: ROOT / "eval" / "results" / f"hqq-{name}.json" for name in ("demo", "neo-8m")}
 CROSS_LOAD = ROOT / "eval" / "results" / "cross-load.json"
 CHOOSING = ROOT / "docs" / "choosing.md"
@@ -277,20 +279,49 @@ def feedback(path: Path) -> str:
             f"| {grid} | {' | '.join(figures)} | {ratio['ratio']:.3f} [{low:.3f}, {high:.3f}] "
             f"| {best['nats_per_token']:+.4f}, {rows['neoquant']['nats_per_token']:+.4f} |"
         )
-    seeds, peers = result["seeds"], result["peers"]
+    versions = [f"{name} {found[name]}" for name, found in result["peers"].items() if isinstance(found, dict)]
+    return "\n".join([*lines, "", f"{_text_line(result)}; {', '.join(versions)}."])
+
+
+def objectives(path: Path) -> str:
+    """What GPTQ loses by its default objective, as a part of what it loses by others."""
+    result = json.loads(path.read_text("utf-8"))
+    others = [tool for tool in dict.fromkeys(row["tool"] for row in result["rows"]) if tool.startswith("neoquant, ")]
+    lines = [
+        f"| grid | {' | '.join(tool.removeprefix('neoquant, ') for tool in others)} | default "
+        f"| of {_last(others)} [95 %] | by seed | work, s |",
+        f"| --- |{' --: |' * len(others)} --: | --: | --: | --: |",
+    ]
+    for grid in dict.fromkeys(row["label"] for row in result["rows"]):
+        rows = {row["tool"]: row for row in result["rows"] if row["label"] == grid}
+        ratio = next(r for r in result["ratios"] if r["label"] == grid and r["peer"] == others[-1])
+        figures = [f"{1e4 * _kl(rows[tool]):.2f}" for tool in [*others, "neoquant"]]
+        seconds = [
+            statistics.median(seed["work_s"] for seed in rows[tool]["seeds"]) for tool in (others[-1], "neoquant")
+        ]
+        low, high = ratio["interval"]
+        by_seed = ", ".join(f"{each['ratio']:.3f}" for each in ratio["by_seed"])
+        lines.append(
+            f"| {grid} | {' | '.join(figures)} | {ratio['ratio']:.3f} [{low:.3f}, {high:.3f}] "
+            f"| {by_seed} | {seconds[0]:.0f}, {seconds[1]:.0f} |"
+        )
+    return "\n".join([*lines, "", _text_line(result) + "; seconds on a machine that did other work too."])
+
+
+def _last(tools: list[str]) -> str:
+    return f"`{tools[-1].removeprefix('neoquant, ')}`"
+
+
+def _text_line(result: dict[str, Any]) -> str:
+    """What was calibrated on and scored, in words."""
+    seeds = result["seeds"]
     shown = seeds[0]["calibration"]
     documents = {name for seed in seeds for name in seed["scored"]["documents"]}
     tokens = sum(sum(seed["scored"]["tokens"]) for seed in seeds)
-    versions = [f"{name} {found[name]}" for name, found in peers.items() if isinstance(found, dict)]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Mean KL divergence from {result['model']['name']}, in 1e-4 nats a token. {len(seeds)} "
-            f"{'seed' if len(seeds) == 1 else 'seeds'} of "
-            f"{shown['rows']} rows of {shown['length']} tokens; {len(documents)} scored documents, "
-            f"{tokens:,} tokens in all; {', '.join(versions)}.",
-        ]
+    return (
+        f"Mean KL divergence from {result['model']['name']}, in 1e-4 nats a token. {len(seeds)} "
+        f"{'seed' if len(seeds) == 1 else 'seeds'} of {shown['rows']} rows of {shown['length']} tokens; "
+        f"{len(documents)} scored documents, {tokens:,} tokens in all"
     )
 
 
@@ -352,6 +383,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"run-{shape}": functools.partial(run, shape) for shape in RUN},
     "feedback-neo-8m": lambda: feedback(FEEDBACK),
     "feedback-demo": lambda: feedback(FEEDBACK_DEMO),
+    **{f"objectives-{name}": functools.partial(objectives, path) for name, path in OBJECTIVES.items()},
     **{f"hqq-{name}": functools.partial(hqq, path) for name, path in HQQ.items()},
     "cross-load": cross_load,
 }

@@ -216,6 +216,25 @@ Objective = Annotated[
         "queries, keys and values (attention), or each layer's own (layer). [default: attention]",
     ),
 ]
+TargetBits = Annotated[
+    float | None,
+    typer.Option(
+        "--target-bits",
+        metavar="B",
+        help="Mixed precision: each layer on 2, 3, 4 or 8 bits, for the least foreseen loss at B bits a weight of the "
+        "linears. Needs --calibration.",
+        show_default=False,
+    ),
+]
+TargetSize = Annotated[
+    str | None,
+    typer.Option(
+        "--target-size",
+        metavar="SIZE",
+        help="The same, by the size of the weight files, like 450MB.",
+        show_default=False,
+    ),
+]
 Keep = Annotated[
     list[str] | None,
     typer.Option(

@@ -12,13 +12,14 @@ from neoquant.cli import options
 from neoquant.cli.models import find_model, short_name, suite_for
 from neoquant.cli.plan import show_plan
 from neoquant.cli.recipes import RecipeOptions, choose_recipe, refuse_idle_options
+from neoquant.cli.samples import read_samples
 from neoquant.cli.terminal import Terminal
+from neoquant.cli.to_order import SizeTarget, recipe_to_order
 from neoquant.demo import NAME as BUNDLED
 from neoquant.report.formatting import duration, size
 from neoquant.sizes import parse_size
 
 if TYPE_CHECKING:
-    from neoquant.calibration.dataset import Calibration
     from neoquant.quantization.quantize import QuantizeResult
 
 
@@ -37,6 +38,8 @@ def quantize(
     damping: options.Damping = None,
     objective: options.Objective = None,
     quantizer_option: options.QuantizerOption = None,
+    target_bits: options.TargetBits = None,
+    target_size: options.TargetSize = None,
     calibration: options.Calibration = None,
     rows: options.Rows = None,
     length: options.Length = None,
@@ -76,18 +79,28 @@ def quantize(
       neoquant quantize my-finetune --bits 4 --type fp4 --block-size 128 --keep 'transformer.h.0.*'
       neoquant quantize my-finetune --bits 3 --type gptq --group-size 64 --calibration my-text.jsonl
       neoquant quantize my-finetune --bits 4 --type nf4 --calibration pile
+      neoquant quantize my-finetune --target-bits 3.2 --calibration my-text.jsonl
       neoquant quantize my-finetune --recipe my-recipe.toml --dry-run
     """
     from neoquant.calibration.dataset import ROWS
     from neoquant.quantization import quantize as quantization
 
     terminal: Terminal = ctx.obj
-    chosen = choose_recipe(RecipeOptions.of(ctx.params))
-    refuse_idle_options(ctx.params, chosen)
+    asked = RecipeOptions.of(ctx.params)
+    target = SizeTarget.of(target_bits, target_size, device, asked)
+    chosen = None if target is not None else choose_recipe(asked)
+    if chosen is not None:
+        refuse_idle_options(ctx.params, chosen)
     rows, seed = ROWS if rows is None else rows, seed or 0
     largest = parse_size(shard_size, "--shard-size")
     limit = None if max_memory is None else parse_size(max_memory, "--max-memory")
     source = find_model(model, terminal, "quantize")
+    samples = None
+    if not dry_run or target is not None:
+        samples = read_samples(source, revision, calibration, rows, length, seed, terminal)
+    if chosen is None:
+        assert target is not None and samples is not None
+        chosen = recipe_to_order(source, revision, target, samples, asked, limit, terminal)
     folder = out or Path(f"{short_name(model)}-{chosen.name}")
     if dry_run:
         show_plan(
@@ -107,7 +120,6 @@ def quantize(
         )
         terminal.show(f"a dry run: {folder} was not written")
         return
-    samples = _calibration(source, revision, calibration, rows, length, seed, terminal)
     made = quantization.quantize(
         source,
         folder,
@@ -143,33 +155,4 @@ def _show_result(made: QuantizeResult, folder: Path, model: str | None, terminal
     measure = shlex.join(["neoquant", "compare", model or BUNDLED, str(folder), "--suite", suite_for(model)])
     terminal.note(
         f"took {duration(made.seconds)} and {size(made.peak_rss_bytes)} of memory; measure the accuracy loss: {measure}"
-    )
-
-
-def _calibration(
-    source: str | Path,
-    revision: str | None,
-    name: str | None,
-    rows: int,
-    length: int | None,
-    seed: int,
-    terminal: Terminal,
-) -> Calibration | None:
-    """The rows to calibrate on, as long as the model's context unless `length` is stated; None if none are named."""
-    if name is None:
-        return None
-    from neoquant.calibration.dataset import LENGTH, load_calibration
-    from neoquant.checkpoint import open_checkpoint
-    from neoquant.loading.pretrained import load_tokenizer
-    from neoquant.model.config import GPTNeoConfig
-
-    with open_checkpoint(source, revision=revision, headers_only=True, progress=terminal.progress) as checkpoint:
-        context = GPTNeoConfig.from_dict(checkpoint.config).max_position_embeddings
-    return load_calibration(
-        name,
-        load_tokenizer(source, revision=revision),
-        rows=rows,
-        length=min(LENGTH, context) if length is None else length,
-        seed=seed,
-        progress=terminal.progress,
     )

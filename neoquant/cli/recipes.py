@@ -70,7 +70,7 @@ def choose_recipe(options: RecipeOptions) -> Recipe:
     if options.recipe is None:
         recipe = _simple(options)
     else:
-        _refuse_rule_options(options)
+        refuse_rule_options(options, "--recipe")
         recipe = Recipe.parse({**Recipe.load(options.recipe).model_dump(exclude_unset=True), **options.fields})
     return recipe.keeping(options.keep or (), "--keep")
 
@@ -86,14 +86,14 @@ def refuse_idle_options(params: Mapping[str, Any], recipe: Recipe) -> None:
         )
 
 
-def _refuse_rule_options(options: RecipeOptions) -> None:
-    """Raise RequestError for options that say what the rules of a recipe say."""
+def refuse_rule_options(options: RecipeOptions, decider: str) -> None:
+    """Raise RequestError for options that say what the rules of a recipe say, which `decider` decides."""
     chosen = {"bits": options.bits, "type": options.type, "quantizer": options.quantizer}
     more = {"quantizer_option": options.quantizer_option or None}
     stated = _stated({**chosen, **options.grid_options, **options.named_options, **more})
     if stated:
         names = [f"--{'no-' * (value is False)}{name.replace('_', '-')}" for name, value in stated.items()]
-        raise RequestError(f"--recipe decides the grids, so {', '.join(names)} cannot be given with it")
+        raise RequestError(f"{decider} decides the grids, so {', '.join(names)} cannot be given with it")
 
 
 def _simple(options: RecipeOptions) -> Recipe:
