@@ -126,17 +126,17 @@ def products(repeats: int) -> dict[str, dict[str, list[float]]]:
     import torch
 
     from neoquant.grids import Codebook
-    from neoquant.kernels import Cpu
+    from neoquant.kernels import Cpu, CpuInt8
     from neoquant.nn.linear import QuantLinear
     from neoquant.quantizers import Nearest
 
     found: dict[str, dict[str, list[float]]] = {}
     for name, shape in SHAPES.items():
         q = Nearest().quantize(torch.randn(shape, generator=torch.Generator().manual_seed(0)), Codebook())
-        for activations in ("exact", "int8"):
+        for activations, kernel in (("exact", Cpu()), ("int8", CpuInt8())):
             # As many copies as no cache holds: what decoding reads comes from memory, where the model is not small.
             copies = 8 if shape[0] * shape[1] > 1 << 22 else 1
-            layers = [QuantLinear(q, None, Cpu(activations)) for _ in range(copies)]
+            layers = [QuantLinear(q, None, kernel) for _ in range(copies)]
             xs = [torch.randn(rows, shape[1]) for rows in ROWS]
             times: list[list[float]] = [[] for _ in ROWS]
             for _ in range(4 * repeats):
