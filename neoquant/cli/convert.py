@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,8 +13,11 @@ from neoquant.cli import options
 from neoquant.cli.models import find_model, short_name
 from neoquant.cli.output import check_output_file, json_kind, write_text
 from neoquant.cli.terminal import Terminal
+from neoquant.errors import RequestError
 from neoquant.report.formatting import duration, size
 from neoquant.sizes import parse_size
+
+ONNX = "onnx"
 
 
 def convert(
@@ -25,7 +29,7 @@ def convert(
             "--to",
             metavar="FORMAT",
             help="bitsandbytes, gptq (or gptq-v1, gptq-v2), compressed-tensors or neoquant; safetensors for a model "
-            "that is not quantized, from pytorch_model.bin.",
+            "that is not quantized, from pytorch_model.bin; onnx for ONNX Runtime (the extra onnx).",
             show_default=False,
         ),
     ] = None,
@@ -64,6 +68,7 @@ def convert(
       neoquant convert gpt-neo-gptq --to compressed-tensors
       neoquant convert gpt-neo-nf4 --dequantize --dtype float16 --out gpt-neo-plain
       neoquant convert EleutherAI/gpt-neo-125m --to safetensors --dtype float16
+      neoquant convert gpt-neo-nf4 --to onnx
     """
     from neoquant.quantization.convert import PLAIN
     from neoquant.quantization.convert import convert as convert_checkpoint
@@ -71,6 +76,11 @@ def convert(
     terminal: Terminal = ctx.obj
     check_output_file(json_file, json_kind("conversion"), terminal, inputs=[model], force=force)
     largest = parse_size(shard_size, "--shard-size")
+    if to == ONNX:
+        _export(
+            terminal, model, out, revision, force, {"--dequantize": dequantize, "--dtype": dtype, "--json": json_file}
+        )
+        return
     source = find_model(model, terminal, "convert")
     folder = out or Path(f"{short_name(model)}-{to or PLAIN}")
     made = convert_checkpoint(
@@ -95,3 +105,19 @@ def convert(
         f"{size(made.source_bytes)} -> {size(made.weights_bytes)}"
     )
     terminal.note(f"took {duration(made.seconds)} and {size(made.peak_rss_bytes)} of memory")
+
+
+def _export(
+    terminal: Terminal, model: str | None, out: Path | None, revision: str | None, force: bool, others: dict[str, Any]
+) -> None:
+    """`convert --to onnx`."""
+    if (idle := next((name for name, value in others.items() if value), None)) is not None:
+        raise RequestError(f"{idle} is for folders of safetensors: --to onnx takes --out, --revision and --force")
+    if find_spec("onnx") is None:
+        raise RequestError("--to onnx needs the package onnx, which is not installed: pip install 'neoquant[onnx]'")
+    from neoquant.onnx import export
+
+    source = find_model(model, terminal, "convert")
+    folder = out or Path(f"{short_name(model)}-{ONNX}")
+    made = export(source, folder, revision=revision, force=force, progress=terminal.progress)
+    terminal.show(f"{made.file}: {made.quantized_layers} quantized layers, {size(made.weights_bytes)}")

@@ -1,0 +1,230 @@
+"""ONNX models beside neoquant's own: onnxruntime gives the same logits, and the codes in the file are the same."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import neoquant
+from neoquant.errors import OutputError, RequestError
+from neoquant.nn.linear import QuantLinear
+from neoquant.quantization.recipe import Recipe
+
+onnx = pytest.importorskip("onnx")
+runtime = pytest.importorskip("onnxruntime")
+
+from neoquant.onnx import export  # noqa: E402  # it needs onnx
+
+RECIPES: dict[str, tuple[int, str, dict[str, Any]]] = {
+    "nf4": (4, "nf4", {}),
+    "fp4": (4, "fp4", {"double_quant": False, "block_size": 32}),
+    "int8": (8, "int8", {"embeddings": "int8"}),
+    "4 bits": (4, "affine", {"group_size": 16}),
+    "4 bits, symmetric": (4, "affine", {"group_size": 32, "symmetric": True, "embeddings": "int8"}),
+    "4 bits, whole rows": (4, "affine", {"group_size": -1}),
+    "8 bits": (8, "affine", {"group_size": 64}),
+}
+FILES = {"nf4": "bnb4", "fp4": "bnb4", "int8": "quantized", "8 bits": "quantized"}
+
+
+class Session:
+    """An exported model, run as who continues a text runs it."""
+
+    def __init__(self, file: Path) -> None:
+        options = runtime.SessionOptions()
+        options.log_severity_level = 1
+        options.intra_op_num_threads = 1
+        self.session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        self.pasts = {each.name: each.shape for each in self.session.get_inputs() if each.name.startswith("past")}
+
+    def __call__(
+        self, ids: torch.Tensor, keep: torch.Tensor | None = None, past: dict[str, Any] | None = None
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Logits, and what the next call is to be given."""
+        rows, new = ids.shape
+        held = 0 if past is None else next(iter(past.values())).shape[2]
+        keep = torch.ones(rows, held + new, dtype=torch.int64) if keep is None else keep
+        positions = torch.arange(held, held + new)[None].expand(rows, -1)
+        given = {"input_ids": ids, "position_ids": positions, "attention_mask": keep}
+        feeds = {name: tensor.numpy() for name, tensor in given.items()}
+        empty = {name: torch.zeros(rows, shape[1], 0, shape[3]).numpy() for name, shape in self.pasts.items()}
+        logits, *present = self.session.run(None, feeds | (past or empty))
+        return torch.from_numpy(logits), dict(zip(self.pasts, present, strict=True))
+
+
+Made = Callable[[str], tuple[Path, Any, Session]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Of a recipe's name, or "plain": the folder, neoquant's model and the exported one."""
+    from conftest import write_tiny_model
+
+    root = tmp_path_factory.mktemp("onnx")
+    plain = write_tiny_model(root / "plain", hidden_size=48, num_heads=4)
+    known: dict[str, tuple[Path, Any, Session]] = {}
+
+    def of(name: str) -> tuple[Path, Any, Session]:
+        if name not in known:
+            folder = plain if name == "plain" else root / name.replace(", ", "-").replace(" ", "-")
+            if name != "plain":
+                size, kind, options = RECIPES[name]
+                neoquant.quantize(plain, folder, Recipe.simple(size, kind, **options))
+            result = export(folder, root / f"{folder.name}-onnx")
+            known[name] = folder, neoquant.AutoModelForCausalLM.from_pretrained(folder), Session(result.file)
+        return known[name]
+
+    return of
+
+
+@pytest.mark.parametrize("name", ["plain", *RECIPES])
+def test_logits_are_neoquants(made: Made, name: str) -> None:
+    """At every length up to the context, with padding, and continued from the keys and values it gave."""
+    _, model, session = made(name)
+    with torch.no_grad():
+        for T in (1, 2, 5, 13, 32):
+            ids = torch.randint(1, 259, (3, T), generator=torch.Generator().manual_seed(T))
+            keep = torch.ones_like(ids)
+            keep[1, T - T // 3 :] = 0
+            expected = model(ids, keep).logits
+            bound = 2e-6 * expected.abs().max()
+            found, _ = session(ids, keep)
+            assert (found - expected)[keep.bool()].abs().max() <= bound
+            whole, (first, past) = model(ids).logits, session(ids[:, : (T + 1) // 2])
+            assert (first - whole[:, : first.shape[1]]).abs().max() <= bound
+            for at in range(first.shape[1], T):
+                step, past = session(ids[:, at : at + 1], past=past)
+                assert (step[:, 0] - whole[:, at]).abs().max() <= bound
+
+
+@pytest.mark.parametrize("name", ["nf4", "4 bits", "int8"])
+def test_greedy_text_is_the_same(made: Made, name: str) -> None:
+    _, model, session = made(name)
+    ids = torch.tensor([[5, 9, 2, 130]])
+    expected = model.generate(ids, max_new_tokens=24, eos_token_id=None)
+    (logits, past), said = session(ids), ids
+    for _ in range(24):
+        said = torch.cat([said, logits[:, -1].argmax(-1)[:, None]], 1)
+        logits, past = session(said[:, -1:], past=past)
+    assert torch.equal(said, expected)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_file_holds_the_same_codes(made: Made, name: str) -> None:
+    """Read back by the operators' specification, in exact arithmetic: every weight is what neoquant decodes."""
+    folder, model, _ = made(name)
+    out = folder.with_name(f"{folder.name}-onnx")
+    assert [path.name for path in (out / "onnx").iterdir()] == [f"model_{FILES.get(name, 'q4')}.onnx"]
+    graph = onnx.load(next((out / "onnx").iterdir())).graph
+    stored = {each.name: torch.from_numpy(onnx.numpy_helper.to_array(each).copy()) for each in graph.initializer}
+    layers = {n: each for n, each in model.named_modules() if isinstance(each, QuantLinear) and "wte" not in n}
+    products = {node.input[1].removesuffix(".codes"): node for node in graph.node if node.op_type.startswith("MatMul")}
+    for layer, held in layers.items():
+        said = {each.name: onnx.helper.get_attribute_value(each) for each in products[layer].attribute}
+        weight = held.quantized.dequantize(torch.float64)
+        codes, block = stored[f"{layer}.codes"], said["block_size"]
+        if products[layer].op_type == "MatMulBnb4":
+            flat = torch.stack([codes >> 4, codes & 15], 1).reshape(-1)[: weight.numel()]
+            absmax = stored[f"{layer}.absmax"].repeat_interleave(block)[: flat.numel()]
+            values = (held.grid.table()[flat.int()] * absmax).double().view(weight.shape)
+        else:
+            whole = unpacked(codes.flatten(1), said["bits"]).view(codes.shape[0], -1, block)
+            zeros = stored.get(f"{layer}.zeros")
+            middle = 1 << (said["bits"] - 1)
+            zero = middle if zeros is None else unpacked(zeros, said["bits"])[:, : whole.shape[1], None].double()
+            scale = stored[f"{layer}.scales"][..., None]
+            values = ((whole.double() - zero) * scale).flatten(1)[:, : weight.shape[1]]
+        assert torch.equal(values.float(), weight.float())
+
+
+def unpacked(codes: torch.Tensor, size: int) -> torch.Tensor:
+    return codes if size == 8 else torch.stack([codes & 15, codes >> 4], 2).flatten(1)
+
+
+def test_the_folder_is_as_others_read_it(made: Made) -> None:
+    folder, _, _ = made("4 bits")
+    out = folder.with_name(f"{folder.name}-onnx")
+    assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    config = json.loads((out / "config.json").read_text())
+    assert "quantization_config" not in config and config["model_type"] == "gpt_neo"
+    assert config["transformers.js_config"] == {"dtype": "q4", "use_external_data_format": False}
+    said = json.loads((out / "genai_config.json").read_text())["model"]
+    assert (out / said["decoder"]["filename"]).is_file() and said["context_length"] == 32
+    graph = onnx.load(out / said["decoder"]["filename"]).graph
+    names = {each.name for each in (*graph.input, *graph.output)}
+    for group in ("inputs", "outputs"):
+        for name in said["decoder"][group].values():
+            assert {name % number for number in range(2)} <= names if "%d" in name else name in names
+
+
+def test_onnxruntime_genai_continues_texts(made: Made) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    folder, model, _ = made("4 bits")
+    params = genai.GeneratorParams(loaded := genai.Model(str(folder.with_name(f"{folder.name}-onnx"))))
+    params.set_search_options(max_length=20, do_sample=False)
+    generator = genai.Generator(loaded, params)
+    generator.append_tokens([5, 9, 2, 130])
+    while not generator.is_done():
+        generator.generate_next_token()
+    said = generator.get_sequence(0)
+    expected = model.generate(torch.tensor([[5, 9, 2, 130]]), max_new_tokens=16)[0].tolist()
+    assert list(said) == expected[: len(said)] and len(said) >= min(20, len(expected))
+
+
+@pytest.mark.parametrize(
+    ("size", "kind", "options", "said"),
+    [
+        (3, "affine", {}, "affine of 3 bits; what it holds is nf4, fp4, int8, and affine of 4 or 8 bits"),
+        (2, "affine", {"group_size": 16}, "affine of 2 bits"),
+        (4, "mxfp4", {}, "mxfp4 of 4 bits"),
+    ],
+)
+def test_what_onnx_runtime_cannot_hold_is_refused(
+    tiny_model: Path, tmp_path: Path, size: int, kind: str, options: dict[str, Any], said: str
+) -> None:
+    neoquant.quantize(tiny_model, tmp_path / "q", Recipe.simple(size, kind, format="neoquant", **options))
+    with pytest.raises(RequestError, match=said):
+        export(tmp_path / "q", tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_folders_are_made_whole(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _, _ = made("nf4")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "mine").write_text("kept")
+    for force in (False, True):
+        with pytest.raises(OutputError, match=r"there exists; --force|is no folder of an ONNX model"):
+            export(folder, tmp_path / "there", force=force)
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["mine"]
+    with pytest.raises(RequestError, match="is the model that is read"):
+        export(folder, folder, force=True)
+    export(folder, tmp_path / "out")
+    export(folder, tmp_path / "out", force=True)
+    monkeypatch.setattr(onnx, "save", broken)
+    with pytest.raises(OutputError, match="cannot be written: the disk is full"):
+        export(folder, tmp_path / "out", force=True)
+    assert (tmp_path / "out" / "onnx" / "model_bnb4.onnx").is_file() and len(list(tmp_path.iterdir())) == 2
+
+
+def broken(*_: Any, **__: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_the_command(made: Made, tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _, _ = made("nf4")
+    monkeypatch.chdir(tmp_path)
+    done = cli("convert", str(folder), "--to", "onnx", "--out", "made")
+    assert done.code == 0 and "model_bnb4.onnx: 12 quantized layers" in done.out
+    assert (
+        "--dequantize is for folders of safetensors"
+        in cli("convert", str(folder), "--to", "onnx", "--dequantize").error
+    )
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    monkeypatch.setattr("neoquant.cli.convert.find_spec", lambda name: None)
+    assert "pip install 'neoquant[onnx]'" in cli("convert", str(folder), "--to", "onnx").error
