@@ -72,12 +72,10 @@ def estimate_memory(
     small: `max_memory`, or what is free on a GPU.
 
     Raises:
-        RequestError: one block alone needs more than that. Or gradients are needed, which are computed on the CPU only.
+        RequestError: one block alone needs more than that.
     """
     device = torch.device(device)
     if device.type != "cpu":
-        if methods.gradients:
-            raise RequestError(f"gradients for the model's loss are computed on the CPU: leave --device {device} out")
         free = int(torch.cuda.mem_get_info(device)[0] * _FREE)
         max_memory = free if max_memory is None else min(max_memory, free)
     plenty, little = (

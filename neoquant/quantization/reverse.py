@@ -2,7 +2,7 @@
 
 First the calibration samples pass through the blocks as they are, and what each block sees is kept in a file; then the
 gradients of the loss run from the head back, one block in memory at a time. What is finished of either is kept, so that
-an interrupted walk goes on, to the same bytes.
+an interrupted walk goes on, to the same bytes. All of it is computed on the CPU, wherever the blocks are then rounded.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ def _quantize_block(
     """
     result = QuantizedBlock(rows, {}, {})
     targets = {row.name_in_block: row for row in rows if row.target is not None}
-    output_hessians = {name: K[None] for name, K in for_loss.items()}
+    output_hessians = {name: K[None].to(forward.hidden.device) for name, K in for_loss.items()}
     for stage, twin in _stages(block, forward, reference):
         chosen = {name: row for name in stage.linears if (row := targets.get(f"{name}.weight")) is not None}
         quantizers = [row.target.quantizer for row in chosen.values() if row.target is not None]
