@@ -50,6 +50,10 @@ class PreTrainedModel(Network):
         attn_implementation: str = "sdpa",
         quantization_config: Any = None,
         mmap: bool = True,
+        torch_dtype: torch.dtype | str | None = None,
+        num_labels: int | None = None,
+        id2label: Mapping[int | str, str] | None = None,
+        problem_type: str | None = None,
     ) -> Self:
         """Load a checkpoint, plain or quantized, from a folder or by its id on the hub.
 
@@ -59,13 +63,21 @@ class PreTrainedModel(Network):
         `quantization_config`, a BitsAndBytesConfig or GPTQConfig (neoquant's or transformers'), their values or a
         Recipe (or the name of one), a plain checkpoint is quantized on the way.
         `mmap=False` copies weights that would lie in their file's own memory, which must not be cut short.
+        `torch_dtype` is transformers 4's name of `dtype`. `num_labels` or `id2label`, and `problem_type`, are of a head
+        that is to be trained.
 
         Raises CheckpointError, HubError or RequestError; a tensor that is missing or unexpected is one of the first.
         """
+        if dtype is not None and torch_dtype is not None:
+            raise RequestError("dtype and torch_dtype are two names of the same: give one of them")
         options: dict[str, Any] = {
-            "dtype": dtype, "device": device_map, "max_memory": max_memory, "attn_implementation": attn_implementation,
+            "labels": _labels(num_labels, id2label, problem_type),
+            "dtype": torch_dtype if dtype is None else dtype,
+            "device": device_map,
+            "max_memory": max_memory,
+            "attn_implementation": attn_implementation,
             "mmap": mmap,
-        }  # fmt: skip
+        }
         if quantization_config is not None:
             from neoquant.loading.quantize_on_load import load_quantized  # a third of a second that few loads need
 
@@ -124,6 +136,20 @@ class PreTrainedModel(Network):
         except ModuleNotFoundError as error:
             raise RequestError("to_transformers needs the package transformers: pip install transformers") from error
         return room.to_transformers(self)
+
+
+def _labels(
+    num_labels: int | None, id2label: Mapping[int | str, str] | None, problem_type: str | None
+) -> dict[str, Any]:
+    """What is said of a head's labels, as config.json has it. Raises RequestError where names and number disagree."""
+    labels: dict[str, Any] = {"problem_type": problem_type} if problem_type is not None else {}
+    if id2label is not None:
+        if num_labels not in (None, len(id2label)):
+            raise RequestError(f"num_labels is {num_labels}, and id2label names {len(id2label)} labels")
+        labels["id2label"] = {str(number): name for number, name in id2label.items()}
+        labels["label2id"] = {name: int(number) for number, name in id2label.items()}
+        num_labels = len(id2label)
+    return labels if num_labels is None else {**labels, "num_labels": num_labels}
 
 
 def _require_safe(safe_serialization: bool) -> None:

@@ -53,6 +53,15 @@ class Network(nn.Module):
         self.config = config
         self.attn_implementation = attn_implementation
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        embeddings: nn.Module = getattr(self, self.base_model_prefix or "", self).get_submodule("wte")
+        return embeddings
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The language model's head; None where the model has another, or none."""
+        return getattr(self, "lm_head", None)
+
     def tied_weights(self) -> dict[str, str]:
         """Tensor name -> name of the tensor it shares storage with (and which is the one that is stored)."""
         return {}

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from neoquant.errors import ConfigError, locate
 from neoquant.files.reading import read_json
@@ -35,10 +35,13 @@ class GPTNeoConfig:
 
     `attention_types` is the compact form, `[[["global", "local"], 12]]`: each pair is a list of layer types and
     how often it repeats. `attention_layers`, one word a layer, follows from it. `intermediate_size=None` means
-    `4 * hidden_size`. Keys this class does not know are kept in `extra` and written back unchanged.
+    `4 * hidden_size`. Keys this class does not know are kept in `extra` and written back unchanged; they may be read
+    and set as attributes, as in transformers.
 
     Raises ConfigError where the values contradict each other.
     """
+
+    model_type: ClassVar[str] = "gpt_neo"
 
     vocab_size: int = 50257
     max_position_embeddings: int = 2048
@@ -90,6 +93,53 @@ class GPTNeoConfig:
             self.activation_function,
             f"one of {', '.join(ACTIVATIONS)}",
         )
+
+    def __getattr__(self, name: str) -> Any:
+        extra = self.__dict__.get("extra", {})
+        if name not in extra:
+            raise AttributeError(f"a GPTNeoConfig has no {name!r}")
+        return extra[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dataclass_fields__ or hasattr(type(self), name):
+            super().__setattr__(name, value)
+        else:  # what is set is saved
+            self.extra[name] = value
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """`num_layers`, as most other models call it."""
+        return self.num_layers
+
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, count: int) -> None:
+        self.num_layers = count
+
+    @property
+    def num_attention_heads(self) -> int:
+        """`num_heads`, as most other models call it."""
+        return self.num_heads
+
+    @num_attention_heads.setter
+    def num_attention_heads(self, count: int) -> None:
+        self.num_heads = count
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Number of a label -> its name, `LABEL_0` where it has none."""
+        stated = {str(number): name for number, name in (self.extra.get("id2label") or {}).items()}
+        return {number: str(stated.get(str(number), f"LABEL_{number}")) for number in range(self.num_labels)}
+
+    @id2label.setter
+    def id2label(self, names: Mapping[int | str, str]) -> None:
+        self.extra["id2label"] = {str(number): name for number, name in names.items()}
+        self.extra["label2id"] = {name: int(number) for number, name in names.items()}
+        self.num_labels = len(names)
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        """The inverse of `id2label`."""
+        return {name: number for number, name in self.id2label.items()}
 
     @property
     def attention_layers(self) -> list[str]:
@@ -162,11 +212,11 @@ class GPTNeoConfig:
             if f.name in _OPTIONAL and value == f.default and f.default is not MISSING:
                 continue
             out[f.name] = value
-        if self.num_labels != 2 and "id2label" not in self.extra:
+        if len(self.extra.get("id2label") or "12") != self.num_labels:
             # transformers derives the number of labels from these, not from num_labels.
             del out["num_labels"]
-            out["id2label"] = {str(i): f"LABEL_{i}" for i in range(self.num_labels)}
-            out["label2id"] = {f"LABEL_{i}": i for i in range(self.num_labels)}
+            out["id2label"] = {str(number): name for number, name in self.id2label.items()}
+            out["label2id"] = self.label2id
         out["attention_layers"] = self.attention_layers
         return {**self.extra, **out}
 

@@ -136,6 +136,35 @@ def test_every_head_gives_transformers_outputs(make_model: Callable[..., Path], 
                 assert (a - b).abs().max() <= (1e-5 if dtype != "auto" else 2e-2) * b.abs().max()
 
 
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "CausalLM"])
+@pytest.mark.filterwarnings("ignore::neoquant.LoadWarning")
+def test_labels_of_a_head_to_be_trained(make_model: Callable[..., Path], head: str) -> None:
+    folder = make_model(id2label={"0": "no", "1": "yes", "2": "perhaps"}, pad_token_id=0)
+    for said in (
+        {"num_labels": 5},
+        {"id2label": {0: "a", 1: "b", 2: "c", 3: "d"}, "problem_type": "multi_label_classification"},
+        {"torch_dtype": torch.float32, "num_labels": 1, "problem_type": "regression"},
+    ):
+        ours, theirs = (
+            getattr(library, f"AutoModelFor{head}").from_pretrained(folder, **said)
+            for library in (neoquant, transformers)
+        )
+        for name in ("num_labels", "id2label", "problem_type"):
+            assert getattr(ours.config, name) == getattr(theirs.config, name)
+        found = {name: value.shape for name, value in ours.state_dict().items()}
+        assert found == {name: value.shape for name, value in theirs.state_dict().items()}
+        assert ours.dtype == torch.float32
+        assert ours.get_input_embeddings() is ours.get_submodule("transformer.wte")
+        assert (ours.get_output_embeddings() is None) == (theirs.get_output_embeddings() is None)
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    quantized = getattr(neoquant, f"AutoModelFor{head}").from_pretrained(folder, num_labels=7, quantization_config=nf4)
+    assert quantized.config.num_labels == 7
+    with pytest.raises(RequestError, match="num_labels is 2, and id2label names 1 labels"):
+        getattr(neoquant, f"AutoModelFor{head}").from_pretrained(folder, num_labels=2, id2label={0: "a"})
+    with pytest.raises(RequestError, match="dtype and torch_dtype are two names of the same"):
+        getattr(neoquant, f"AutoModelFor{head}").from_pretrained(folder, dtype="float32", torch_dtype="float32")
+
+
 def test_configurations_are_read_by_folder(make_model: Callable[..., Path]) -> None:
     config = neoquant.AutoConfig.from_pretrained(MODEL)
     assert config == neoquant.GPTNeoConfig.from_pretrained(MODEL)

@@ -97,3 +97,28 @@ def test_one_word_a_layer_is_enough(layers: list[str]) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.GPTNeoConfig(num_layers=len(layers), attention_types=config.attention_types)
     assert theirs.attention_layers == layers
+
+
+NAMES = {"id2label": {"0": "no", "1": "yes", "2": "perhaps"}, "label2id": {"no": 0, "yes": 1, "perhaps": 2}}
+
+
+@pytest.mark.parametrize("named", [{}, NAMES, {"num_labels": 3}])
+def test_attributes_are_transformers(tmp_path: Path, named: dict[str, Any]) -> None:
+    transformers = pytest.importorskip("transformers")
+    values = {"model_type": "gpt_neo", "hidden_size": 64, "num_heads": 4, "mine": [1], **named}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    ours, theirs = GPTNeoConfig.from_pretrained(tmp_path), transformers.GPTNeoConfig.from_pretrained(tmp_path)
+    names = ("model_type", "num_hidden_layers", "num_attention_heads", "id2label", "label2id", "num_labels", "mine")
+    for config in (ours, theirs):
+        config.later = "set"
+        config.num_attention_heads = 8
+    assert [getattr(ours, name) for name in names] == [getattr(theirs, name) for name in names]
+    assert (ours.num_heads, ours.later) == (8, "set") and not hasattr(ours, "nothing")
+    for config in (ours, theirs):
+        config.num_labels = 5
+    assert GPTNeoConfig.from_dict(ours.to_dict()).id2label == ours.id2label
+    ours.save_pretrained(tmp_path / "out")
+    again = transformers.GPTNeoConfig.from_pretrained(tmp_path / "out")
+    assert (again.num_labels, again.later, again.num_heads) == (5, "set", 8)
+    ours.id2label = {0: "a", 1: "b"}
+    assert (ours.num_labels, ours.label2id) == (2, {"a": 0, "b": 1})

@@ -78,9 +78,7 @@ class Pipeline(ABC):
     @property
     def _labels(self) -> list[str]:
         """What the model's outputs are called."""
-        named = self.model.config.extra.get("id2label") or {}
-        names = {int(number): str(name) for number, name in named.items()}
-        return [names.get(number, f"LABEL_{number}") for number in range(self.model.config.num_labels)]
+        return list(self.model.config.id2label.values())
 
 
 def require_known(options: Mapping[str, Any], known: Sequence[str]) -> None:
