@@ -122,6 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message, code = explain(error)
         terminal.say_last(f"error: {message}")
         return code
+    finally:
+        for give_back in terminal.at_end:
+            give_back()
     return 0
 
 

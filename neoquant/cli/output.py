@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import OutputError
+from neoquant.files.locks import claim
 from neoquant.files.writing import write_file
 
 _BEGINNING = 4096  # bytes of a file that say what it is
@@ -56,7 +58,7 @@ def check_output_file(
 
     Raises:
         OutputError: its folder is missing or read-only, it is a folder itself, it is one of `inputs` or a file of a
-            folder among them, or it is there and of another kind.
+            folder among them, it is there and of another kind, or another process is to write it.
     """
     if path is None:
         return
@@ -64,13 +66,26 @@ def check_output_file(
         terminal.file_on_stdout = True
         return
     check_writable(path)
-    if not path.exists() or not path.is_file():
+    if path.exists() and not path.is_file():
+        return  # a device or a pipe
+    _claim(path, terminal)
+    if not path.exists():
         return
     for given in inputs:
         if given is not None and _belongs_to(path, Path(given), kind):
             raise OutputError(f"{path} is read as input, and would be lost: name another file to write")
     if not force and path.stat().st_size and not _is_of_kind(path, kind):
         raise OutputError(f"{path} exists and is not {kind.name}; choose another name, or replace it with --force")
+
+
+def _claim(path: Path, terminal: Terminal) -> None:
+    """Keep other processes from the file until the verb ends; of several that share one work the first one writes."""
+    if int(os.environ.get("RANK", "0")):
+        return
+    give_back = claim(Path(os.path.realpath(path)))
+    if give_back is None:
+        raise OutputError(f"{path} is being written by another neoquant: name another file, or wait until it is done")
+    terminal.at_end.append(give_back)
 
 
 def check_writable(path: Path) -> None:

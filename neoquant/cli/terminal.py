@@ -37,6 +37,8 @@ class Terminal:
         self.debug = False
         self.file_on_stdout = False
         """Whether a file that was asked for as `-` takes stdout: everything else then goes to stderr."""
+        self.at_end: list[Callable[[], None]] = []
+        """What is to be given back when the command has ended, however it did."""
 
     def show(self, *renderables: RenderableType) -> None:
         """A result: text without markup, or a table, to stdout."""

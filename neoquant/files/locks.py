@@ -1,9 +1,11 @@
-"""Locks on open folders, which die with their process: also on another machine or in another container, where a
-process number says nothing."""
+"""Locks on open folders and beside files, which die with their process: also on another machine or in another
+container, where a process number says nothing."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 try:
@@ -42,3 +44,30 @@ def take_lock(descriptor: int | None) -> bool | None:
     except OSError:
         return None
     return True
+
+
+def claim(path: Path) -> Callable[[], None] | None:
+    """Claim a file that this process is to write: what gives the claim back; None where another process has it.
+
+    The claim is a lock on an empty hidden file beside it. Where there are no locks, everybody gets it.
+    """
+    beside = path.with_name(f".{path.name}.lock")
+    while True:
+        try:
+            descriptor = os.open(beside, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError:
+            return lambda: None
+        taken = take_lock(descriptor)
+        if taken is False:
+            os.close(descriptor)
+            return None
+        with suppress(OSError):  # or it went between opening and locking, with the process that had it
+            if not taken or os.path.samestat(os.fstat(descriptor), beside.stat()):
+                return lambda: _give_back(beside, descriptor)
+        os.close(descriptor)
+
+
+def _give_back(beside: Path, descriptor: int) -> None:
+    with suppress(OSError):
+        beside.unlink()
+    os.close(descriptor)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Cli
 from safetensors.torch import load_file
 
 from neoquant import demo
@@ -20,6 +21,7 @@ from neoquant.checkpoint import open_checkpoint, writer
 from neoquant.checkpoint.writer import CheckpointWriter
 from neoquant.errors import CheckpointError, OutputError
 from neoquant.files.exchanging import exchange
+from neoquant.files.locks import claim
 from neoquant.quantization.quantize import quantize
 from neoquant.quantization.recipe import Recipe
 
@@ -158,3 +160,27 @@ def test_a_mount_point_is_refused_before_the_work(
     monkeypatch.setattr(Path, "is_mount", lambda self: self == out)
     with pytest.raises(OutputError, match="out is a mount point, which no folder can take the place of"):
         quantize(source, out, Recipe.simple(4, "nf4"))
+
+
+def test_a_result_has_one_writer(tmp_path: Path, cli: Cli) -> None:
+    """While a process has it, no other gets it, from the command line neither; when that is killed, the next does."""
+    path = tmp_path / "results" / "plan.json"
+    path.parent.mkdir()
+    child = os.fork()
+    if child == 0:
+        claim(path)
+        time.sleep(60)
+        os._exit(0)
+    try:
+        while (give_back := claim(path)) is not None:  # until the other process has it
+            give_back()
+            time.sleep(0.01)
+        refused = cli("plan", "neoquant-demo", "--json", path)
+        assert refused.code == 1 and "plan.json is being written by another neoquant" in refused.error
+        assert not path.exists()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    for _ in range(2):
+        assert cli("plan", "neoquant-demo", "--json", path).code == 0
+    assert [each.name for each in path.parent.iterdir()] == ["plan.json"]
