@@ -133,8 +133,8 @@ def quantize(
             kept in files. Changes nothing in the result.
         restart: drop what an unfinished run left, instead of going on with it.
         device: where a calibrated run computes, "cpu", "cuda", "cuda:1", ...; `max_memory` is then that device's.
-            Columns are rounded on the CPU where the native library does it, and gradients for the model's loss run there.
-            Other devices, other bytes.
+            Columns are rounded on the CPU where the native library does it, and gradients for the model's loss run
+            there. Other devices, other bytes.
         progress: told of the bytes of the source dealt with, and of downloads.
 
     Raises:

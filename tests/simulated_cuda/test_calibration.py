@@ -108,9 +108,8 @@ def test_another_device_is_another_request(model: Path, tmp_path: Path, monkeypa
 
 def test_what_no_gpu_does_is_refused(model: Path, tmp_path: Path, cli: Cli) -> None:
     assert "this machine has 0 CUDA devices" in cli("plan", model, "--device", "cuda").error
-    with simulate():
-        with pytest.raises(RequestError, match="others round weights on the CPU"):
-            quantize(model, tmp_path / "a", Recipe.simple(), device="cuda")
+    with simulate(), pytest.raises(RequestError, match="others round weights on the CPU"):
+        quantize(model, tmp_path / "a", Recipe.simple(), device="cuda")
 
 
 def test_a_model_quantized_as_it_is_loaded_is_calibrated_where_it_will_lie(model: Path) -> None:
