@@ -29,6 +29,7 @@ from neoquant.cli import (
     info,
     inspect,
     plan,
+    progress_lines,
     push,
     quantize,
     report,
@@ -100,6 +101,8 @@ def root(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code. Results go to stdout, everything else to stderr."""
     terminal = Terminal()
+    if progress_lines.is_asked_for():
+        progress_lines.end_with_starter()
     typed = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         command = typer.main.get_command(app)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from neoquant.progress import Progress
 
 VARIABLE = "NEOQUANT_PROGRESS_LINES"
-"""Environment variable that makes a process write its progress as lines."""
+"""Environment variable that makes a process write its progress as lines, for the process that it numbers."""
 
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 _MARK = "\x1e"  # the record separator: no message begins with it
 _PAUSE = 0.1  # seconds between two lines
 
@@ -44,11 +47,11 @@ class ProgressLines(Progress):
 def run_with_progress(command: Sequence[str], environment: Mapping[str, str], progress: Progress) -> tuple[int, str]:
     """Run a neoquant command; its exit code, and what it wrote to stderr besides its progress.
 
-    Interrupting this process ends that one, too.
+    Interrupting this process ends that one, too, and so does killing it (on Linux; elsewhere its next line does).
     """
     process = subprocess.Popen(
         command,
-        env={**environment, VARIABLE: "1"},
+        env={**environment, VARIABLE: str(os.getpid())},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -94,6 +97,15 @@ def _pass_on(
 
 def is_asked_for() -> bool:
     return bool(os.environ.get(VARIABLE))
+
+
+def end_with_starter() -> None:
+    """Have the system end this process when the one that reads its lines ends, killed as it may be."""
+    starter = os.environ.get(VARIABLE, "")
+    with suppress(OSError, AttributeError, TypeError):  # not Linux
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if starter.isdecimal() and os.getppid() != int(starter):  # it ended before we asked
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _write(event: Mapping[str, Any]) -> None:

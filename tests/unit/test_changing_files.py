@@ -184,3 +184,41 @@ def test_a_result_has_one_writer(tmp_path: Path, cli: Cli) -> None:
     for _ in range(2):
         assert cli("plan", "neoquant-demo", "--json", path).code == 0
     assert [each.name for each in path.parent.iterdir()] == ["plan.json"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system does not end a process with another")
+def test_who_is_killed_takes_along_what_it_started(tmp_path: Path) -> None:
+    number = tmp_path / "number"
+    inner = f"""
+import os, time
+from neoquant.cli.progress_lines import end_with_starter
+end_with_starter()
+open({str(number)!r}, "w").write(str(os.getpid()) + " ")
+time.sleep(3600)
+"""
+    outer = f"""
+import os, sys
+from neoquant.cli.progress_lines import run_with_progress
+from neoquant.progress import SILENT
+run_with_progress([sys.executable, "-c", {inner!r}], os.environ, SILENT)
+"""
+    process = subprocess.Popen([sys.executable, "-c", outer])
+    while not number.exists() or not number.read_text().endswith(" "):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    started, waited = int(number.read_text()), 0.0
+    while is_running(started) and waited < 60:
+        time.sleep(0.02)
+        waited += 0.02
+    if is_running(started):
+        os.kill(started, signal.SIGKILL)
+        pytest.fail("what it started lives on")
+
+
+def is_running(number: int) -> bool:
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
