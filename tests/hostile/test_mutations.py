@@ -87,12 +87,15 @@ class Kind(NamedTuple):
 EVAL = "eval model --data texts.jsonl --context 16 --json out.json"
 GENERATE = "generate model --prompt word --max-new-tokens 3 --greedy"
 QUANTIZE, DEQUANTIZE = "quantize model --out out", "convert nf4 --dequantize --out out"
+OF_GPTQ = ("info gptq", DEQUANTIZE.replace("nf4", "gptq"), GENERATE.replace("model", "gptq"))
 REPORT, RECIPED = "report comparison.json", "--recipe recipe.toml"
 KINDS = {
     "config": Kind("model/config.json", mutated_json, ("info model", "plan model", GENERATE, QUANTIZE)),
     "header": Kind("model/model.safetensors", mutated_safetensors, ("info model", QUANTIZE, GENERATE)),
     "quantized config": Kind("nf4/config.json", mutated_json, ("info nf4", DEQUANTIZE)),
     "quantized header": Kind("nf4/model.safetensors", mutated_safetensors, ("info nf4", DEQUANTIZE)),
+    "GPTQ's config": Kind("gptq/config.json", mutated_json, OF_GPTQ),
+    "GPTQ's header": Kind("gptq/model.safetensors", mutated_safetensors, OF_GPTQ),
     "record": Kind("nf4/neoquant.json", mutated_json, ("info nf4", "convert nf4 --to neoquant --out out")),
     "index": Kind("sharded/model.safetensors.index.json", mutated_json, ("info sharded", "quantize sharded --out out")),
     "tokenizer": Kind("model/tokenizer.json", mutated_json, (GENERATE, EVAL)),
@@ -122,6 +125,9 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sound")
     model = write_tiny_model(folder / "model")
     quantize(model, folder / "nf4", Recipe.simple())
+    wide = write_tiny_model(folder / "wide", hidden_size=32, num_heads=4)
+    quantize(wide, folder / "gptq", Recipe.simple(4, "affine", group_size=16, symmetric=True, format="gptq"))
+    shutil.rmtree(wide)
     shutil.copytree(model, folder / "sharded")
     (folder / "sharded" / "model.safetensors").unlink()
     write_shards(folder / "sharded", load_file(model / "model.safetensors"))
