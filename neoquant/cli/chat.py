@@ -14,7 +14,7 @@ import typer
 from neoquant.cli import options
 from neoquant.cli.generation import require_cache, settings
 from neoquant.cli.models import find_model
-from neoquant.cli.terminal import Terminal, escape_controls
+from neoquant.cli.terminal import Terminal
 from neoquant.errors import RequestError
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def _typed(terminal: Terminal) -> Iterator[str]:
     asking = sys.stdin.isatty()
     while True:
         if asking:
-            _write("> ")
+            terminal.show_raw("> ")
         line = sys.stdin.readline()
         if not line:
             return
@@ -146,7 +146,7 @@ class _Chat:
     def run(self, lines: Iterator[str]) -> None:
         commands: dict[str, Callable[[], None]] = {
             "/again": self.again, "/undo": self.undo, "/reset": self.turns.clear,
-            "/show": lambda: _write(self.text + "\n"), "/help": lambda: self.terminal.note(HELP),
+            "/show": lambda: self.terminal.show_raw(self.text + "\n"), "/help": lambda: self.terminal.note(HELP),
         }  # fmt: skip
         for line in lines:
             if line == "/quit":
@@ -182,7 +182,7 @@ class _Chat:
 
         from neoquant.generation.generate import require_known_tokens, stream
         from neoquant.generation.stopping import ends_with
-        from neoquant.generation.text import TextStream
+        from neoquant.generation.text import write_text
 
         context = self.network.config.max_position_embeddings
         ids = self.tokenizer.prompt_ids(self.text + typed)
@@ -192,22 +192,17 @@ class _Chat:
             self.terminal.note(f"the text has {len(ids)} tokens: the first {len(ids) - room} no longer fit the context")
             ids = ids[-room:]
         stops = (*self.settings.stops(), *((f"\n{self.names[0]}:",) if self.names else ()))
-        ends = self.settings.ends()
-        shown = _Shown(stops)
-        out = TextStream(self.tokenizer, shown.add)
-        started, tokens = time.perf_counter(), 0
-        for chosen in stream(
+        shown = _Shown(stops, self.terminal)
+        started = time.perf_counter()
+        made = stream(
             self.network,
             torch.tensor([ids]),
             max_new_tokens=self.longest,
             sampling=replace(self.settings.sampling(len(ids)), seed=self.seed),
             stop=ends_with(stops, self.tokenizer),
             cache_dtype=self.settings.cache_dtype,
-        ):
-            tokens += 1
-            if int(chosen[0]) not in ends:
-                out.put(int(chosen[0]))
-        out.end()
+        )
+        tokens = write_text(made, self.tokenizer, shown.add, self.settings.ends())
         self.turns.append((typed, shown.end()))
         self.seed += 1  # or every turn would draw alike
         seconds = time.perf_counter() - started
@@ -218,8 +213,9 @@ class _Chat:
 class _Shown:
     """Writes a text as it comes, up to what ends it; what may be the beginning of that waits."""
 
-    def __init__(self, stops: tuple[str, ...]) -> None:
-        self._stops, self._text, self._written = stops, "", 0
+    def __init__(self, stops: tuple[str, ...], terminal: Terminal) -> None:
+        self._stops, self._terminal = stops, terminal
+        self._text, self._written = "", 0
 
     def add(self, text: str) -> None:
         self._text += text
@@ -231,7 +227,7 @@ class _Shown:
         """Write what is left, and return all of it."""
         visible = self._visible()
         self._write(visible, 0)
-        _write("\n")
+        self._terminal.show_raw("\n")
         return visible
 
     def _visible(self) -> str:
@@ -239,15 +235,10 @@ class _Shown:
 
     def _write(self, visible: str, waiting: int) -> None:
         upto = len(visible) - waiting
-        _write(visible[self._written : upto])
+        self._terminal.show_raw(visible[self._written : upto])
         self._written = max(self._written, upto)
 
 
 def _overlap(text: str, stop: str) -> int:
     """How many of the last characters of `text` begin `stop`."""
     return next((length for length in range(len(stop) - 1, 0, -1) if text.endswith(stop[:length])), 0)
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(escape_controls(text) if sys.stdout.isatty() else text)
-    sys.stdout.flush()

@@ -113,16 +113,9 @@ def _drafter(
 
 def _print_continuation(made: Iterable[Tensor], tokenizer: Tokenizer, own: GenerationConfig, terminal: Terminal) -> int:
     """Print the tokens that are made, and count them."""
-    from neoquant.generation.text import TextStream
+    from neoquant.generation.text import write_text
 
-    out = TextStream(tokenizer, terminal.show_raw)
-    ends, tokens = own.ends(), 0
     try:
-        for chosen in made:
-            tokens += 1
-            if int(chosen[0]) not in ends:
-                out.put(int(chosen[0]))
+        return write_text(made, tokenizer, terminal.show_raw, own.ends())
     finally:
-        out.end()
         terminal.show_raw("\n")
-    return tokens

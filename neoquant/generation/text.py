@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 
 import torch
@@ -56,20 +56,34 @@ def generate_text(
         if on_text is not None:
             on_text(text)
 
-    out = TextStream(tokenizer, write)
-    for chosen in stream(
+    made = stream(
         model,
         torch.tensor([ids]),
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         stop=ends_with(settings.stops(), tokenizer),
-    ):
-        token = int(chosen[0])
-        if token in (sampling.eos_token_ids or ()):
-            break
-        out.put(token)
-    out.end()
+        cache_dtype=settings.cache_dtype,
+    )
+    write_text(made, tokenizer, write, sampling.eos_token_ids or ())
     return "".join(pieces)
+
+
+def write_text(
+    made: Iterable[Tensor], tokenizer: Tokenizer, write: Callable[[str], object], ends: Collection[int]
+) -> int:
+    """Hand the text of what `stream` makes of one prompt to `write`, piece by piece; how many tokens it was.
+
+    Tokens of `ends`, which end a text, count and are not written. What is held back is written whatever ends it.
+    """
+    out, tokens = TextStream(tokenizer, write), 0
+    try:
+        for chosen in made:
+            tokens += 1
+            if (token := int(chosen[0])) not in ends:
+                out.put(token)
+    finally:
+        out.end()
+    return tokens
 
 
 class TextStream:

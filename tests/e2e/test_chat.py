@@ -12,6 +12,7 @@ import pytest
 
 import neoquant
 from neoquant.cli.chat import _Shown
+from neoquant.cli.terminal import Terminal
 from neoquant.hf.pipelines import TASKS
 
 Cli = Callable[..., Any]
@@ -103,7 +104,7 @@ def test_a_dialogue_has_two_names(cli: Cli, tiny_model: Path) -> None:
 
 
 def test_nothing_that_may_be_the_end_is_written_early(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = _Shown(("\nA:",))
+    shown = _Shown(("\nA:",), Terminal())
     written = []
     for letter in "hi\nAh\nA: x":
         shown.add(letter)
