@@ -28,6 +28,10 @@ LAYERS = ROOT / "eval" / "results" / "demo-layers.json"
 BENCH = ROOT / "eval" / "results" / "quantize-1.3b.json"
 CALIBRATED = {shape: ROOT / "eval" / "results" / f"calibrated-{shape}.json" for shape in ("125m", "1.3b")}
 RUN = {shape: ROOT / "eval" / "results" / f"run-{shape}.json" for shape in ("125m", "1.3b")}
+CONTEXT = {shape: ROOT / "eval" / "results" / f"context-{shape}.json" for shape in ("125m", "1.3b")}
+SPECULATIVE = ROOT / "eval" / "results" / "speculative-demo.json"
+BATCH = ROOT / "eval" / "results" / "batch-demo.json"
+BUSY = ROOT / "eval" / "results" / "busy-demo.json"
 FEEDBACK = ROOT / "eval" / "results" / "feedback-neo-8m.json"
 FEEDBACK_DEMO = ROOT / "eval" / "results" / "feedback-demo.json"
 OBJECTIVES = {name: ROOT / "eval" / "results" / f"objectives-{name}.json" for name in ("demo", "neo-8m")}
@@ -258,6 +262,94 @@ def _run_label(tool: str, label: str) -> str:
     return named.get(tool, "transformers + bitsandbytes: NF4")
 
 
+def context() -> str:
+    """Decoding behind a short and a long text, by the type that keys and values are held in."""
+    lines, notes = [], []
+    for shape, path in CONTEXT.items():
+        if not path.exists():
+            continue
+        result = json.loads(path.read_text("utf-8"))
+        first, last = list(next(iter(result["median"].values())))
+        if not lines:
+            lines = [
+                f"| shapes | keys and values in | tokens/s at {first} | at {int(last):,} | ratio | they take, MB |",
+                "| --- | --- | --: | --: | --: | --: |",
+            ]
+        for way, median in result["median"].items():
+            held = result["cache_bytes"].get(way)
+            name = f"{way}, float32" if way == "transformers" else way
+            lines.append(
+                f"| {shape} | {name} | {median[first]:.1f} | {median[last]:.1f} | {result['ratio'][way]:.2f} | "
+                f"{'' if held is None else f'{held / 1e6:.0f}'} |"
+            )
+        notes.append(f"{shape}: {_how(result)}")
+    return "\n".join([*lines, "", "NF4 with an int8 embedding, random weights; " + "; ".join(notes) + "."])
+
+
+def speculative(path: Path) -> str:
+    """Tokens a second with guesses, and what products of several rows cost."""
+    result = json.loads(path.read_text("utf-8"))
+    names = {
+        "plain": "one token after another",
+        "lookup": "guesses by lookup",
+        "2bit": "guesses by the model in 2 bits",
+    }
+    lines = ["| | tokens/s | x | tokens a step | guesses accepted |", "| --- | --: | --: | --: | --: |"]
+    for way, median in result["median"].items():
+        count = result["accepted"].get(way)
+        steps = "1.00" if count is None else f"{1 + count['accepted'] / count['steps']:.2f}"
+        rate = "" if count is None else f"{100 * count['accepted'] / max(1, count['drafted']):.0f} %"
+        lines.append(f"| {names[way]} | {median:.1f} | {result['ratio'][way]:.2f} | {steps} | {rate} |")
+    rows = len(next(iter(result["products"]["1.3b"].values())))
+    lines += ["", f"| rows of a product | {' | '.join(map(str, range(1, rows + 1)))} |", f"| --- |{' --: |' * rows}"]
+    for activations, times in result["products"]["1.3b"].items():
+        lines.append(f"| {activations} activations: times of one row | {' | '.join(f'{t:.2f}' for t in times)} |")
+    files = f"{len(result['files'])} files of Python's standard library, {result['prompt_tokens']} tokens each"
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{files}, {result['new_tokens']} new ones, greedily; products with NF4 weights of 8,192 x "
+            f"2,048; {_how(result)}.",
+        ]
+    )
+
+
+def batch(path: Path) -> str:
+    """Tokens a second of many sequences together."""
+    result = json.loads(path.read_text("utf-8"))
+    sizes = list(next(iter(result["median"].values())))
+    lines = [f"| tokens/s of so many sequences | {' | '.join(sizes)} |", f"| --- |{' --: |' * len(sizes)}"]
+    for kind, median in result["median"].items():
+        cells = [f"{median[b]:.0f} ({result['ratio'][kind][b]:.1f} x)" for b in sizes]
+        lines.append(f"| {kind} activations | {' | '.join(cells)} |")
+    return "\n".join(
+        [*lines, "", f"{result['prompt_tokens']} tokens of prompt, {result['new_tokens']} new ones; {_how(result)}."]
+    )
+
+
+def busy(path: Path) -> str:
+    """Tokens a second beside busy loops, and the share of the speed alone."""
+    result = json.loads(path.read_text("utf-8"))
+    loads = list(next(iter(result["median"].values())))
+    lines = [
+        f"| tokens/s | {' | '.join(loads)} | CPU ms a token, {loads[0]} / {loads[-1]} |",
+        f"| --- |{' --: |' * (len(loads) + 1)}",
+    ]
+    for way, median in result["median"].items():
+        kept, cpu = result["of_the_speed_alone"][way], result["cpu_ms_a_token"][way]
+        cells = [f"{median[load]:.0f}" + ("" if load == loads[0] else f" ({kept[load]:.2f})") for load in loads]
+        lines.append(f"| {way} | {' | '.join(cells)} | {cpu[loads[0]]:.2f} / {cpu[loads[-1]]:.2f} |")
+    return "\n".join([*lines, "", f"{_how(result)}; a loop is pinned to its core."])
+
+
+def _how(result: dict[str, Any]) -> str:
+    """What a result was measured on."""
+    made = result["provenance"]
+    threads = f"{result['threads']} thread{'s' * (result['threads'] > 1)}"
+    return f"{threads} of {made['cores']} cores of {made['cpu']}, torch {made['versions']['torch']}"
+
+
 def feedback(path: Path) -> str:
     """Each tool's GPTQ on each grid, and ours as a part of the best peer's divergence."""
     result = json.loads(path.read_text("utf-8"))
@@ -380,6 +472,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo-layers": demo_layers,
     "bench-1p3b": bench_1p3b,
     "calibrated": calibrated,
+    "context": context,
+    "speculative": functools.partial(speculative, SPECULATIVE),
+    "batch": functools.partial(batch, BATCH),
+    "busy": functools.partial(busy, BUSY),
     **{f"run-{shape}": functools.partial(run, shape) for shape in RUN},
     "feedback-neo-8m": lambda: feedback(FEEDBACK),
     "feedback-demo": lambda: feedback(FEEDBACK_DEMO),

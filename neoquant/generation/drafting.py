@@ -14,8 +14,7 @@ from neoquant.model.cache import TAKEN_BACK, KVCache
 from neoquant.model.gpt_neo import CausalLM
 
 MOST_DRAFTED = 7
-"""Guesses that are checked together: with the token before them they are 8 rows, which the native library multiplies
-as it does one, so that each gets the same bits."""
+"""Guesses that are checked together, at most: with the token before them they are 8 rows."""
 
 
 class Draft(NamedTuple):

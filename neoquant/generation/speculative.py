@@ -19,6 +19,7 @@ from neoquant.generation.drafting import MOST_DRAFTED, Draft, Drafter
 from neoquant.generation.generate import Endings, Sampling, Stop, check_room, distribution, not_finite
 from neoquant.model.cache import KVCache
 from neoquant.model.gpt_neo import CausalLM
+from neoquant.native.step import rows_alike
 
 
 @dataclass
@@ -62,8 +63,9 @@ def stream_with_drafts(
 ) -> Iterator[Tensor]:
     """Yield the next ids `[1]` of `input_ids[1, T]` as `generate.stream` does; `acceptance` counts how it went.
 
-    Greedily they are the same where the model computes several positions as it does one by one. Sampled, they have the
-    same distribution, but a seed draws others.
+    No more guesses are checked together than get the bits that each would get alone from the native library: greedily
+    its tokens are the same. (torch rounds otherwise for several rows, which may decide between two equally likely.)
+    Sampled, they have the same distribution, but a seed draws others.
 
     Raises RequestError for several prompts, and what `stream` does.
     """
@@ -75,9 +77,10 @@ def stream_with_drafts(
     endings = Endings(input_ids, None, sampling, stop, max_new_tokens)
     ids: list[int] = input_ids[0].tolist()
     last = len(ids) + max_new_tokens
+    most = min(MOST_DRAFTED, rows_alike() - 1)
     cache, width = KVCache.of(model.config, last + MOST_DRAFTED, cache_dtype), 3
     while len(ids) < last:
-        room = min(width, MOST_DRAFTED, last - len(ids) - 1)
+        room = min(width, most, last - len(ids) - 1)
         # The prompt is read alone: what comes of many positions need not be what comes of one.
         draft = drafter.propose(ids, room if cache.length else 0, generator)
         tokens, finite = _check(model, cache, ids, draft, sampling, last - max_new_tokens, generator)

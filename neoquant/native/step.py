@@ -27,6 +27,11 @@ def outruns_torch() -> bool:
     return ISAS[active().isa].startswith("avx512")
 
 
+def rows_alike() -> int:
+    """Up to how many rows together each get the bits that they get alone: FEW_MOST in simd_*.h."""
+    return 8 if ISAS[active().isa].startswith("avx512") else 4
+
+
 class _Stored(Protocol):
     """`data` [B, H, capacity, D], and with bytes `scale` float32 [B, H, capacity]."""
 

@@ -25,6 +25,7 @@ from neoquant.loading.pretrained import GPTNeoModel
 from neoquant.model.cache import KVCache
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.gpt_neo import AttentionMasks
+from neoquant.native.step import rows_alike
 from neoquant.nn.fused_block import fused_block
 from neoquant.nn.linear import QuantLinear, StoredLinear
 from neoquant.quantizers import Nearest
@@ -536,3 +537,19 @@ def test_whoever_listens_to_all_modules_is_heard(steps: list[bool]) -> None:
     finally:
         handle.remove()
     assert not any(steps) and heard.count("QuantLinear") == 12
+
+
+@every_isa
+@pytest.mark.parametrize("storage", [None, "float16", "int8"])
+@pytest.mark.parametrize("grid", [GRIDS[0], GRIDS[3]], ids=str)
+def test_a_few_positions_get_the_bits_that_each_gets_alone(isa: str, grid: Grid, storage: str | None) -> None:
+    """So guesses that are checked together leave a greedy text as it is."""
+    model = make(grid, num_heads=1, window_size=6)
+    ids = torch.randint(0, 17, (1, 29), generator=torch.Generator().manual_seed(3))
+    with forced(isa), torch.inference_mode():
+        alone, _ = generate(model, ids, 5, None, 1, storage)
+        assert rows_alike() >= 4
+        for together in range(2, rows_alike() + 1):
+            length = 5 + 24 // together * together
+            found, _ = generate(model, ids[:, :length], 5, None, together, storage)
+            assert torch.equal(found, alone[:, :length])
