@@ -7,7 +7,8 @@ The 125m shape is filled with random float16 weights; `demo` is the bundled mode
 bitsandbytes stores it, and to NF4 with an int8 embedding in neoquant's own format. Measured in turn, in one process:
 transformers on the plain weights in float32; transformers with bitsandbytes, as it is and as on a CPU without bf16
 instructions; transformers with neoquant's layers; neoquant itself. Decoding is transformers' own `generate` (neoquant's
-in its own row), greedy and with four beams: the time of NEW + 1 tokens less that of one. Medians of `--repeats` rounds.
+in its own row), greedy and, but for bitsandbytes, with four beams: the time of NEW + 1 tokens less that of one.
+Medians of `--repeats` rounds.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from provenance import ROOT, provenance
 
-PROMPT, NEW, PREFILL, BEAMS = 32, 32, 480, 4
+PROMPT, NEW, PREFILL, BEAMS = 32, 16, 256, 4
 Timed = Callable[[], float]
 
 
@@ -39,12 +40,15 @@ def main() -> None:
     parser.add_argument("--shape", choices=("demo", *SHAPES), default="125m")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--models", type=Path, help="folder to keep the models in, or to find them; default: none")
     parser.add_argument("--json", type=Path, help="default: eval/results/inside-transformers-SHAPE.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory(prefix="neoquant-bench-") as temp, torch.no_grad():
-        models = load(args.shape, Path(temp))
+        models = load(args.shape, args.models or Path(temp))
+        if not args.repeats:
+            return
         rates = measure(models, args.repeats)
     result = {
         "what": f"tokens per second, {args.shape}, {args.threads} threads, medians of {args.repeats}",
@@ -67,10 +71,11 @@ def load(shape: str, temp: Path) -> dict[str, Any]:
     from neoquant.quantization.recipe import Recipe
 
     plain = MODEL if shape == "demo" else temp / "plain"
-    if shape != "demo":
+    if not plain.exists():
         make_source(shape, plain)
-    neoquant.quantize(plain, temp / "nf4", Recipe.simple(4, "nf4"))
-    neoquant.quantize(plain, temp / "own", Recipe.simple(4, "nf4", embeddings="int8"))
+    for name, options in {"nf4": {}, "own": {"embeddings": "int8"}}.items():
+        if not (temp / name).exists():
+            neoquant.quantize(plain, temp / name, Recipe.simple(4, "nf4", **options))
     theirs = transformers.AutoModelForCausalLM
     found = {
         "transformers, float32": theirs.from_pretrained(plain, dtype=torch.float32),
@@ -105,7 +110,7 @@ def timings(name: str, model: Any) -> dict[str, float]:
     ids = torch.randint(1, model.config.vocab_size, (1, PREFILL), generator=torch.Generator().manual_seed(0))
     prefill = seconds(lambda: model(ids, use_cache=True, logits_to_keep=1))
     found = {"prefill": PREFILL / prefill, "decode": NEW / decode_seconds(model, ids[:, :PROMPT], 1)}
-    if not name.startswith("neoquant"):
+    if not name.startswith("neoquant") and "bitsandbytes" not in name:
         found["decode with beams"] = NEW / decode_seconds(model, ids[:, :PROMPT], BEAMS)
     return found
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from neoquant.checkpoint import SHARD_SIZE, Push, open_checkpoint
@@ -21,12 +22,14 @@ from neoquant.generation.generate import Streamer, as_ids, collect, generate
 from neoquant.generation.padding import inferred_mask
 from neoquant.generation.speculative import stream_with_drafts
 from neoquant.generation.stopping import ends_with
+from neoquant.loading.keywords import require_nothing
 from neoquant.loading.load import folder_of, load_model, read_model
 from neoquant.loading.save import push_model, save_model
 from neoquant.model.base import Network
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.gpt_neo import CausalLM, Decoder
 from neoquant.model.heads import QuestionAnswerer, SequenceClassifier, TokenClassifier
+from neoquant.nn.linear import QuantEmbedding, QuantLinear
 from neoquant.progress import SILENT, Progress
 from neoquant.tokenizer.tokenizer import Tokenizer
 
@@ -54,6 +57,7 @@ class PreTrainedModel(Network):
         num_labels: int | None = None,
         id2label: Mapping[int | str, str] | None = None,
         problem_type: str | None = None,
+        **others: Any,
     ) -> Self:
         """Load a checkpoint, plain or quantized, from a folder or by its id on the hub.
 
@@ -64,10 +68,12 @@ class PreTrainedModel(Network):
         Recipe (or the name of one), a plain checkpoint is quantized on the way.
         `mmap=False` copies weights that would lie in their file's own memory, which must not be cut short.
         `torch_dtype` is transformers 4's name of `dtype`. `num_labels` or `id2label`, and `problem_type`, are of a head
-        that is to be trained.
+        that is to be trained. `others` are transformers' other keywords: `loading.keywords` says which change
+        nothing, and answers the rest.
 
         Raises CheckpointError, HubError or RequestError; a tensor that is missing or unexpected is one of the first.
         """
+        require_nothing(others)
         if dtype is not None and torch_dtype is not None:
             raise RequestError("dtype and torch_dtype are two names of the same: give one of them")
         options: dict[str, Any] = {
@@ -125,6 +131,33 @@ class PreTrainedModel(Network):
             message=commit_message,
             token=token,
         )
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding of tokens."""
+        return self.get_submodule(f"{self.base_model_prefix}.wte".removeprefix("."))
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The head of a language model, None for others."""
+        return getattr(self, "lm_head", None)
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Weights and biases, each once; a quantized weight counts as what it stands for, and is not trainable."""
+        plain = {id(parameter): parameter for parameter in self.parameters()}
+        layers = {layer for layer in self.modules() if isinstance(layer, QuantLinear)}
+        if exclude_embeddings:
+            for module in self.modules():
+                if isinstance(module, nn.Embedding):
+                    plain.pop(id(module.weight), None)
+                if isinstance(module, QuantEmbedding):
+                    layers.discard(module.table)
+        if only_trainable:
+            return sum(parameter.numel() for parameter in plain.values() if parameter.requires_grad)
+        return sum(parameter.numel() for parameter in plain.values()) + sum(math.prod(each.shape) for each in layers)
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of all weights as they are held; quantized ones are buffers."""
+        buffers = self.buffers() if return_buffers else ()
+        return sum(tensor.nbytes for tensor in (*self.parameters(), *buffers))
 
     def to_transformers(self) -> Any:
         """transformers' model of the same class name, sharing this one's tensors: see `neoquant.transformers`.

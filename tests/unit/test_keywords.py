@@ -1,0 +1,76 @@
+"""transformers' keywords of `from_pretrained`: taken, answered or refused, and small methods that people call."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import neoquant
+from neoquant.errors import RequestError
+from neoquant.loading.keywords import ANSWERED, WITHOUT_EFFECT
+
+AutoModel = neoquant.AutoModelForCausalLM
+NOT_THEIRS = {"_commit_hash", "_from_auto", "_from_pipeline", "commit_message", "create_pr", "repo_id"}
+
+
+@pytest.mark.parametrize("name", WITHOUT_EFFECT)
+@pytest.mark.parametrize("value", [True, False, None])
+def test_harmless_keywords_change_nothing(tiny_model: Path, name: str, value: Any) -> None:
+    given, plain = (AutoModel.from_pretrained(tiny_model, **options) for options in ({name: value}, {}))
+    assert all(torch.equal(a, b) for a, b in zip(given.parameters(), plain.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ANSWERED)
+def test_keywords_that_ask_for_nothing_are_taken_and_others_answered(tiny_model: Path, name: str) -> None:
+    neutral, answer = ANSWERED[name]
+    AutoModel.from_pretrained(tiny_model, **dict.fromkeys([name], neutral[-1]))
+    asked = True not in neutral
+    with pytest.raises(RequestError, match=re.escape(f"{name}={asked!r} is not done here: {answer}")):
+        AutoModel.from_pretrained(tiny_model, **{name: asked})
+
+
+def test_words_that_are_none_are_refused(tiny_model: Path) -> None:
+    with pytest.raises(RequestError, match="has no keyword 'dtpye'"):
+        AutoModel.from_pretrained(tiny_model, dtpye="float16")
+    with pytest.raises(RequestError, match=r"window_size is a setting of config\.json"):
+        AutoModel.from_pretrained(tiny_model, window_size=3)
+
+
+def test_every_keyword_of_transformers_has_an_answer(tiny_model: Path) -> None:
+    """The list is transformers' own code, of the version that is installed."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedModel.from_pretrained
+    found = set(re.findall(r'kwargs\.pop\(\s*"(\w+)"', inspect.getsource(theirs)))
+    signed = inspect.signature(theirs).parameters.values()
+    found |= {each.name for each in signed if each.kind is inspect.Parameter.KEYWORD_ONLY}
+    assert len(found) > 20
+    ours = set(inspect.signature(AutoModel.model_class.from_pretrained).parameters)
+    assert found - NOT_THEIRS - ours - set(WITHOUT_EFFECT) - set(ANSWERED) == set()
+
+
+def test_sizes_are_transformers(tiny_model: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    ours = AutoModel.from_pretrained(tiny_model)
+    for options in ({}, {"only_trainable": True}, {"exclude_embeddings": True}):
+        assert ours.num_parameters(**options) == theirs.num_parameters(**options)
+    assert ours.get_memory_footprint(return_buffers=False) == theirs.get_memory_footprint(return_buffers=False)
+    assert ours.get_input_embeddings() is ours.transformer.wte and ours.get_output_embeddings() is ours.lm_head
+    bare = neoquant.AutoModel.from_pretrained(tiny_model)
+    assert bare.get_input_embeddings() is bare.wte and bare.get_output_embeddings() is None
+
+
+def test_quantized_weights_count_as_what_they_stand_for(tiny_model: Path) -> None:
+    plain, small = (
+        AutoModel.from_pretrained(tiny_model, quantization_config=said) for said in (None, {"load_in_8bit": True})
+    )
+    assert small.num_parameters() == plain.num_parameters()
+    assert small.num_parameters(exclude_embeddings=True) == plain.num_parameters(exclude_embeddings=True)
+    quantized = 12 * 24 * 24 * 2  # of two blocks
+    assert small.num_parameters(only_trainable=True) < plain.num_parameters(only_trainable=True) - quantized + 1
+    assert small.get_memory_footprint() < plain.get_memory_footprint() - 2 * quantized
