@@ -1,0 +1,311 @@
+"""neoquant on a GPU: its tests and kernels, and decoding, prompts, evaluation and calibration beside other programs.
+
+    python eval/bench/gpu.py                                   # 1.3b; within ten minutes on an H100
+    python eval/bench/gpu.py --shapes 125m 1.3b 2.7b --parts kernels decode
+    python eval/bench/gpu.py --device cpu --shapes tiny --parts kernels decode prefill evaluate gptq    # does it run?
+
+Needs no network. Weights are random, of the models' exact shapes. Every part is written to the result as soon as it is
+measured, with the card's name; a part that fails is recorded with its error, and the others run. Contestants take
+turns, `--repeats` times; figures are medians. The bandwidth is that of copying on the card within this run. In the
+table of kernels every product takes another copy of the weight, so many that they lie beyond the card's cache.
+transformers, with plain bfloat16 weights and with bitsandbytes' NF4, runs the same folders, where it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from quantize_1p3b import PACKAGES, SHAPES, make_source
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from provenance import ROOT, provenance
+
+PARTS = ("tests", "kernels", "decode", "prefill", "evaluate", "gptq")
+SHAPES |= {"2.7b": (32, 2560, 20), "tiny": (2, 128, 2)}
+RECIPES: dict[str, tuple[int, str, dict[str, Any]]] = {
+    "nf4": (4, "nf4", {}),
+    "affine4": (4, "affine", {"group_size": 64}),
+    "int8": (8, "int8", {}),
+}
+GRIDS = {**RECIPES, "affine3": (3, "affine", {"group_size": 64}), "mxfp4": (4, "mxfp4", {})}
+CONTEXT, PROMPT, WINDOWS = 128, 2048, 8
+ROWS = (1, 4, 16, 64, 512)
+Step = Callable[[], object]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["1.3b"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--temp", type=Path, help="where the models are written, and deleted afterwards")
+    parser.add_argument("--json", type=Path, default=ROOT / "eval" / "results" / "gpu.json")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    result: dict[str, Any] = {
+        "what": "neoquant on a GPU, beside transformers", "provenance": provenance((*PACKAGES, "triton")),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "repeats": args.repeats,
+        "read_and_write_gb_per_s": round(bandwidth(device) / 1e9, 1), "parts": {},
+    }  # fmt: skip
+
+    def record(name: str, part: Callable[[], Any]) -> None:
+        started = time.perf_counter()
+        try:
+            found = part()
+        except Exception as error:
+            traceback.print_exc()
+            found = {"error": f"{type(error).__name__}: {error}"}
+        result["parts"][name] = {"seconds": round(time.perf_counter() - started, 1), "found": found}
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(name, json.dumps(found, indent=1), flush=True)
+
+    if "tests" in args.parts:
+        record("tests", run_tests)
+    for shape in args.shapes:
+        if "kernels" in args.parts:
+            record(f"{shape} kernels", lambda shape=shape: kernels(shape, device, args.repeats))
+        with tempfile.TemporaryDirectory(prefix="neoquant-bench-", dir=args.temp) as temp:
+            run_models(shape, Path(temp), device, args, record)
+    print(f"written to {args.json}")
+
+
+def run_tests() -> dict[str, Any]:
+    """The tests marked `gpu`: pytest's last lines."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "gpu", "tests/contract", "tests/unit"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    return {"code": done.returncode, "last": done.stdout.strip().splitlines()[-12:]}
+
+
+def kernels(shape: str, device: torch.device, repeats: int) -> dict[str, Any]:
+    """{weight: {rows: {grid kernel: microseconds, share of the bandwidth}}} of every kernel that runs there."""
+    from neoquant.grids import make_grid
+    from neoquant.kernels import KERNELS
+    from neoquant.quantizers import Nearest
+
+    hidden, peak, found = SHAPES[shape][1], bandwidth(device), {}
+    for size in ((hidden, hidden), (4 * hidden, hidden), (hidden, 4 * hidden)):
+        w = torch.randn(size, generator=torch.Generator().manual_seed(0)).mul_(0.02)
+        contestants: dict[str, tuple[list[Callable[[Tensor], Tensor]], int]] = {}
+        plain = copies({"w": w.to(device, torch.bfloat16)})
+        contestants["bfloat16"] = [lambda x, s=s: torch.nn.functional.linear(x, s["w"]) for s in plain], 2 * w.numel()
+        for name, (bits, kind, options) in GRIDS.items():
+            grid = make_grid(bits, kind, **options)
+            q = Nearest().quantize(w, grid).to(device)
+            for kernel in KERNELS.values():
+                if kernel.refuse(grid, size, device) is None:
+                    states = copies(kernel.pack(q))
+                    products = [partial(_product, kernel, s, grid, size) for s in states]
+                    contestants[f"{name} {kernel.name}"] = products, sum(t.nbytes for t in states[0].values())
+        found["x".join(map(str, size))] = {
+            str(rows): _turns(contestants, rows, size[1], device, repeats, peak) for rows in ROWS
+        }
+    return found
+
+
+def _product(kernel: Any, state: dict[str, Tensor], grid: Any, size: tuple[int, int], x: Tensor) -> Tensor:
+    y: Tensor = kernel.linear(x, state, grid, size, None)
+    return y
+
+
+def copies(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """So many of a state that together they lie beyond a card's cache of 60 MB."""
+    count = min(64, max(2, int(200e6 // sum(tensor.nbytes for tensor in state.values()))))
+    return [{name: tensor.clone() for name, tensor in state.items()} for _ in range(count)]
+
+
+def _turns(
+    contestants: dict[str, tuple[list[Callable[[Tensor], Tensor]], int]],
+    rows: int,
+    columns: int,
+    device: torch.device,
+    repeats: int,
+    peak: float,
+) -> dict[str, Any]:
+    x = torch.randn(rows, columns, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    with torch.inference_mode():
+        for repeat in range(repeats + 1):
+            for name, (products, _) in contestants.items():
+                if name == "bfloat16" and device.type == "cpu":
+                    continue
+                turn = cycle(products)
+                took = seconds(lambda turn=turn: next(turn)(x), device, len(products))
+                if repeat:
+                    times[name].append(took)
+    return {
+        name: {
+            "us": round(statistics.median(took) * 1e6, 2),
+            "of_bandwidth": round(contestants[name][1] / statistics.median(took) / peak, 3),
+        }
+        for name, took in times.items()
+        if took
+    }
+
+
+def run_models(
+    shape: str, temp: Path, device: torch.device, args: argparse.Namespace, record: Callable[..., None]
+) -> None:
+    """Make the folders, load every contestant, and let them take turns."""
+    from neoquant.quantization.quantize import quantize
+    from neoquant.quantization.recipe import Recipe
+
+    wanted = [part for part in ("decode", "prefill", "evaluate") if part in args.parts]
+    if not wanted and "gptq" not in args.parts:
+        return
+    make_source(shape, temp / "plain")
+    if wanted:
+        for name, (bits, kind, options) in RECIPES.items():
+            quantize(temp / "plain", temp / name, Recipe.simple(bits, kind, **options))
+        models = load_models(temp, device)
+        vocabulary = 50257
+        steps = {"decode": decode_steps, "prefill": prefill_steps, "evaluate": evaluate_steps}
+        for part in wanted:
+            made = partial(steps[part], models, vocabulary, device, args.new_tokens)
+            record(f"{shape} {part}", lambda made=made: take_turns(made(), device, args.repeats))
+        del models
+    if "gptq" in args.parts:
+        record(f"{shape} gptq", lambda: gptq(temp, device))
+
+
+def load_models(temp: Path, device: torch.device) -> dict[str, Any]:
+    """neoquant's models and transformers', by name; what cannot be loaded is left out, and said."""
+    from neoquant.loading.load import load_model
+    from neoquant.loading.pretrained import GPTNeoForCausalLM
+
+    models: dict[str, Any] = {}
+    for name in ("plain", *RECIPES):
+        models[f"neoquant {name}"] = load_model(temp / name, GPTNeoForCausalLM, device=device)
+    for name in ("plain", "nf4"):
+        try:
+            from transformers import AutoModelForCausalLM
+
+            options: dict[str, Any] = {"dtype": torch.bfloat16 if device.type == "cuda" else torch.float32}
+            if name == "nf4":  # with tensor cores, as its users run it
+                from transformers import BitsAndBytesConfig
+
+                options["quantization_config"] = BitsAndBytesConfig(
+                    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                    bnb_4bit_compute_dtype=options["dtype"],
+                )  # fmt: skip
+            models[f"transformers {name}"] = AutoModelForCausalLM.from_pretrained(
+                temp / "plain", device_map=str(device), **options
+            ).eval()
+        except Exception as error:
+            print(f"transformers {name} is left out: {type(error).__name__}: {error}", flush=True)
+    return models
+
+
+def decode_steps(
+    models: dict[str, Any], vocabulary: int, device: torch.device, new: int
+) -> dict[str, tuple[Step, int]]:
+    """Batches of 1 and 32, greedy, behind CONTEXT tokens: (what to time, tokens it makes)."""
+    steps: dict[str, tuple[Step, int]] = {}
+    for name, model in models.items():
+        for batch in (1, 32):
+            ids = torch.randint(0, vocabulary, (batch, CONTEXT), device=device)
+            options: dict[str, Any] = {"max_new_tokens": new, "do_sample": False, "eos_token_id": []}
+            if name.startswith("transformers"):
+                options |= {"min_new_tokens": new, "eos_token_id": None, "pad_token_id": 0}
+                options |= {"attention_mask": torch.ones_like(ids)}
+            steps[f"{name}, batch {batch}"] = lambda m=model, i=ids, o=options: m.generate(i, **o), batch * new
+    return steps
+
+
+def prefill_steps(
+    models: dict[str, Any], vocabulary: int, device: torch.device, new: int
+) -> dict[str, tuple[Step, int]]:
+    """A prompt of PROMPT tokens, logits of the last alone."""
+    ids = torch.randint(0, vocabulary, (1, PROMPT), device=device)
+    return {name: (lambda m=model: m(ids, logits_to_keep=1).logits, PROMPT) for name, model in models.items()}
+
+
+def evaluate_steps(
+    models: dict[str, Any], vocabulary: int, device: torch.device, new: int
+) -> dict[str, tuple[Step, int]]:
+    """The mean negative log-likelihood of WINDOWS windows of 1,024 tokens, four at a time."""
+    batches = torch.randint(0, vocabulary, (WINDOWS, 1024), device=device).split(4)
+
+    def run(model: Any) -> list[Tensor]:
+        return [model(ids, labels=ids).loss for ids in batches]
+
+    return {name: (lambda m=model: run(m), WINDOWS * 1024) for name, model in models.items()}
+
+
+def take_turns(steps: dict[str, tuple[Step, int]], device: torch.device, repeats: int) -> dict[str, Any]:
+    """Tokens a second, medians."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    failed: dict[str, str] = {}
+    with torch.inference_mode():
+        for repeat in range(repeats + 1):
+            for name, (step, _) in steps.items():
+                if name in failed:
+                    continue
+                try:
+                    took = seconds(step, device, 1)
+                except Exception as error:
+                    failed[name] = f"{type(error).__name__}: {error}"
+                    continue
+                if repeat:
+                    times[name].append(took)
+    found: dict[str, Any] = {name: {"error": error} for name, error in failed.items()}
+    for name, (_, tokens) in steps.items():
+        if times[name]:
+            found[name] = {"tokens_per_s": round(tokens / statistics.median(times[name]), 1)}
+    return found
+
+
+def gptq(temp: Path, device: torch.device) -> dict[str, Any]:
+    """Seconds of GPTQ with 16 x 512 random tokens, on the device."""
+    from neoquant.calibration.dataset import Calibration
+    from neoquant.data.fingerprints import hash_texts
+    from neoquant.quantization.quantize import quantize
+    from neoquant.quantization.recipe import Recipe
+
+    ids = torch.randint(0, 50257, (16, 512), generator=torch.Generator().manual_seed(0))
+    recipe = Recipe.simple(4, "affine", group_size=64, quantizer="gptq")
+    samples = Calibration(ids, "random", hash_texts(["random"]), 0)
+    made = quantize(temp / "plain", temp / "gptq", recipe, calibration=samples, device=device)
+    return {"seconds": round(made.seconds, 1), "rounding_seconds": round(sum(made.layer_seconds.values()), 1)}
+
+
+def seconds(step: Step, device: torch.device, times: int) -> float:
+    """Of one call, from when the device has nothing to do until it has nothing to do."""
+    _wait(device)
+    started = time.perf_counter()
+    for _ in range(times):
+        step()
+    _wait(device)
+    return (time.perf_counter() - started) / times
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes a second that are read and written by a copy of a gigabyte."""
+    source = torch.ones(1 << (28 if device.type == "cuda" else 24), device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(seconds(lambda: target.copy_(source), device, 5) for _ in range(5))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    main()
