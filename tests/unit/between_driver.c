@@ -14,7 +14,7 @@ int main(void) {
                                  .size = said[6], .capacity = said[7], .window = said[8], .keep_stride = said[9]};
         const int64_t rows = a.end - a.begin, n = rows * a.heads * a.size;
         float *query = read_array();
-        a.query = query, a.keys = read_array(), a.values = read_array(), a.keep = read_array();
+        a.query = query, a.keys.data = read_array(), a.values.data = read_array(), a.keep = read_array();
         a.y = malloc((size_t)n * 4);
         a.panels = nq_ceil(nq_min(rows, a.positions), kernels->panel);
         const int64_t sequences = nq_ceil(a.end, a.positions) - a.begin / a.positions;
