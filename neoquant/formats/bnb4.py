@@ -28,6 +28,7 @@ from neoquant.formats.base import (
     shape_from_json,
 )
 from neoquant.grids import NESTED_GROUP, Codebook, Grid, Params, double_quant_table
+from neoquant.model.names import BASE_PREFIX
 from neoquant.tensor import QuantizedTensor
 
 STATE = ".weight.quant_state.bitsandbytes__"
@@ -123,8 +124,11 @@ def bitsandbytes_config(grid: Grid, kept: Iterable[str]) -> dict[str, Any]:
     """The fields that transformers 5 writes for bitsandbytes; `grid` says which of them matter.
 
     The compute type is float32, transformers' own default: half-precision activations are then multiplied exactly,
-    and a model that is loaded in float32 computes in it.
+    and a model that is loaded in float32 computes in it. Layers that are kept stand there by both their names:
+    transformers 5 compares the ends of names, transformers 4 whole ones, which have a prefix in all models with a head.
     """
+    kept = list(kept)
+    prefixed = (f"{BASE_PREFIX}{name}" for name in kept if name.startswith("h."))
     codebook = grid if isinstance(grid, Codebook) else None
     return {
         "_load_in_4bit": codebook is not None,
@@ -135,7 +139,7 @@ def bitsandbytes_config(grid: Grid, kept: Iterable[str]) -> dict[str, Any]:
         "bnb_4bit_use_double_quant": codebook is not None and codebook.double_quant,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": sorted({"lm_head", *kept}),
+        "llm_int8_skip_modules": sorted({"lm_head", *kept, *prefixed}),
         "llm_int8_threshold": 6.0,
         "load_in_4bit": codebook is not None,
         "load_in_8bit": codebook is None,

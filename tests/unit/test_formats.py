@@ -137,7 +137,7 @@ def test_config_names_the_commonest_grid_and_what_is_kept() -> None:
     grids = {"a": Codebook("fp4", 32, False), "b": Codebook(), "c": Codebook()}
     config = Bnb4().config(grids, ["h.0.mlp.c_fc"])
     assert (config["bnb_4bit_quant_type"], config["bnb_4bit_use_double_quant"]) == ("nf4", True)
-    assert config["llm_int8_skip_modules"] == ["h.0.mlp.c_fc", "lm_head"]
+    assert config["llm_int8_skip_modules"] == ["h.0.mlp.c_fc", "lm_head", "transformer.h.0.mlp.c_fc"]
 
 
 def test_quantized_tensors_are_checked() -> None:

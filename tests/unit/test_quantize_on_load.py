@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,13 @@ def test_what_is_skipped_stays_and_is_saved_as_skipped(tiny_model: Path, tmp_pat
     model.save_pretrained(tmp_path / "saved")
     stored = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
     kept = {f"h.1.{name}" for name in BLOCK_LINEARS} | {"h.0.mlp.c_proj"}
-    assert set(stored["llm_int8_skip_modules"]) == kept | set(HEADS)
+    names = set(stored["llm_int8_skip_modules"])
+    assert names == {prefix + name for prefix in ("", "transformer.") for name in kept} | set(HEADS)
+    for prefix in ("", "transformer."):  # by transformers 4's rule in a model with a head and without, each stays
+        for block, name in product(range(2), BLOCK_LINEARS):
+            whole = f"{prefix}h.{block}.{name}"
+            stays = any(f"{key}." in whole or key == whole for key in names)
+            assert stays == (whole.removeprefix(prefix) in kept)
     assert torch.equal(logits(neoquant.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), logits(model))
 
 
