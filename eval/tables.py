@@ -29,6 +29,7 @@ BENCH = ROOT / "eval" / "results" / "quantize-1.3b.json"
 CALIBRATED = {shape: ROOT / "eval" / "results" / f"calibrated-{shape}.json" for shape in ("125m", "1.3b")}
 RUN = {shape: ROOT / "eval" / "results" / f"run-{shape}.json" for shape in ("125m", "1.3b")}
 CONTEXT = {shape: ROOT / "eval" / "results" / f"context-{shape}.json" for shape in ("125m", "1.3b")}
+CACHE_LOSS = {kind: ROOT / "eval" / "results" / f"cache-{kind}-demo.json" for kind in ("float16", "int8")}
 SPECULATIVE = ROOT / "eval" / "results" / "speculative-demo.json"
 BATCH = ROOT / "eval" / "results" / "batch-demo.json"
 BUSY = ROOT / "eval" / "results" / "busy-demo.json"
@@ -286,6 +287,17 @@ def context() -> str:
     return "\n".join([*lines, "", "NF4 with an int8 embedding, random weights; " + "; ".join(notes) + "."])
 
 
+def cache_loss() -> str:
+    """What holding keys and values in fewer bits loses, by the type."""
+    lines = ["| keys and values in | Δ nats/token [95 %] | KL | same top token |", "| --- | --: | --: | --: |"]
+    for storage, path in CACHE_LOSS.items():
+        if path.exists():
+            total = json.loads(path.read_text("utf-8"))["candidates"][0]["total"]
+            change = f"{total['nats_per_token']:+.4f} [{total['low']:+.4f}, {total['high']:+.4f}]"
+            lines.append(f"| {storage} | {change} | {total['kl']:.2g} | {100 * total['agreement']:.2f} % |")
+    return "\n".join([*lines, "", "The bundled model on its own suite, against itself."])
+
+
 def speculative(path: Path) -> str:
     """Tokens a second with guesses, and what products of several rows cost."""
     result = json.loads(path.read_text("utf-8"))
@@ -473,6 +485,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "bench-1p3b": bench_1p3b,
     "calibrated": calibrated,
     "context": context,
+    "cache-loss": cache_loss,
     "speculative": functools.partial(speculative, SPECULATIVE),
     "batch": functools.partial(batch, BATCH),
     "busy": functools.partial(busy, BUSY),

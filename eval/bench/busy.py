@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from provenance import ROOT, provenance
 
 SPIN = {"GOMP_SPINCOUNT": "10000"}
-BURST = 32  # tokens between two looks at the clock
+BURST = 8  # tokens between two looks at the clock
 
 
 def main() -> None:
