@@ -59,6 +59,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=ROOT / "eval" / "results" / "gpu.json")
     args = parser.parse_args()
     device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("NOT RUN: this machine has no CUDA device")
+        return
     result: dict[str, Any] = {
         "what": "neoquant on a GPU, beside transformers", "provenance": provenance((*PACKAGES, "triton")),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "repeats": args.repeats,
