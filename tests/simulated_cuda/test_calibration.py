@@ -70,13 +70,13 @@ def test_the_weights_are_the_cpus(method: str, type: str, model: Path, tmp_path:
 
 def test_hidden_states_in_files_give_the_same(model: Path, tmp_path: Path) -> None:
     recipe = Recipe.simple(4, "affine", group_size=16, quantizer="gptq")
-    samples = calibration(100)
+    samples = calibration(12)
     with simulate():
         plenty = quantize(model, tmp_path / "a", recipe, calibration=samples, device="cuda")
-        need = plan(model, recipe, calibration_rows=100, calibration_length=24, device="cuda").calibrating
+        need = plan(model, recipe, calibration_rows=12, calibration_length=24, device="cuda").calibrating
         assert need is not None and need.device == "cuda:0" and not need.spilled
         limit = need.memory - 1
-        spilled = plan(model, recipe, calibration_rows=100, calibration_length=24, max_memory=limit, device="cuda")
+        spilled = plan(model, recipe, calibration_rows=12, calibration_length=24, max_memory=limit, device="cuda")
         assert spilled.calibrating is not None and spilled.calibrating.spilled
         little = quantize(model, tmp_path / "b", recipe, calibration=samples, max_memory=limit, device="cuda")
     a, b = (load_file(made.folder / "model.safetensors") for made in (plenty, little))
