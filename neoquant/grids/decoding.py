@@ -126,8 +126,7 @@ class Decoding:
         if self.table is not None:
             table = tensor_of(self.table, codes.device)
             if whole_steps:
-                levels, step = self.levels()
-                table = levels.to(codes.device).float() * step
+                table = _whole_steps(self.table, self.step, codes.device)
             return table.index_select(0, codes.reshape(-1).int()).view(codes.shape)
         if self.signed:
             return codes.view(torch.int8)
@@ -138,6 +137,13 @@ class Decoding:
 def tensor_of(table: tuple[float, ...], device: torch.device) -> Tensor:
     """A table as float32[n]."""
     return torch.tensor(table, dtype=torch.float32, device=device)
+
+
+@cache
+def _whole_steps(table: tuple[float, ...], step: float | None, device: torch.device) -> Tensor:
+    """A table in whole steps, as float32[n]."""
+    levels, size = _levels(table, step)
+    return (levels.float() * size).to(device)
 
 
 @cache

@@ -59,6 +59,18 @@ def test_a_token_of_a_quantized_model(kind: str, gpu: Counts) -> None:
     assert quantized[1:] == (0, 0)
 
 
+@pytest.mark.parametrize("kind", ABOVE)
+def test_a_layer_with_int8_activations(kind: str, gpu: Counts) -> None:
+    q = Nearest().quantize(torch.randn(512, 512), make_grid(8 if kind == "int8" else 4, kind))
+    layer, x = QuantLinear(q).to("cuda"), torch.randn(1, 512, device="cuda")
+    layer.set_activations("int8")
+    with torch.inference_mode():
+        layer(x)  # tables are made once
+        gpu.reset()
+        layer(x)
+    assert gpu.totals()[0] <= 27 and gpu.totals()[1:] == (0, 0)
+
+
 @pytest.mark.parametrize("watched", ["end", "stop", "sampling"])
 def test_one_wait_in_eight_tokens_finds_the_end(watched: str, gpu: Counts) -> None:
     options: dict[str, Any] = {
