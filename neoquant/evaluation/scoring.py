@@ -126,7 +126,8 @@ def _score_batch(
     """Each model's scores of the scored tokens of `windows`, one after the other."""
     ids, scored, targets, _ = pad_windows(windows)
     hidden = [last_hidden_state(model, ids) for model in models]  # [B, T, C]
-    hidden = [h[scored.to(h.device)] for h in hidden]  # [N, C]
+    places = scored.flatten().nonzero()[:, 0]  # counted on the CPU: to count them on a GPU is to wait for it
+    hidden = [h.flatten(0, 1).index_select(0, places.to(h.device)) for h in hidden]  # [N, C]
     pieces: list[list[TokenScores]] = [[] for _ in models]
     for start in range(0, len(targets), rows):
         piece = slice(start, start + rows)

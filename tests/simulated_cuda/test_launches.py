@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from neoquant.evaluation.accumulator import TokenScores
+from neoquant.evaluation.corpus import Window
+from neoquant.evaluation.scoring import _score_batch
 from neoquant.generation.generate import Sampling, stream
 from neoquant.grids import Grid, make_grid
 from neoquant.loading.pretrained import GPTNeoForCausalLM
@@ -106,6 +109,19 @@ def test_reading_a_prompt_costs_as_many_launches_as_a_token(gpu: Counts) -> None
         costs.append(gpu.totals())
     assert costs[0] == costs[1]
     assert costs[0][0] <= 2 * BLOCK + REST and costs[0][1:] == (0, 0)
+
+
+def test_a_batch_of_evaluation_waits_for_its_scores_alone(gpu: Counts) -> None:
+    model, costs = make_model(2, hidden=64), []
+    for count in (2, 6):
+        windows = [Window(0, torch.arange(30 - i, dtype=torch.int32), 20 - i) for i in range(count)]
+        with torch.inference_mode():
+            gpu.reset()
+            (scores,) = _score_batch([model], windows, 1024, lambda tokens: None)
+            costs.append(gpu.totals())
+    assert len(scores.nats) == 20 + 19 + 18 + 17 + 16 + 15 and scores.nats.device.type == "cpu"
+    assert costs[0] == costs[1]
+    assert costs[0][1] <= len(TokenScores._fields) and costs[0][2] <= 4
 
 
 @pytest.mark.parametrize("kind", ["nf4", "affine", "int8"])
