@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,6 +59,10 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
 }
 
 _RESULTS = {"nq_affine": _INT}  # the others give nothing
+
+
+class NativeWarning(UserWarning):
+    """The native library is there, and cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,12 @@ def team_size() -> int:
 _whole: int | None = None
 
 
+def _unusable(reason: str) -> str:
+    """`reason`, after a warning: somebody built the library, and waits for its speed."""
+    warnings.warn(f"the native library is not used, torch takes its place: {reason}", NativeWarning, stacklevel=2)
+    return reason
+
+
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library, with its signatures set and torch's threads lent to it, and a sentence about it."""
@@ -149,12 +160,12 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(found[0]))
         version = library.nq_version()
         if version != VERSION:
-            return None, f"{found[0].name} is of version {version}, not {VERSION}: install neoquant again"
+            return None, _unusable(f"{found[0].name} is of version {version}, not {VERSION}: install neoquant again")
         for name, types in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = types, _RESULTS.get(name)
     except (OSError, AttributeError) as error:
-        return None, f"{found[0].name} cannot be used: {error}"
+        return None, _unusable(f"{found[0].name} cannot be used: {error}")
     team = _torch_team()
     library.nq_use_team(team)
     return library, "on torch's OpenMP threads" if team else "on its own threads, for torch has no OpenMP"

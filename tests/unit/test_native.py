@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -193,7 +194,11 @@ def test_without_a_library_everything_works_and_says_why(
     monkeypatch.delenv(native.SWITCH, raising=False)
     forget()
     try:
-        assert native.active().library is None and native.active().reason.startswith(reason)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert native.active().library is None and native.active().reason.startswith(reason)
+        warned = [] if reason.startswith("not compiled") else [loader.NativeWarning]
+        assert [each.category for each in said] == warned
         assert native.runnable() == []
         require_same(Codebook().nearest(w), expected)
         monkeypatch.setenv(native.SWITCH, "portable")
