@@ -200,7 +200,9 @@ class Codebook(Grid):
         if rounding.refuse_nested(absmax) is None:
             stored, coarse = rounding.round_nested(absmax - offset, double_quant_table(absmax.device))
             return {"absmax": stored, "nested_absmax": coarse, "nested_offset": offset}
-        stored, state = load_bitsandbytes().functional.quantize_blockwise(absmax - offset, blocksize=NESTED_GROUP)
+        table = double_quant_table(absmax.device)  # bitsandbytes' own, which it keeps on the device that asks first
+        functional = load_bitsandbytes().functional
+        stored, state = functional.quantize_blockwise(absmax - offset, code=table, blocksize=NESTED_GROUP)
         return {"absmax": stored, "nested_absmax": state.absmax, "nested_offset": offset}
 
     def _spans(self, n: int) -> Iterator[tuple[slice, slice]]:

@@ -61,15 +61,15 @@ class AttentionMasks:
 
     def __init__(self, T: int, S: int, window: int, keep: Tensor | None, device: torch.device) -> None:
         self.T, self.S, self.window, self.keep, self.device = T, S, window, keep, device
-        self._made: dict[tuple[bool, int], Tensor | None] = {}
+        self._made: dict[bool, tuple[int, Tensor | None]] = {}
         self._windows: dict[tuple[int, int], Tensor | None] = {}
 
     def mask(self, local: bool, keys: int) -> Tensor | None:
         """Over the last `keys` positions: all that a layer holds, which are fewer than S where it is local."""
-        if (local, keys) not in self._made:
+        if local not in self._made or self._made[local][0] != keys:  # which may be a symbol, and has no hash then
             window = self.window if local else None
-            self._made[local, keys] = attention_mask(self.T, keys, window, self.kept(keys), self.device)
-        return self._made[local, keys]
+            self._made[local] = keys, attention_mask(self.T, keys, window, self.kept(keys), self.device)
+        return self._made[local][1]
 
     def kept(self, keys: int) -> Tensor | None:
         """Which of the last `keys` positions are no padding, bool `[B, keys]`."""

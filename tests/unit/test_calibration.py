@@ -118,7 +118,7 @@ def test_the_record_says_what_gradients_were_computed_of(model: Path, tmp_path: 
 
 def test_records_and_plans(model: Path, tmp_path: Path) -> None:
     recipe = Recipe.simple(4, "nf4", quantizer="gptq", keep=["*.c_proj"])
-    assert recipe.name == "nf4-gptq" and GPTQ3.name == "gptq3"
+    assert recipe.name == "nf4-gptq" and GPTQ3.name == "gptq3-g32"
     made = quantize(model, tmp_path / "out", recipe, calibration=calibration())
     record = json.loads((made.folder / "calibration.json").read_text())
     assert record["calibration"] == {

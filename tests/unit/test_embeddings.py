@@ -98,7 +98,7 @@ def test_sizes_are_foretold_and_told(make_model: MakeModel, tmp_path: Path, embe
         found = describe(after)
         assert found.parameters == describe(before).parameters
     assert found.bits_per_weight_model == pytest.approx(made.plan.bits_per_weight_model, abs=0.01)
-    assert f"1 weights {embeddings}" in found.grids or embeddings == "nf4"
+    assert f"1 weight {embeddings}" in found.grids or embeddings == "nf4"
     assert "`transformer.wte` | 1 |" in (tmp_path / "out" / "README.md").read_text()
 
 
