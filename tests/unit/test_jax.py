@@ -308,5 +308,5 @@ def test_without_jax_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
     import neoquant.jax
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "flax" else object())
-    with pytest.raises(RequestError, match=r"flax is not installed: pip install 'neoquant\[jax\]'"):
+    with pytest.raises(RequestError, match=r"needs flax: pip install 'neoquant\[jax\]'"):
         importlib.reload(neoquant.jax)
