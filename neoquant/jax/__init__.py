@@ -18,7 +18,8 @@ from neoquant.errors import RequestError
 
 if missing := [name for name in ("jax", "flax") if find_spec(name) is None]:
     raise RequestError(
-        f"neoquant.jax needs {' and '.join(missing)}: pip install 'neoquant[jax]' (in a clone '.[jax]'), on Python 3.11 or later"
+        f"neoquant.jax needs {' and '.join(missing)}: pip install 'neoquant[jax]' (in a clone '.[jax]'), "
+        "on Python 3.11 or later"
     )
 
 from neoquant.jax.cache import FlaxCache
