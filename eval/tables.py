@@ -13,7 +13,6 @@ import argparse
 import functools
 import json
 import re
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +34,8 @@ BATCH = ROOT / "eval" / "results" / "batch-demo.json"
 BUSY = ROOT / "eval" / "results" / "busy-demo.json"
 FEEDBACK = ROOT / "eval" / "results" / "feedback-neo-8m.json"
 FEEDBACK_DEMO = ROOT / "eval" / "results" / "feedback-demo.json"
+BY_LOSS = {"objective": "model", "correction": 0.5}
+ATTENTION = {"objective": "attention", "correction": 0.0}
 OBJECTIVES = {name: ROOT / "eval" / "results" / f"objectives-{name}.json" for name in ("demo", "neo-8m")}
 HQQ = {name: ROOT / "eval" / "results" / f"hqq-{name}.json" for name in ("demo", "neo-8m")}
 CROSS_LOAD = ROOT / "eval" / "results" / "cross-load.json"
@@ -388,32 +389,20 @@ def feedback(path: Path) -> str:
 
 
 def objectives(path: Path) -> str:
-    """What GPTQ loses by its default objective, as a part of what it loses by others."""
+    """What GPTQ loses by the model's loss with earlier layers' errors made up for, as a part of its default's loss."""
     result = json.loads(path.read_text("utf-8"))
-    others = [tool for tool in dict.fromkeys(row["tool"] for row in result["rows"]) if tool.startswith("neoquant, ")]
+    by_loss, default = (next(n for n, o in result["options"].items() if o == each) for each in (BY_LOSS, ATTENTION))
     lines = [
-        f"| grid | {' | '.join(tool.removeprefix('neoquant, ') for tool in others)} | default "
-        f"| of {_last(others)} [95 %] | by seed | work, s |",
-        f"| --- |{' --: |' * len(others)} --: | --: | --: | --: |",
+        "| grid | default (`attention`) | `model`, correction 0.5 | of the default [95 %] |",
+        "| --- | --: | --: | --: |",
     ]
     for grid in dict.fromkeys(row["label"] for row in result["rows"]):
         rows = {row["tool"]: row for row in result["rows"] if row["label"] == grid}
-        ratio = next(r for r in result["ratios"] if r["label"] == grid and r["peer"] == others[-1])
-        figures = [f"{1e4 * _kl(rows[tool]):.2f}" for tool in [*others, "neoquant"]]
-        seconds = [
-            statistics.median(seed["work_s"] for seed in rows[tool]["seeds"]) for tool in (others[-1], "neoquant")
-        ]
+        ratio = next(r for r in result["ratios"] if r["label"] == grid and r["peer"] == default)
         low, high = ratio["interval"]
-        by_seed = ", ".join(f"{each['ratio']:.3f}" for each in ratio["by_seed"])
-        lines.append(
-            f"| {grid} | {' | '.join(figures)} | {ratio['ratio']:.3f} [{low:.3f}, {high:.3f}] "
-            f"| {by_seed} | {seconds[0]:.0f}, {seconds[1]:.0f} |"
-        )
-    return "\n".join([*lines, "", _text_line(result) + "; seconds on a machine that did other work too."])
-
-
-def _last(tools: list[str]) -> str:
-    return f"`{tools[-1].removeprefix('neoquant, ')}`"
+        figures = f"{1e4 * _kl(rows[default]):.2f} | {1e4 * _kl(rows[by_loss]):.2f}"
+        lines.append(f"| {grid} | {figures} | {ratio['ratio']:.3f} [{low:.3f}, {high:.3f}] |")
+    return "\n".join([*lines, "", f"{_text_line(result)}."])
 
 
 def _text_line(result: dict[str, Any]) -> str:

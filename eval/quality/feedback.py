@@ -33,6 +33,7 @@ from texts import DEMO_RULE, RULE, Texts, texts
 from neoquant.evaluation import EvaluatedModel, ModelInfo, compare
 from neoquant.evaluation.statistics import ratio_interval
 from neoquant.loading.pretrained import load_tokenizer
+from neoquant.quantizers import Gptq
 from neoquant.tokenizer.tokenizer import Tokenizer
 
 Row = dict[str, Any]
@@ -148,6 +149,10 @@ def summarize(args: argparse.Namespace, maker: Maker, seeds: list[Row]) -> Row:
             ratios.append({"label": candidate.label, "peer": candidate.tool, **ours.ratio(sums)})
     return {
         "what": "GPTQ of several tools on the same calibration rows: loss on text that was not calibrated on",
+        "options": {
+            FEEDBACK: {"objective": Gptq().objective, "correction": Gptq().correction},
+            **{name: OBJECTIVES[name] for name in args.objectives},
+        },
         "model": {"name": args.model.resolve().name, "sha256": maker.model_sha256},
         "text": {
             "name": Path(args.text).name,
