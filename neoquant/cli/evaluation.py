@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import typer
 from neoquant.cli.describe import calibrated_on, model_info
 from neoquant.cli.generation import require_cache
 from neoquant.cli.models import find_model, short_name, suite_for
+from neoquant.cli.options import own_fields
 from neoquant.cli.output import is_stdout, write_text
 from neoquant.cli.terminal import Terminal
 from neoquant.demo import NAME as BUNDLED
@@ -43,7 +44,7 @@ class SuiteOptions:
     @classmethod
     def of(cls, params: Mapping[str, Any]) -> SuiteOptions:
         """From the parameters of a verb by name, `typer.Context.params`."""
-        return cls(**{field.name: params[field.name] for field in fields(cls) if field.name in params})
+        return cls(**own_fields(cls, params))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ class LoadOptions:
         from neoquant.model.devices import resolve_device
         from neoquant.model.dtypes import check_dtype
 
-        made = cls(**{field.name: params[field.name] for field in fields(cls) if field.name in params})
+        made = cls(**own_fields(cls, params))
         check_dtype(made.dtype)
         require_cache(made.cache)
         if made.activations not in ACTIVATIONS:

@@ -6,12 +6,19 @@ options, and a decorator that merges signatures would hide from readers and type
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 MAX_SEED = 2**63 - 1  # what torch takes
+
+
+def own_fields(record: type[Any], params: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a verb's parameters by name (`typer.Context.params`), those that are fields of a dataclass."""
+    return {field.name: params[field.name] for field in fields(record) if field.name in params}
 
 
 def _set_quiet(ctx: typer.Context, asked: bool) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from neoquant.cli.options import own_fields
 from neoquant.errors import RequestError
 
 if TYPE_CHECKING:
@@ -42,12 +43,11 @@ class RecipeOptions:
         from neoquant.grids import option_names
         from neoquant.quantizers import QUANTIZERS
 
-        own = {field.name: params[field.name] for field in fields(cls) if field.name in params}
         set_on = {name: params[name] for name in option_names() if params.get(name, False) is not False}
         set_off = {name: False for name in option_names() if params.get(f"no_{name}")}
         of_quantizers = {name for quantizer in QUANTIZERS.values() for name in quantizer.options()}
         return cls(
-            **own,
+            **own_fields(cls, params),
             grid_options=_stated({**set_on, **set_off}),
             named_options=_stated({name: params[name] for name in params if name in of_quantizers}),
             calibrated=params["calibration"] is not None,

@@ -124,17 +124,18 @@ def test_sizes(text: str, size: int | None) -> None:
         assert parse_size(text, "--shard-size") == size
 
 
-@pytest.mark.parametrize("option", [("--rows", "4"), ("--length", "16"), ("--seed", "0"), ("--max-memory", "1GB")])
-@pytest.mark.parametrize("verb", ["quantize", "plan"])
-def test_options_of_calibration_are_refused_without_it(
-    cli: Cli, tiny_model: Path, verb: str, option: tuple[str, str]
-) -> None:
-    if (verb, option[0]) == ("plan", "--seed"):
-        return  # plan draws nothing, and has no such option
-    result = cli(verb, tiny_model, *option)
-    assert result.code == 2 and option[0] in result.error and "--calibration" in result.error
+IDLE = {"--rows": "4", "--length": "16", "--seed": "0", "--max-memory": "1GB"}
+
+
+@pytest.mark.parametrize(
+    ("verb", "option"),
+    [(verb, option) for verb in ("quantize", "plan") for option in IDLE if (verb, option) != ("plan", "--seed")],
+)
+def test_options_of_calibration_are_refused_without_it(cli: Cli, tiny_model: Path, verb: str, option: str) -> None:
+    result = cli(verb, tiny_model, option, IDLE[option])
+    assert result.code == 2 and option in result.error and "--calibration" in result.error
     if verb == "plan":  # a recipe that needs samples is planned without their text
-        assert cli("plan", tiny_model, "--recipe", "gptq3", *option).code == 0
+        assert cli("plan", tiny_model, "--recipe", "gptq3", option, IDLE[option]).code == 0
 
 
 def test_a_folder_cannot_hide_the_bundled_model(cli: Cli, tiny_model: Path) -> None:

@@ -21,7 +21,8 @@ from neoquant.grids import make_grid
 from neoquant.quantization.quantize import plan, quantize
 from neoquant.quantizers import Gptq, Hessian
 from simulated_cuda.device import Counts, simulate
-from simulated_cuda.guard import NoCompilerError, load_guard
+
+pytestmark = pytest.mark.usefixtures("can_be_simulated")
 
 METHODS: dict[str, dict[str, Any]] = {
     "attention": {"objective": "attention", "correction": 0.0},
@@ -30,16 +31,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "corrected": {"correction": 0.5, "objective": "layer"},
     "ordered": {"order": "dynamic", "scales": "weighted"},
 }
-
-
-@pytest.fixture(autouse=True)
-def can_be_simulated() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("a CUDA device is there, and cannot be simulated beside")
-    try:
-        load_guard()
-    except NoCompilerError as reason:
-        pytest.skip(str(reason))
 
 
 def calibration(rows: int = 5) -> Calibration:
