@@ -31,6 +31,6 @@ calibrated gptq3-g64 --bits 3 --type gptq --group-size 64
 calibrated gptq2-g32 --bits 2 --type gptq --group-size 32
 
 neoquant compare neoquant-demo "${candidates[@]}" --suite demo --json eval/results/demo.json
-neoquant inspect "$made/neoquant-demo-nf4" --against neoquant-demo --suite demo --sensitivity --json eval/results/demo-layers.json
+neoquant inspect "$made/neoquant-demo-nf4" --base neoquant-demo --suite demo --sensitivity --json eval/results/demo-layers.json
 python eval/tables.py
 python eval/charts.py

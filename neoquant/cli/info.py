@@ -79,7 +79,7 @@ def _facts(checkpoint: Checkpoint, found: Description) -> list[tuple[str, str]]:
         ("size", f"{size(found.bytes)} in {plural(len(checkpoint.headers), 'tensor')}"),
         (
             "bits",
-            f"{found.bits_per_weight_linears:.3f} per weight of the block linears, "
+            f"{found.bits_per_weight_linears:.3f} per weight of the linear layers, "
             f"{found.bits_per_weight_model:.3f} per parameter of the model",
         ),
     ]

@@ -16,10 +16,13 @@ from neoquant.demo import NAME as BUNDLED
 def inspect(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The quantized model: a folder or hub id.")],
-    against: Annotated[
+    base: Annotated[
         str,
         typer.Option(
-            "--against", metavar="BASE", help="The model it was made from: a folder, hub id, or neoquant-demo."
+            "--base",
+            "--against",
+            metavar="BASE",
+            help="The model it was made from: a folder, hub id, or neoquant-demo.",
         ),
     ] = BUNDLED,
     sensitivity: Annotated[
@@ -53,23 +56,23 @@ def inspect(
 
     \b
     Examples:
-      neoquant inspect neoquant-demo-nf4 --against neoquant-demo --sensitivity
-      neoquant inspect gpt-neo-1.3B-nf4 --against EleutherAI/gpt-neo-1.3B --suite pile-core --json layers.json
+      neoquant inspect neoquant-demo-nf4 --base neoquant-demo --sensitivity
+      neoquant inspect gpt-neo-1.3B-nf4 --base EleutherAI/gpt-neo-1.3B --suite pile-core --json layers.json
     """
     terminal: Terminal = ctx.obj
     loading = LoadOptions.of(ctx.params)
-    chosen = choose_suite(SuiteOptions.of(ctx.params), against)
-    inputs = inputs_of(chosen, suite, against, model)
+    chosen = choose_suite(SuiteOptions.of(ctx.params), base)
+    inputs = inputs_of(chosen, suite, base, model)
     check_output_file(json, json_kind("inspection"), terminal, inputs=inputs, force=force)
-    base, tokenizer = load_evaluated_model(against, terminal, "inspect", loading, revision)
-    other, _ = load_evaluated_model(model, terminal, "inspect", loading)
+    reference, tokenizer = load_evaluated_model(base, terminal, "inspect", loading, revision)
+    quantized, _ = load_evaluated_model(model, terminal, "inspect", loading)
 
     from neoquant.evaluation import inspect
     from neoquant.report.layers import inspection_table
 
     result = inspect(
-        base,
-        other,
+        reference,
+        quantized,
         tokenizer,
         chosen,
         rows=rows,

@@ -114,7 +114,7 @@ def show_plan(plan: Plan, terminal: Terminal, held: str | None = None) -> None:
             ("on disk", f"{size(plan.output_bytes)}, the whole folder"),
             (
                 "bits",
-                f"{plan.bits_per_weight_linears:.3f} per weight of the block linears, "
+                f"{plan.bits_per_weight_linears:.3f} per weight of the linear layers, "
                 f"{plan.bits_per_weight_model:.3f} per parameter of the model",
             ),
             ("memory", f"about {size(plan.peak_memory_bytes)} at the peak"),

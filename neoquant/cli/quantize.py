@@ -142,7 +142,7 @@ def _show_result(made: QuantizeResult, folder: Path, model: str | None, terminal
         terminal.note(f"note: {note}")
     terminal.show(
         f"{folder}: {size(made.plan.source_bytes)} -> {size(made.plan.weights_bytes)}, "
-        f"{made.plan.bits_per_weight_linears:.3f} bits per weight of the block linears, "
+        f"{made.plan.bits_per_weight_linears:.3f} bits per weight of the linear layers, "
         f"{made.plan.bits_per_weight_model:.3f} of the whole model, format {made.plan.format.label}"
     )
     if made.layers:

@@ -121,7 +121,7 @@ def _differences_elsewhere(base: GPTNeoForCausalLM, other: GPTNeoForCausalLM) ->
         if name not in linears and not (name in others and torch.equal(tensor, others[name].to(tensor)))
     ]
     shown = ", ".join(differing[:3]) + (", ..." if len(differing) > 3 else "")
-    return [f"not shown, but outside the block linears differ too: {shown}"] if differing else []
+    return [f"not shown, but outside the blocks' linear layers differ too: {shown}"] if differing else []
 
 
 def weight_of(module: nn.Module) -> Tensor:

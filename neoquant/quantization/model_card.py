@@ -189,7 +189,8 @@ def _sizes(plan: Plan) -> str:
             "| | before | after |",
             "| --- | ---: | ---: |",
             f"| weights, MB | {plan.source_bytes / 1e6:,.1f} | {plan.weights_bytes / 1e6:,.1f} |",
-            f"| bits per weight, block linears | {_source_bits(plan, True):.3f} | {plan.bits_per_weight_linears:.3f} |",
+            f"| bits per weight, blocks' linear layers | {_source_bits(plan, True):.3f} "
+            f"| {plan.bits_per_weight_linears:.3f} |",
             f"| bits per parameter, whole model | {_source_bits(plan, False):.3f} | {plan.bits_per_weight_model:.3f} |",
         ]
     )

@@ -344,7 +344,7 @@ def _why_idle(rule: Rule, layers: list[str], others: list[str]) -> str | None:
     if among_others:
         instead = "it stays in half precision"
         if among_others[0].endswith((".wte", "lm_head")):
-            instead = "a rule decides about block linears, embeddings = ... about this"
+            instead = "a rule decides about the blocks' linear layers, embeddings = ... about this"
         return None if rule.keep else f"{among_others[0]} cannot be quantized, {instead}"
     closest = difflib.get_close_matches(rule.match, layers, n=3, cutoff=0.0)
     return f"matches no layer; the closest are {', '.join(closest)}"

@@ -167,7 +167,7 @@ def test_inspect_maps_the_layers(
     cli: Cli, tiny_model: Path, quantized: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = ("--context", "16", "--data", text_file)
-    result = cli("inspect", quantized, "--against", tiny_model, *text, "--sensitivity", "--json", "layers.json")
+    result = cli("inspect", quantized, "--base", tiny_model, *text, "--sensitivity", "--json", "layers.json")
     assert result.code == 0 and "q_proj" in result.out and "layers with the largest loss" in result.out
     written = json.loads(Path("layers.json").read_text(encoding="utf-8"))
     assert len(written["layers"]) == 12 and written["base"]["name"] == tiny_model.name
@@ -214,7 +214,7 @@ def test_info_of_this_machine(cli: Cli) -> None:
 
 def test_info_of_a_plain_model(cli: Cli, tiny_model: Path) -> None:
     out = cli("info", tiny_model).out
-    assert "16.000 per weight of the block linears" in out and "not quantized, float16" in out
+    assert "16.000 per weight of the linear layers" in out and "not quantized, float16" in out
     parameters = sum((259 * 24, 32 * 24, 2 * (12 * 24 * 24 + 4 * 24 + 24 + 96 + 24), 2 * 24))
     assert f"{parameters:,}" in out
 

@@ -167,7 +167,7 @@ def test_what_differs_elsewhere_is_said(
     stranger = loaded(make_model(seed=3))
     tokenizer = neoquant.load_tokenizer(tiny_model)
     result = inspect(loaded(tiny_model), stranger, tokenizer, suite)
-    assert "outside the block linears differ too: transformer.wte.weight" in result.notes[0]
+    assert "outside the blocks' linear layers differ too: transformer.wte.weight" in result.notes[0]
     with pytest.raises(RequestError, match="layers 2 and 3"):
         deeper = make_model("deeper", num_layers=3, attention_layers=["global"] * 3, attention_types=[[["global"], 3]])
         inspect(loaded(tiny_model), loaded(deeper), tokenizer, suite)
