@@ -20,18 +20,23 @@ FILE = "generation_config.json"
 DEFAULT_NEW_TOKENS = 20  # transformers' own
 
 
-@dataclass(frozen=True)
+@dataclass
 class GenerationConfig:
     """How a text is continued; None leaves it to the default, which is transformers'.
 
     `max_length` and `min_length` count the prompt, `max_new_tokens` and `min_new_tokens` do not and have precedence;
     without either maximum, 20 new tokens.
-    `do_sample=False` takes the likeliest token; `temperature`, `top_k`, `top_p`, `repetition_penalty` and `seed` are
-    `Sampling`'s. `num_return_sequences` rows come of each prompt. Rows end at `eos_token_id` and are filled up with
-    `pad_token_id`; they also end behind one of `stop_strings`. Without a prompt, a text begins with `bos_token_id`.
+    `do_sample=False` takes the likeliest token; `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`,
+    `no_repeat_ngram_size` and `seed` are `Sampling`'s. `num_return_sequences` rows come of each prompt. Rows end at
+    `eos_token_id` and are filled up with `pad_token_id`; they also end behind one of `stop_strings`. Without a prompt,
+    a text begins with `bos_token_id`.
     `cache_dtype` is what keys and values are held in: "float32", "float16", "int8", or None, as they come.
     With `prompt_lookup_num_tokens` above 0, so many tokens at most are guessed from what followed where the text ended
-    likewise before, and checked together.
+    likewise before, and checked together. With `return_dict_in_generate`, a `GenerateDecoderOnlyOutput` is returned,
+    with each token's scores or logits where `output_scores` or `output_logits` say so.
+
+    Every setting may be changed; what only transformers does is refused when something is generated. Raises
+    RequestError for an illegal value, or a setting that there is not.
     """
 
     max_new_tokens: int | None = None
@@ -51,13 +56,28 @@ class GenerationConfig:
     seed: int | None = None
     cache_dtype: str | None = None
     prompt_lookup_num_tokens: int | None = None
+    min_p: float | None = None
+    no_repeat_ngram_size: int | None = None
+    return_dict_in_generate: bool | None = None
+    output_scores: bool | None = None
+    output_logits: bool | None = None
     others: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """transformers' other words that were stated; `require_possible` refuses what neoquant does not do."""
 
-    def __post_init__(self) -> None:
-        for name, value in self.to_dict().items():
-            if reason := fault(name, value):
-                raise RequestError(reason)
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ONLY:
+            kept = {other: held for other, held in self.others.items() if other != name}
+            name, value = "others", kept if value is None else {**kept, name: value}
+        elif name not in (*_NAMES, *WITHOUT_EFFECT, "others"):
+            raise RequestError(f"generating has no setting {name!r}; {_hint(name)}")
+        if value is not None and (reason := fault(name, value)):
+            raise RequestError(reason)
+        object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in WITHOUT_EFFECT or name in ONLY:
+            return self.others.get(name)
+        raise AttributeError(f"generating has no setting {name!r}; {_hint(name)}")
 
     @classmethod
     def of(cls, stated: Any) -> GenerationConfig:
@@ -131,9 +151,9 @@ class GenerationConfig:
             only = ONLY[name]
             if value not in only:
                 instead = " or ".join(map(repr, only)) or "None"
-                faults.append(f"{name} is {value!r}; neoquant generates with {instead} only")
+                faults.append(f"{name} is {value!r:.80}; neoquant generates with {instead} only")
         if faults:
-            raise RequestError("; ".join(faults))
+            raise RequestError("; ".join(faults) + " (in Python, model.to_transformers().generate takes it)")
 
     def to_dict(self) -> dict[str, Any]:
         """What is stated."""
@@ -167,11 +187,7 @@ class GenerationConfig:
     def sampling(self, prompt: int) -> Sampling:
         """The same for `stream`, behind a prompt of that many tokens. Raises RequestError as `require_possible`."""
         self.require_possible()
-        stated = {
-            name: getattr(self, name)
-            for name in ("top_p", "repetition_penalty", "seed", "pad_token_id", "min_new_tokens")
-            if getattr(self, name) is not None
-        }
+        stated = {name: getattr(self, name) for name in _SAMPLING if getattr(self, name) is not None}
         if self.min_length is not None:
             stated.setdefault("min_new_tokens", max(0, self.min_length - prompt))
         if self.do_sample:
@@ -197,6 +213,9 @@ class GenerationConfig:
         return (self.stop_strings,) if isinstance(self.stop_strings, str) else tuple(self.stop_strings)
 
 
+_SAMPLING = (
+    "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size", "seed", "pad_token_id", "min_new_tokens",
+)  # fmt: skip
 _NAMES = tuple(each.name for each in fields(GenerationConfig) if each.name != "others")
 _WORDS = {*_NAMES, *ONLY} - {"seed", "cache_dtype", "output_attentions", "output_hidden_states"}
 """Transformers' words for generating, without those that a model configuration has for its own forward pass."""

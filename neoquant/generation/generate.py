@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,12 @@ from neoquant.model.gpt_neo import CausalLM
 Stop = Callable[[Tensor, Tensor | None], Tensor]
 """From all ids so far `[B, S]`, and which hold tokens (None: all), to whether each row ends here, bool `[B]`; all on
 the CPU."""
+
+Processor = Callable[[Tensor, Tensor], Tensor]
+"""From all ids so far `[B, S]` and the next token's logits `[B, V]` to other logits, as transformers' processors."""
+
+Recorder = Callable[[Tensor, Tensor], object]
+"""Told of each next token's logits `[B, V]`, as the model gives them and as one is chosen by them."""
 
 LOOK_EVERY = 8  # tokens that a GPU generates between two looks at them: each look waits until it has caught up
 NOTHING = -1  # in place of an id where none could be chosen
@@ -40,6 +46,8 @@ class Sampling:
     `temperature=0` is greedy. `top_k` keeps the k likeliest (0: all), `top_p` the smallest set of likeliest tokens
     whose probabilities reach p (1: all); both after the temperature. `repetition_penalty` divides the positive
     logits of tokens already there and multiplies the negative ones (Keskar et al., 2019, section 4.1; 1: none).
+    `min_p` keeps what has at least that part of the likeliest token's probability, after all these (Nguyen et al.,
+    2024; 0: all). No `no_repeat_ngram_size` tokens come twice in that order (0: they may).
     `seed` makes the draw repeatable; None draws from torch's own generator, which `torch.manual_seed` sets.
     A row that has reached one of `eos_token_ids` is filled up with `pad_token_id`, or with the first of them; none is
     reached within the first `min_new_tokens`. None is for the caller to fill in; while generating it is no token.
@@ -53,6 +61,8 @@ class Sampling:
     eos_token_ids: tuple[int, ...] | None = None
     pad_token_id: int | None = None
     min_new_tokens: int = 0
+    min_p: float = 0.0
+    no_repeat_ngram_size: int = 0
 
     def __post_init__(self) -> None:
         for name, legal, what in (
@@ -61,13 +71,15 @@ class Sampling:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (1 keeps all)"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0 (1 is none)"),
             ("min_new_tokens", self.min_new_tokens >= 0, "at least 0"),
+            ("min_p", 0 <= self.min_p <= 1, "0 (keeps all) to 1"),
+            ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "at least 0 (0 lets everything be repeated)"),
         ):
             if not legal:
                 raise RequestError(f"{name} is {getattr(self, name)}; legal is {what}")
 
 
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
-    """`logits[B, V]` in float32 after temperature, top-k and top-p; what falls out is -inf."""
+    """`logits[B, V]` in float32 after temperature, top-k, top-p and min-p; what falls out is -inf."""
     logits = _over_temperature(logits, sampling.temperature)
     if 0 < sampling.top_k < logits.shape[-1]:
         kth = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
@@ -78,6 +90,10 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
         # A token stays while those before it have not reached p: the first always does.
         surplus = probabilities.cumsum(-1) - probabilities >= sampling.top_p
         logits = logits.masked_fill(surplus.scatter(-1, index, surplus), -torch.inf)
+    if sampling.min_p > 0:
+        probabilities = logits.softmax(-1)
+        least = sampling.min_p * probabilities.max(-1, keepdim=True).values
+        logits = logits.masked_fill(probabilities < least, -torch.inf)
     return logits
 
 
@@ -95,18 +111,41 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return logits.scatter(-1, seen, torch.where(at > 0, at / penalty, at * penalty))
 
 
-def choose(
-    logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
-    """The next token `[B]` from the last position's `logits[B, V]` and all ids so far, `seen[B, S]`.
+def without_repeats(logits: Tensor, seen: Tensor, size: int) -> Tensor:
+    """`logits[B, V]` without the tokens that would complete `size` tokens which stand in `seen[B, S]` in that order."""
+    if seen.shape[1] < size:
+        return logits
+    there = seen.unfold(1, size, 1)  # [B, S - size + 1, size]
+    ending = seen[:, seen.shape[1] - size + 1 :]
+    again = (there[..., :-1] == ending[:, None]).all(-1) & (there >= 0).all(-1)
+    V = logits.shape[-1]
+    marked = torch.zeros(len(logits), V + 1, dtype=torch.bool, device=logits.device)
+    marked.scatter_(1, there[..., -1].where(again, V), True)
+    return logits.masked_fill(marked[:, :V], -torch.inf)
 
-    And whether there was one to choose, bool `[B]`: False where a logit is NaN or the largest infinite.
-    """
-    logits, likeliest, finite = _penalized(logits, seen, sampling)
+
+class NextToken(NamedTuple):
+    """The next `token` `[B]`; whether there was one to choose, bool `[B]`: not where a logit is NaN or the largest
+    infinite; and the logits `[B, V]` by which it was chosen."""
+
+    token: Tensor
+    finite: Tensor
+    scores: Tensor
+
+
+def choose(
+    logits: Tensor,
+    seen: Tensor,
+    sampling: Sampling,
+    generator: torch.Generator | None,
+    processor: Processor | None = None,
+) -> NextToken:
+    """The next token from the last position's `logits[B, V]` and all ids so far, `seen[B, S]` (NOTHING on padding)."""
+    logits, likeliest, finite = _penalized(logits, seen, sampling, processor)
     if sampling.temperature == 0:
-        return likeliest, finite
-    probabilities = _probabilities(logits, finite, sampling)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0], finite
+        return NextToken(likeliest, finite, logits)
+    kept = _kept(logits, finite, sampling)
+    return NextToken(torch.multinomial(kept.softmax(-1), 1, generator=generator)[:, 0], finite, kept)
 
 
 def distribution(logits: Tensor, seen: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
@@ -114,22 +153,33 @@ def distribution(logits: Tensor, seen: Tensor, sampling: Sampling) -> tuple[Tens
     logits, likeliest, finite = _penalized(logits, seen, sampling)
     if sampling.temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, likeliest[:, None], 1.0), finite
-    return _probabilities(logits, finite, sampling), finite
+    return _kept(logits, finite, sampling).softmax(-1), finite
 
 
-def _penalized(logits: Tensor, seen: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
+def _penalized(
+    logits: Tensor, seen: Tensor, sampling: Sampling, processor: Processor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Logits `[B, V]` in float32, the likeliest `[B]`, and whether they are finite, bool `[B]`. (The largest is NaN
     where any is, so that nothing is read a second time.)"""
     logits = logits.float()
     if sampling.repetition_penalty != 1:
-        logits = penalize(logits, seen, sampling.repetition_penalty)
+        logits = penalize(logits, _tokens(seen), sampling.repetition_penalty)
+    if sampling.no_repeat_ngram_size:
+        logits = without_repeats(logits, seen, sampling.no_repeat_ngram_size)
+    if processor is not None:
+        logits = processor(_tokens(seen), logits)
     largest, likeliest = logits.max(-1)
     return logits, likeliest, largest.isfinite()
 
 
-def _probabilities(logits: Tensor, finite: Tensor, sampling: Sampling) -> Tensor:
+def _tokens(seen: Tensor) -> Tensor:
+    """`seen[B, S]` with tokens only: on padding, the last one once more."""
+    return torch.where(seen < 0, seen[:, -1:], seen)
+
+
+def _kept(logits: Tensor, finite: Tensor, sampling: Sampling) -> Tensor:
     # Drawing from what is not finite ends a process on a GPU: draw anything instead, the caller raises an error.
-    return filter_logits(logits.masked_fill(~finite[:, None], 0.0), sampling).softmax(-1)
+    return filter_logits(logits.masked_fill(~finite[:, None], 0.0), sampling)
 
 
 class _Inputs:
@@ -249,6 +299,8 @@ def stream(
     stop: Stop | None = None,
     look_every: int | None = None,
     cache_dtype: str | None = None,
+    processor: Processor | None = None,
+    record: Recorder | None = None,
 ) -> Iterator[Tensor]:
     """Yield the next ids `[B]` of `input_ids[B, T]`, on the CPU, one position at a time, until all rows have ended.
 
@@ -258,7 +310,8 @@ def stream(
     `position_ids[B, T]`, and have the type of the last of `token_type_ids[B, T]`. Ids come from the model's device
     `look_every` at a time (None: 1 on a CPU, LOOK_EVERY elsewhere), and nothing else waits for it; what it has made
     beyond the end is dropped.
-    Keys and values are held in `cache_dtype`: "float32", "float16", "int8", or as they come.
+    Keys and values are held in `cache_dtype`: "float32", "float16", "int8", or as they come. `processor` may change the
+    logits before a token is chosen by them; `record` is told of them, which are 0 in rows that have ended.
 
     Raises ContextError before anything is generated where prompt and new tokens do not fit into the model's context,
     CheckpointError where the model's predictions are not finite.
@@ -274,17 +327,19 @@ def stream(
     )
     inputs = _Inputs(input_ids.to(device), mask, positions, types, max_new_tokens)
     endings = Endings(inputs.ids, inputs.keep, sampling, stop, max_new_tokens)
-    seen = torch.cat([inputs.ids, inputs.ids.new_empty(B, max_new_tokens)], dim=1)
+    known = inputs.ids if inputs.keep is None else inputs.ids.where(inputs.keep[:, :T], NOTHING)
+    seen = torch.cat([known, known.new_empty(B, max_new_tokens)], dim=1)
     outcomes = seen.new_empty(B, max_new_tokens)
     eos = [e for e in sampling.eos_token_ids or () if 0 <= e < model.config.vocab_size]
     reachable = torch.tensor(eos, dtype=seen.dtype, device=device)
     cache = KVCache.of(model.config, max(1, T + max_new_tokens), cache_dtype)
     looked = 0
     for new in range(max_new_tokens):
-        logits = inputs.logits(model, cache)
-        if new < sampling.min_new_tokens:
-            logits = logits.index_fill(-1, reachable, -torch.inf)
-        drawn, finite = choose(logits, seen[:, : T + new], sampling, generator)
+        raw = inputs.logits(model, cache)
+        logits = raw if new >= sampling.min_new_tokens else raw.index_fill(-1, reachable, -torch.inf)
+        drawn, finite, scores = choose(logits, seen[:, : T + new], sampling, generator, processor)
+        if record is not None:
+            record(raw, scores)
         seen[:, T + new] = drawn
         outcomes[:, new] = drawn.where(finite, NOTHING)
         if (new + 1 - looked) % every == 0 or new + 1 == max_new_tokens:
@@ -356,6 +411,8 @@ def generate(
     sampling: Sampling | None = None,
     stop: Stop | None = None,
     cache_dtype: str | None = None,
+    processor: Processor | None = None,
+    record: Recorder | None = None,
     streamer: Streamer | None = None,
 ) -> Tensor:
     """`input_ids[B, T]` with up to `max_new_tokens` more: `[B, T + new]`; the other arguments are `stream`'s.
@@ -374,6 +431,8 @@ def generate(
         stop=stop,
         look_every=None if watched else max_new_tokens,
         cache_dtype=cache_dtype,
+        processor=processor,
+        record=record,
     )
     return collect(input_ids.to(model.device), made, streamer)
 
@@ -392,6 +451,19 @@ def collect(input_ids: Tensor, made: Iterable[Tensor], streamer: Streamer | None
     if not chosen:
         return input_ids
     return torch.cat([input_ids, torch.stack(chosen, dim=1).to(input_ids.device)], dim=1)
+
+
+def in_turn(processors: Sequence[Processor] | None) -> Processor | None:
+    """All of them as one; None for none."""
+    if not processors:
+        return None
+
+    def process(ids: Tensor, logits: Tensor) -> Tensor:
+        for processor in processors:
+            logits = processor(ids, logits)
+        return logits
+
+    return process
 
 
 def as_ids(values: Tensor | Sequence[Sequence[int]] | Sequence[int]) -> Tensor:

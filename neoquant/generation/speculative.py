@@ -16,7 +16,7 @@ from torch import Tensor
 
 from neoquant.errors import RequestError
 from neoquant.generation.drafting import MOST_DRAFTED, Draft, Drafter
-from neoquant.generation.generate import Endings, Sampling, Stop, check_room, distribution, not_finite
+from neoquant.generation.generate import NOTHING, Endings, Sampling, Stop, check_room, distribution, not_finite
 from neoquant.model.cache import KVCache
 from neoquant.model.gpt_neo import CausalLM
 from neoquant.native.step import rows_alike
@@ -132,10 +132,9 @@ def _check(
 
 
 def _seen(ids: list[int], draft: Draft, sampling: Sampling) -> Tensor:
-    """All before each position that is checked, `[k + 1, S]`, where that is asked for; in place of the guesses that are
-    not before it stands the last token once more."""
-    if sampling.repetition_penalty == 1:
-        return torch.empty(len(draft.tokens) + 1, 0, dtype=torch.int64)
-    text = torch.tensor([*ids, *draft.tokens.tolist()])
-    before = torch.arange(len(text)) < len(ids) + torch.arange(len(draft.tokens) + 1)[:, None]
-    return torch.where(before, text, ids[-1])
+    """All before each position that is checked, `[k + 1, S]`, where that is asked for, behind NOTHING."""
+    k = len(draft.tokens)
+    if sampling.repetition_penalty == 1 and not sampling.no_repeat_ngram_size:
+        return torch.empty(k + 1, 0, dtype=torch.int64)
+    guessed = draft.tokens.tolist()
+    return torch.tensor([[*[NOTHING] * (k - i), *ids, *guessed[:i]] for i in range(k + 1)])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,3 +58,17 @@ def ends_with(strings: Sequence[str], tokenizer: Tokenizer | None) -> Stop | Non
     if not all(strings):
         raise RequestError("stop_strings holds an empty text, which every text ends with")
     return StopStrings(strings, tokenizer)
+
+
+def ends_by(stop: Stop | None, criteria: Sequence[Callable[..., Any]] | None) -> Stop | None:
+    """`stop`, and transformers' stopping criteria beside it: each is called with all ids `[B, S]` and None."""
+    if not criteria:
+        return stop
+
+    def ends(ids: Tensor, keep: Tensor | None) -> Tensor:
+        ended = torch.zeros(len(ids), dtype=torch.bool) if stop is None else stop(ids, keep)
+        for criterion in criteria:
+            ended = ended | torch.as_tensor(criterion(ids, None)).cpu()  # one answer, or one of each row
+        return ended
+
+    return ends

@@ -16,11 +16,9 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
     "num_beam_groups": (1,),
     "diversity_penalty": (0,),
     "penalty_alpha": (0,),
-    "no_repeat_ngram_size": (0,),
     "encoder_no_repeat_ngram_size": (0,),
     "encoder_repetition_penalty": (1,),
     "typical_p": (1,),
-    "min_p": (0,),
     "top_h": (),
     "epsilon_cutoff": (0,),
     "eta_cutoff": (0,),
@@ -43,11 +41,15 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
     "max_time": (),
     "remove_invalid_values": (False,),
     "cache_implementation": ("dynamic", "static", "hybrid", "offloaded", "offloaded_static"),
-    "return_dict_in_generate": (False,),
-    "output_scores": (False,),
-    "output_logits": (False,),
     "output_attentions": (False,),
     "output_hidden_states": (False,),
+    "inputs_embeds": (),
+    "past_key_values": (),
+    "prefix_allowed_tokens_fn": (),
+    "negative_prompt_ids": (),
+    "negative_prompt_attention_mask": (),
+    "assistant_tokenizer": (),
+    "custom_generate": (),
 }
 # What changes no id that is generated: about speed, memory, beams that there are none of, or the file itself.
 WITHOUT_EFFECT = (
@@ -55,7 +57,7 @@ WITHOUT_EFFECT = (
     "prefill_chunk_size", "length_penalty", "early_stopping", "renormalize_logits", "is_assistant",
     "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind",
     "target_lookbehind", "max_matching_ngram_size", "continuous_batching_config", "decoder_start_token_id",
-    "transformers_version", "eos_token", "generation_kwargs",
+    "transformers_version", "eos_token", "generation_kwargs", "synced_gpus", "use_model_defaults", "trust_remote_code",
 )  # fmt: skip
 
 
@@ -76,14 +78,15 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, Sequence) and all(isinstance(each, str) for each in value))
 
 
+_SWITCH = (lambda value: isinstance(value, bool), "true or false")
 _COUNT = (_is_count, "an integer of 64 bits")
 _NUMBER = (_is_number, "a finite number")
 LEGAL: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("max_new_tokens", "max_length", "min_new_tokens", "min_length", "top_k"), _COUNT),
-    "prompt_lookup_num_tokens": _COUNT,
+    **dict.fromkeys(("prompt_lookup_num_tokens", "no_repeat_ngram_size"), _COUNT),
     **dict.fromkeys(("num_return_sequences", "bos_token_id", "pad_token_id", "seed"), _COUNT),
-    **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), _NUMBER),
-    "do_sample": (lambda value: isinstance(value, bool), "true or false"),
+    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), _NUMBER),
+    **dict.fromkeys(("do_sample", "return_dict_in_generate", "output_scores", "output_logits"), _SWITCH),
     "eos_token_id": (_are_ids, "an integer of 64 bits or a list of them"),
     "stop_strings": (_are_texts, "a text or a list of them"),
     "cache_dtype": (lambda value: value in STORAGES, " or ".join(STORAGES)),

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
-from importlib import import_module
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Self
 
 from neoquant.checkpoint import SHARD_SIZE, Push, open_checkpoint
@@ -18,23 +16,23 @@ from neoquant.errors import RequestError, locate
 from neoquant.generation.config import FILE as GENERATION_FILE
 from neoquant.generation.config import GenerationConfig
 from neoquant.generation.drafting import drafter_of
-from neoquant.generation.generate import Streamer, as_ids, collect, generate
+from neoquant.generation.generate import Processor, Streamer, as_ids, collect, generate, in_turn
+from neoquant.generation.outputs import TokenScores
 from neoquant.generation.padding import inferred_mask
 from neoquant.generation.speculative import stream_with_drafts
-from neoquant.generation.stopping import ends_with
+from neoquant.generation.stopping import ends_by, ends_with
 from neoquant.loading.keywords import require_nothing
 from neoquant.loading.load import folder_of, load_model, read_model
+from neoquant.loading.methods import ModelMethods
 from neoquant.loading.save import push_model, save_model
-from neoquant.model.base import Network
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.gpt_neo import CausalLM, Decoder
 from neoquant.model.heads import QuestionAnswerer, SequenceClassifier, TokenClassifier
-from neoquant.nn.linear import QuantEmbedding, QuantLinear
 from neoquant.progress import SILENT, Progress
 from neoquant.tokenizer.tokenizer import Tokenizer
 
 
-class PreTrainedModel(Network):
+class PreTrainedModel(ModelMethods):
     """What every model class adds to its network: fresh weights, the way from a folder or hub id, and back."""
 
     def __init__(self, config: GPTNeoConfig, attn_implementation: str = "sdpa") -> None:
@@ -132,44 +130,6 @@ class PreTrainedModel(Network):
             token=token,
         )
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding of tokens."""
-        return self.get_submodule(f"{self.base_model_prefix}.wte".removeprefix("."))
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        """The head of a language model, None for others."""
-        return getattr(self, "lm_head", None)
-
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Weights and biases, each once; a quantized weight counts as what it stands for, and is not trainable."""
-        plain = {id(parameter): parameter for parameter in self.parameters()}
-        layers = {layer for layer in self.modules() if isinstance(layer, QuantLinear)}
-        if exclude_embeddings:
-            for module in self.modules():
-                if isinstance(module, nn.Embedding):
-                    plain.pop(id(module.weight), None)
-                if isinstance(module, QuantEmbedding):
-                    layers.discard(module.table)
-        if only_trainable:
-            return sum(parameter.numel() for parameter in plain.values() if parameter.requires_grad)
-        return sum(parameter.numel() for parameter in plain.values()) + sum(math.prod(each.shape) for each in layers)
-
-    def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of all weights as they are held; quantized ones are buffers."""
-        buffers = self.buffers() if return_buffers else ()
-        return sum(tensor.nbytes for tensor in (*self.parameters(), *buffers))
-
-    def to_transformers(self) -> Any:
-        """transformers' model of the same class name, sharing this one's tensors: see `neoquant.transformers`.
-
-        Raises RequestError where transformers is not installed, or the model is spread over devices.
-        """
-        try:  # by name: the room is made from models, and stands above them
-            room = import_module("neoquant.transformers")
-        except ModuleNotFoundError as error:
-            raise RequestError("to_transformers needs the package transformers: pip install transformers") from error
-        return room.to_transformers(self)
-
 
 def _labels(
     num_labels: int | None, id2label: Mapping[int | str, str] | None, problem_type: str | None
@@ -230,8 +190,10 @@ class GPTNeoForCausalLM(PreTrainedModel, CausalLM):
         tokenizer: Tokenizer | None = None,
         streamer: Streamer | None = None,
         assistant_model: CausalLM | None = None,
+        logits_processor: Sequence[Processor] | None = None,
+        stopping_criteria: Sequence[Callable[..., Any]] | None = None,
         **asked: Any,
-    ) -> Tensor:
+    ) -> Any:
         """`input_ids[B, T]` continued to `[B, T + new]`: greedy, or sampled with `do_sample=True`.
 
         `asked` are `GenerationConfig`'s fields, with transformers' names and defaults: `max_new_tokens`, `max_length`,
@@ -250,6 +212,12 @@ class GPTNeoForCausalLM(PreTrainedModel, CausalLM):
             streamer: told of the prompt and of each new id; transformers' streamers serve.
             assistant_model: a faster model of the same vocabulary, which guesses tokens that are then checked together;
                 for one prompt.
+            logits_processor: called one after another with all ids and the next token's logits, of which they return
+                others; transformers' serve. They come behind penalties and before the temperature.
+            stopping_criteria: called with all ids and None, and say whether all rows, or which, have ended;
+                transformers' serve.
+
+        Returns a GenerateDecoderOnlyOutput with `return_dict_in_generate=True`.
 
         Raises:
             ContextError: the result would not fit into the context.
@@ -263,7 +231,14 @@ class GPTNeoForCausalLM(PreTrainedModel, CausalLM):
         ids = as_ids([[self._beginning(config)]] if input_ids is None else input_ids)
         given = {"attention_mask": attention_mask, "position_ids": position_ids, "token_type_ids": token_type_ids}
         return self.generate_as(
-            config, ids, given, tokenizer=tokenizer, streamer=streamer, assistant_model=assistant_model
+            config,
+            ids,
+            given,
+            tokenizer=tokenizer,
+            streamer=streamer,
+            assistant_model=assistant_model,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
         )
 
     def generate_as(
@@ -275,7 +250,9 @@ class GPTNeoForCausalLM(PreTrainedModel, CausalLM):
         tokenizer: Tokenizer | None = None,
         streamer: Streamer | None = None,
         assistant_model: CausalLM | None = None,
-    ) -> Tensor:
+        logits_processor: Sequence[Processor] | None = None,
+        stopping_criteria: Sequence[Callable[..., Any]] | None = None,
+    ) -> Any:
         """`generate` with these settings alone; `given` are its other tensors of the shape of `ids[B, T]`, by name."""
         given = dict(given)
         if given.get("attention_mask") is None:
@@ -290,11 +267,17 @@ class GPTNeoForCausalLM(PreTrainedModel, CausalLM):
         options: dict[str, Any] = {
             "max_new_tokens": config.new_tokens(ids.shape[1], self.config.max_position_embeddings),
             "sampling": config.sampling(ids.shape[1]),
-            "stop": ends_with(config.stops(), tokenizer),
+            "stop": ends_by(ends_with(config.stops(), tokenizer), stopping_criteria),
             "cache_dtype": config.cache_dtype,
         }
+        asked_for = bool(config.output_scores), bool(config.output_logits)
+        scores = TokenScores(*asked_for) if config.return_dict_in_generate else None
         if assistant_model is None and not config.prompt_lookup_num_tokens:
-            return generate(self, ids, **{**given, **options}, streamer=streamer)
+            options |= {"processor": in_turn(logits_processor), "record": scores, "streamer": streamer}
+            made = generate(self, ids, **{**given, **options})
+            return made if scores is None else scores.beside(made, made.shape[1] - ids.shape[1])
+        if logits_processor or scores is not None:
+            raise RequestError("drafts are checked together: logits_processor and return_dict_in_generate go without")
         drafter = drafter_of(self, assistant_model, config.prompt_lookup_num_tokens, options["sampling"])
         mask = given.pop("attention_mask")
         if any(each is not None for each in given.values()) or not (mask is None or bool(mask.all())):

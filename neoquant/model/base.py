@@ -43,6 +43,7 @@ class Network(nn.Module):
     hf_device_map: dict[str, int | str]
     """Where each part lies, by transformers' name; there is none while all of it is on one device."""
     base_model_prefix = "transformer"
+    accepts_loss_kwargs = False
 
     def __init__(self, config: GPTNeoConfig, attn_implementation: str = "sdpa") -> None:
         super().__init__()

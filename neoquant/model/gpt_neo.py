@@ -18,6 +18,7 @@ from itertools import chain
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from neoquant.errors import ContextError, RequestError
 from neoquant.model import attention
@@ -63,6 +64,8 @@ class AttentionMasks:
         self.T, self.S, self.window, self.keep, self.device = T, S, window, keep, device
         self._made: dict[bool, tuple[int, Tensor | None]] = {}
         self._windows: dict[tuple[int, int], Tensor | None] = {}
+        self.weights: list[Tensor] | None = None
+        """Where each layer leaves its weights `[B, H, T, S]`; None where nobody wants them."""
 
     def mask(self, local: bool, keys: int) -> Tensor | None:
         """Over the last `keys` positions: all that a layer holds, which are fewer than S where it is local."""
@@ -78,7 +81,9 @@ class AttentionMasks:
     def to(self, device: torch.device) -> AttentionMasks:
         """The same, to be made on another device."""
         keep = None if self.keep is None else self.keep.to(device)
-        return AttentionMasks(self.T, self.S, self.window, keep, device)
+        moved = AttentionMasks(self.T, self.S, self.window, keep, device)
+        moved.weights = self.weights
+        return moved
 
     def window_mask(self, T: int, S: int) -> Tensor | None:
         """The mask of the last T of S positions of a local layer without padding."""
@@ -106,18 +111,22 @@ class SelfAttention(nn.Module):
         self.window_size = config.window_size
         self.num_heads = config.num_heads
         self.dropout = config.attention_dropout
-        self.implementation = attn_implementation
-        self.attend = {
-            "sdpa": self._sdpa,
-            "eager": self._eager,
-            "flex_attention": self._flex,
-            "flash_attention_2": self._flash,
-        }[attn_implementation]
+        self.set_implementation(attn_implementation)
         self.k_proj = nn.Linear(C, C, bias=False)
         self.v_proj = nn.Linear(C, C, bias=False)
         self.q_proj = nn.Linear(C, C, bias=False)
         self.out_proj = nn.Linear(C, C, bias=True)
         self.resid_dropout = config.resid_dropout
+
+    def set_implementation(self, name: str) -> None:
+        """Let that one of ATTENTION_IMPLEMENTATIONS compute."""
+        self.implementation = name
+        self.attend = {
+            "sdpa": self._sdpa,
+            "eager": self._eager,
+            "flex_attention": self._flex,
+            "flash_attention_2": self._flash,
+        }[name]
 
     def forward(self, x: Tensor, masks: AttentionMasks, cache: KVCache | None) -> Tensor:
         y: Tensor = self.out_proj(self.context(x, masks, cache))
@@ -167,8 +176,10 @@ class SelfAttention(nn.Module):
         mask = masks.mask(self.local, key.shape[2])
         if mask is not None:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        weights = scores.softmax(-1).to(value.dtype)
-        return F.dropout(weights, self.dropout, self.training) @ value
+        weights = F.dropout(scores.softmax(-1).to(value.dtype), self.dropout, self.training)
+        if masks.weights is not None:
+            masks.weights.append(F.pad(weights, (masks.S - key.shape[2], 0)))  # a local layer may hold fewer positions
+        return weights @ value
 
     def _flex(self, query: Tensor, key: Tensor, value: Tensor, masks: AttentionMasks) -> Tensor:
         if self.training and self.dropout:
@@ -239,6 +250,7 @@ class Decoder(Network):
 
     def __init__(self, config: GPTNeoConfig, attn_implementation: str = "sdpa") -> None:
         super().__init__(config, attn_implementation)
+        self.gradient_checkpointing = False
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
         self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.drop = nn.Dropout(config.embed_dropout)
@@ -264,19 +276,19 @@ class Decoder(Network):
         `attention_mask[B, S]` is 0 on padding, which belongs on the right: positions are absolute, unless
         `position_ids[B, T]` says otherwise. With `past_key_values`, the T ids follow the positions it holds, and
         S = held + T. `use_cache` gives a cache to continue with. `token_type_ids[B, T]` are embedded by the token
-        embedding, and added. `return_dict=False` gives a tuple. None is what the configuration says. Attention
-        weights are not given: `output_attentions=True` is refused.
+        embedding, and added. `return_dict=False` gives a tuple. None is what the configuration says.
+        `output_attentions` gives each block's attention weights, which only `attn_implementation="eager"` writes out.
+        While it trains with `gradient_checkpointing`, blocks are computed again for their gradients, without a cache.
 
-        Raises ContextError beyond `max_position_embeddings`.
+        Raises ContextError beyond `max_position_embeddings`, RequestError for weights that are not written out.
         """
         x = self._embed(input_ids, inputs_embeds, attention_mask)  # [B, T, C]
         T = x.shape[1]
-        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
+        again = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and past_key_values is None
+        if not again and past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = KVCache(len(self.h), max(1, T), windows=windows_of(self.config)[: len(self.h)])
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if self.config.output_attentions if output_attentions is None else output_attentions:
-            raise RequestError("output_attentions is True: attention weights are not kept here, pass False")
         past = past_key_values.length if past_key_values is not None else 0
         x = x + self.wpe(self._positions(position_ids, past, T, x.device))
         if token_type_ids is not None:
@@ -286,18 +298,32 @@ class Decoder(Network):
         if keep is not None and keep.shape[1] != past + T:
             raise RequestError(f"attention_mask covers {keep.shape[1]} positions; {past} held + {T} new are {past + T}")
         masks = AttentionMasks(T, past + T, self.config.window_size, keep, x.device)
+        masks.weights = self._wanted_weights(output_attentions)
         seen: tuple[Tensor, ...] = (x,)
         for block in self.h:
             device = block.get_parameter("ln_1.weight").device
             if x.device != device:  # the blocks are spread over devices
                 x, masks = x.to(device), masks.to(device)
-            x = block(x, masks, past_key_values)
+            x = checkpoint(block, x, masks, use_reentrant=False) if again else block(x, masks, past_key_values)
             if output_hidden_states:
                 seen += (x,)
         x = self.ln_f(x.to(self.ln_f.weight.device))
         # transformers' convention: the last entry is after the final norm
         hidden_states = (*seen[:-1], x) if output_hidden_states else None
-        return self.output(BaseModelOutput(x, past_key_values, hidden_states), return_dict)
+        attentions = None if masks.weights is None else tuple(masks.weights)
+        return self.output(BaseModelOutput(x, past_key_values, hidden_states, attentions), return_dict)
+
+    def _wanted_weights(self, output_attentions: bool | None) -> list[Tensor] | None:
+        if not (self.config.output_attentions if output_attentions is None else output_attentions):
+            return None
+        for block in self.h:
+            name = block.attn.attention.implementation  # type: ignore[union-attr]
+            if name != "eager":
+                raise RequestError(
+                    f"output_attentions is True, and {name} writes out no weights: load with "
+                    'attn_implementation="eager", or call set_attn_implementation("eager")'
+                )
+        return []
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -338,6 +364,9 @@ class CausalLM(Network):
         """Weights that are another's, by name: the head's, where the configuration ties it to the embedding."""
         return {"lm_head.weight": "transformer.wte.weight"} if self.config.tie_word_embeddings else {}
 
+    accepts_loss_kwargs, loss_type = True, "ForCausalLM"
+    """What transformers' Trainer asks: whether `forward` takes `num_items_in_batch`, and which labels count in it."""
+
     def tie_weights(self) -> None:
         """Make the head's weight the embedding's own tensor, where the configuration says so."""
         if self.config.tie_word_embeddings:
@@ -353,6 +382,7 @@ class CausalLM(Network):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -362,7 +392,8 @@ class CausalLM(Network):
         """`logits[B, T, V]`, or of the last `logits_to_keep` positions only (0: all).
 
         With `labels[B, T]`, the mean negative log-likelihood in nats of each label given what is before it; -100 is
-        left out. The other arguments are Decoder's.
+        left out. `num_items_in_batch` is divided by instead of the number of labels, as where a batch comes in several
+        calls. The other arguments are Decoder's.
         """
         base = self.transformer(
             input_ids,
@@ -382,8 +413,12 @@ class CausalLM(Network):
         if labels is not None:
             shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
             shifted = shifted[:, -logits_to_keep:]
-            loss = F.cross_entropy(logits.float().flatten(0, 1), shifted.flatten().to(logits.device))
-        return self.output(CausalLMOutput(loss, logits, base.past_key_values, base.hidden_states), return_dict)
+            reduction = "mean" if num_items_in_batch is None else "sum"
+            flat = shifted.flatten().to(logits.device)
+            loss = F.cross_entropy(logits.float().flatten(0, 1), flat, reduction=reduction)
+            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
+        output = CausalLMOutput(loss, logits, base.past_key_values, base.hidden_states, base.attentions)
+        return self.output(output, return_dict)
 
     def _head_device(self) -> torch.device:
         return next(chain(self.lm_head.parameters(), self.lm_head.buffers())).device  # quantized, it has only buffers

@@ -49,7 +49,8 @@ class SequenceClassifier(Network):
         logits = scores[rows, self._last(input_ids, scores)]
         loss = self._loss(logits, labels) if labels is not None else None
         return self.output(
-            SequenceClassifierOutput(loss, logits, base.past_key_values, base.hidden_states), return_dict
+            SequenceClassifierOutput(loss, logits, base.past_key_values, base.hidden_states, base.attentions),
+            return_dict,
         )
 
     def _last(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ class TokenClassifier(Network):
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits.view(-1, self.num_labels), labels.to(logits.device).view(-1))
-        return self.output(TokenClassifierOutput(loss, logits, base.hidden_states), return_dict)
+        return self.output(TokenClassifierOutput(loss, logits, base.hidden_states, base.attentions), return_dict)
 
 
 class QuestionAnswerer(Network):
@@ -135,7 +136,10 @@ class QuestionAnswerer(Network):
         if start_positions is not None and end_positions is not None:
             loss = (_span_loss(start, start_positions) + _span_loss(end, end_positions)) / 2
         return self.output(
-            QuestionAnsweringModelOutput(loss, start.contiguous(), end.contiguous(), base.hidden_states), return_dict
+            QuestionAnsweringModelOutput(
+                loss, start.contiguous(), end.contiguous(), base.hidden_states, base.attentions
+            ),
+            return_dict,
         )
 
 

@@ -40,11 +40,13 @@ class ModelOutput(Mapping[str, Any]):
 
 @dataclass
 class BaseModelOutput(ModelOutput):
-    """`last_hidden_state[B, T, C]`, after the final norm; `hidden_states`: the embeddings and every block's output."""
+    """`last_hidden_state[B, T, C]`, after the final norm; `hidden_states`: the embeddings and every block's output;
+    `attentions`: every block's weights `[B, H, T, S]`, behind the dropout."""
 
     last_hidden_state: Tensor
     past_key_values: KVCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -55,6 +57,7 @@ class CausalLMOutput(ModelOutput):
     logits: Tensor | None = None
     past_key_values: KVCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -65,6 +68,7 @@ class SequenceClassifierOutput(ModelOutput):
     logits: Tensor | None = None
     past_key_values: KVCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -74,6 +78,7 @@ class TokenClassifierOutput(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -84,3 +89,4 @@ class QuestionAnsweringModelOutput(ModelOutput):
     start_logits: Tensor | None = None
     end_logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None

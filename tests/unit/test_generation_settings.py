@@ -148,7 +148,6 @@ def test_options_of_the_command_line_count_before_the_folder(make_model: Callabl
 
 BEAMS: list[dict[str, Any]] = [
     {"num_beams": 4},
-    {"no_repeat_ngram_size": 2},
     {"suppress_tokens": [3]},
     {"penalty_alpha": 0.6, "top_k": 4},
 ]

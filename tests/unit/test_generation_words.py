@@ -1,0 +1,189 @@
+"""transformers' words for generating, on our loop: the same tokens and scores as its own on the same weights."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import neoquant
+from neoquant.errors import RequestError
+from neoquant.generation.generate import NOTHING, Sampling, filter_logits, without_repeats
+
+transformers = pytest.importorskip("transformers")
+
+IDS = torch.tensor([[5, 9, 5, 9, 5], [3, 3, 1, 3, 3]])
+MASK = torch.tensor([[0, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Any, Any]:
+    """Ours and theirs, with one set of weights that likes to repeat itself."""
+    values = {
+        "vocab_size": 29, "max_position_embeddings": 40, "hidden_size": 16, "num_heads": 2, "num_layers": 2,
+        "window_size": 4, "attention_types": [[["global", "local"], 1]], "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+    ours = neoquant.GPTNeoForCausalLM(neoquant.GPTNeoConfig(**values)).init_weights(seed=3).eval()
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.mul_(6)
+    theirs = transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(**values)).eval()
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def generated(pair: tuple[Any, Any], **asked: Any) -> tuple[Any, Any]:
+    """What both make with the same random numbers."""
+    made = []
+    for model in pair:
+        torch.manual_seed(1)
+        given = {"attention_mask": MASK, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": None, **asked}
+        made.append(model.generate(IDS, **given))
+    return made[0], made[1]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6, 30])
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_no_ngram_comes_twice_as_in_transformers(pair: tuple[Any, Any], size: int, penalty: float) -> None:
+    whole = {"attention_mask": torch.ones_like(IDS), "repetition_penalty": penalty}
+    ours, theirs = generated(pair, no_repeat_ngram_size=size, **whole)
+    assert ours.tolist() == theirs.tolist()
+
+
+def test_padding_is_part_of_no_ngram(pair: tuple[Any, Any]) -> None:
+    """Each row goes on as it would alone, whatever fills its padding."""
+    together, _ = generated(pair, no_repeat_ngram_size=2)
+    for row in range(2):
+        alone = pair[0].generate(
+            IDS[row : row + 1, MASK[row].bool()], max_new_tokens=12, no_repeat_ngram_size=2, eos_token_id=[]
+        )
+        assert together[row, 5:].tolist() == alone[0, int(MASK[row].sum()) :].tolist()
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(1, 4), st.integers(0, 3))
+@settings(deadline=None, max_examples=200)
+def test_what_would_repeat_is_found_by_looking(text: list[int], size: int, padding: int) -> None:
+    expected = set()
+    for token in range(5):
+        ending = [*text, token][-size:]
+        if len(ending) == size and any(text[i : i + size] == ending for i in range(len(text) - size + 1)):
+            expected.add(token)
+    logits = without_repeats(torch.zeros(1, 5), torch.tensor([[NOTHING] * padding + text]), size)
+    assert {token for token in range(5) if not logits[0, token].isfinite()} == expected
+
+
+@pytest.mark.parametrize("drafts", [1, 4])
+def test_guessed_tokens_repeat_nothing_either(pair: tuple[Any, Any], drafts: int) -> None:
+    for size, penalty in ((2, 1.0), (3, 1.2), (0, 1.2)):
+        asked = {"no_repeat_ngram_size": size, "repetition_penalty": penalty, "max_new_tokens": 20, "eos_token_id": []}
+        plain = pair[0].generate(IDS[:1], **asked)
+        assert pair[0].generate(IDS[:1], prompt_lookup_num_tokens=drafts, **asked).tolist() == plain.tolist()
+
+
+@pytest.mark.parametrize("min_p", [0.0, 0.05, 0.4, 1.0])
+def test_min_p_keeps_what_transformers_keeps(pair: tuple[Any, Any], min_p: float) -> None:
+    ours, theirs = generated(pair, min_p=min_p, do_sample=True, top_k=0, temperature=1.7)
+    assert ours.tolist() == theirs.tolist()
+    logits = torch.randn(7, 50, generator=torch.Generator().manual_seed(2)) * 3
+    wanted = transformers.MinPLogitsWarper(min_p)(None, transformers.TopKLogitsWarper(20)(None, logits / 0.7))
+    torch.testing.assert_close(filter_logits(logits, Sampling(0.7, top_k=20, min_p=min_p)), wanted)
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_scores_and_logits_are_transformers(pair: tuple[Any, Any], sample: bool) -> None:
+    options = {"do_sample": True, "top_k": 5, "temperature": 0.9} if sample else {}
+    asked = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "repetition_penalty": 1.2}
+    ours, theirs = generated(pair, **asked, **options)
+    assert ours.sequences.tolist() == theirs.sequences.tolist()
+    assert len(ours.scores) == len(ours.logits) == 12
+    for name in ("scores", "logits"):
+        torch.testing.assert_close(torch.stack(ours[name]), torch.stack(theirs[name]), rtol=1e-4, atol=1e-4)
+    plain, _ = generated(pair, return_dict_in_generate=True)
+    assert list(plain) == ["sequences"]
+
+
+def test_scores_end_with_the_text(pair: tuple[Any, Any]) -> None:
+    ends = pair[0].generate(IDS[:1], max_new_tokens=12, eos_token_id=[])[0, 7].item()
+    out = pair[0].generate(
+        IDS[:1], max_new_tokens=12, eos_token_id=ends, return_dict_in_generate=True, output_scores=True
+    )
+    assert len(out.scores) == out.sequences.shape[1] - IDS.shape[1] <= 3
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_transformers_processors_and_criteria_serve(pair: tuple[Any, Any], sample: bool) -> None:
+    class Length(transformers.StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            return input_ids.sum(1) > 150
+
+    processors = transformers.LogitsProcessorList(
+        [
+            transformers.SuppressTokensLogitsProcessor([5, 9, 7]),
+            transformers.RepetitionPenaltyLogitsProcessor(1.4),
+            transformers.SequenceBiasLogitsProcessor([[[3], 2.5]]),
+        ]
+    )
+    criteria = transformers.StoppingCriteriaList([transformers.MaxLengthCriteria(14), Length()])
+    asked = {"attention_mask": torch.ones_like(IDS), "do_sample": sample, "temperature": 1.5, "eos_token_id": 0}
+    ours, theirs = generated(pair, logits_processor=processors, stopping_criteria=criteria, **asked)
+    assert ours.tolist() == theirs.tolist()
+    assert not {5, 9, 7} & set(ours[:, 5:].flatten().tolist())
+    plain, _ = generated(pair, logits_processor=[], stopping_criteria=[])
+    assert plain.tolist() == generated(pair)[0].tolist()
+
+
+def test_one_answer_ends_all_rows(pair: tuple[Any, Any]) -> None:
+    out = pair[0].generate(IDS, max_new_tokens=12, stopping_criteria=[lambda ids, scores: ids.shape[1] >= 8])
+    assert out.shape == (2, 8)
+
+
+def test_drafts_go_without_what_looks_at_single_tokens(pair: tuple[Any, Any]) -> None:
+    for asked in ({"logits_processor": [lambda ids, logits: logits]}, {"return_dict_in_generate": True}):
+        with pytest.raises(RequestError, match="drafts are checked together"):
+            pair[0].generate(IDS[:1], max_new_tokens=2, prompt_lookup_num_tokens=3, **asked)
+
+
+def test_settings_may_be_changed(tiny_model: Path, tmp_path: Path) -> None:
+    model = neoquant.GPTNeoForCausalLM.from_pretrained(tiny_model)
+    config = model.generation_config
+    config.max_new_tokens, config.min_p, config.use_cache = 3, 0.1, True
+    assert model.generate([[1, 2]]).shape == (1, 5)
+    config.num_beams = 4
+    assert (config.num_beams, config.use_cache, config.penalty_alpha, config.low_memory) == (4, True, None, None)
+    other = copy.deepcopy(config)
+    model.save_pretrained(tmp_path / "saved")
+    assert '"num_beams": 4' in (tmp_path / "saved" / "generation_config.json").read_text()
+    with pytest.raises(RequestError, match=r"num_beams is 4; .*model\.to_transformers\(\)\.generate takes it"):
+        model.generate([[1, 2]])
+    config.num_beams = None
+    assert other.num_beams == 4 and config.to_dict().get("num_beams") is None
+    assert model.generate([[1, 2]], generation_config=other, num_beams=1).shape == (1, 5)
+    with pytest.raises(RequestError, match=r"no setting 'max_new_token'; did you mean 'max_new_tokens'\?"):
+        config.max_new_token = 3
+    with pytest.raises(RequestError, match="min_p is 'a'; legal is a finite number"):
+        config.min_p = "a"
+    with pytest.raises(AttributeError, match="no setting 'colour'"):
+        _ = config.colour
+
+
+@pytest.mark.parametrize("name", ["min_p", "no_repeat_ngram_size"])
+def test_illegal_values_are_named(pair: tuple[Any, Any], name: str) -> None:
+    with pytest.raises(RequestError, match=f"{name} is -1; legal is"):
+        pair[0].generate(IDS, max_new_tokens=1, **{name: -1})
+
+
+def test_what_only_transformers_does_it_does_with_the_same_tensors(pair: tuple[Any, Any]) -> None:
+    with pytest.raises(RequestError, match=r"num_beams is 3; .*model\.to_transformers\(\)\.generate takes it"):
+        pair[0].generate(IDS, num_beams=3)
+    with pytest.raises(RequestError, match="inputs_embeds is tensor"):
+        pair[0].generate(IDS, inputs_embeds=torch.zeros(2, 5, 16))
+    made = [
+        model.generate(IDS, attention_mask=MASK, num_beams=3, max_new_tokens=6, pad_token_id=0)
+        for model in (pair[0].to_transformers(), pair[1])
+    ]
+    assert made[0].tolist() == made[1].tolist()

@@ -1,0 +1,220 @@
+"""Small methods of transformers' models, on ours: each does what transformers' does."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import neoquant
+from neoquant.errors import RequestError
+
+transformers = pytest.importorskip("transformers")
+
+IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8, 4, 5]])
+INT8 = {"load_in_8bit": True}
+
+
+def both(folder: Path, head: str = "CausalLM", **options: Any) -> tuple[Any, Any]:
+    """Ours and theirs, of the same weights."""
+    ours = getattr(neoquant, f"GPTNeoFor{head}").from_pretrained(folder, dtype=torch.float32, **options)
+    theirs = getattr(transformers, f"GPTNeoFor{head}").from_pretrained(folder, dtype=torch.float32, **options)
+    return ours, theirs
+
+
+def test_attention_weights_are_transformers(tiny_model: Path) -> None:
+    ours, theirs = both(tiny_model, attn_implementation="eager")
+    mask = torch.ones_like(IDS)
+    mask[0, 9:] = 0
+    got, wanted = (model(IDS, attention_mask=mask, output_attentions=True) for model in (ours, theirs))
+    assert len(got.attentions) == ours.config.num_layers
+    for mine, other in zip(got.attentions, wanted.attentions, strict=True):
+        torch.testing.assert_close(mine[1], other[1])
+        torch.testing.assert_close(mine[0, :, :9], other[0, :, :9])  # rows of padding are nobody's
+    assert list(got) == ["logits", "past_key_values", "attentions"]
+    assert got[-1] is got.attentions
+
+
+def test_attention_weights_behind_a_cache_cover_all_positions(tiny_model: Path) -> None:
+    """A local layer's cache holds its window only: what it has forgotten has no weight."""
+    ours = neoquant.GPTNeoForCausalLM.from_pretrained(tiny_model, attn_implementation="eager", dtype=torch.float32)
+    whole = ours(IDS, output_attentions=True).attentions
+    past = ours(IDS[:, :-1]).past_key_values
+    part = ours(IDS[:, -1:], past_key_values=past, output_attentions=True).attentions
+    for mine, other in zip(part, whole, strict=True):
+        assert mine.shape == (*other.shape[:2], 1, IDS.shape[1])
+        torch.testing.assert_close(mine, other[:, :, -1:])
+
+
+def test_other_implementations_name_the_one_that_gives_weights(tiny_model: Path) -> None:
+    model = neoquant.GPTNeoForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    with pytest.raises(RequestError, match=r"sdpa writes out no weights: .*set_attn_implementation\(\"eager\"\)"):
+        model(IDS, output_attentions=True)
+    before = model(IDS).logits
+    model.set_attn_implementation("eager")
+    assert model(IDS, output_attentions=True).attentions[0].shape[-1] == IDS.shape[1]
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, before)
+    with pytest.raises(RequestError, match="attn_implementation is 'fast'; legal are sdpa, eager"):
+        model.set_attn_implementation("fast")
+
+
+@pytest.mark.parametrize("rows", [7, 300])
+@pytest.mark.parametrize("tie", [True, False])
+def test_resized_embeddings_are_transformers(
+    make_model: Callable[..., Path], rows: int, tie: bool, tmp_path: Path
+) -> None:
+    ours, theirs = both(make_model(f"resize{rows}{tie}", tie_word_embeddings=tie))
+    old = ours.config.vocab_size
+    embedding = ours.resize_token_embeddings(rows)
+    theirs.resize_token_embeddings(rows, mean_resizing=False)
+    assert embedding is ours.get_input_embeddings()
+    kept = min(old, rows)
+    for mine, other in ((ours.transformer.wte, theirs.transformer.wte), (ours.lm_head, theirs.lm_head)):
+        assert mine.weight.shape == other.weight.shape
+        assert torch.equal(mine.weight[:kept], other.weight[:kept])
+        torch.testing.assert_close(mine.weight[kept:], mine.weight[:old].mean(0).expand(rows - kept, -1))
+    assert (ours.lm_head.weight is ours.transformer.wte.weight) == tie
+    assert ours.config.vocab_size == rows
+    ours.save_pretrained(tmp_path / "saved")
+    again = neoquant.GPTNeoForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    ids = IDS.clamp(max=rows - 1)
+    assert torch.equal(again(ids).logits, ours.eval()(ids).logits)
+
+
+def test_resizing_rounds_up_draws_and_refuses(tiny_model: Path) -> None:
+    model = neoquant.GPTNeoForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    old = model.config.vocab_size
+    assert model.resize_token_embeddings() is model.get_input_embeddings()
+    assert model.config.vocab_size == old
+    rows = model.resize_token_embeddings(old + 1, pad_to_multiple_of=64, mean_resizing=False).num_embeddings
+    assert rows % 64 == 0 and rows - old <= 64
+    assert model.transformer.wte.weight[old:].std() > 0
+    with pytest.raises(RequestError, match="new_num_tokens is 0"):
+        model.resize_token_embeddings(0)
+    recipe = neoquant.Recipe.simple(8, "int8", embeddings="int8")
+    quantized = neoquant.GPTNeoForCausalLM.from_pretrained(tiny_model, quantization_config=recipe)
+    with pytest.raises(RequestError, match=r"the embedding is quantized: dequantize\(\) the model"):
+        quantized.resize_token_embeddings(old + 1)
+
+
+@pytest.mark.parametrize("quantize", [None, INT8])
+def test_gradients_of_blocks_that_are_computed_again_are_the_same(tiny_model: Path, quantize: Any) -> None:
+    model = neoquant.GPTNeoForCausalLM.from_pretrained(tiny_model, quantization_config=quantize, dtype=torch.float32)
+    model.train()
+    inside: list[int] = []
+
+    def gradients() -> list[torch.Tensor]:
+        inside.clear()
+        model.zero_grad()
+        model(IDS, labels=IDS).loss.backward()
+        return [each.grad.clone() for each in model.parameters() if each.requires_grad and each.grad is not None]
+
+    block = model.transformer.h[1]
+    block.ln_1.register_forward_hook(lambda *_: inside.append(1))
+    plain = gradients()
+    assert len(inside) == 1
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert model.is_gradient_checkpointing
+    again = gradients()
+    assert len(inside) == 2
+    assert len(plain) == len(again) > 3
+    assert all(torch.equal(*pair) for pair in zip(plain, again, strict=True))
+    assert "past_key_values" not in model(IDS)
+    model.gradient_checkpointing_disable()
+    gradients()
+    assert len(inside) == 1
+    with pytest.raises(RequestError, match="legal is use_reentrant"):
+        model.gradient_checkpointing_enable({"determinism": 1})
+
+
+def test_inputs_can_be_given_gradients(tiny_model: Path) -> None:
+    model = neoquant.GPTNeoForCausalLM.from_pretrained(tiny_model, quantization_config=INT8, dtype=torch.float32)
+    model.requires_grad_(False)
+    assert not model(IDS).logits.requires_grad
+    model.enable_input_require_grads()
+    assert model(IDS).logits.requires_grad
+
+
+@pytest.mark.parametrize("recipe", ["nf4", "own"])
+def test_a_dequantized_model_is_plain_and_gives_the_same(tiny_model: Path, recipe: str, tmp_path: Path) -> None:
+    given = neoquant.Recipe.simple(4, "nf4", **({"embeddings": "int8"} if recipe == "own" else {}))
+    model = neoquant.GPTNeoForCausalLM.from_pretrained(tiny_model, quantization_config=given, dtype=torch.float32)
+    with torch.no_grad():
+        before = model(IDS).logits
+        assert model.dequantize() is model
+        torch.testing.assert_close(model(IDS).logits, before, rtol=1e-4, atol=1e-4)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    model.save_pretrained(tmp_path / "plain")
+    theirs = transformers.GPTNeoForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    assert getattr(theirs.config, "quantization_config", None) is None
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(IDS).logits, before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_in_several_calls_has_the_loss_of_one(tiny_model: Path) -> None:
+    ours, theirs = both(tiny_model)
+    labels = IDS.clone()
+    labels[0, 4:] = -100
+    count = (labels[:, 1:] != -100).sum()
+    whole = ours(IDS, labels=labels).loss
+    parts = [ours(IDS[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=count).loss for i in range(2)]
+    torch.testing.assert_close(sum(parts), whole)
+    wanted = theirs(IDS[:1], labels=labels[:1], num_items_in_batch=count).loss
+    torch.testing.assert_close(parts[0], wanted)
+
+
+class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    def __init__(self, label: Any = None) -> None:
+        self.label = label
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = (IDS[0] + index) % 11
+        return {"input_ids": row, "labels": row if self.label is None else torch.tensor(self.label)}
+
+
+def train(model: Any, folder: Path, steps: int, save: str = "steps", resume: bool = False, label: Any = None) -> Any:
+    """The losses of transformers' Trainer, in batches of two calls each."""
+    arguments = transformers.TrainingArguments(
+        str(folder), max_steps=steps, save_strategy=save, save_steps=2, logging_steps=1, report_to=[], use_cpu=True,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-3, seed=1, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = transformers.Trainer(model, arguments, train_dataset=Rows(label))
+    trainer.train(resume_from_checkpoint=resume)
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_transformers_trainer_has_the_losses_that_it_has_with_its_own(tiny_model: Path, tmp_path: Path) -> None:
+    ours, theirs = both(tiny_model)
+    given = both(tiny_model)[0]
+    losses = train(ours, tmp_path / "ours", 3, save="no")
+    assert losses == pytest.approx(train(theirs, tmp_path / "theirs", 3, save="no"), rel=1e-4)
+    # A checkpoint holds no tensor twice, which transformers sees to for its own classes: the same tensors in one.
+    assert losses == pytest.approx(train(given.to_transformers(), tmp_path / "saved", 3), rel=1e-4)
+    for pair in zip(ours.parameters(), given.parameters(), strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-4)
+    again = neoquant.GPTNeoForCausalLM.from_pretrained(tmp_path / "saved" / "checkpoint-3", dtype=torch.float32)
+    assert all(torch.equal(*pair) for pair in zip(again.parameters(), given.parameters(), strict=True))
+
+
+def test_transformers_trainer_saves_a_classifier_and_resumes(tiny_model: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", neoquant.LoadWarning)  # of a head that is to be trained
+        model = neoquant.GPTNeoForSequenceClassification.from_pretrained(tiny_model, dtype=torch.float32)
+    model.config.pad_token_id = 0
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    losses = train(model, tmp_path, 3, label=1)
+    assert losses[-1] < losses[0]
+    ended = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(start)
+    train(model, tmp_path, 3, resume=True, label=1)  # from the second step
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, ended[name])
