@@ -19,7 +19,7 @@ class GenerateDecoderOnlyOutput(ModelOutput):
     logits: tuple[Tensor, ...] | None = None
 
 
-class TokenScores:
+class KeptScores:
     """Keeps what `generate_as` is to return beside the ids."""
 
     def __init__(self, scores: bool, logits: bool) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from neoquant.checkpoint import find_companions
+from neoquant.checkpoint.keywords import without_keywords
+from neoquant.errors import RequestError
 from neoquant.loading.pretrained import (
     GPTNeoForCausalLM,
     GPTNeoForQuestionAnswering,
@@ -26,7 +28,7 @@ class _Auto(Generic[ModelT]):
     model_class: ClassVar[type[PreTrainedModel]]
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, **options: Any) -> ModelT:
+    def from_pretrained(cls, source: str | Path | None = None, **options: Any) -> ModelT:
         """A checkpoint, plain or quantized, from a folder or by its id on the hub.
 
         `options` (`dtype`, `device_map`, `attn_implementation`, ...) and errors are the model class's own.
@@ -73,11 +75,14 @@ class AutoConfig:
     """Reads configurations."""
 
     @staticmethod
-    def from_pretrained(source: str | Path, *, revision: str | None = None) -> GPTNeoConfig:
+    def from_pretrained(source: str | Path, *, revision: str | None = None, **others: Any) -> GPTNeoConfig:
         """The configuration of a folder, or of an id on the hub, of which no weights are fetched.
 
-        Raises CheckpointError (ConfigError for one that is no legal GPT-Neo's) or HubError.
+        `others` are transformers' keywords for where files are: taken or answered. Raises CheckpointError (ConfigError
+        for one that is no legal GPT-Neo's), HubError or RequestError.
         """
+        for name in without_keywords(others):
+            raise RequestError(f"{name} is no keyword of reading a configuration: set it on the configuration")
         return GPTNeoConfig.from_pretrained(find_companions(source, revision=revision))
 
 
@@ -85,7 +90,7 @@ class AutoTokenizer:
     """Reads tokenizers."""
 
     @staticmethod
-    def from_pretrained(source: str | Path, *, revision: str | None = None, **settings: Any) -> Tokenizer:
+    def from_pretrained(source: str | Path | None = None, *, revision: str | None = None, **settings: Any) -> Tokenizer:
         """The tokenizer of a folder or hub id; `settings` (`pad_token`, `padding_side`, ...) come before its files'.
 
         Raises CheckpointError where there is none, HubError, or RequestError for a setting that there is not.

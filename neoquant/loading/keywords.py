@@ -10,31 +10,25 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from neoquant.checkpoint.keywords import ANSWERED as HUB_ANSWERED
+from neoquant.checkpoint.keywords import WITHOUT_EFFECT as HUB_WITHOUT_EFFECT
+from neoquant.checkpoint.keywords import Answers, require_neutral
 from neoquant.errors import RequestError
 from neoquant.model.config import GPTNeoConfig
 
 WITHOUT_EFFECT = (
-    "trust_remote_code", "low_cpu_mem_usage", "use_safetensors", "use_fast", "use_kernels", "offload_folder",
-    "offload_state_dict", "offload_buffers", "resume_download", "tqdm_class", "experts_implementation",
+    *HUB_WITHOUT_EFFECT, "low_cpu_mem_usage", "use_safetensors", "use_kernels", "offload_folder",
+    "offload_state_dict", "offload_buffers", "experts_implementation",
 )  # fmt: skip
 """How transformers looks for code, reads files and shows progress."""
 
 _INSIDE = "neoquant.transformers.from_pretrained takes it"
-_LOGIN = "set HF_TOKEN, or log in with `hf auth login`"
 _THEIRS = (
     "adapter_kwargs", "allow_all_kernels", "device_mesh", "distributed_config", "fusion_config", "generation_config",
     "kernel_config", "key_mapping", "tp_plan", "tp_size",
 )  # fmt: skip
-ANSWERED: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "cache_dir": ((None,), "set HF_HUB_CACHE, which huggingface_hub reads when it is imported"),
-    "token": ((None, True), _LOGIN),
-    "use_auth_token": ((None, True), _LOGIN),
-    "local_files_only": ((None, False), "set HF_HUB_OFFLINE=1, or give the folder"),
-    "force_download": ((None, False), "remove the model from the hub's cache, with `hf cache rm`"),
-    "proxies": ((None,), "set HTTPS_PROXY"),
-    "subfolder": ((None, ""), "give the folder that the model is in"),
-    "variant": ((None,), "give a folder that holds that variant's files alone"),
-    "config": ((None,), "the config.json beside the weights counts: change it there"),
+ANSWERED: Answers = {
+    **HUB_ANSWERED,
     "state_dict": ((None,), "load the folder, then call load_state_dict"),
     "gguf_file": ((None,), f"GGUF is not read here; {_INSIDE}"),
     "from_tf": ((None, False), "weights of TensorFlow are not read"),
@@ -42,7 +36,6 @@ ANSWERED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "weights_only": ((None, True), "pickles are read without running what they hold, always"),
     "load_in_4bit": ((None, False), 'quantization_config={"load_in_4bit": True} asks for it'),
     "load_in_8bit": ((None, False), 'quantization_config={"load_in_8bit": True} asks for it'),
-    "output_loading_info": ((None, False), "`load_report` of the loaded model says it"),
     "ignore_mismatched_sizes": ((None, False), f"a head of another size is drawn anew by a fresh model; {_INSIDE}"),
     "label2id": ((None,), "it follows from id2label"),
     **dict.fromkeys(_THEIRS, ((None,), f"it is made for what only transformers does; {_INSIDE}")),
@@ -60,9 +53,7 @@ def require_nothing(others: Mapping[str, Any]) -> None:
         if name in WITHOUT_EFFECT:
             continue
         if name in ANSWERED:
-            neutral, answer = ANSWERED[name]
-            if not any(value is each or (value == each and type(value) is type(each)) for each in neutral):
-                raise RequestError(f"{name}={value!r:.60} is not done here: {answer}")
+            require_neutral(name, value, ANSWERED)
         elif name in _SETTINGS:
             raise RequestError(
                 f"{name} is a setting of config.json: change it there, or in the loaded model's `config`"

@@ -17,7 +17,7 @@ from neoquant.generation.config import FILE as GENERATION_FILE
 from neoquant.generation.config import GenerationConfig
 from neoquant.generation.drafting import drafter_of
 from neoquant.generation.generate import Processor, Streamer, as_ids, collect, generate, in_turn
-from neoquant.generation.outputs import TokenScores
+from neoquant.generation.outputs import KeptScores
 from neoquant.generation.padding import inferred_mask
 from neoquant.generation.speculative import stream_with_drafts
 from neoquant.generation.stopping import ends_by, ends_with
@@ -25,6 +25,7 @@ from neoquant.loading.keywords import require_nothing
 from neoquant.loading.load import folder_of, load_model, read_model
 from neoquant.loading.methods import ModelMethods
 from neoquant.loading.save import push_model, save_model
+from neoquant.model.base import Network
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.gpt_neo import CausalLM, Decoder
 from neoquant.model.heads import QuestionAnswerer, SequenceClassifier, TokenClassifier
@@ -42,7 +43,7 @@ class PreTrainedModel(ModelMethods):
     @classmethod
     def from_pretrained(
         cls,
-        source: str | Path | None,
+        source: str | Path | None = None,
         *,
         revision: str | None = None,
         dtype: torch.dtype | str | None = None,
@@ -55,6 +56,8 @@ class PreTrainedModel(ModelMethods):
         num_labels: int | None = None,
         id2label: Mapping[int | str, str] | None = None,
         problem_type: str | None = None,
+        output_loading_info: bool = False,
+        pretrained_model_name_or_path: str | Path | None = None,
         **others: Any,
     ) -> Self:
         """Load a checkpoint, plain or quantized, from a folder or by its id on the hub.
@@ -65,13 +68,15 @@ class PreTrainedModel(ModelMethods):
         `quantization_config`, a BitsAndBytesConfig or GPTQConfig (neoquant's or transformers'), their values or a
         Recipe (or the name of one), a plain checkpoint is quantized on the way.
         `mmap=False` copies weights that would lie in their file's own memory, which must not be cut short.
-        `torch_dtype` is transformers 4's name of `dtype`. `num_labels` or `id2label`, and `problem_type`, are of a head
-        that is to be trained. `others` are transformers' other keywords: `loading.keywords` says which change
-        nothing, and answers the rest.
+        `torch_dtype` is transformers 4's name of `dtype`, `pretrained_model_name_or_path` its name of `source`.
+        `num_labels` or `id2label`, and `problem_type`, are of a head that is to be trained. With `output_loading_info`,
+        the model comes in a pair with what its `load_report` says, by transformers' names. `others` are transformers'
+        other keywords: `loading.keywords` says which change nothing, and answers the rest.
 
         Raises CheckpointError, HubError or RequestError; a tensor that is missing or unexpected is one of the first.
         """
         require_nothing(others)
+        source = source or pretrained_model_name_or_path
         if dtype is not None and torch_dtype is not None:
             raise RequestError("dtype and torch_dtype are two names of the same: give one of them")
         options: dict[str, Any] = {
@@ -85,8 +90,10 @@ class PreTrainedModel(ModelMethods):
         if quantization_config is not None:
             from neoquant.loading.quantize_on_load import load_quantized  # a third of a second that few loads need
 
-            return load_quantized(source, cls, quantization_config, revision=revision, **options)
-        return load_model(source, cls, revision=revision, **options)
+            model = load_quantized(source, cls, quantization_config, revision=revision, **options)
+        else:
+            model = load_model(source, cls, revision=revision, **options)
+        return (model, _loading_info(model)) if output_loading_info else model  # type: ignore[return-value]
 
     def save_pretrained(
         self,
@@ -129,6 +136,13 @@ class PreTrainedModel(ModelMethods):
             message=commit_message,
             token=token,
         )
+
+
+def _loading_info(model: Network) -> dict[str, Any]:
+    """What the report of loading says, by transformers' names."""
+    report = model.load_report
+    missing, unexpected = set(report.missing), set(report.unexpected)
+    return {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": set(), "error_msgs": []}
 
 
 def _labels(
@@ -271,7 +285,7 @@ class GPTNeoForCausalLM(PreTrainedModel, CausalLM):
             "cache_dtype": config.cache_dtype,
         }
         asked_for = bool(config.output_scores), bool(config.output_logits)
-        scores = TokenScores(*asked_for) if config.return_dict_in_generate else None
+        scores = KeptScores(*asked_for) if config.return_dict_in_generate else None
         if assistant_model is None and not config.prompt_lookup_num_tokens:
             options |= {"processor": in_turn(logits_processor), "record": scores, "streamer": streamer}
             made = generate(self, ids, **{**given, **options})

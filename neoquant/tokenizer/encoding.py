@@ -31,8 +31,41 @@ _TRUNCATION = (None, False, "do_not_truncate", True, *_STRATEGIES)
 class BatchEncoding(dict[str, Any]):
     """`input_ids` and `attention_mask` (0 on padding), reached as keys or attributes; `**encoding` feeds a model.
 
-    Tensors are int64 `[B, T]`. Without `return_tensors` they are lists, of one text a flat one.
+    Tensors are int64 `[B, T]`. Without `return_tensors` they are lists, of one text a flat one. What a tokenizer gives
+    also knows where tokens come from: `encodings`, one a row, padded as the row is, are the library's own.
     """
+
+    encodings: list[tokenizers.Encoding] | None = None
+
+    def tokens(self, row: int = 0) -> list[str]:
+        """A row's tokens, as the vocabulary spells them."""
+        return self._encoding(row).tokens
+
+    def word_ids(self, row: int = 0) -> list[int | None]:
+        """Which word of its text each token of a row is of; None for special tokens and padding."""
+        return self._encoding(row).word_ids
+
+    def sequence_ids(self, row: int = 0) -> list[int | None]:
+        """Whether each token of a row is of the first text, 0, or the second, 1; None for special ones and padding."""
+        encoding = self._encoding(row)
+        known = zip(encoding.sequence_ids, encoding.type_ids, encoding.special_tokens_mask, strict=True)
+        # In rows of what was cut off, the library has forgotten it where no template puts tokens around texts.
+        return [None if special else kind if number is None else number for number, kind, special in known]
+
+    def char_to_token(self, row_or_char: int, char: int | None = None, sequence_index: int = 0) -> int | None:
+        """The place of the token that a character of a text is in: of the only row, or of a row; None for none."""
+        row, place = (0, row_or_char) if char is None else (row_or_char, char)
+        return self._encoding(row).char_to_token(place, sequence_index)
+
+    def token_to_chars(self, row_or_token: int, token: int | None = None) -> tuple[int, int] | None:
+        """Where the token at a place begins and ends in its text, of the only row, or of a row; None for none."""
+        row, place = (0, row_or_token) if token is None else (row_or_token, token)
+        return self._encoding(row).token_to_chars(place)
+
+    def _encoding(self, row: int) -> tokenizers.Encoding:
+        if self.encodings is None:
+            raise RequestError("only what a tokenizer gave for texts knows where tokens come from")
+        return self.encodings[row]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -56,21 +89,30 @@ class Lengths(NamedTuple):
         truncated: tokens that are left, special tokens included.
         padded: "longest" to the longest text, a number to that many tokens; None for no padding.
         multiple: padded lengths are multiples of it.
+        stride: tokens that what is cut off has of the row before.
     """
 
     strategy: str | None
     truncated: int
     padded: str | int | None
     multiple: int | None
+    stride: int = 0
 
 
 def lengths(
-    padding: bool | str, truncation: bool | str | None, max_length: int | None, limit: int, multiple: int | None = None
+    padding: bool | str,
+    truncation: bool | str | None,
+    max_length: int | None,
+    limit: int,
+    multiple: int | None = None,
+    stride: int = 0,
+    special: int = 0,
 ) -> Lengths:
     """The arguments `padding`, `truncation`, `max_length` and `pad_to_multiple_of` in transformers' meaning.
 
     `max_length` alone truncates. Where no `max_length` is given, `limit` (the tokenizer's `model_max_length`) is meant;
-    where that is NO_LIMIT, nothing is truncated, or padded to it. Raises RequestError for illegal values.
+    where that is NO_LIMIT, nothing is truncated, or padded to it. What is cut off goes on in rows that begin with the
+    last `stride` tokens of the one before, with `special` tokens around each. Raises RequestError for illegal values.
     """
     for name, value, legal in (("padding", padding, _PADDING), ("truncation", truncation, _TRUNCATION)):
         if value not in legal:
@@ -86,15 +128,17 @@ def lengths(
     length = limit if max_length is None else max_length
     if unlimited:
         strategy = None
+    if strategy is not None and not 0 <= stride < max(1, length - special):
+        raise RequestError(f"stride is {stride}; legal is 0 to less than the {length - special} tokens of a row")
     if padded == "max_length":
         padded = None if unlimited else length
     if strategy is not None and padded is not None and multiple is not None and length % multiple:
         raise RequestError(f"texts truncated to {length} tokens cannot be padded to a multiple of {multiple}")
-    return Lengths(str(strategy) if strategy else None, length, padded, multiple)
+    return Lengths(str(strategy) if strategy else None, length, padded, multiple, stride)
 
 
 @contextmanager
-def truncating(backend: tokenizers.Tokenizer, wanted: Lengths, side: str, stride: int = 0) -> Iterator[None]:
+def truncating(backend: tokenizers.Tokenizer, wanted: Lengths, side: str) -> Iterator[None]:
     """Let the library truncate on `side` while this lasts. Raises RequestError for texts too short to be truncated.
 
     The library keeps this in the tokenizer itself: one that threads share must not truncate in several at once.
@@ -102,7 +146,7 @@ def truncating(backend: tokenizers.Tokenizer, wanted: Lengths, side: str, stride
     if wanted.strategy is None:
         yield
         return
-    backend.enable_truncation(wanted.truncated, stride=stride, strategy=wanted.strategy, direction=side)
+    backend.enable_truncation(wanted.truncated, stride=wanted.stride, strategy=wanted.strategy, direction=side)
     try:
         yield
     except Exception as error:  # the library raises nothing more precise
@@ -134,7 +178,7 @@ def pad(rows: Sequence[Sequence[Any]], width: int, filler: Any, side: str) -> li
     return padded
 
 
-def as_tensors(columns: dict[str, list[list[Any]]], kind: str) -> BatchEncoding:
+def as_tensors(columns: Mapping[str, list[Any]], kind: str) -> BatchEncoding:
     """Rows of equal length as tensors. Raises RequestError for rows of several lengths, or another `kind`."""
     if kind not in TENSORS:
         raise RequestError(f"return_tensors is {kind!r}; legal are {', '.join(TENSORS)} and None")

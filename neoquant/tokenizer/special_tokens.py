@@ -171,6 +171,18 @@ class SpecialTokens:
         """Their ids."""
         return [self.require_id(token) for token in self.all_special_tokens]
 
+    def get_special_tokens_mask(
+        self, ids: Sequence[int], second: Sequence[int] | None = None, already_has_special_tokens: bool = False
+    ) -> list[int]:
+        """1 for each of `ids` that is a special token. Raises RequestError for ids without the special tokens."""
+        if not already_has_special_tokens or second is not None:
+            raise RequestError(
+                "special tokens are told apart among the ids of a whole text: call the tokenizer with "
+                "return_special_tokens_mask=True, or pass already_has_special_tokens=True with one row of ids"
+            )
+        special = set(self.all_special_ids)
+        return [int(int(number) in special) for number in ids]
+
     def __len__(self) -> int:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
@@ -189,15 +201,17 @@ class SpecialTokens:
         object.__setattr__(self, "_sha256", None)
         return self.backend.add_special_tokens(several) if special_tokens else self.backend.add_tokens(several)
 
-    def add_special_tokens(self, tokens: Mapping[str, Any]) -> int:
+    def add_special_tokens(self, tokens: Mapping[str, Any], replace_extra_special_tokens: bool = True) -> int:
         """Name special tokens (`{"pad_token": "<pad>"}`), adding those that are new. How many these were.
 
-        A list under "additional_special_tokens" replaces the former one. Raises RequestError for another name.
+        A list under "additional_special_tokens" replaces the former one, or goes behind it. Raises RequestError for
+        another name.
         """
         added: list[Any] = []
         for name, value in tokens.items():
             if name in EXTRA_TOKENS:
-                self.additional_special_tokens = value
+                former = [] if replace_extra_special_tokens else self.settings.additional
+                self.additional_special_tokens = list(dict.fromkeys((*former, *map(str, value))))
                 added += value
             elif name in SPECIAL_TOKENS:
                 self.set_special_token(name, value)

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from neoquant.checkpoint import Push, find_companions
+from neoquant.checkpoint.keywords import without_keywords
 from neoquant.checkpoint.upload import push_files, require_repo
 from neoquant.errors import CheckpointError, RequestError, locate
 from neoquant.tokenizer.backend import build_backend
+from neoquant.tokenizer.chat import choose_template, render_chat
 from neoquant.tokenizer.encoding import BatchEncoding, as_tensors, lengths, padded_columns, truncating
 from neoquant.tokenizer.saving import save_tokenizer
 from neoquant.tokenizer.settings import (
@@ -54,13 +56,21 @@ class Tokenizer(Vocabulary):
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path | None, *, revision: str | None = None, use_fast: bool = True, **settings: Any
+        cls,
+        source: str | Path | None = None,
+        *,
+        revision: str | None = None,
+        pretrained_model_name_or_path: str | Path | None = None,
+        **settings: Any,
     ) -> Tokenizer:
         """The tokenizer of a folder, or of an id on the hub; None is the bundled model's.
 
-        `settings` come before those of its files: `pad_token`, `padding_side`, `add_bos_token` and the like. `use_fast`
-        is there for transformers' sake: there is no other. Raises CheckpointError, HubError or RequestError.
+        `settings` come before those of its files: `pad_token`, `padding_side`, `add_bos_token` and the like. Keywords
+        that say where transformers looks for files (`checkpoint.keywords`) are taken or answered, `use_fast` too: there
+        is no other kind. Raises CheckpointError, HubError or RequestError.
         """
+        source = source or pretrained_model_name_or_path
+        settings = without_keywords(settings)
         return cls.from_folder(find_companions(source, revision=revision), **settings)
 
     @classmethod
@@ -89,13 +99,18 @@ class Tokenizer(Vocabulary):
         padding: bool | str = False,
         truncation: bool | str | None = None,
         max_length: int | None = None,
+        stride: int = 0,
+        is_split_into_words: bool = False,
         pad_to_multiple_of: int | None = None,
         padding_side: str | None = None,
         return_tensors: str | None = None,
         return_token_type_ids: bool | None = None,
         return_attention_mask: bool | None = None,
+        return_overflowing_tokens: bool = False,
         return_special_tokens_mask: bool = False,
         return_offsets_mapping: bool = False,
+        return_length: bool = False,
+        verbose: bool = True,
     ) -> BatchEncoding:
         """The ids of one text or several, as transformers' tokenizers give them.
 
@@ -107,22 +122,40 @@ class Tokenizer(Vocabulary):
             truncation: True or "longest_first", "only_first", "only_second" of a pair, or False. None truncates where
                 `max_length` is given without padding. Tokens are cut off on `truncation_side`.
             max_length: for both, special tokens included; None is `model_max_length`.
+            stride: tokens that a row of what is cut off shares with the one before.
+            is_split_into_words: a text is a list of words, each encoded by itself.
             pad_to_multiple_of: pad to the next multiple of it.
             padding_side: "left" or "right"; None is the tokenizer's.
             return_tensors: "pt" or "np"; None gives lists.
             return_token_type_ids: give `token_type_ids`, 1 on second texts; None asks `model_input_names`.
             return_attention_mask: give `attention_mask`, 0 on padding; None asks `model_input_names`.
+            return_overflowing_tokens: what is cut off is given in rows of its own; `overflow_to_sample_mapping` has
+                the text that each row is of.
             return_special_tokens_mask: give `special_tokens_mask`, 1 on added tokens and padding.
             return_offsets_mapping: give `offset_mapping`, where each token begins and ends in its text.
+            return_length: give `length`, the tokens of each row, padding included.
+            verbose: for transformers' sake; nothing is said either way.
 
         Raises RequestError for padding without a `pad_token`, texts of several lengths as a tensor, or illegal values.
         """
-        wanted = lengths(padding, truncation, max_length, self.model_max_length, pad_to_multiple_of)
+        special = self.num_special_tokens_to_add(text_pair is not None) if stride and add_special_tokens else 0
+        wanted = lengths(
+            padding, truncation, max_length, self.model_max_length, pad_to_multiple_of, stride=stride, special=special
+        )
         side = self.padding_side if padding_side is None else padding_side
         pad_id = 0 if wanted.padded is None else self._pad_id()
-        single = isinstance(text, str)
+        is_words = is_split_into_words and not isinstance(text, str) and all(isinstance(word, str) for word in text)
+        single = isinstance(text, str) or is_words
+        given: Any = [text] if is_words else text
+        pairs: Any = [text_pair] if is_words and text_pair is not None else text_pair
         with truncating(self.backend, wanted, self.truncation_side):
-            encodings = self.backend.encode_batch(_inputs(text, text_pair), add_special_tokens=add_special_tokens)
+            encodings = self.backend.encode_batch(
+                _inputs(given, pairs), add_special_tokens=add_special_tokens, is_pretokenized=is_split_into_words
+            )
+        numbers = list(range(len(encodings)))
+        if return_overflowing_tokens:
+            numbers = [number for number in numbers for _ in range(1 + len(encodings[number].overflowing))]
+            encodings = [row for encoding in encodings for row in (encoding, *encoding.overflowing)]
         columns: dict[str, list[list[Any]]] = {"input_ids": [encoding.ids for encoding in encodings]}
         if self._gives("token_type_ids", return_token_type_ids):
             columns["token_type_ids"] = [encoding.type_ids for encoding in encodings]
@@ -133,9 +166,19 @@ class Tokenizer(Vocabulary):
         if return_offsets_mapping:
             columns["offset_mapping"] = [encoding.offsets for encoding in encodings]
         columns = padded_columns(columns, wanted, pad_id, side)
+        if wanted.padded is not None:
+            for encoding, ids in zip(encodings, columns["input_ids"], strict=True):
+                encoding.pad(len(ids), direction=side, pad_id=pad_id, pad_token=self.pad_token or "")
+        whole: dict[str, list[Any]] = {"length": [len(ids) for ids in columns["input_ids"]]} if return_length else {}
+        whole |= {"overflow_to_sample_mapping": numbers} if return_overflowing_tokens else {}
         if return_tensors is not None:
-            return as_tensors(columns, return_tensors)
-        return BatchEncoding({name: rows[0] for name, rows in columns.items()} if single else columns)
+            made = as_tensors({**columns, **whole}, return_tensors)
+        elif single and not return_overflowing_tokens:
+            made = BatchEncoding({**{name: rows[0] for name, rows in columns.items()}, **whole})
+        else:
+            made = BatchEncoding({**columns, **whole})
+        made.encodings = encodings
+        return made
 
     def _gives(self, column: str, asked: bool | None) -> bool:
         return column in self.model_input_names if asked is None else asked
@@ -146,6 +189,56 @@ class Tokenizer(Vocabulary):
                 "padding needs a pad_token, and this tokenizer has none: set tokenizer.pad_token = tokenizer.eos_token"
             )
         return self.pad_token_id
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Any],
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        tokenize: bool = True,
+        return_dict: bool = True,
+        padding: bool | str = False,
+        truncation: bool | str | None = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        **variables: Any,
+    ) -> Any:
+        """A conversation, or several, `{"role": ..., "content": ...}` a message, as the folder's chat template puts it.
+
+        Args:
+            conversation: a list of messages, or a list of such lists.
+            chat_template: a template of Jinja, or the name of one of the folder's; None is the folder's own.
+            add_generation_prompt: end with what begins an answer.
+            tools: schemas for the template, as objects of JSON.
+            documents: for the template.
+            tokenize: give ids, and not the text.
+            return_dict: give what calling the tokenizer gives (as transformers 5 does); False gives `input_ids` alone.
+            padding, truncation, max_length, return_tensors: those of calling.
+            variables: for the template.
+
+        Raises RequestError where there is no template, or it cannot be rendered.
+        """
+        template = choose_template(self.chat_template, chat_template, bool(tools))
+        several = bool(conversation) and not isinstance(conversation[0], Mapping)
+        values = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
+        texts = [
+            render_chat(template, {**self.special_tokens_map, **variables, **values, "messages": messages})
+            for messages in (conversation if several else [conversation])
+        ]
+        if not tokenize:
+            return texts if several else texts[0]
+        encoded = self(
+            texts if several else texts[0],
+            add_special_tokens=False,
+            padding=padding,
+            truncation=truncation,
+            max_length=max_length,
+            return_tensors=return_tensors,
+        )
+        return encoded if return_dict else encoded["input_ids"]
 
     def encode(self, text: str, text_pair: str | None = None, add_special_tokens: bool = True, **options: Any) -> Any:
         """The `input_ids` of calling the tokenizer with the same arguments: a list, or a tensor `[1, T]`."""
@@ -183,6 +276,7 @@ class Tokenizer(Vocabulary):
         padding_side: str | None = None,
         return_attention_mask: bool | None = None,
         return_tensors: str | None = None,
+        verbose: bool = True,
     ) -> BatchEncoding:
         """Encodings of single texts, or one of several, padded to one length. Arguments are those of calling.
 

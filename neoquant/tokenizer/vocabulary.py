@@ -53,7 +53,7 @@ class Vocabulary(SpecialTokens):
 
     @property
     def chat_template(self) -> str | dict[str, str] | None:
-        """The folder's chat template, kept for `save_pretrained`; nothing here renders it."""
+        """The folder's chat template, or its templates by name: see `apply_chat_template`."""
         return self.settings.chat_template
 
     @chat_template.setter
@@ -114,6 +114,10 @@ class Vocabulary(SpecialTokens):
     def get_vocab(self) -> dict[str, int]:
         """token -> id, added tokens included."""
         return self.backend.get_vocab(with_added_tokens=True)
+
+    vocab = property(get_vocab)
+    is_fast = True
+    """Whether it is one of the library `tokenizers`, as transformers asks."""
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
         """How many special tokens are added to a text, or a pair of texts."""

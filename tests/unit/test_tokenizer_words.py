@@ -1,0 +1,219 @@
+"""transformers' words for tokenizers: strides, words, places, chat templates, collators, as its own gives them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import write_tiny_model
+
+import neoquant
+from neoquant.checkpoint.keywords import ANSWERED, WITHOUT_EFFECT
+from neoquant.errors import RequestError
+
+transformers = pytest.importorskip("transformers")
+
+TEXTS = ["The cat sat on a mat, in Oslo.", "Größe: 😀 π", "a", " two  words"]
+QUESTION = "who sat?"
+CHAT = [{"role": "user", "content": "What is <b>?"}, {"role": "bot", "content": "A letter é."}]
+SIMPLE = (
+    "{% for message in messages %}{{ message.role + ': ' + message['content'] | trim }}\n{{ eos_token }}"
+    "{% if loop.last and add_generation_prompt %}bot:{% endif %}{% endfor %}"
+)
+TEMPLATES = {
+    "simple": SIMPLE,
+    "json": "{{ messages | tojson }} {{ messages | tojson(indent=2) }} {{ tools | tojson if tools else 'none' }}",
+    "blocks": (
+        "{% for m in messages %}\n  {% if m.role == 'bot' %}\n  {% continue %}\n  {% endif %}\n"
+        "{{ m.content }}\n{% endfor %}"
+    ),
+    "words": (
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
+        "{{ ns.n }} {{ colour }}"
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=["bytes", "bundled"])
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """Ours and theirs of one folder, with a token that pads."""
+    from neoquant.demo import MODEL
+
+    folder = MODEL
+    if request.param == "bytes":
+        folder = write_tiny_model(tmp_path_factory.mktemp("words") / "model", vocab_size=262)
+    ours, theirs = neoquant.AutoTokenizer.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    ours.pad_token = theirs.pad_token = ours.eos_token
+    return ours, theirs
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, dict | transformers.BatchEncoding):
+        return {key: plain(each) for key, each in value.items()}
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+@pytest.mark.parametrize("overflowing", [True, False])
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("options", [{"padding": True}, {"padding": "max_length", "return_tensors": "pt"}, {}])
+@pytest.mark.parametrize("stride", [0, 3])
+def test_what_is_cut_off_goes_on_in_rows_that_overlap(
+    both: tuple[Any, Any], stride: int, options: dict[str, Any], side: str, overflowing: bool
+) -> None:
+    asked = {"truncation": True, "max_length": 7, "stride": stride, "return_overflowing_tokens": overflowing}
+    asked |= {"return_offsets_mapping": True, "return_length": True, "padding_side": side, **options}
+    several = TEXTS[:2] if options or overflowing else TEXTS
+    for text in (several, TEXTS[0]):
+        ours, theirs = (tokenizer(text, **asked) for tokenizer in both)
+        assert plain(ours) == plain(theirs)
+
+
+@pytest.mark.parametrize("stride", [0, 4])
+def test_long_contexts_of_a_question_are_transformers(both: tuple[Any, Any], stride: int) -> None:
+    asked = {"truncation": "only_second", "max_length": 20, "stride": stride, "return_overflowing_tokens": True}
+    ours, theirs = (tokenizer(QUESTION, TEXTS[0] * 3, padding=True, **asked) for tokenizer in both)
+    assert plain(ours) == plain(theirs)
+    for row in range(len(ours.input_ids)):
+        assert ours.sequence_ids(row) == theirs.sequence_ids(row)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_places_are_transformers_behind_padding_too(both: tuple[Any, Any], side: str) -> None:
+    ours, theirs = (tokenizer(TEXTS, padding=True, padding_side=side) for tokenizer in both)
+    for row, text in enumerate(TEXTS):
+        assert ours.tokens(row) == theirs.tokens(row)
+        assert ours.word_ids(row) == theirs.word_ids(row)
+        assert ours.sequence_ids(row) == theirs.sequence_ids(row)
+        for char in range(len(text)):
+            place = ours.char_to_token(row, char)
+            assert place == theirs.char_to_token(row, char)
+            assert place is None or ours.token_to_chars(row, place) == theirs.token_to_chars(row, place)
+    single, other = (tokenizer(TEXTS[0]) for tokenizer in both)
+    assert single.word_ids() == other.word_ids() and single.char_to_token(5) == other.char_to_token(5)
+
+
+@pytest.mark.parametrize("words", [["The", " cat"], [["a", "b"], ["The", " cat", "."]]])
+def test_words_are_encoded_by_themselves(both: tuple[Any, Any], words: Any) -> None:
+    ours, theirs = (tokenizer(words, is_split_into_words=True) for tokenizer in both)
+    assert plain(ours) == plain(theirs)
+    assert ours.word_ids() == theirs.word_ids()
+
+
+def test_illegal_strides_are_named(both: tuple[Any, Any]) -> None:
+    for stride in (-1, 7):
+        with pytest.raises(RequestError, match=f"stride is {stride}; legal is 0 to less than the 7 tokens"):
+            both[0](TEXTS, truncation=True, max_length=7, stride=stride)
+
+
+def test_an_encoding_of_columns_knows_no_places(both: tuple[Any, Any]) -> None:
+    with pytest.raises(RequestError, match="only what a tokenizer gave for texts"):
+        both[0].pad({"input_ids": [1, 2]}).word_ids()
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_chat_templates_are_rendered_as_transformers_renders_them(both: tuple[Any, Any], name: str) -> None:
+    tools = [{"name": "f", "about": "é <b>"}] if name == "json" else None
+    for prompt in (False, True):
+        asked = {"chat_template": TEMPLATES[name], "add_generation_prompt": prompt, "colour": "red", "tools": tools}
+        for chat in (CHAT, CHAT[:1], [CHAT, CHAT[:1]]):
+            ours, theirs = (each.apply_chat_template(chat, tokenize=False, **asked) for each in both)
+            assert ours == theirs
+    ours, theirs = (
+        each.apply_chat_template([CHAT, CHAT[1:]], padding=True, return_tensors="pt", **asked) for each in both
+    )
+    assert plain(ours) == plain(theirs)
+    ours, theirs = (each.apply_chat_template(CHAT, return_dict=False, **asked) for each in both)
+    assert ours == theirs
+
+
+def test_the_folders_templates_are_taken(both: tuple[Any, Any], tmp_path: Path) -> None:
+    both[0].save_pretrained(tmp_path)
+    tokenizer = neoquant.AutoTokenizer.from_pretrained(tmp_path)
+    with pytest.raises(RequestError, match="no chat template: give one"):
+        tokenizer.apply_chat_template(CHAT)
+    tokenizer.chat_template = {"default": "d{{ bos_token }}", "tool_use": "t", "other": "o"}
+    tokenizer.save_pretrained(tmp_path)
+    ours, theirs = (
+        neoquant.AutoTokenizer.from_pretrained(tmp_path),
+        transformers.AutoTokenizer.from_pretrained(tmp_path),
+    )
+    for asked in ({}, {"chat_template": "other"}, {"tools": [{}]}):
+        wanted = theirs.apply_chat_template(CHAT, tokenize=False, **asked)
+        assert ours.apply_chat_template(CHAT, tokenize=False, **asked) == wanted
+    tokenizer.chat_template = {"other": "o"}
+    with pytest.raises(RequestError, match="its templates are other: give one"):
+        tokenizer.apply_chat_template(CHAT)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('no system message') }}", "no system message"),
+        ("{% for", "cannot be rendered"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "cannot be rendered"),
+        ("{% for i in range(99999999) %}{% endfor %}", "cannot be rendered"),
+        ("{{ messages + 1 }}", "cannot be rendered"),
+    ],
+)
+def test_templates_that_fail_or_reach_out_are_refused(both: tuple[Any, Any], template: str, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        both[0].apply_chat_template(CHAT, chat_template=template)
+
+
+def test_collators_of_transformers_make_the_same_batches(both: tuple[Any, Any]) -> None:
+    made = []
+    for tokenizer in both:
+        rows = [dict(tokenizer(text)) for text in TEXTS]
+        labelled = [{**row, "labels": [1] * len(row["input_ids"])} for row in rows]
+        torch.manual_seed(0)
+        made.append(
+            [
+                transformers.DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)([*rows]),
+                transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)([*rows]),
+                transformers.DataCollatorForTokenClassification(tokenizer)([*labelled]),
+                transformers.DataCollatorForSeq2Seq(tokenizer)([*labelled]),
+                tokenizer.get_special_tokens_mask(rows[0]["input_ids"], already_has_special_tokens=True),
+            ]
+        )
+    assert list(map(plain, made[0])) == list(map(plain, made[1]))
+
+
+def test_special_tokens_are_added_to_the_former_ones(both: tuple[Any, Any], tmp_path: Path) -> None:
+    both[0].save_pretrained(tmp_path)
+    tokenizer = neoquant.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.add_special_tokens({"additional_special_tokens": ["<q>"]}) == 1
+    assert tokenizer.add_special_tokens({"additional_special_tokens": ["<r>"]}, replace_extra_special_tokens=False) == 1
+    assert tokenizer.additional_special_tokens == ["<q>", "<r>"]
+    assert tokenizer.vocab["<r>"] == len(tokenizer) - 1 and tokenizer.is_fast
+    with pytest.raises(RequestError, match="already_has_special_tokens=True"):
+        tokenizer.get_special_tokens_mask([1])
+
+
+@pytest.mark.parametrize("read", [neoquant.AutoTokenizer, neoquant.AutoConfig, neoquant.AutoModelForCausalLM])
+def test_keywords_of_places_are_taken_or_answered_everywhere(tiny_model: Path, read: Any) -> None:
+    neutral = {name: values[-1] for name, (values, _) in ANSWERED.items()}
+    read.from_pretrained(tiny_model, **neutral, **dict.fromkeys(WITHOUT_EFFECT, True))
+    with pytest.raises(RequestError, match="cache_dir='x' is not done here: set HF_HUB_CACHE"):
+        read.from_pretrained(tiny_model, cache_dir="x")
+    with pytest.raises(RequestError, match="colour"):
+        read.from_pretrained(tiny_model, colour="red")
+
+
+def test_transformers_name_of_the_source(tiny_model: Path) -> None:
+    for read in (neoquant.AutoTokenizer, neoquant.GPT2Tokenizer):
+        named = read.from_pretrained(pretrained_model_name_or_path=tiny_model)
+        assert json.loads(named.backend.to_str()) == json.loads(read.from_pretrained(tiny_model).backend.to_str())
+    model = neoquant.AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path=tiny_model)
+    assert model.config.vocab_size == neoquant.AutoConfig.from_pretrained(tiny_model).vocab_size
+
+
+def test_what_was_found_is_given_beside_the_model(tiny_model: Path) -> None:
+    with pytest.warns(neoquant.LoadWarning):
+        model, info = neoquant.GPTNeoForTokenClassification.from_pretrained(tiny_model, output_loading_info=True)
+    _, theirs = transformers.GPTNeoForTokenClassification.from_pretrained(tiny_model, output_loading_info=True)
+    assert info["missing_keys"] == set(model.load_report.missing) == set(theirs["missing_keys"])
+    assert not info["mismatched_keys"] and not info["error_msgs"]
