@@ -10,7 +10,7 @@ DEMO   := .demo
 PYTEST_FLAGS ?= --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-cuda-simulated test-jax test-triton check docs fix bench clean
+.PHONY: help demo test test-native test-gpu test-cuda-simulated test-jax test-triton check docs fix bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -68,6 +68,10 @@ $(VENV)/.installed-triton: $(VENV)/.installed-test
 test-triton: $(VENV)/.installed-triton  ## the tests of the kernels written in Triton
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/triton_kernels
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/triton_kernels/test_compiled.py
+
+# A C compiler is all that it takes.
+test-native:  ## the C library under ThreadSanitizer, AddressSanitizer and UndefinedBehaviorSanitizer
+	tests/native/run.sh
 
 check: $(VENV)/.installed-check  ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -66,7 +66,8 @@ def _native() -> str:
     from neoquant import native
 
     active = native.active()
-    return f"{active.reason}; {native.SWITCH} chooses" if active.library is not None else f"none: {active.reason}"
+    chosen_by = f"{native.SWITCH} and {native.TEAM_SWITCH} choose"
+    return f"{active.reason}; {chosen_by}" if active.library is not None else f"none: {active.reason}"
 
 
 def _cpu() -> tuple[str, list[str]]:

@@ -1,12 +1,12 @@
 """A small C library for CPUs: compiled when neoquant is installed, never needed.
 
-parallel.c (threads), quantize.c and multiply.c are the library. Its products are written once, in products.inc.h, in a
-few operations that simd_*.h names for each instruction set; step.c joins them to what a block does for one position.
-loader.py finds the library, the other modules give it tensors. It knows nothing of grids.
+pool.c and parallel.c (threads), quantize.c, gptq.c and multiply.c are the library. Its products are written once, in
+products.inc.h, in a few operations that simd_*.h names for each instruction set; step.c joins them to what a block does
+for one position. loader.py finds the library, the other modules give it tensors. It knows nothing of grids.
 """
 
 from __future__ import annotations
 
-from neoquant.native.loader import ISAS, SWITCH, Native, active, leaving_cores, runnable, team_size
+from neoquant.native.loader import ISAS, SWITCH, TEAM_SWITCH, Native, active, leaving_cores, runnable, team_size
 
-__all__ = ["ISAS", "SWITCH", "Native", "active", "leaving_cores", "runnable", "team_size"]
+__all__ = ["ISAS", "SWITCH", "TEAM_SWITCH", "Native", "active", "leaving_cores", "runnable", "team_size"]

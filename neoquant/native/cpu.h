@@ -30,14 +30,21 @@
 enum nq_isa { NQ_ISA_PORTABLE = 0, NQ_ISA_AVX2 = 1, NQ_ISA_AVX512 = 2, NQ_ISA_AVX512VNNI = 3, NQ_ISA_NEON = 4 };
 enum nq_dtype { NQ_FLOAT32 = 0, NQ_FLOAT16 = 1, NQ_BFLOAT16 = 2 };
 
-/* Calls run(job, begin, end) on pieces of [0, n), each a multiple of `grain` long but the last, on `threads` threads. */
+/* Calls run(job, begin, end) on pieces of [0, n), each a multiple of `grain` long but the last, on at most `threads`
+ * threads: as many as are worth it, where all of it takes one thread about so many nanoseconds. */
 typedef void (*nq_range)(void *job, int64_t begin, int64_t end);
-void nq_parallel(int threads, int64_t n, int64_t grain, nq_range run, void *job);
+void nq_parallel(int threads, int64_t n, int64_t grain, int64_t nanoseconds, nq_range run, void *job);
+
+/* Calls run(job) on this thread and on at most threads - 1 helpers, which may come late or not at all; with the flag,
+ * only on those that are awake. */
+enum { NQ_AWAKE_ONLY = 1, NQ_MOST_THREADS = 256 };
+void nq_pool(void (*run)(void *), void *job, unsigned threads, unsigned flags);
 
 /* Memory of this thread for as long as it lives, aligned to 64 bytes; the next call with the same name may reuse it.
- * Never 0: without memory the program ends. */
+ * 0 where there is none: then the entry point gives NQ_NO_MEMORY, and what it has written means nothing. */
 enum nq_scratch_name { NQ_SHARED = 0, NQ_OWN = 1, NQ_STEP = 2, NQ_SCRATCHES = 3 };
 void *nq_scratch(enum nq_scratch_name name, size_t bytes);
+enum { NQ_NO_MEMORY = -1 };
 
 NQ_INLINE uint32_t nq_bits(float value) {
     uint32_t bits;

@@ -39,7 +39,7 @@ struct rounded {
 NQ_INLINE struct rounded round_affine(float w, float scale, float inverse, float zero, float top) {
     const float to_integer = 12582912.0f; /* 1.5 * 2**23: what is added to it is rounded to an integer, ties to even */
     float code = (w * inverse + to_integer) - to_integer + zero;
-    code = code < 0 ? 0 : code > top ? top : code;
+    code = !(code > 0) ? 0 : code > top ? top : code; /* 0 for NaN, which is no integer */
     return (struct rounded){code, (code - zero) * scale};
 }
 
@@ -142,5 +142,6 @@ NQ_EXPORT void nq_gptq_block(
     int64_t head, uint8_t *codes, float *errors, int isa, int threads) {
     struct gptq job = {weights, original, upper, stride, n, rows, places, scale, inverse, zero, width, (float)top,
                        bounds, order, table, unit, row_order, head, codes, errors, isa};
-    nq_parallel(threads, rows, unit ? head : TILE, run, &job);
+    const int64_t nanoseconds = rows * n * (n + 32 + (unit ? 2 * head : 0)) / 16;
+    nq_parallel(threads, rows, unit ? head : TILE, nanoseconds, run, &job);
 }

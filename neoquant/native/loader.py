@@ -1,9 +1,9 @@
-"""Finds the compiled library, chooses its instruction set, and lends it torch's threads.
+"""Finds the compiled library, and chooses its instruction set and its threads.
 
 The library is optional: where it was not compiled, or is switched off, `active()` says why, and everything runs
 through torch and bitsandbytes. Nothing is loaded on import. The environment variable NEOQUANT_ISA, read when the
 library is first wanted, forces an instruction set: `portable`, `avx2`, `avx512`, `avx512vnni`, `neon`, or `off` for
-none of it.
+none of it. NEOQUANT_TEAM chooses whose threads it runs on: `own` (pool.c), or `openmp` for those of torch.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from neoquant.errors import RequestError
 
 ISAS = ("portable", "avx2", "avx512", "avx512vnni", "neon")  # by their number in cpu.h, each better than those before
 SWITCH = "NEOQUANT_ISA"
+TEAMS = ("own", "openmp")
+TEAM_SWITCH = "NEOQUANT_TEAM"
 FOLDER = Path(__file__).parent  # where the library was put when neoquant was installed
-VERSION = 9  # of the C functions' signatures, as in parallel.c
+VERSION = 10  # of the C functions' signatures, as in parallel.c
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _LEVELS = (*(_POINTER,) * 4, _LONG, _INT, *(_POINTER,) * 3)  # where the values of columns may lie
@@ -58,7 +60,8 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     ),
 }
 
-_RESULTS = {"nq_affine": _INT}  # the others give nothing
+_RESULTS = dict.fromkeys(("nq_affine", "nq_multiply", "nq_multiply_int8", "nq_step"), _INT)  # the others give nothing
+_NO_MEMORY = -1  # cpu.h
 
 
 class NativeWarning(UserWarning):
@@ -74,8 +77,10 @@ class Native:
     reason: str
 
     def call(self, function: str, *arguments: object) -> int | None:
-        """Call a C function; tensors are given by their `data_ptr()`."""
+        """Call a C function; tensors are given by their `data_ptr()`. Raises MemoryError where it found no memory."""
         result: int | None = getattr(self.library, function)(*arguments)
+        if result == _NO_MEMORY:
+            raise MemoryError(f"the native library found no memory to work in ({function.removeprefix('nq_')})")
         return result
 
 
@@ -83,8 +88,11 @@ class Native:
 def active() -> Native:
     """The library as this process uses it, found once.
 
-    Raises RequestError where NEOQUANT_ISA names what there is not, or what this machine cannot run.
+    Raises RequestError where NEOQUANT_ISA or NEOQUANT_TEAM name what there is not, or what this machine cannot run.
     """
+    whose = os.environ.get(TEAM_SWITCH, "")
+    if whose not in ("", *TEAMS):
+        raise RequestError(f"{TEAM_SWITCH} is {whose!r}; legal are {' and '.join(TEAMS)}")
     wanted = os.environ.get(SWITCH, "")
     if wanted not in ("", "off", *ISAS):
         raise RequestError(f"{SWITCH} is {wanted!r}; legal are {', '.join(ISAS)} and off")
@@ -100,7 +108,7 @@ def active() -> Native:
         raise RequestError(f"{SWITCH} is {wanted!r}, but this machine runs {', '.join(here)}")
     isa = wanted or here[-1]
     why = f"forced by {SWITCH}" if wanted else "is the best here"
-    return Native(library, ISAS.index(isa), f"{isa} {why}, {reason}")
+    return Native(library, ISAS.index(isa), f"{isa} {why}, {_join_team(library, whose)}")
 
 
 def runnable() -> list[str]:
@@ -152,7 +160,7 @@ def _unusable(reason: str) -> str:
 
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The library, with its signatures set and torch's threads lent to it, and a sentence about it."""
+    """The library with its signatures set; or None and why."""
     found = [path for suffix in EXTENSION_SUFFIXES if (path := FOLDER / f"_cpu{suffix}").exists()]
     if not found:
         return None, "not compiled when neoquant was installed (no C compiler, or NEOQUANT_NO_EXTENSION was set)"
@@ -166,9 +174,17 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             function.argtypes, function.restype = types, _RESULTS.get(name)
     except (OSError, AttributeError) as error:
         return None, _unusable(f"{found[0].name} cannot be used: {error}")
-    team = _torch_team()
+    return library, ""
+
+
+def _join_team(library: ctypes.CDLL, whose: str) -> str:
+    """Have the library run on threads of its own, or on torch's; which, for a reader."""
+    team = _torch_team() if whose == "openmp" else None
+    if whose == "openmp" and team is None:
+        raise RequestError(f"{TEAM_SWITCH} is 'openmp', but this torch has no OpenMP that could be used; legal is own")
     library.nq_use_team(team)
-    return library, "on torch's OpenMP threads" if team else "on its own threads, for torch has no OpenMP"
+    chosen = f" by {TEAM_SWITCH}" if whose else ""
+    return f"on torch's OpenMP threads{chosen}" if team else f"on threads of its own{chosen}"
 
 
 def _torch_team() -> int | None:

@@ -1,8 +1,6 @@
 /* Products with packed weights, and decoding them: what is called from outside. */
 #include "weight.h"
 
-enum { WEIGHTS_A_PIECE = 1 << 15 };
-
 const struct nq_kernels *nq_kernels_of(int isa) {
 #ifdef NQ_X86
     if (isa == NQ_ISA_AVX2) return &nq_kernels_avx2;
@@ -15,38 +13,73 @@ const struct nq_kernels *nq_kernels_of(int isa) {
     return &nq_kernels_portable;
 }
 
-/* NQ_MOST_ROWS of x at a time; the weight is decoded once for each. */
-static void multiply(const struct nq_way *way, struct nq_product p, int64_t count, int threads) {
-    const int64_t columns = p.w->columns, piece = nq_ceil(WEIGHTS_A_PIECE, columns * way->panel) * way->panel;
-    for (int64_t m = 0; m < count; m += NQ_MOST_ROWS) {
-        struct nq_product part = p;
-        part.x += m * columns;
-        part.y += m * p.w->rows;
-        part.count = nq_min(NQ_MOST_ROWS, count - m);
-        part.laid = nq_scratch(NQ_SHARED, way->size(&part));
-        nq_parallel(threads, nq_ceil(part.count, way->tile), 8, way->lay, &part);
-        nq_parallel(threads, p.w->rows, piece, way->run, &part);
+/* The same rows of x meet several weights, that want them laid out alike. */
+struct together {
+    const struct nq_way *way;
+    struct nq_product parts[NQ_TOGETHER];
+    int n;
+};
+
+/* Rows [begin, end) of all weights, counted through. */
+static void run_together(void *argument, int64_t begin, int64_t end) {
+    struct together *t = argument;
+    for (int i = 0; i < t->n; i++) {
+        const int64_t rows = t->parts[i].w->rows;
+        if (begin < rows && end > 0) t->way->run(&t->parts[i], begin > 0 ? begin : 0, nq_min(end, rows));
+        begin -= rows, end -= rows;
     }
 }
 
-void nq_product(
-    const struct nq_kernels *kernels, const struct nq_weight *w, const float *x, int64_t count, const float *bias,
-    float *y, int int8, int threads) {
-    struct nq_product p = {w, x, bias, y, 0, 0};
-    const struct nq_way *way = int8 ? &kernels->int8 : &kernels->many;
-    if (count <= kernels->few_most && nq_is_regular(w))
-        way = int8 ? &kernels->few8 : w->kind == NQ_PLAIN ? &kernels->plain : &kernels->few;
-    multiply(way, p, count, threads);
+static int wants_alike(const struct nq_linear *a, const struct nq_linear *b) {
+    return a->int8 == b->int8 && a->w->kind == b->w->kind && a->w->bits == b->w->bits && a->w->columns == b->w->columns &&
+           a->w->group_bits == b->w->group_bits && a->w->level_step == b->w->level_step && a->w->plain == b->w->plain;
 }
 
-NQ_EXPORT void nq_multiply(
-    const struct nq_weight *w, const float *x, int64_t count, const float *bias, float *y, int isa, int threads) {
-    nq_product(nq_kernels_of(isa), w, x, count, bias, y, 0, threads);
+static const struct nq_way *way_of(const struct nq_kernels *kernels, const struct nq_linear *linear, int64_t count) {
+    if (count > kernels->few_most || !nq_is_regular(linear->w)) return linear->int8 ? &kernels->int8 : &kernels->many;
+    return linear->int8 ? &kernels->few8 : linear->w->kind == NQ_PLAIN ? &kernels->plain : &kernels->few;
 }
 
-NQ_EXPORT void nq_multiply_int8(
+/* NQ_MOST_ROWS of x at a time; the weights are decoded once for each. */
+static int multiply(
+    const struct nq_way *way, const struct nq_linear *linears, int n, const float *x, int64_t count, int threads) {
+    const int64_t columns = linears->w->columns;
+    atomic_int starved = 0;
+    for (int64_t m = 0; m < count && !starved; m += NQ_MOST_ROWS) {
+        const int64_t some = nq_min(NQ_MOST_ROWS, count - m);
+        struct together t = {.way = way, .n = n};
+        int64_t rows = 0;
+        for (int i = 0; i < n; rows += linears[i++].w->rows)
+            t.parts[i] = (struct nq_product){linears[i].w, x + m * columns, linears[i].bias,
+                                             linears[i].y + m * linears[i].w->rows, some, 0, &starved};
+        void *laid = nq_scratch(NQ_SHARED, way->size(&t.parts[0]));
+        if (!laid) return NQ_NO_MEMORY;
+        for (int i = 0; i < n; i++) t.parts[i].laid = laid;
+        nq_parallel(threads, nq_ceil(some, way->tile), 1, some * columns, way->lay, &t.parts[0]);
+        nq_parallel(threads, rows, way->panel, rows * columns * (some + 4) / 48, run_together, &t);
+    }
+    return starved ? NQ_NO_MEMORY : 0;
+}
+
+int nq_products(
+    const struct nq_kernels *kernels, const struct nq_linear *linears, int n, const float *x, int64_t count, int threads) {
+    int failed = 0;
+    for (int first = 0, last; first < n && !failed; first = last) {
+        for (last = first + 1; last < n && wants_alike(&linears[first], &linears[last]);) last++;
+        const struct nq_way *way = way_of(kernels, &linears[first], count);
+        failed = multiply(way, linears + first, last - first, x, count, threads);
+    }
+    return failed;
+}
+
+NQ_EXPORT int nq_multiply(
     const struct nq_weight *w, const float *x, int64_t count, const float *bias, float *y, int isa, int threads) {
-    nq_product(nq_kernels_of(isa), w, x, count, bias, y, 1, threads);
+    return nq_products(nq_kernels_of(isa), &(struct nq_linear){w, bias, y, 0}, 1, x, count, threads);
+}
+
+NQ_EXPORT int nq_multiply_int8(
+    const struct nq_weight *w, const float *x, int64_t count, const float *bias, float *y, int isa, int threads) {
+    return nq_products(nq_kernels_of(isa), &(struct nq_linear){w, bias, y, 1}, 1, x, count, threads);
 }
 
 struct decoding {
@@ -66,5 +99,5 @@ static void decode_range(void *argument, int64_t begin, int64_t end) {
 NQ_EXPORT void nq_decode(
     const struct nq_weight *w, const int64_t *rows, int64_t first, int64_t count, float *to, int threads) {
     struct decoding d = {w, rows, first, to};
-    nq_parallel(threads, count, nq_ceil(WEIGHTS_A_PIECE, w->columns), decode_range, &d);
+    nq_parallel(threads, count, 1, count * w->columns, decode_range, &d);
 }

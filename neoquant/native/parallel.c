@@ -1,9 +1,7 @@
-/* A parallel for.
+/* A parallel for, and memory for each thread.
  *
- * torch's OpenMP threads stay awake for a while after each of its operations; a second pool beside them would fight
- * for the same cores. So where torch runs on OpenMP, the loader hands over GOMP_parallel of torch's own runtime
- * (libgomp's stable entry point, which other runtimes provide as well), and the pieces run on torch's threads.
- * Without it, threads are started for the call, which pays for long calls only.
+ * The pieces run on the team in pool.c, or on the one that the loader hands over: GOMP_parallel (libgomp's stable entry
+ * point, which other runtimes provide as well) of the OpenMP runtime that torch uses.
  */
 #include "cpu.h"
 
@@ -11,10 +9,16 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 
-enum { MOST_THREADS = 256, PIECES_A_THREAD = 4 };
+/* In nanoseconds. A piece is short, so that a thread that is put aside with one holds the others up little; a thread is
+ * asked for where it has more to do than it takes to hand it over, and woken where it takes less to wake. */
+#ifndef NQ_WORTH_A_THREAD
+#define NQ_WORTH_A_THREAD 10000
+#define NQ_WORTH_WAKING 100000
+#endif
+enum { LONGEST_PIECE = 50000, PIECES_A_THREAD = 4 };
 
 typedef void (*team_function)(void (*)(void *), void *, unsigned, unsigned);
-static team_function team;
+static team_function team = nq_pool;
 
 struct loop {
     nq_range run;
@@ -33,32 +37,18 @@ static void work(void *argument) {
     }
 }
 
-static void *work_in_thread(void *argument) {
-    work(argument);
-    return 0;
-}
-
-static void run_on_own_threads(int threads, struct loop *loop) {
-    pthread_t started[MOST_THREADS];
-    int count = 0;
-    while (count < threads - 1 && !pthread_create(&started[count], 0, work_in_thread, loop)) count++;
-    work(loop);
-    while (count > 0) pthread_join(started[--count], 0);
-}
-
-void nq_parallel(int threads, int64_t n, int64_t grain, nq_range run, void *job) {
-    if (threads > MOST_THREADS) threads = MOST_THREADS;
-    if (n <= grain || threads < 2) {
+void nq_parallel(int threads, int64_t n, int64_t grain, int64_t nanoseconds, nq_range run, void *job) {
+    const int64_t grains = (n + grain - 1) / grain;
+    const int64_t team_size = nq_min(nq_min(threads, NQ_MOST_THREADS), nq_min(grains, nanoseconds / NQ_WORTH_A_THREAD));
+    if (team_size < 2) {
         if (n > 0) run(job, 0, n);
         return;
     }
-    int64_t pieces = nq_min((int64_t)threads * PIECES_A_THREAD, (n + grain - 1) / grain);
-    int64_t piece = (n + pieces - 1) / pieces;
-    struct loop loop = {run, job, n, (piece + grain - 1) / grain * grain, 0};
-    if (team)
-        team(work, &loop, (unsigned)threads, 0);
-    else
-        run_on_own_threads(threads, &loop);
+    const int64_t fewest = team_size * PIECES_A_THREAD, short_ones = nanoseconds / LONGEST_PIECE;
+    const int64_t pieces = short_ones > fewest ? short_ones : fewest;
+    struct loop loop = {run, job, n, (grains + pieces - 1) / pieces * grain, 0};
+    const int sleepers_stay = team == nq_pool && nanoseconds < NQ_WORTH_WAKING;
+    team(work, &loop, (unsigned)team_size, sleepers_stay ? NQ_AWAKE_ONLY : 0);
 }
 
 struct scratch {
@@ -67,6 +57,7 @@ struct scratch {
 };
 static pthread_once_t scratch_once = PTHREAD_ONCE_INIT;
 static pthread_key_t scratch_key;
+static int scratch_key_made;
 
 static void free_scratch(void *argument) {
     struct scratch *all = argument;
@@ -75,31 +66,36 @@ static void free_scratch(void *argument) {
 }
 
 static void make_scratch_key(void) {
-    if (pthread_key_create(&scratch_key, free_scratch)) abort();
+    scratch_key_made = !pthread_key_create(&scratch_key, free_scratch);
 }
 
 void *nq_scratch(enum nq_scratch_name name, size_t bytes) {
     pthread_once(&scratch_once, make_scratch_key);
+    if (!scratch_key_made) return 0;
     struct scratch *all = pthread_getspecific(scratch_key);
     if (!all) {
         all = calloc(NQ_SCRATCHES, sizeof *all);
-        if (!all || pthread_setspecific(scratch_key, all)) abort();
+        if (!all) return 0;
+        if (pthread_setspecific(scratch_key, all)) {
+            free(all);
+            return 0;
+        }
     }
     struct scratch *one = &all[name];
-    if (one->bytes < bytes) {
+    if (one->bytes < bytes || !one->memory) {
         free(one->memory);
-        one->bytes = (bytes + 4095) & ~(size_t)4095;
+        one->bytes = bytes ? (bytes + 4095) & ~(size_t)4095 : 4096;
         one->memory = aligned_alloc(64, one->bytes);
-        if (!one->memory) abort();
+        if (!one->memory) one->bytes = 0;
     }
     return one->memory;
 }
 
 /* Of the signatures of every exported function: the loader refuses a library whose number is not its own. */
-NQ_EXPORT int nq_version(void) { return 9; }
+NQ_EXPORT int nq_version(void) { return 10; }
 
-/* The address of torch's GOMP_parallel, or 0 for threads of our own. */
-NQ_EXPORT void nq_use_team(void *gomp_parallel) { team = (team_function)gomp_parallel; }
+/* The address of another's GOMP_parallel, or 0 for the team in pool.c. */
+NQ_EXPORT void nq_use_team(void *gomp_parallel) { team = gomp_parallel ? (team_function)gomp_parallel : nq_pool; }
 
 /* Whether this machine runs an instruction set. */
 NQ_EXPORT int nq_runs(int isa) {

@@ -482,6 +482,10 @@ static void many_run(void *argument, int64_t begin, int64_t end) {
     const struct nq_product *p = argument;
     const int64_t columns = p->w->columns;
     float *panels = nq_scratch(NQ_OWN, (DEPTH + 8) * BLOCK * sizeof(float)), edge[TILE * PANEL];
+    if (!panels) {
+        *p->starved = 1;
+        return;
+    }
     for (int64_t row = begin; row < end; row += BLOCK) {
         const int64_t rows = nq_min(BLOCK, end - row);
         for (int64_t column = 0; column < columns; column += DEPTH) {
@@ -814,6 +818,10 @@ static void int8_run(void *argument, int64_t begin, int64_t end) {
     const int64_t columns = w->columns, most = DEPTH8 >> step_bits, runs = int8_runs(w);
     void *scratch = nq_scratch(NQ_OWN, (size_t)(BLOCK * (DEPTH8 / 4 + 3 * most)) * 4);
     float edge[TILE * PANEL];
+    if (!scratch) {
+        *p->starved = 1;
+        return;
+    }
     for (int64_t row = begin; row < end; row += BLOCK) {
         const int64_t rows = nq_min(BLOCK, end - row);
         for (int64_t column = 0; column < columns; column += DEPTH8) {

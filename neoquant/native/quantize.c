@@ -247,8 +247,7 @@ NQ_EXPORT void nq_round_blocks(
     const void *w, int dtype, int64_t n, int64_t block, const float *bounds, const uint8_t *order,
     uint8_t *codes, float *absmax, int isa, int threads) {
     struct blocks job = {w, bounds, order, codes, absmax, n, block, dtype, isa};
-    int64_t grain = (1 << 14) / block;
-    nq_parallel(threads, (n + block - 1) / block, grain ? grain : 1, round_blocks, &job);
+    nq_parallel(threads, (n + block - 1) / block, 1, n / 2, round_blocks, &job);
 }
 
 /* int8 rows ----------------------------------------------------------------------------------------------------- */
@@ -308,8 +307,7 @@ static void round_rows(void *argument, int64_t begin, int64_t end) {
 NQ_EXPORT void nq_round_rows(
     const void *w, int dtype, int64_t n, int64_t columns, int8_t *codes, float *absmax, int isa, int threads) {
     struct rows job = {w, codes, absmax, columns, dtype, isa};
-    int64_t grain = (1 << 14) / columns;
-    nq_parallel(threads, n, grain ? grain : 1, round_rows, &job);
+    nq_parallel(threads, n, 1, n * columns, round_rows, &job);
 }
 
 /* Affine groups ---------------------------------------------------------------------------------------------------- */
@@ -322,6 +320,7 @@ struct affine {
     int64_t columns, width, groups;
     int dtype, bits, fit, isa;
     atomic_int *overflows; /* set where a scale is not finite */
+    atomic_int *starved;   /* and where memory is wanting */
 };
 
 static const float WHOLE = 0x1.8p23f; /* added and taken away, leaves the nearest whole number, ties to even */
@@ -401,6 +400,10 @@ NQ_AVX512 static void affine_row_avx512(const struct affine *job, int64_t row, c
 static void affine_range(void *argument, int64_t begin, int64_t end) {
     const struct affine *job = argument;
     float *buffer = nq_scratch(NQ_OWN, (size_t)job->columns * sizeof(float));
+    if (!buffer) {
+        *job->starved = 1;
+        return;
+    }
     for (int64_t row = begin; row < end; row++) {
         const float *values = widen(job->isa, job->w, job->dtype, row * job->columns, job->columns, buffer);
 #ifdef NQ_X86
@@ -419,16 +422,15 @@ static void affine_range(void *argument, int64_t begin, int64_t end) {
 
 /* w[rows, columns] -> codes[rows, columns] (unless 0) under scales and zeros [rows, groups] (0: symmetric), which are
  * fitted first if `fit`. Groups are `width` columns, the last of a row what is left. Returns whether a scale is not
- * finite in half precision, because the weight is not or its range is too wide; then nothing here means anything. */
+ * finite in half precision, because the weight is not or its range is too wide; then nothing here means anything. Or NQ_NO_MEMORY. */
 NQ_EXPORT int nq_affine(
     const void *w, int dtype, int64_t rows, int64_t columns, int64_t width, int bits, int fit, uint16_t *scales,
     uint8_t *zeros, uint8_t *codes, int isa, int threads) {
-    atomic_int overflows = 0;
+    atomic_int overflows = 0, starved = 0;
     struct affine job = {w, scales, zeros, codes, columns, width, (columns + width - 1) / width,
-                         dtype, bits, fit, isa, &overflows};
-    int64_t grain = (1 << 14) / columns;
-    nq_parallel(threads, rows, grain ? grain : 1, affine_range, &job);
-    return overflows;
+                         dtype, bits, fit, isa, &overflows, &starved};
+    nq_parallel(threads, rows, 1, rows * columns, affine_range, &job);
+    return starved ? NQ_NO_MEMORY : overflows;
 }
 
 /* Double quantization ------------------------------------------------------------------------------------------- */
@@ -481,13 +483,13 @@ static void unpack_range(void *argument, int64_t begin, int64_t end) {
 /* codes[2 * n] -> bytes[n], the first of two codes in the high half. */
 NQ_EXPORT void nq_pack_nibbles(const uint8_t *codes, uint8_t *bytes, int64_t n, int threads) {
     struct nibbles job = {codes, bytes, n};
-    nq_parallel(threads, n, 1 << 16, pack_range, &job);
+    nq_parallel(threads, n, 1 << 12, n / 8, pack_range, &job);
 }
 
 /* The inverse. */
 NQ_EXPORT void nq_unpack_nibbles(const uint8_t *bytes, uint8_t *codes, int64_t n, int threads) {
     struct nibbles job = {bytes, codes, n};
-    nq_parallel(threads, n, 1 << 16, unpack_range, &job);
+    nq_parallel(threads, n, 1 << 12, n / 8, unpack_range, &job);
 }
 
 /* Codes of n bits ------------------------------------------------------------------------------------------------- */
@@ -553,7 +555,7 @@ static void unpack_bits_range(void *argument, int64_t begin, int64_t end) { OF_B
 
 static void in_rows(nq_range run, const uint8_t *from, uint8_t *to, int64_t rows, int64_t n, int bits, int threads) {
     struct packing job = {from, to, n, bits};
-    nq_parallel(threads, rows, (1 << 16) / n + 1, run, &job);
+    nq_parallel(threads, rows, 1, rows * n / 4, run, &job);
 }
 
 /* codes[rows, n] of `bits` bits -> bytes[rows, ceil(n * bits / 8)], low bits first, every row on a byte. */

@@ -6,7 +6,6 @@
 #include "weight.h"
 
 enum { QUERY, KEY, VALUE, OUT, FC, PROJ, LINEARS };
-enum { AT_ONCE = 1 << 14 }; /* numbers that one thread handles before others are asked to help */
 
 struct nq_block { /* as `_Block` in step.py */
     const struct nq_weight *weights[LINEARS];
@@ -24,8 +23,9 @@ struct step {
     float *y;
     float *normed, *query, *key, *value, *wide; /* [rows of a piece, C] and [.., inner], those from `begin` on */
     struct nq_states keys, values;
-    int stored;
-    int64_t C, inner, size, capacity, held, positions, begin;
+    const uint8_t *keep;
+    int stored, threads;
+    int64_t C, inner, size, capacity, held, positions, keep_stride, begin;
 };
 
 static void norm_rows(void *argument, int64_t begin, int64_t end) {
@@ -60,54 +60,72 @@ static void add_rows(void *argument, int64_t begin, int64_t end) {
     add(s->y + (s->begin + begin) * s->C, s->query + begin * s->C, (end - begin) * s->C);
 }
 
-/* Rows [begin, begin + n) of x. */
-static void step_rows(const struct step *s, int64_t n, const uint8_t *keep, int64_t keep_stride, int threads) {
+static struct nq_linear linear(const struct step *s, int which, float *y) {
+    return (struct nq_linear){s->b->weights[which], s->b->biases[which], y, s->b->int8 >> which & 1};
+}
+
+static int product(const struct step *s, int which, const float *from, int64_t n, float *y) {
+    const struct nq_linear one = linear(s, which, y);
+    return nq_products(s->kernels, &one, 1, from, n, s->threads);
+}
+
+static void hold_rows(const struct step *s, int64_t n, const float *from, struct nq_states to) {
+    struct nq_holding holding = {
+        .from = from, .to = to, .first = s->begin, .positions = s->positions, .held = s->held, .heads = s->b->heads,
+        .size = s->size, .capacity = s->capacity, .stored = s->stored};
+    nq_parallel(s->threads, n, 1, n * s->C, s->kernels->hold, &holding);
+}
+
+/* From the queries to `normed`. */
+static int attend_rows(const struct step *s, int64_t n) {
+    atomic_int starved = 0;
     const struct nq_block *b = s->b;
-    const int64_t grain = nq_ceil(AT_ONCE, s->C), sequence = s->begin / s->positions;
-    const int64_t together = nq_min(n, s->positions); /* rows of one sequence */
+    const int64_t together = nq_min(n, s->positions), sequence = s->begin / s->positions; /* `together` of one sequence */
     struct nq_attention attention = {
-        .query = s->query, .keys = s->keys, .values = s->values, .keep = keep, .y = s->normed, .begin = s->begin,
+        .query = s->query, .keys = s->keys, .values = s->values, .keep = s->keep, .y = s->normed, .begin = s->begin,
         .end = s->begin + n, .positions = s->positions, .held = s->held, .heads = b->heads, .size = s->size,
-        .capacity = s->capacity, .window = b->window, .keep_stride = keep_stride, .stored = s->stored,
-        .panels = nq_ceil(together, s->kernels->panel)};
+        .capacity = s->capacity, .window = b->window, .keep_stride = s->keep_stride, .stored = s->stored,
+        .panels = nq_ceil(together, s->kernels->panel), .starved = &starved};
     const int64_t items = (nq_ceil(s->begin + n, s->positions) - sequence) * b->heads * attention.panels;
-    const int64_t work = nq_min(together, s->kernels->panel) * (s->held + s->positions) * s->size;
-#define PRODUCT(which, from, to)                                                                                      \
-    nq_product(s->kernels, b->weights[which], from, n, b->biases[which], to, b->int8 >> which & 1, threads)
-    nq_parallel(threads, n, grain, norm_rows, (void *)s);
-    PRODUCT(QUERY, s->normed, s->query);
-    PRODUCT(KEY, s->normed, s->key);
-    PRODUCT(VALUE, s->normed, s->value);
-    for (int which = 0; which < 2; which++) {
-        struct nq_holding holding = {
-            .from = which ? s->value : s->key, .to = which ? s->values : s->keys, .first = s->begin,
-            .positions = s->positions, .held = s->held, .heads = b->heads, .size = s->size, .capacity = s->capacity,
-            .stored = s->stored};
-        nq_parallel(threads, n, grain, s->kernels->hold, &holding);
-    }
-    nq_parallel(threads, items, nq_ceil(AT_ONCE, work), s->kernels->attend, &attention);
-    PRODUCT(OUT, s->normed, s->y + s->begin * s->C);
-    nq_parallel(threads, n, grain, add_and_norm_rows, (void *)s);
-    PRODUCT(FC, s->normed, s->wide);
-    nq_parallel(threads, n, nq_ceil(AT_ONCE, s->inner), activate_rows, (void *)s);
-    PRODUCT(PROJ, s->wide, s->query);
-    nq_parallel(threads, n, grain, add_rows, (void *)s);
-#undef PRODUCT
+    const int64_t numbers = nq_min(together, s->kernels->panel) * (s->held + s->positions) * s->size;
+    nq_parallel(s->threads, items, 1, items * numbers / 8, s->kernels->attend, &attention);
+    return starved ? NQ_NO_MEMORY : 0;
+}
+
+/* Rows [begin, begin + n) of x. */
+static int step_rows(const struct step *s, int64_t n) {
+    const int threads = s->threads;
+    const int64_t numbers = n * s->C;
+    const struct nq_linear seen[] = {linear(s, QUERY, s->query), linear(s, KEY, s->key), linear(s, VALUE, s->value)};
+    nq_parallel(threads, n, 1, numbers / 2, norm_rows, (void *)s);
+    if (nq_products(s->kernels, seen, 3, s->normed, n, threads)) return NQ_NO_MEMORY;
+    hold_rows(s, n, s->key, s->keys);
+    hold_rows(s, n, s->value, s->values);
+    if (attend_rows(s, n) || product(s, OUT, s->normed, n, s->y + s->begin * s->C)) return NQ_NO_MEMORY;
+    nq_parallel(threads, n, 1, numbers, add_and_norm_rows, (void *)s);
+    if (product(s, FC, s->normed, n, s->wide)) return NQ_NO_MEMORY;
+    nq_parallel(threads, n, 1, n * s->inner / 2, activate_rows, (void *)s);
+    if (product(s, PROJ, s->wide, n, s->query)) return NQ_NO_MEMORY;
+    nq_parallel(threads, n, 1, numbers / 2, add_rows, (void *)s);
+    return 0;
 }
 
 /* x[sequences, positions, C] through the block: y of the same shape. Keys and values of the new positions are added
  * behind the `held` ones, to keys and values [sequences, heads, capacity, C / heads], held as `stored` says. keep[sequences, keep_stride] is 0
- * on padding; or 0: there is none. */
-NQ_EXPORT void nq_step(
+ * on padding; or 0: there is none. Gives 0, or NQ_NO_MEMORY. */
+NQ_EXPORT int nq_step(
     const struct nq_block *b, const float *x, int64_t sequences, int64_t positions, void *keys, void *values,
     float *key_scale, float *value_scale, int stored, int64_t capacity, int64_t held, const uint8_t *keep, int64_t keep_stride, float *y, int isa, int threads) {
     const int64_t C = b->weights[QUERY]->columns, inner = b->weights[FC]->rows, rows = sequences * positions;
     const int64_t most = nq_min(NQ_MOST_ROWS, rows);
     float *scratch = nq_scratch(NQ_STEP, (size_t)(most * (4 * C + inner)) * sizeof(float));
+    if (!scratch) return NQ_NO_MEMORY;
     struct step s = {
         .b = b, .kernels = nq_kernels_of(isa), .x = x, .y = y, .normed = scratch, .query = scratch + most * C,
         .key = scratch + 2 * most * C, .value = scratch + 3 * most * C, .wide = scratch + 4 * most * C, .stored = stored,
         .keys = {keys, key_scale}, .values = {values, value_scale}, .C = C, .inner = inner, .size = C / b->heads, .capacity = capacity, .held = held,
-        .positions = positions};
-    for (; s.begin < rows; s.begin += most) step_rows(&s, nq_min(most, rows - s.begin), keep, keep_stride, threads);
+        .positions = positions, .keep = keep, .keep_stride = keep_stride, .threads = threads};
+    for (; s.begin < rows; s.begin += most)
+        if (step_rows(&s, nq_min(most, rows - s.begin))) return NQ_NO_MEMORY;
+    return 0;
 }

@@ -289,6 +289,10 @@ static void attend(void *argument, int64_t begin, int64_t end) {
     const struct nq_attention *a = argument;
     const int64_t panels = (2 * a->size + a->held + a->positions) * PANEL;
     float *scratch = nq_scratch(NQ_OWN, (size_t)(panels + a->size * KEYS_AT_ONCE) * sizeof(float));
+    if (!scratch) {
+        *a->starved = 1;
+        return;
+    }
     for (int64_t item = begin; item < end; item++) {
         const int64_t panel = item % a->panels, head = item / a->panels % a->heads;
         const int64_t sequence = a->begin / a->positions + item / a->panels / a->heads;
@@ -296,6 +300,6 @@ static void attend(void *argument, int64_t begin, int64_t end) {
         int64_t row = (start < a->begin ? a->begin : start) + panel * PANEL;
         const int64_t n = nq_min(PANEL, stop - row);
         if (n > FEW_POSITIONS) attend_panel(a, sequence, head, row, n, scratch);
-        else for (; row < stop; row++) attend_one(a, sequence, head, row, scratch);
+        else for (const int64_t last = row + n; row < last; row++) attend_one(a, sequence, head, row, scratch);
     }
 }

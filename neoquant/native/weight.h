@@ -11,6 +11,8 @@
 
 #include "cpu.h"
 
+#include <stdatomic.h>
+
 enum nq_kind { NQ_CODEBOOK = 0, NQ_INT8 = 1, NQ_AFFINE = 2, NQ_PLAIN = 3 };
 enum { NQ_WHOLE_ROW = 62, NESTED_BLOCK_BITS = 8 };
 
@@ -39,6 +41,7 @@ struct nq_product {
     float *y;              /* [count, rows] */
     int64_t count;
     void *laid;            /* x in the order in which the kernel wants it */
+    atomic_int *starved;   /* set where memory is wanting */
 };
 
 /* One way to multiply: x is laid out first, then rows of the weight are multiplied, both on all threads. */
@@ -76,6 +79,7 @@ struct nq_attention {
     int64_t begin, end, positions, held, heads, size, capacity, window, keep_stride; /* `window` 0: everything is seen */
     int64_t panels;             /* of `panel` rows, that the most rows of a sequence make */
     int stored;
+    atomic_int *starved;        /* set where memory is wanting */
 };
 
 enum nq_activation { NQ_GELU_TANH = 0, NQ_RELU = 1 };
@@ -95,11 +99,19 @@ enum { NQ_MOST_ROWS = 480 };
 
 const struct nq_kernels *nq_kernels_of(int isa);
 
-/* x[count, columns] times the weight's transpose, plus bias[rows] (or 0): y[count, rows], in float32. With `int8`, x is
- * rounded to int8 in runs of inputs; codebooks of rows that are no multiple of 8 are not known then. */
-void nq_product(
-    const struct nq_kernels *kernels, const struct nq_weight *w, const float *x, int64_t count, const float *bias,
-    float *y, int int8, int threads);
+/* A weight with its bias[rows] (or 0), and y[count, rows], in float32. With `int8`, x is rounded to int8 in runs of inputs;
+ * codebooks of rows that are no multiple of 8 are not known then. */
+struct nq_linear {
+    const struct nq_weight *w;
+    const float *bias;
+    float *y;
+    int int8;
+};
+enum { NQ_TOGETHER = 3 };
+
+/* x[count, columns] times the transpose of each of `n` weights, at most NQ_TOGETHER, plus its bias. 0, or NQ_NO_MEMORY. */
+int nq_products(
+    const struct nq_kernels *kernels, const struct nq_linear *linears, int n, const float *x, int64_t count, int threads);
 
 extern const struct nq_kernels nq_kernels_portable, nq_kernels_avx2, nq_kernels_avx512, nq_kernels_avx512vnni,
     nq_kernels_neon;

@@ -142,20 +142,6 @@ def test_nibbles_pack_as_in_torch(isa: str, n: int, seed: int) -> None:
         assert torch.equal(packing.unpack_nibbles(expected, n), codes)
 
 
-def test_own_threads_do_what_torch_s_do() -> None:
-    """Where torch has no OpenMP, the library starts threads itself."""
-    w = make_weight((64, 4096), torch.float16, "normal")
-    expected = nearest(Codebook(), w, "off")
-    library = loader._load()[0]
-    if library is None:
-        pytest.skip(native.active().reason)
-    library.nq_use_team(None)
-    try:
-        require_same(nearest(Codebook(), w, "portable", 3), expected)
-    finally:
-        library.nq_use_team(loader._torch_team())
-
-
 def test_the_switch_says_what_is_legal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(native.SWITCH, "sse9")
     native.active.cache_clear()
