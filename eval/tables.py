@@ -32,6 +32,7 @@ CACHE_LOSS = {kind: ROOT / "eval" / "results" / f"cache-{kind}-demo.json" for ki
 SPECULATIVE = ROOT / "eval" / "results" / "speculative-demo.json"
 BATCH = ROOT / "eval" / "results" / "batch-demo.json"
 BUSY = ROOT / "eval" / "results" / "busy-demo.json"
+ONNX = {shape: ROOT / "eval" / "results" / f"onnx-runtime-{shape}.json" for shape in ("demo", "125m")}
 FEEDBACK = ROOT / "eval" / "results" / "feedback-neo-8m.json"
 FEEDBACK_DEMO = ROOT / "eval" / "results" / "feedback-demo.json"
 BY_LOSS = {"objective": "model", "correction": 0.5}
@@ -356,6 +357,23 @@ def busy(path: Path) -> str:
     return "\n".join([*lines, "", f"{_how(result)}; a loop is pinned to its core."])
 
 
+def onnx_runtime() -> str:
+    """Tokens a second of ONNX Runtime and of neoquant on the same codes."""
+    lines = ["| model | weights | prefill: ONNX Runtime, neoquant | decode: ONNX Runtime, neoquant |"]
+    lines.append("| --- | --- | --: | --: |")
+    results = [json.loads(path.read_text("utf-8")) for path in ONNX.values() if path.exists()]
+    for result in results:
+        for recipe, rates in result["rates"].items():
+            theirs, ours = rates["ONNX Runtime"], rates["neoquant"]
+            cells = (f"{theirs[what]:,.0f}, {ours[what]:,.0f}" for what in ("prefill", "decode"))
+            lines.append(f"| {result['shape']} | {recipe} | {' | '.join(cells)} |")
+    version = results[-1]["provenance"]["versions"]["onnxruntime"]
+    note = (
+        f"{results[-1]['prefill']} tokens of prefill; decoding behind {results[-1]['prompt']}. ONNX Runtime {version}"
+    )
+    return "\n".join([*lines, "", f"{note}; {_how(results[-1])}."])
+
+
 def _how(result: dict[str, Any]) -> str:
     """What a result was measured on."""
     made = result["provenance"]
@@ -477,6 +495,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cache-loss": cache_loss,
     "speculative": functools.partial(speculative, SPECULATIVE),
     "batch": functools.partial(batch, BATCH),
+    "onnx-runtime": onnx_runtime,
     "busy": functools.partial(busy, BUSY),
     **{f"run-{shape}": functools.partial(run, shape) for shape in RUN},
     "feedback-neo-8m": lambda: feedback(FEEDBACK),

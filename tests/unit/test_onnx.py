@@ -163,6 +163,25 @@ def test_the_folder_is_as_others_read_it(made: Made) -> None:
             assert {name % number for number in range(2)} <= names if "%d" in name else name in names
 
 
+def test_weights_too_large_for_one_file_lie_beside_it(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2 GB is what protobuf can say; the limit is lowered instead. What is moved since is still found."""
+    folder, model, _ = made("4 bits")
+    monkeypatch.setattr(sys.modules["neoquant.onnx.export"], "LARGEST", 10_000)
+    result = export(folder, tmp_path / "out")
+    moved = (tmp_path / "out").rename(tmp_path / "moved")
+    assert {path.name for path in (moved / "onnx").iterdir()} == {"model_q4.onnx", "model_q4.onnx_data"}
+    data, graph = moved / "onnx" / "model_q4.onnx_data", moved / "onnx" / "model_q4.onnx"
+    assert data.stat().st_size > 10_000 and data.stat().st_size + graph.stat().st_size > result.weights_bytes
+    config = json.loads((moved / "config.json").read_text())
+    assert config["transformers.js_config"] == {"dtype": "q4", "use_external_data_format": True}
+    ids = torch.tensor([[5, 9, 2, 130]])
+    with torch.no_grad():
+        expected = model(ids).logits
+    assert (Session(graph)(ids)[0] - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+
 def test_onnxruntime_genai_continues_texts(made: Made) -> None:
     genai = pytest.importorskip("onnxruntime_genai")
     folder, model, _ = made("4 bits")
