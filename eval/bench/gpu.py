@@ -218,7 +218,7 @@ def load_models(temp: Path, device: torch.device) -> dict[str, Any]:
 def decode_steps(
     models: dict[str, Any], vocabulary: int, device: torch.device, new: int
 ) -> dict[str, tuple[Step, int]]:
-    """Batches of 1 and 32, greedy, behind CONTEXT tokens: (what to time, tokens it makes)."""
+    """Batches of 1 and 32, greedy, behind CONTEXT tokens, ours also by CUDA graphs: (what to time, tokens it makes)."""
     steps: dict[str, tuple[Step, int]] = {}
     for name, model in models.items():
         for batch in (1, 32):
@@ -227,7 +227,11 @@ def decode_steps(
             if name.startswith("transformers"):
                 options |= {"min_new_tokens": new, "eos_token_id": None, "pad_token_id": 0}
                 options |= {"attention_mask": torch.ones_like(ids)}
-            steps[f"{name}, batch {batch}"] = lambda m=model, i=ids, o=options: m.generate(i, **o), batch * new
+            ways = {"": options}
+            if name.startswith("neoquant") and device.type == "cuda":
+                ways[", CUDA graph"] = options | {"cache_implementation": "static"}
+            for way, asked in ways.items():
+                steps[f"{name}, batch {batch}{way}"] = lambda m=model, i=ids, o=asked: m.generate(i, **o), batch * new
     return steps
 
 

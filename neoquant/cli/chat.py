@@ -56,6 +56,7 @@ def chat(
     dtype: options.Dtype = None,
     activations: options.Activations = "exact",
     cache: options.Cache = None,
+    static_cache: options.StaticCache = False,
     revision: options.Revision = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -93,6 +94,7 @@ def chat(
         top_p=top_p,
         repetition_penalty=repetition_penalty,
         cache=cache,
+        static_cache=static_cache,
     )
     longest = max_new_tokens or own.max_new_tokens or LONGEST_TURN
     _Chat(network, tokenizer, own, min(longest, _half(network)), names, seed, terminal).run(_typed(terminal))
@@ -201,6 +203,7 @@ class _Chat:
             sampling=replace(self.settings.sampling(len(ids)), seed=self.seed),
             stop=ends_with(stops, self.tokenizer),
             cache_dtype=self.settings.cache_dtype,
+            static_cache=self.settings.cache_implementation == "static",
         )
         tokens = write_text(made, self.tokenizer, shown.add, self.settings.ends())
         self.turns.append((typed, shown.end()))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from neoquant import demo
 from neoquant.cli.generation import settings
@@ -28,7 +28,8 @@ LOOKUP = "lookup"
 """What `--draft` takes in place of a model: what followed where the text ended likewise before."""
 
 
-class Choices(NamedTuple):
+@dataclass(frozen=True)
+class Choices:
     """The options that choose tokens; None where the model's own settings hold."""
 
     greedy: bool
@@ -39,6 +40,7 @@ class Choices(NamedTuple):
     seed: int | None
     max_new_tokens: int | None
     cache: str | None
+    static_cache: bool
     draft: str | None
 
 
@@ -66,6 +68,7 @@ def continue_text(
         top_p=choices.top_p,
         repetition_penalty=choices.repetition_penalty,
         cache=choices.cache,
+        static_cache=choices.static_cache,
     )
     ids = tokenizer.prompt_ids(text)
     seed = random.SystemRandom().randrange(2**31) if choices.seed is None else choices.seed
@@ -81,7 +84,7 @@ def continue_text(
     options["stop"] = ends_with(own.stops(), tokenizer)
     prompt = torch.tensor([ids])
     if choices.draft is None:
-        made = stream(network, prompt, **options)
+        made = stream(network, prompt, static_cache=own.cache_implementation == "static", **options)
     else:
         drafter = _drafter(choices.draft, network, sampling, loading, terminal)
         made = stream_with_drafts(network, prompt, drafter, acceptance=acceptance, **options)

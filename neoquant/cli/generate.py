@@ -62,6 +62,7 @@ def generate(
     dtype: options.Dtype = None,
     activations: options.Activations = "exact",
     cache: options.Cache = None,
+    static_cache: options.StaticCache = False,
     draft: Annotated[
         str | None,
         typer.Option(
@@ -101,7 +102,7 @@ def generate(
         if question is not None:
             raise RequestError("--question belongs to --task question-answering")
         require_cache(cache)
-        choices = Choices(greedy, temperature, top_k, top_p, repetition_penalty, seed, max_new_tokens, cache, draft)
+        choices = Choices(**options.own_fields(Choices, ctx.params))
         text = prompt_text(prompt)
         continue_text(find_model(model, terminal, "generate"), text, choices, loading, activations, terminal)
         return
@@ -110,6 +111,7 @@ def generate(
     require_task(task)
     sampling: dict[str, object] = {**randomness, "--greedy": greedy or None, "--max-new-tokens": max_new_tokens}
     sampling |= {"--repetition-penalty": repetition_penalty, "--cache": cache, "--draft": draft}
+    sampling |= {"--static-cache": static_cache or None}
     sampling |= {"--activations": None if activations == "exact" else activations}
     if given := [option for option, value in sampling.items() if value is not None]:
         raise RequestError(f"--task {task} generates nothing: leave out {', '.join(given)}")

@@ -52,6 +52,7 @@ def settings(
     top_p: float | None = None,
     repetition_penalty: float | None = None,
     cache: str | None = None,
+    static_cache: bool = False,
 ) -> GenerationConfig:
     """What holds, given the folder's `own` settings and the options that were typed; `temperature=0` is greedy.
 
@@ -69,6 +70,8 @@ def settings(
         asked["repetition_penalty"] = repetition_penalty
     if cache is not None:
         asked["cache_dtype"] = cache
+    if static_cache:
+        asked["cache_implementation"] = "static"
     with locate("the model's generation settings"):
         try:
             own.require_possible()

@@ -111,6 +111,13 @@ Cache = Annotated[
         "[default: the model's, else as they are computed]",
     ),
 ]
+StaticCache = Annotated[
+    bool,
+    typer.Option(
+        "--static-cache",
+        help="On a GPU, replay what a token launches as one CUDA graph, with keys and values in buffers of fixed size.",
+    ),
+]
 TopP = Annotated[
     float | None,
     typer.Option(

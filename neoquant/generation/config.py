@@ -31,6 +31,8 @@ class GenerationConfig:
     `eos_token_id` and are filled up with `pad_token_id`; they also end behind one of `stop_strings`. Without a prompt,
     a text begins with `bos_token_id`.
     `cache_dtype` is what keys and values are held in: "float32", "float16", "int8", or None, as they come.
+    `cache_implementation="static"` holds them in buffers of fixed size, so that a GPU replays each new token's work as
+    one CUDA graph; nothing else that transformers takes there changes anything.
     With `prompt_lookup_num_tokens` above 0, so many tokens at most are guessed from what followed where the text ended
     likewise before, and checked together. With `return_dict_in_generate`, a `GenerateDecoderOnlyOutput` is returned,
     with each token's scores or logits where `output_scores` or `output_logits` say so.
@@ -55,6 +57,7 @@ class GenerationConfig:
     stop_strings: str | Sequence[str] | None = None
     seed: int | None = None
     cache_dtype: str | None = None
+    cache_implementation: str | None = None
     prompt_lookup_num_tokens: int | None = None
     min_p: float | None = None
     no_repeat_ngram_size: int | None = None

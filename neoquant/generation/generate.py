@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from neoquant.errors import CheckpointError, ContextError, RequestError
+from neoquant.generation.cuda_graph import GraphedSteps, refuse
 from neoquant.generation.padding import left_padded
 from neoquant.model.cache import KVCache
 from neoquant.model.gpt_neo import CausalLM
@@ -197,6 +198,7 @@ class _Inputs:
         self.ids = ids
         self._rows, self._all = list(range(len(ids))), len(ids)
         self._index: Tensor | None = None  # of the rows that go on, where not all do
+        self._graphed: GraphedSteps | None = None
         self.positions = _like(ids, position_ids, "position_ids")
         self.types = _like(ids, token_type_ids, "token_type_ids")
         if attention_mask is None:
@@ -211,6 +213,8 @@ class _Inputs:
 
     def logits(self, model: CausalLM, cache: KVCache) -> Tensor:
         """Of the token that follows, `[B, V]`."""
+        if self._graphed is not None:
+            return self._graphed.logits(self.ids).clone()  # the next replay overwrites it
         end = cache.length + self.ids.shape[1]
         keep = None if self.keep is None else self.keep[:, :end]
         output = model(
@@ -229,9 +233,13 @@ class _Inputs:
             return logits.new_zeros(self._all, logits.shape[-1]).index_copy_(0, self._index, logits)
         return logits
 
+    def use_graph(self, model: CausalLM, cache: KVCache) -> None:
+        """What follows the prompt is a CUDA graph, of all rows to the end; `cache` is no longer used."""
+        self._graphed = GraphedSteps(model, cache, self.keep, self.positions, self.types)
+
     def leave(self, rows: list[int], cache: KVCache) -> None:
         """Only these rows go on, of those that did."""
-        if len(rows) == len(self._rows):
+        if len(rows) == len(self._rows) or self._graphed is not None:
             return
         kept = torch.tensor([self._rows.index(row) for row in rows], device=self.ids.device)
         self._rows, self._index = rows, torch.tensor(rows, device=self.ids.device)
@@ -244,6 +252,8 @@ class _Inputs:
     def follow(self, ids: Tensor) -> None:
         """`ids[B]` are given next, of the rows that go on. Their type is the one of the position before."""
         self.ids = (ids if self._index is None else ids.index_select(0, self._index))[:, None]
+        if self._graphed is not None:
+            return
         self.positions = None if self.positions is None else self.positions[:, -1:] + 1
         self.types = None if self.types is None else self.types[:, -1:]
 
@@ -301,6 +311,7 @@ def stream(
     cache_dtype: str | None = None,
     processor: Processor | None = None,
     record: Recorder | None = None,
+    static_cache: bool = False,
 ) -> Iterator[Tensor]:
     """Yield the next ids `[B]` of `input_ids[B, T]`, on the CPU, one position at a time, until all rows have ended.
 
@@ -310,15 +321,21 @@ def stream(
     `position_ids[B, T]`, and have the type of the last of `token_type_ids[B, T]`. Ids come from the model's device
     `look_every` at a time (None: 1 on a CPU, LOOK_EVERY elsewhere), and nothing else waits for it; what it has made
     beyond the end is dropped.
-    Keys and values are held in `cache_dtype`: "float32", "float16", "int8", or as they come. `processor` may change the
-    logits before a token is chosen by them; `record` is told of them, which are 0 in rows that have ended.
+    Keys and values are held in `cache_dtype`: "float32", "float16", "int8", or as they come. With `static_cache`, in
+    buffers of fixed size, so that a GPU replays each token's work as one CUDA graph (on a CPU it changes nothing); rows
+    that have ended are then computed to the end. `processor` may change the logits before a token is chosen by them;
+    `record` is told of them, which are 0 in rows that have ended.
 
     Raises ContextError before anything is generated where prompt and new tokens do not fit into the model's context,
-    CheckpointError where the model's predictions are not finite.
+    CheckpointError where the model's predictions are not finite, RequestError for a model whose work cannot be replayed
+    with `static_cache`.
     """
     sampling = sampling or Sampling()
     B, T = input_ids.shape
     check_room(model, T, max_new_tokens)
+    static_cache = static_cache and model.device.type != "cpu"
+    if static_cache and (reason := refuse(model, cache_dtype)):
+        raise RequestError(f"a static cache needs a model whose work can be recorded on one GPU: {reason}")
     device = model.device
     every = look_every or (1 if device.type == "cpu" else LOOK_EVERY)
     generator = None if sampling.seed is None else torch.Generator(device=device).manual_seed(sampling.seed)
@@ -332,7 +349,7 @@ def stream(
     outcomes = seen.new_empty(B, max_new_tokens)
     eos = [e for e in sampling.eos_token_ids or () if 0 <= e < model.config.vocab_size]
     reachable = torch.tensor(eos, dtype=seen.dtype, device=device)
-    cache = KVCache.of(model.config, max(1, T + max_new_tokens), cache_dtype)
+    cache = KVCache.of(model.config, max(1, T if static_cache else T + max_new_tokens), cache_dtype)
     looked = 0
     for new in range(max_new_tokens):
         raw = inputs.logits(model, cache)
@@ -352,6 +369,8 @@ def stream(
                 if is_last:
                     return
             inputs.leave(endings.going_on(), cache)
+        if static_cache and new == 0:
+            inputs.use_graph(model, cache)
         inputs.follow(drawn)
 
 
@@ -413,6 +432,7 @@ def generate(
     cache_dtype: str | None = None,
     processor: Processor | None = None,
     record: Recorder | None = None,
+    static_cache: bool = False,
     streamer: Streamer | None = None,
 ) -> Tensor:
     """`input_ids[B, T]` with up to `max_new_tokens` more: `[B, T + new]`; the other arguments are `stream`'s.
@@ -433,6 +453,7 @@ def generate(
         cache_dtype=cache_dtype,
         processor=processor,
         record=record,
+        static_cache=static_cache,
     )
     return collect(input_ids.to(model.device), made, streamer)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from neoquant.model.stored_states import STORAGES
 
+CACHES = ("dynamic", "static", "hybrid", "offloaded", "offloaded_static")  # only static is another than dynamic here
 MAX = sys.float_info.max
 
 # What transformers also takes and neoquant does in these ways only; None, which is legal for all, leaves it to them.
@@ -40,7 +41,6 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
     "token_healing": (False,),
     "max_time": (),
     "remove_invalid_values": (False,),
-    "cache_implementation": ("dynamic", "static", "hybrid", "offloaded", "offloaded_static"),
     "output_attentions": (False,),
     "output_hidden_states": (False,),
     "inputs_embeds": (),
@@ -89,6 +89,7 @@ LEGAL: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("do_sample", "return_dict_in_generate", "output_scores", "output_logits"), _SWITCH),
     "eos_token_id": (_are_ids, "an integer of 64 bits or a list of them"),
     "stop_strings": (_are_texts, "a text or a list of them"),
+    "cache_implementation": (lambda value: value in CACHES, " or ".join(CACHES)),
     "cache_dtype": (lambda value: value in STORAGES, " or ".join(STORAGES)),
 }
 

@@ -74,6 +74,11 @@ class KVCache:
         self.advance(layer, key.shape[2])
         return found
 
+    def states(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the last positions that a layer holds, `[B, H, S, D]`, in the type of its buffers."""
+        keys, values = self._layers[layer].held_states()
+        return keys, values
+
     def room(self, layer: int, shape: tuple[int, ...], like: Tensor) -> tuple[StoredStates, StoredStates, int]:
         """A layer's buffers, in which the next positions, `shape` = (B, H, T, D), have room, and where those begin.
 
@@ -121,6 +126,9 @@ class _Layer:
             key, value = (torch.cat(pair, dim=2) for pair in zip(before, (key, value), strict=True))
         self.stored = StoredStates(key), StoredStates(value)
         return key, value
+
+    def held_states(self) -> list[Tensor]:
+        return [stored.read(self.held, stored.data.dtype) for stored in self.stored]
 
     def room(self, shape: tuple[int, ...], like: Tensor) -> tuple[StoredStates, StoredStates, int]:
         if not self.stored or not self.stored[0].made or self.stored[0].capacity < self.held + shape[2]:

@@ -128,6 +128,13 @@ def test_generate_greedy_is_repeatable_and_stays_within_the_context(cli: Cli, ti
     assert result.code == 1 and "context is 32" in result.error
 
 
+def test_a_static_cache_changes_nothing_on_a_cpu(cli: Cli, tiny_model: Path) -> None:
+    plain, static = (cli("generate", tiny_model, "-p", "ab", "--greedy", *more) for more in ((), ("--static-cache",)))
+    assert (static.code, static.out) == (0, plain.out)
+    refused = cli("generate", tiny_model, "--task", "text-classification", "-p", "ab", "--static-cache")
+    assert refused.code == 2 and "leave out --static-cache" in refused.err
+
+
 def test_generate_needs_a_prompt(cli: Cli, tiny_model: Path) -> None:
     result = cli("generate", tiny_model)
     assert result.code == 2 and "--prompt" in result.error

@@ -7,6 +7,8 @@
 
 An operation counts as one launch, unless all that it gives lies in memory that it was given (a view) or is not yet
 written (an allocation). In inference mode torch hands composite operations over in one piece: they count once.
+A CUDA graph records the operations that reach the device and repeats them on the same memory; recording changes
+nothing, and what waits or copies from the host meanwhile raises.
 Nothing here says how long anything takes, and gradients are not computed: torch's engine asks for the device's streams.
 """
 
@@ -16,7 +18,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,14 +104,78 @@ class Counts:
         self.waits: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()
         """From the host's memory."""
+        self.recording: Graph | None = None
 
     def reset(self) -> None:
         for counter in (self.launches, self.waits, self.copies):
             counter.clear()
 
+    def wait(self, what: str) -> None:
+        """The host waits for the device."""
+        self._refuse_in_graphs(what)
+        self.waits[f"{where()} ({what})"] += 1
+
+    def copy(self) -> None:
+        """Something comes from the host's memory."""
+        self._refuse_in_graphs("copy from the host")
+        self.copies[where()] += 1
+
+    def _refuse_in_graphs(self, what: str) -> None:
+        if self.recording is not None:
+            raise RuntimeError(f"operation not permitted when stream is capturing ({what}, {where()})")
+
     def totals(self) -> tuple[int, int, int]:
         """Launches, waits, copies from the host."""
         return self.launches.total(), self.waits.total(), self.copies.total()
+
+
+class Graph:
+    """A CUDA graph: what it was told of, in order."""
+
+    def __init__(self, counts: Counts) -> None:
+        self.counts = counts
+        self.work: list[Callable[[], None]] = []
+        self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        self.counts.recording = self
+        try:
+            yield
+        finally:
+            self.counts.recording = None
+        for memory, before in self._before.values():
+            memory.copy_(before)  # what is recorded is not done
+
+    def will_write(self, tree: Any) -> None:
+        """An operation is about to write to some of these."""
+        for leaf in tree_flatten(tree)[0]:
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self._before:
+                    self._before[storage._cdata] = storage, storage.clone()
+
+    def note(self, function: Callable[..., Any], args: Any, kwargs: Any, made: Any, writes: bool) -> None:
+        """An operation on bare memory, and what it gave."""
+        flat = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
+        given = {leaf.untyped_storage()._cdata for leaf in flat}
+        results = [leaf for leaf in tree_flatten(made)[0] if isinstance(leaf, torch.Tensor)]
+        new = [leaf.untyped_storage()._cdata not in given for leaf in results]
+        if not writes and not any(new):
+            return  # a view: it stays one
+
+        def again() -> None:
+            repeated = [leaf for leaf in tree_flatten(function(*args, **kwargs))[0] if isinstance(leaf, torch.Tensor)]
+            for to, from_, is_new in zip(results, repeated, new, strict=True):
+                if is_new:
+                    to.copy_(from_)
+
+        self.work.append(again)
+
+    def replay(self) -> None:
+        self.counts.launches[where()] += 1
+        for again in self.work:
+            again()
 
 
 class Dispatch(TorchDispatchMode):
@@ -141,7 +207,12 @@ class Dispatch(TorchDispatchMode):
             return func(*args, **kwargs)
         if ours:
             self._check(func, name, args, kwargs, tensors)
+        graph, writes = self.counts.recording, func._schema.is_mutable
+        if graph is not None and writes:
+            graph.will_write(bare((args, kwargs)))
         made = func(*bare(args), **bare(kwargs))
+        if graph is not None and name not in ALLOCATING:
+            graph.note(func, bare(args), bare(kwargs), made, writes)
         self._count(func, name, ours, made)
         known = {id(tensor.memory): tensor for tensor in ours}
 
@@ -169,12 +240,15 @@ class Dispatch(TorchDispatchMode):
         made = func(*bare(args), **{**kwargs, "device": torch.device("cpu")})
         if not is_cuda(kwargs["device"]):
             if isinstance(source, OnDevice) and not kwargs.get("non_blocking"):
-                self.wait("to the CPU")
+                self.counts.wait("to the CPU")
             return made
         if isinstance(source, OnDevice):
             self.counts.launches[where()] += 1
+            if self.counts.recording is not None:
+                options = {**kwargs, "device": torch.device("cpu")}
+                self.counts.recording.note(func, bare(args), options, made, False)
         else:
-            self.counts.copies[where()] += 1
+            self.counts.copy()
         return OnDevice(made)
 
     def _check(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> None:
@@ -186,24 +260,24 @@ class Dispatch(TorchDispatchMode):
         if name == "aten::copy_":
             to = args[0]
             if not isinstance(to, OnDevice):
-                self.wait("copy_ to the CPU")
+                self.counts.wait("copy_ to the CPU")
             elif strangers:
-                self.counts.copies[where()] += 1
+                self.counts.copy()
         elif name in INDEXING:
             if not isinstance(args[0], OnDevice):
                 raise RuntimeError("indices should be on the same device as the indexed tensor (cpu)")
             indices = [index for index in args[1] if index is not None]
             for index in indices:
                 if index.dtype in (torch.bool, torch.uint8):
-                    self.wait("boolean index")
+                    self.counts.wait("boolean index")
                 elif not isinstance(index, OnDevice):
-                    self.counts.copies[where()] += 1
+                    self.counts.copy()
             if {id(stranger) for stranger in strangers} - set(map(id, indices)):
                 raise RuntimeError(TWO_DEVICES.format(func))
         elif strangers:
             raise RuntimeError(TWO_DEVICES.format(func))
         elif name in WAITING or (name == "aten::repeat_interleave" and "Tensor" in func._overloadname):
-            self.wait(name)
+            self.counts.wait(name)
 
     def _count(self, func: Any, name: str, ours: list[OnDevice], made: Any) -> None:
         if name in ALLOCATING:
@@ -213,9 +287,6 @@ class Dispatch(TorchDispatchMode):
         is_view = made and not func._schema.is_mutable and all(t.untyped_storage()._cdata in given for t in made)
         if not is_view:
             self.counts.launches[where()] += 1
-
-    def wait(self, what: str) -> None:
-        self.counts.waits[f"{where()} ({what})"] += 1
 
 
 TWO_DEVICES = "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({})"
@@ -258,7 +329,10 @@ class Functions(TorchFunctionMode):
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return aten._scaled_dot_product_attention_math(*args, **kwargs)[0]
         self.counts.launches[where()] += 1
-        return OnDevice(func(*bare(args), **bare(kwargs)))
+        made = func(*bare(args), **bare(kwargs))
+        if self.counts.recording is not None:
+            self.counts.recording.note(func, bare(args), bare(kwargs), made, False)
+        return OnDevice(made)
 
 
 class Generator(torch.Generator):
@@ -275,6 +349,7 @@ class Generator(torch.Generator):
 
 
 PLACES: dict[int, torch.device] = {}
+STREAM = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
 
 
 def where() -> str:
@@ -323,7 +398,12 @@ def patches(counts: Counts, capability: tuple[int, int]) -> Iterator[Any]:
         "get_device_properties": lambda device=None: properties,
         "get_device_capability": lambda device=None: capability,
         "is_bf16_supported": lambda including_emulation=True: capability >= (8, 0),
-        "synchronize": lambda device=None: counts.waits.update({f"{where()} (synchronize)": 1}),
+        "synchronize": lambda device=None: counts.wait("synchronize"),
+        "Stream": lambda *args, **kwargs: STREAM,
+        "current_stream": lambda device=None: STREAM,
+        "stream": lambda stream: nullcontext(),
+        "CUDAGraph": lambda: Graph(counts),
+        "graph": lambda graph, **kwargs: graph.recorded(),
     }
     for name, answer in answers.items():
         yield mock.patch.object(torch.cuda, name, answer)
@@ -344,8 +424,16 @@ def interpret(counts: Counts, program: Any, grid: tuple[int, ...], arguments: di
         if isinstance(value, torch.Tensor) and not isinstance(value, OnDevice):
             raise ValueError(f"Pointer argument ({name}) cannot be accessed from Triton (cpu tensor?)")
     counts.launches[where()] += 1
-    with torch._C._DisableTorchDispatch():
-        program[grid](**bare(arguments), **options)
+
+    def work(**arguments: Any) -> None:
+        with torch._C._DisableTorchDispatch():
+            program[grid](**arguments, **options)
+
+    memory = bare(arguments)
+    if counts.recording is not None:
+        counts.recording.will_write(memory)
+        counts.recording.note(work, (), memory, None, True)
+    work(**memory)
 
 
 @contextmanager

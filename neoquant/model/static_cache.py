@@ -1,0 +1,91 @@
+"""Keys and values in buffers that never grow, written where a number on the device says: for work that is recorded once
+and replayed, as a CUDA graph is.
+
+A recording repeats the same operations on the same memory. So nothing here follows from a number of the host's: the
+position is a tensor, every layer attends to its whole buffer, and a mask hides what is not there yet. A local layer's
+buffer is a ring of its window: position p lies at place p modulo the window, over what is seen no longer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from neoquant.model.cache import KVCache, windows_of
+from neoquant.model.config import GPTNeoConfig
+from neoquant.model.gpt_neo import AttentionMasks
+
+
+class StaticCache:
+    """What another cache held, with room for one position after another.
+
+    `capacity` is that of global layers, in positions; `at` int64[1], on the device, is the position that comes next.
+    """
+
+    def __init__(self, config: GPTNeoConfig, held: KVCache | StaticCache, capacity: int, device: torch.device) -> None:
+        self.length: int = held.length
+        self.capacity, self.device = capacity, device
+        self.at = torch.tensor([held.length], device=device)
+        self._windows = windows_of(config)
+        self._states = [
+            tuple(_laid(states, held.length, window or capacity) for states in held.states(layer))
+            for layer, window in enumerate(self._windows)
+        ]
+        self._places = {window: torch.empty_like(self.at) for window in {*self._windows}}
+
+    def find_places(self) -> None:
+        """Where the position that comes next lies in the buffers of each kind: before the first layer is asked."""
+        for window, place in self._places.items():
+            torch.remainder(self.at, window or self.capacity, out=place)
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write `key` and `value` `[B, H, 1, D]` of the position that comes next; the layer's whole buffers."""
+        keys, values = self._states[layer]
+        place = self._places[self._windows[layer]]
+        keys.index_copy_(2, place, key)
+        values.index_copy_(2, place, value)
+        return keys, values
+
+    def states(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the last of `length` positions that a layer holds, `[B, H, S, D]`."""
+        keys, values = self._states[layer]
+        size, length = keys.shape[2], self.length
+        order = torch.arange(max(0, length - size), length, device=self.device) % size
+        return keys.index_select(2, order), values.index_select(2, order)
+
+
+class StaticMasks(AttentionMasks):
+    """What one new position sees of a `StaticCache`'s buffers; `keep[B, capacity]` is False on padding."""
+
+    def __init__(self, cache: StaticCache, window: int, keep: Tensor | None) -> None:
+        places = torch.arange(max(cache.capacity, window), device=cache.device)
+        # attention asks `keep` whether anything is hidden: here always something is
+        super().__init__(1, cache.capacity, window, places[None] >= 0 if keep is None else keep, cache.device)
+        self._at, self._places, self._padding = cache.at, places, keep
+        self._seen: dict[bool, Tensor] = {}
+
+    def look(self) -> None:
+        """For the position that comes next: before the first layer asks."""
+        places = self._places[: self.S]
+        mask = (places <= self._at)[None]  # [B or 1, capacity]
+        self._seen[False] = (mask if self._padding is None else mask & self._padding)[:, None, None]
+        ring = self._places[: self.window]
+        position = self._at - (self._at - ring) % self.window  # that lies at each place
+        mask = (position >= 0)[None]
+        if self._padding is not None:
+            mask = mask & self._padding.index_select(1, position.clamp(min=0))
+        self._seen[True] = mask[:, None, None]
+
+    def mask(self, local: bool, keys: int) -> Tensor:
+        return self._seen[local]
+
+    def is_plain_causal(self, local: bool) -> bool:
+        return False
+
+
+def _laid(states: Tensor, length: int, size: int) -> Tensor:
+    """The last positions of states[B, H, S, D], S of `length`, in a buffer of `size`: p at place p modulo `size`."""
+    buffer = states.new_zeros(*states.shape[:2], size, states.shape[3])
+    count = min(states.shape[2], size)
+    places = torch.arange(length - count, length, device=states.device) % size
+    return buffer.index_copy_(2, places, states[:, :, states.shape[2] - count :])
