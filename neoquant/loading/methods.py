@@ -49,6 +49,16 @@ class ModelMethods(Network):
         buffers = self.buffers() if return_buffers else ()
         return sum(tensor.nbytes for tensor in (*self.parameters(), *buffers))
 
+    def set_input_embeddings(self, embeddings: nn.Module) -> None:
+        """Take another token embedding; a head that is tied to it is tied again by `tie_weights`."""
+        self._decoder().add_module("wte", embeddings)
+
+    def set_output_embeddings(self, head: nn.Module) -> None:
+        """Take another language model's head. Raises RequestError where there is none."""
+        if not self.can_generate():
+            raise RequestError(f"{type(self).__name__} has no language model's head")
+        self.add_module("lm_head", head)
+
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Cli
+from conftest import REPOSITORY, Cli
+from hub_stand_in import StandIn
 
 from neoquant.cli import sweep
+from neoquant.cli.sweep_file import read_sweep
 from neoquant.evaluation import Comparison
 from neoquant.report.verdict import headline
 
@@ -147,3 +150,33 @@ def test_a_sweep_replaces_only_what_it_made(cli: Cli, write: Callable[..., Path]
 def test_the_sweeps_that_come_along_can_be_read() -> None:
     folder = Path(__file__).resolve().parents[2] / "eval" / "sweeps"
     assert [sweep.read_sweep(path)["models"] for path in folder.glob("*.toml")]
+
+
+def test_the_sweep_of_the_published_models_runs_on_small_ones_under_their_names(
+    cli: Cli, bare_hub: StandIn, text_file: Path, make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its models come from a hub; one of its recipes, and texts of this machine in the place of the Pile."""
+    stated = read_sweep(REPOSITORY / "eval" / "sweeps" / "gpt-neo.toml")
+    assert stated["suites"] == ["pile-core"] and len(stated["recipes"]) == 6
+    for name in stated["models"]:
+        folder = make_model(name.replace("/", "-"), seed=len(name), dtype="float16")
+        bare_hub.repos[name] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    # Each model is quantized by a process of its own, which is told of the hub by the environment.
+    monkeypatch.setenv("HF_ENDPOINT", bare_hub.url)
+    monkeypatch.setenv("HF_HUB_CACHE", str(Path("cache").resolve()))
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    suite = f'name = "mine"\ncontext = 16\n[data]\nkind = "file"\npath = "{text_file}"\n'
+    Path("mine.toml").write_text(suite)
+    ours = f"--calibration {text_file} --rows 2 --length 16"
+    words = stated["recipes"]["gptq2"].replace("--calibration pile", ours)
+    Path("sweep.toml").write_text(
+        f'models = {stated["models"]}\nsuites = ["mine.toml"]\n[recipes]\ngptq2 = {json.dumps(words)}\n'
+    )
+    result = cli("sweep", "sweep.toml", "--out", "swept")
+    assert result.code == 0, result.err
+    table = Path("swept/table.md").read_text()
+    for name in stated["models"]:
+        short = name.rpartition("/")[2]
+        assert f"| {short}-gptq2 | mine |" in table
+        saved = Comparison.from_json(Path(f"swept/results/{short}-mine.json").read_text())
+        assert saved.reference.model.name == short and saved.candidates[0].evaluation.model.name == f"{short}-gptq2"

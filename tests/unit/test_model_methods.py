@@ -103,6 +103,21 @@ def test_resizing_rounds_up_draws_and_refuses(tiny_model: Path) -> None:
         quantized.resize_token_embeddings(old + 1)
 
 
+def test_embeddings_and_head_can_be_taken_from_another(make_model: Callable[..., Path]) -> None:
+    model, other = (
+        neoquant.GPTNeoForCausalLM.from_pretrained(make_model(f"seed{seed}", seed=seed), dtype=torch.float32)
+        for seed in (0, 1)
+    )
+    assert model.base_model is model.transformer and model.can_generate()
+    model.set_input_embeddings(other.get_input_embeddings())
+    model.set_output_embeddings(other.get_output_embeddings())
+    assert model.transformer.wte is other.transformer.wte and model.lm_head is other.lm_head
+    bare = neoquant.GPTNeoModel(model.config)
+    assert bare.base_model is bare and not bare.can_generate()
+    with pytest.raises(RequestError, match="GPTNeoModel has no language model's head"):
+        bare.set_output_embeddings(other.lm_head)
+
+
 @pytest.mark.parametrize("quantize", [None, INT8])
 def test_gradients_of_blocks_that_are_computed_again_are_the_same(tiny_model: Path, quantize: Any) -> None:
     model = neoquant.GPTNeoForCausalLM.from_pretrained(tiny_model, quantization_config=quantize, dtype=torch.float32)
