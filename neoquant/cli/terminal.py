@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from neoquant.cli import progress_lines
 from neoquant.progress import Progress
+from neoquant.report.escaping import escape_controls
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -19,14 +19,6 @@ if TYPE_CHECKING:
 PIPED_WIDTH = 200  # columns for tables where no terminal says how many it has
 BESIDE_LABEL = 22  # columns of a progress bar at its shortest, the share that is done and the time left
 LONGEST_MESSAGE = 2000  # characters of an error: a value from a file may be of any length
-
-# C0 and C1 controls but for line ends and tabs, and what changes the direction of text.
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def escape_controls(text: str) -> str:
-    """Text that does nothing to a terminal but appear: controls as `\\x1b`, those of direction as `\\u202e`."""
-    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class Terminal:
@@ -43,11 +35,14 @@ class Terminal:
     def show(self, *renderables: RenderableType) -> None:
         """A result: text without markup, or a table, to stdout."""
         for renderable in renderables:
-            self._out.print(renderable, markup=False, highlight=False, soft_wrap=isinstance(renderable, str))
+            if isinstance(renderable, str):
+                self._out.print(escape_controls(renderable), markup=False, highlight=False, soft_wrap=True)
+            else:
+                self._out.print(renderable, markup=False, highlight=False)
 
     def show_facts(self, facts: Iterable[tuple[str, str]]) -> None:
         """A result of labelled lines: `label  text`."""
-        facts = list(facts)
+        facts = [(escape_controls(label), escape_controls(text)) for label, text in facts]
         width = max(len(label) for label, _ in facts)
         if not self._out.is_terminal:  # a line each, whatever its length: for grep
             self.show(*(f"{label:<{width}}  {text}" for label, text in facts))
@@ -65,7 +60,7 @@ class Terminal:
     def note(self, text: str) -> None:
         """One line that is not a result, to stderr."""
         if not self.quiet:
-            self._err.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._err.print(escape_controls(text), markup=False, highlight=False, soft_wrap=True)
 
     def say_last(self, message: str) -> None:
         """The one line that says why it ends here: never silent, and without rich, which may be what failed."""

@@ -12,6 +12,7 @@ from rich.text import Text
 from neoquant.evaluation.inspection_result import Inspection, Layer, Loss
 from neoquant.grids import grid_from_dict
 from neoquant.model.names import BLOCK_LINEARS
+from neoquant.report.escaping import escape_controls
 from neoquant.report.formatting import (
     NONE,
     divergence,
@@ -71,13 +72,9 @@ def measures_of(result: Inspection) -> list[Measure]:
 
 def inspection_table(result: Inspection) -> RenderableType:
     """All figures of an inspection."""
-    sections: list[RenderableType] = [
-        Text(f"{result.model.name} against {result.base.name}, layer by layer"),
-        Text(
-            f"{suite_label(result.suite)}: {plural(result.windows, 'window')}, {plural(result.tokens, 'token')}",
-            style="dim",
-        ),
-    ]
+    models = f"{result.model.name} against {result.base.name}, layer by layer"
+    amount = f"{suite_label(result.suite)}: {plural(result.windows, 'window')}, {plural(result.tokens, 'token')}"
+    sections: list[RenderableType] = [Text(escape_controls(models)), Text(escape_controls(amount), style="dim")]
     for measure in measures_of(result):
         sections += [Text(), Text(measure.title, style="bold"), heat_table(result.layers, measure)]
     if most_affected(result):

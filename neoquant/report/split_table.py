@@ -11,6 +11,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from neoquant.report.escaping import escape_controls
+
 LEAST_NAME = 12
 """Cells that rows' names keep, where a column leaves them; longer names are folded."""
 
@@ -40,7 +42,9 @@ class SplitTable:
         total: bool = False,
         padding: int = 2,
     ) -> None:
-        self.heading, self.names, self.columns = heading, names, columns
+        self.heading = heading
+        self.names = [escape_controls(name, one_line=True) for name in names]
+        self.columns = [column._replace(cells=[_escaped(cell) for cell in column.cells]) for column in columns]
         self.styles = styles or [""] * len(names)
         self.total = total
         self.padding = padding
@@ -94,12 +98,27 @@ class SplitTable:
         return table
 
 
+def _escaped(cell: str | Text) -> str | Text:
+    return escape_controls(cell) if isinstance(cell, str) else cell
+
+
 def _folded(name: str, width: int) -> str:
     """A name on lines of at most `width` cells, broken after a space or a mark where that leaves no short line."""
     lines = []
     while cell_len(name) > width:
-        marks = [place + 1 for place, letter in enumerate(name[:width]) if letter in " .-/" and 3 * place >= width]
-        cut = marks[-1] if marks else width
+        longest = _fitting(name, width)
+        marks = [place + 1 for place, letter in enumerate(name[:longest]) if letter in " .-/" and 3 * place >= width]
+        cut = marks[-1] if marks else longest
         lines.append(name[:cut].rstrip())
         name = name[cut:]
     return "\n".join([*lines, name])
+
+
+def _fitting(text: str, width: int) -> int:
+    """How many characters at its beginning fill at most `width` cells, one at least; accents stay on their letters."""
+    taken = 0
+    for place, letter in enumerate(text):
+        taken += cell_len(letter)
+        if taken > width and place:
+            return place
+    return len(text)

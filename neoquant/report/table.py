@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from neoquant.evaluation.result import Candidate, Comparison, Evaluation, Score
+from neoquant.report.escaping import escape_controls
 from neoquant.report.formatting import (
     NONE,
     agreement_interval,
@@ -41,7 +42,7 @@ def evaluation_table(result: Evaluation) -> RenderableType:
     if result.total.accuracy is not None:
         columns.append(Column("accuracy", [f"{100 * (s.accuracy or 0):.2f} %" for s in scores]))
     return Group(
-        Text(f"{result.model.name} on {suite_label(result.suite)}"),
+        Text(escape_controls(f"{result.model.name} on {suite_label(result.suite)}")),
         SplitTable("subset", [score.subset for score in scores], columns, total=True),
         Text(_computed_with(result), style="dim"),
     )
@@ -49,7 +50,8 @@ def evaluation_table(result: Evaluation) -> RenderableType:
 
 def comparison_table(result: Comparison, speed: MeasuredSpeed = NO_SPEED) -> RenderableType:
     """How each candidate differs from the reference: a table by subset for each, then one line a model."""
-    sections: list[RenderableType] = [Text(suite_label(result.reference.suite)), Text(_amount(result.reference.total))]
+    suite = escape_controls(suite_label(result.reference.suite))
+    sections: list[RenderableType] = [Text(suite), Text(_amount(result.reference.total))]
     for candidate in result.candidates:
         sections += [Text(), *_candidate_table(result.reference, candidate)]
     return Group(*sections, Text(), summary_table(result, speed), Text(_legend(result), style="dim"))
@@ -70,7 +72,7 @@ def _candidate_table(reference: Evaluation, candidate: Candidate) -> list[Render
     ]
     names, few = subset_names(other)
     table = SplitTable("subset", names, columns, total=True)
-    title = Text(f"{other.model.name} against {reference.model.name}", style="bold")
+    title = Text(escape_controls(f"{other.model.name} against {reference.model.name}"), style="bold")
     return [title, table, *([Text(FEW_NOTE, style="dim")] if few else [])]
 
 

@@ -6,6 +6,7 @@ import io
 
 import pytest
 from results import make_inspection
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
 from neoquant.benchmark.run import Program, Run, Speed
@@ -82,7 +83,7 @@ def render(renderable: RenderableType, width: int) -> str:
     console.print(renderable)
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
-    assert all(len(line) <= width for line in text.splitlines())
+    assert all(cell_len(line) <= width for line in text.splitlines())
     return text
 
 
@@ -142,6 +143,30 @@ def test_long_names_are_folded_and_figures_stay_whole() -> None:
     text = render(comparison_table(named), 80)
     assert "…" not in text and "11.359" in text and "0.8268" in text and "0.00065 [0.00060, 0.00071]" in text
     assert "long-" * 12 in "".join(line.split(" ")[0] for line in text.splitlines()[1:] if "long" in line[:26])
+
+
+@pytest.mark.parametrize("width", [30, 40, 80])
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("\x1b]0;title\x07\u202e" + "subset " * 9, r"\x1b]0;title\x07\u202e" + "subset" * 9),
+        ("\r\n\t\x07\x08\u2028", r"\r\n\t\x07\x08\u2028"),
+        ("\x1b[2J" * 30, r"\x1b[2J" * 30),
+        ("日本語" * 20, "日本語" * 20),
+        ("e\u0301" * 70, "e\u0301" * 70),
+        ("\ud800" * 20, r"\ud800" * 20),
+        ("", ""),
+    ],
+)
+def test_names_of_any_characters_are_whole_and_keep_to_their_column(name: str, shown: str, width: int) -> None:
+    """Escaped before they are cut: nothing of them is lost, and figures stand where their heading does."""
+    lines = render(SplitTable("row", [name, "b"], [Column("one", ["11", "22"])]), width).splitlines()
+    end = cell_len(lines[0].rstrip())
+    figures = [line.rstrip()[-2:] for line in lines if cell_len(line.rstrip()) == end]
+    assert figures == ["ne", "11", "22"]
+    names = [line[: -len("11 ")] if line.rstrip().endswith("11") else line for line in lines[1:-1]]
+    assert "".join("".join(names).split()) == shown
+    assert not any(line.startswith("\u0301") for line in lines)
 
 
 def test_columns_that_fit_stay_together() -> None:
