@@ -63,9 +63,6 @@ class Speed(Record):
     programs: list[Program]
     notes: list[str]
 
-    def to_json(self) -> str:
-        return self.model_dump_json(indent=1)
-
 
 @dataclass(frozen=True)
 class Request:

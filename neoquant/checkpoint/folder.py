@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from neoquant.checkpoint import hub, safetensors_file, torch_file
-from neoquant.checkpoint.foreign import explain_file, explain_folder
+from neoquant.checkpoint.foreign import explain_file, explain_folder, explain_no_config
 from neoquant.checkpoint.stored import Span, Stored
 from neoquant.checkpoint.weight_files import CONFIG, GPTQ_CONFIG, WeightFiles, choose_weight_files, is_companion
 from neoquant.errors import CheckpointError, ConfigError, RequestError, locate
@@ -61,7 +61,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     path, stated_apart = folder / CONFIG, folder / GPTQ_CONFIG
     with reading(folder):
         if not path.is_file():
-            raise CheckpointError("holds no config.json, so it is not a model folder")
+            raise CheckpointError(explain_no_config(path.name for path in folder.iterdir()))
     with reading(path):
         config = _read_object(path)
         kind = config.get("model_type")

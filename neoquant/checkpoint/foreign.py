@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from neoquant.checkpoint.weight_files import WEIGHT_FILES
+from neoquant.checkpoint.weight_files import CONFIG, WEIGHT_FILES
 
 _READ_BYTES = 512  # of a file's beginning
 
@@ -20,6 +20,7 @@ _BEGINNINGS = (
 
 # Pattern of a name in the folder -> what the folder is. The first that matches counts.
 _FOLDERS = (
+    (r"checkpoint-\d+", "a training run keeps its models in folders of their own: name one of them, as {}"),
     (
         r"adapter_config\.json",
         "it is an adapter (LoRA): load the model it was trained on, then load_peft_model with this folder",
@@ -53,13 +54,21 @@ _FOLDERS = (
 
 def explain_folder(names: Iterable[str]) -> str:
     """Why a folder of these files and folders holds no weights that can be read, and what it holds instead."""
-    reason = f"holds no weights that can be read, expected one of {', '.join(WEIGHT_FILES)}"
+    return f"holds no weights that can be read, expected one of {', '.join(WEIGHT_FILES)}{_instead(names)}"
+
+
+def explain_no_config(names: Iterable[str]) -> str:
+    """Why a folder of these files and folders is no model folder, and what it is instead."""
+    return f"holds no {CONFIG}, so it is not a model folder{_instead(names)}"
+
+
+def _instead(names: Iterable[str]) -> str:
     names = sorted(names)
     for pattern, what in _FOLDERS:
         for name in names:
             if re.fullmatch(pattern, name):
-                return f"{reason}; {what.format(name)}"
-    return reason
+                return f"; {what.format(name)}"
+    return ""
 
 
 def explain_file(path: Path) -> str | None:

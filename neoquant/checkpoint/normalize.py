@@ -6,24 +6,27 @@ that is tied to the token embedding may be stored under either name, or under bo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from neoquant.checkpoint.stored import Stored
 from neoquant.errors import CheckpointError
-from neoquant.model.names import BASE_PREFIX, EMBEDDING, TIED_HEAD, is_mask_buffer
+from neoquant.model.names import BASE_PREFIX, EMBEDDING, HEADS, TIED_HEAD, is_mask_buffer
 
 # Words that begin every name, and those that may stand anywhere in one: who puts them there.
 _PREFIXES: Mapping[str, str] = {
     "module.": "DataParallel, DistributedDataParallel or DeepSpeed",
     "_forward_module.": "Lightning",
     "model.": "Lightning, or another module around the model",
+    "base_model.model.": "PEFT",
 }
 _PARTS: Mapping[str, str] = {
     "_orig_mod": "torch.compile",
     "_fsdp_wrapped_module": "FullyShardedDataParallel",
     "_checkpoint_wrapped_module": "activation checkpointing",
 }
+_ADAPTED = "base_layer"  # where PEFT puts a layer that it gives an adapter
+_ROOTS = (BASE_PREFIX.rstrip("."), "wte", "wpe", "h", "ln_f", *HEADS)  # what the network's own names begin with
 
 
 class Normalized(NamedTuple):
@@ -41,11 +44,15 @@ class Normalized(NamedTuple):
 def normalize(stored: Iterable[Stored], config: Mapping[str, Any]) -> Normalized:
     """Give tensors GPT-Neo's names and leave out what is none of its weights.
 
-    Raises CheckpointError where two tensors would have one name.
+    Raises CheckpointError where two tensors would have one name, or a layer has an adapter that is not merged.
     """
     entries = list(stored)
     names, notes = _unwrapped([entry.header.name for entry in entries])
     by_name: dict[str, Stored] = {}
+    if adapter := next((name for name in names if _ADAPTED in name.split(".")), None):
+        raise CheckpointError(
+            f"tensor {adapter!r} has an adapter beside it (PEFT): save the model again after merge_and_unload()"
+        )
     for name, entry in zip(names, entries, strict=True):
         if name in by_name:
             raise CheckpointError(f"tensor {entry.header.name!r} and another one are both {name!r} once unwrapped")
@@ -91,14 +98,23 @@ def _unwrapped(names: list[str]) -> tuple[list[str], list[str]]:
         if any(part in name.split(".") for name in names):
             names = [".".join(word for word in name.split(".") if word != part) for name in names]
             notes.append(f"{part} is left out of the tensors' names; {wrapper} puts it there")
-    found = True
-    while found and names:
-        found = False
-        for prefix, wrapper in _PREFIXES.items():
-            if all(name.startswith(prefix) for name in names):
-                names, found = [name.removeprefix(prefix) for name in names], True
-                notes.append(f"{prefix} is left out of the tensors' names; {wrapper} puts it there")
+    while prefix := _common_prefix(names):
+        names = [name.removeprefix(prefix) for name in names]
+        wrapper = _PREFIXES.get(prefix, "a module around the model")
+        notes.append(f"{prefix} is left out of the tensors' names; {wrapper} puts it there")
     return names, notes
+
+
+def _common_prefix(names: Sequence[str]) -> str:
+    """What a wrapper puts in front of all names: a known word, or what stands before the network's own; or nothing."""
+    if not names:
+        return ""
+    words = names[0].split(".")
+    before = next((place for place, word in enumerate(words) if word in _ROOTS), 0)
+    for prefix in (*_PREFIXES, "".join(f"{word}." for word in words[:before])):
+        if prefix and all(name.startswith(prefix) for name in names):
+            return prefix
+    return ""
 
 
 def _without_second_names(stored: dict[str, Stored]) -> tuple[dict[str, Stored], list[str]]:

@@ -25,7 +25,7 @@ from neoquant.errors import CheckpointError, OutputError
 from neoquant.files.exchanging import exchange
 from neoquant.files.locks import close_folder, open_folder, take_lock
 from neoquant.files.reading import read_json
-from neoquant.files.writing import sync_folder
+from neoquant.files.writing import as_bytes, sync_folder
 
 SHARD_SIZE = 5_000_000_000
 
@@ -220,7 +220,7 @@ def expected_size(headers: Iterable[TensorHeader], shard_size: int = SHARD_SIZE)
         if not shards[-1].takes(header, shard_size):
             shards.append(Layout())
         shards[-1].add(header)
-    index = sum(len(text.encode()) for text in _index(shards).values())
+    index = sum(len(as_bytes(text)) for text in _index(shards).values())
     return index + sum(len(shard.head(reserve)) + shard.nbytes for shard in shards)
 
 
@@ -261,7 +261,7 @@ def _write_file(path: Path, content: bytes | str | Path) -> None:
     if isinstance(content, Path):
         shutil.copyfile(content, path)
     else:
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        path.write_bytes(as_bytes(content))
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

@@ -22,6 +22,7 @@ from neoquant.data.pile import loose
 from neoquant.data.suite import FileData, HubData, StdlibData, Suite
 from neoquant.data.zstd_frames import ZstdFrames
 from neoquant.errors import DataError, HubError, locate
+from neoquant.files.names import as_text
 from neoquant.files.reading import parse_json, read_bytes
 from neoquant.progress import Progress
 from neoquant.sizes import parse_size
@@ -48,6 +49,11 @@ class Document:
     mended: bool = False  # it held something that is not valid UTF-8, now U+FFFD
     fingerprint: str = field(default="", compare=False)  # of the whole text, however much of it is read
     original: str | None = None  # whose bytes and words are counted, where they are not the text's
+
+    def __post_init__(self) -> None:
+        """A file's name and a JSON string may hold what no UTF-8 text does."""
+        for name in ("id", "subset"):
+            object.__setattr__(self, name, as_text(getattr(self, name)))
 
 
 class Source(NamedTuple):
@@ -176,8 +182,10 @@ def file_documents(path: Path, progress: Progress) -> Iterator[Document]:
             with locate(file.name):
                 for document in _json_lines(file, progress, subset=path.name):
                     yield replace(document, id=f"{file.name} {document.id}")
-    elif not path.is_file():
+    elif not path.exists():
         raise DataError("no such file")
+    elif not path.is_file():
+        raise DataError("is a device or a pipe, and texts are read more than once: give a file")
     elif _kind(path) == "text":
         yield _text_document(path, subset=path.stem)
     elif _kind(path) == "rows":
@@ -265,11 +273,12 @@ def row_document(row: Any, name: str, subset: str) -> Document:
         )
         raise DataError(f"{found}; expected a string")
     meta = row.get("meta")
-    if isinstance(meta, dict) and isinstance(meta.get("pile_set_name"), str):
-        subset = meta["pile_set_name"]
+    named = meta.get("pile_set_name") if isinstance(meta, dict) else None
+    if not isinstance(named, str | None):
+        raise DataError(f'"pile_set_name" is {_short(named)}; expected a string')
     # JSON may spell half a surrogate pair, which no UTF-8 text holds
     text = row["text"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return Document(name, subset, text, mended=text != row["text"])
+    return Document(name, subset if named is None else named, text, mended=text != row["text"])
 
 
 def _short(value: Any) -> str:

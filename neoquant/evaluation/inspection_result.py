@@ -57,9 +57,6 @@ class Inspection(Record):
     seconds: float
     created: str  # ISO 8601, UTC
 
-    def to_json(self) -> str:
-        return self.model_dump_json(indent=1)
-
     @classmethod
     def from_json(cls, text: str) -> Inspection:
         """Raises DataError for JSON that is not an inspection of this schema version."""

@@ -10,9 +10,11 @@ import math
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, computed_field, field_validator, model_validator
+from pydantic_core import PydanticSerializationError, to_json
 
 from neoquant.data.suite import Suite
 from neoquant.errors import DataError
+from neoquant.files.names import as_text
 
 LN2 = math.log(2)
 QUANTILES = ("0.1", "1", "5", "10", "25", "50", "75", "90", "95", "99", "99.9")  # per cent
@@ -22,6 +24,22 @@ class Record(BaseModel):
     """Frozen; keys that a later version adds are ignored. What is derived is written to JSON and never read back."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
+
+    def to_json(self) -> str:
+        """Names of files and folders need not be UTF-8, and JSON is: what is not is escaped."""
+        try:
+            return self.model_dump_json(indent=1)
+        except PydanticSerializationError:
+            return to_json(_as_text(self.model_dump(mode="json")), indent=1, inf_nan_mode="null").decode()
+
+
+def _as_text(value: Any) -> Any:
+    """Plain values whose every text is one that UTF-8 can hold."""
+    if isinstance(value, dict):
+        return {as_text(key): _as_text(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_as_text(inner) for inner in value]
+    return as_text(value) if isinstance(value, str) else value
 
 
 class ModelInfo(Record):
@@ -146,9 +164,6 @@ class Evaluation(Record):
     notes: tuple[str, ...] = ()
     seconds: float  # of reading and scoring; of all models together where several were compared
     created: str  # ISO 8601, UTC
-
-    def to_json(self) -> str:
-        return self.model_dump_json(indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Evaluation:
@@ -352,9 +367,6 @@ class Comparison(Record):
     def evaluations(self) -> tuple[Evaluation, ...]:
         """The reference's, then those of the candidates."""
         return self.reference, *(candidate.evaluation for candidate in self.candidates)
-
-    def to_json(self) -> str:
-        return self.model_dump_json(indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Comparison:

@@ -55,9 +55,14 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def write_file(path: str | Path, content: str | bytes) -> None:
-    """Write all of `content` (text as UTF-8) to `path`, as `replacing` does."""
+    """Write all of `content` to `path`, as `replacing` does."""
     with replacing(path) as file:
-        file.write(content.encode("utf-8", "replace") if isinstance(content, str) else content)
+        file.write(as_bytes(content))
+
+
+def as_bytes(content: str | bytes) -> bytes:
+    """Text as UTF-8; half a surrogate pair, which a file's name may hold and UTF-8 does not, as an escape."""
+    return content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
 
 
 def sync_folder(folder: Path) -> None:

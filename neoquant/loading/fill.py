@@ -201,10 +201,12 @@ def warn_of(report: LoadReport, source: str, model: Network) -> None:
 def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """The tensor in another type. Raises CheckpointError where a finite value would become infinite."""
     cast = tensor.to(dtype)
-    if tensor.dtype != dtype == torch.float16 and not cast.isfinite().all() and tensor.isfinite().all():
+    narrows = tensor.dtype != dtype == torch.float16 or tensor.dtype == torch.float64
+    if narrows and not cast.isfinite().all() and tensor.isfinite().all():
+        end = torch.finfo(dtype).max
+        wider = ": load it with dtype bfloat16 or float32" if dtype == torch.float16 else ""
         raise CheckpointError(
-            f"tensor {name!r} reaches {tensor.abs().max().item():g}, and float16 ends at 65504: load it with "
-            "dtype bfloat16 or float32"
+            f"tensor {name!r} reaches {tensor.abs().max().item():g}, and {dtype_name(dtype)} ends at {end:g}{wider}"
         )
     return cast
 

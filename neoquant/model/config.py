@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from neoquant.errors import ConfigError, locate
 from neoquant.files.reading import read_json
 from neoquant.files.writing import write_file
-from neoquant.model.config_values import MAX_LAYERS, check_values, require
+from neoquant.model.config_values import MAX_LAYERS, check_extra, check_values, require
 
 ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu", "silu", "swish", "tanh")
 ATTENTION_TYPES = ("global", "local")
@@ -75,6 +75,7 @@ class GPTNeoConfig:
         if self.attention_types is None:
             self.attention_types = [[["global", "local"], 12]]
         check_values({f.name: getattr(self, f.name) for f in fields(self)})
+        check_extra(self.extra)
         self._check_shapes()
 
     def _check_shapes(self) -> None:

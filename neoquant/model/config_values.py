@@ -35,6 +35,15 @@ def check_values(values: Mapping[str, Any]) -> None:
         require(values[key] is None or isinstance(values[key], str), key, values[key], "null or a string")
 
 
+def check_extra(extra: Mapping[str, Any]) -> None:
+    """The same for keys that say nothing about the network, and are read all the same."""
+    kinds = extra.get("architectures")
+    legal = kinds is None or (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds))
+    require(legal, "architectures", kinds, "null or a list of names of classes")
+    for key in ("id2label", "label2id"):
+        require(isinstance(extra.get(key), dict | None), key, extra.get(key), "null or an object")
+
+
 def require(legal: bool, key: str, value: object, what: str) -> None:
     """Raise ConfigError unless `legal`; `what` says what would be."""
     if not legal:

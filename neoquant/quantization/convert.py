@@ -125,10 +125,10 @@ def convert(
             require_tensors([*checkpoint.headers, *(f"{layer}.weight" for layer in layers)], config)
         packed = {layer + suffix for layer, suffixes in layers.items() for suffix in suffixes}
         stored = float_type(header for name, header in checkpoint.headers.items() if name not in packed)
-        own = resolve_dtype("auto", config, torch.device("cpu"), stored)
         plain = None
         if dtype is not None or dequantize:
             plain = resolve_dtype(dtype or "auto", config, torch.device("cpu"), stored)
+        own = plain or resolve_dtype("auto", config, torch.device("cpu"), stored)
         with CheckpointWriter(folder, tensors=2 * len(checkpoint.headers), force=force, shard_size=shard_size) as sink:
             targets = None if dequantize or to == PLAIN else TARGETS[to or ""]
             job = _Conversion(checkpoint, found, layers, targets, own, plain)

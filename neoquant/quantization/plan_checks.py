@@ -15,7 +15,7 @@ from neoquant.model.names import canonical_tensor
 from neoquant.model.shapes import head_shapes, network_shapes, shape_problem
 from neoquant.quantization.plan_rows import is_linear_weight
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """What a weight that is to be quantized may be stored as."""
 
 

@@ -15,7 +15,10 @@ Targets = Mapping[str, tuple[Grid, tuple[int, int]]]
 
 
 def layer_notes(rows: Sequence[PlanRow], rules: Mapping[str, Rule | None]) -> Iterator[str]:
-    """Tensors that no rule decides about."""
+    """Tensors that no rule decides about, and those that are rounded to another type first."""
+    wider = sum(row.target is not None and row.rounded_from != row.dtype for row in rows)
+    if wider:
+        yield f"{wider} float64 weights are rounded to float32, and then quantized"
     unmatched = [layer for layer, rule in rules.items() if rule is None]
     if unmatched:
         yield f"{len(unmatched)} linears stay in half precision because no rule matches them: {_some(unmatched)}"

@@ -87,6 +87,11 @@ class PlanRow:
         return self.source.dtype
 
     @property
+    def rounded_from(self) -> torch.dtype:
+        """What a weight is quantized from: its own type, or float32, since no grid or format knows float64."""
+        return quantizable_type(self.dtype)
+
+    @property
     def is_linear(self) -> bool:
         """Whether this is the weight of a block linear, quantized or not."""
         return is_linear_weight(self.source)
@@ -99,7 +104,8 @@ class PlanRow:
     def work_bytes(self) -> int:
         """What is alive at once while it is carried out: the source's tensor, and what is made of it."""
         if self.action == "quantize":
-            return self.source.nbytes + _WORK_BYTES_PER_WEIGHT * self.source.numel
+            narrowed = 0 if self.rounded_from == self.dtype else self.rounded_from.itemsize * self.source.numel
+            return self.source.nbytes + narrowed + _WORK_BYTES_PER_WEIGHT * self.source.numel
         if self.action == "drop":
             return self.source.nbytes
         return self.source.nbytes + (0 if self.stored[0].dtype == self.dtype else self.out_bytes)
@@ -117,6 +123,11 @@ class PlanRow:
         if self.target is not None:
             entry |= {"grid": self.target.grid.describe(), "quantizer": self.target.quantizer.describe()}
         return entry
+
+
+def quantizable_type(dtype: torch.dtype) -> torch.dtype:
+    """The type that a weight stored as `dtype` has when it is quantized."""
+    return torch.float32 if dtype == torch.float64 else dtype
 
 
 def is_linear_weight(header: TensorHeader) -> bool:
@@ -163,7 +174,7 @@ class RowMaker:
         """A block linear by its `rule`, or an embedding without one."""
         prefix = header.name.removesuffix(".weight")
         quantizer = Nearest() if rule is None else rule.make_quantizer()
-        layout = self.format.layout(grid, matrix_shape(header), header.dtype, quantizer.stores_order)
+        layout = self.format.layout(grid, matrix_shape(header), quantizable_type(header.dtype), quantizer.stores_order)
         stored = tuple(TensorHeader(prefix + suffix, *spec) for suffix, spec in layout.items())
         why = "embedding" if rule is None else f"match = {rule.match!r}"
         return PlanRow(header, layer, "quantize", stored, why, Target(grid, quantizer))

@@ -17,6 +17,7 @@ from neoquant.calibration.dataset import LENGTH, ROWS, Calibration
 from neoquant.calibration.memory import CalibrationMemory, estimate_memory
 from neoquant.checkpoint import SHARD_SIZE, Checkpoint, CheckpointWriter, check_output, free_bytes, open_checkpoint
 from neoquant.errors import OutputError, RequestError
+from neoquant.files.writing import as_bytes
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.devices import device_name, resolve_device
 from neoquant.progress import SILENT, Progress
@@ -220,7 +221,7 @@ def _whole_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: int, name: s
         written.append(record_json({"calibration": samples, "layers": layers}))
     written += _own_files(Written(planned, join_hashes([]), layers), name).values()
     companions = checkpoint.companion_sizes()
-    beside = sum(companions.values()) + sum(len(text.encode()) for text in written)
+    beside = sum(companions.values()) + sum(len(as_bytes(text)) for text in written)
     notes = planned.notes
     if "tokenizer.json" not in companions and not {"vocab.json", "merges.txt"} <= companions.keys():
         notes += ("no tokenizer beside these weights: the result can be loaded, but not evaluated or generated with",)

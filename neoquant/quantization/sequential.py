@@ -188,7 +188,7 @@ def _quantize_layer(linear: nn.Linear, row: PlanRow, seen: Seen, result: Quantiz
     assert row.target is not None
     quantizer, grid = row.target.quantizer, row.target.grid
     with locate(row.name):
-        weight = linear.weight.detach().to(row.dtype)
+        weight = linear.weight.detach().to(row.rounded_from)
         q, report = quantizer.quantize_with_report(weight, grid, *seen)
     result.weights[row.name] = q.to(torch.device("cpu"))
     if report is not None:

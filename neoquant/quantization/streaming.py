@@ -120,9 +120,11 @@ def output_tensors(
         return {}
     if row.target is None:
         return {row.stored[0].name: converted(weight, row.stored[0].dtype)}
-    quantized = _quantized(weight, row.target.grid, row.target.quantizer) if given is None else given
+    if given is None:
+        weight = converted(weight, row.rounded_from) if weight.dtype != row.rounded_from else weight
+        given = _quantized(weight, row.target.grid, row.target.quantizer)
     prefix = row.name.removesuffix(".weight")
-    return {prefix + suffix: tensor for suffix, tensor in format.encode(quantized).items()}
+    return {prefix + suffix: tensor for suffix, tensor in format.encode(given).items()}
 
 
 def _quantized(weight: torch.Tensor, grid: Grid, quantizer: Quantizer) -> QuantizedTensor:

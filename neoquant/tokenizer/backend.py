@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neoquant.errors import CheckpointError, RequestError
-from neoquant.tokenizer.bounds import check_growth
-from neoquant.tokenizer.settings import FAST, SLOW_MERGES, SLOW_VOCAB, TokenizerSettings
+from neoquant.tokenizer.bounds import check_growth, check_ids
+from neoquant.tokenizer.settings import FAST, SLOW_MERGES, SLOW_VOCAB, TokenizerSettings, added_in_file, read_object
 
 if TYPE_CHECKING:
     import tokenizers
@@ -44,11 +44,14 @@ def build_backend(folder: Path, fast: dict[str, Any] | None, settings: Tokenizer
         )
     if fast is not None:
         check_growth(fast)
+        check_ids(fast.get("model"), FAST)
+    else:
+        check_ids({"vocab": read_object(folder / SLOW_VOCAB)}, SLOW_VOCAB)
     name = FAST if fast is not None else f"{SLOW_VOCAB} or {SLOW_MERGES}"
     try:
         if fast is None:
-            files = (str(folder / SLOW_VOCAB), str(folder / SLOW_MERGES))
-            whole = tokenizers.ByteLevelBPETokenizer(*files, add_prefix_space=settings.add_prefix_space)
+            read = tokenizers.models.BPE.read_file(str(folder / SLOW_VOCAB), str(folder / SLOW_MERGES))
+            whole = tokenizers.ByteLevelBPETokenizer(*read, add_prefix_space=settings.add_prefix_space)
             backend: tokenizers.Tokenizer = whole._tokenizer
         else:
             backend = tokenizers.Tokenizer.from_str(json.dumps(_pipeline(fast, settings)))
@@ -87,7 +90,7 @@ def set_template(backend: tokenizers.Tokenizer, first: str | None, last: str | N
 def _check_ids(backend: tokenizers.Tokenizer, fast: dict[str, Any] | None, settings: TokenizerSettings) -> None:
     """Raise CheckpointError where an added token's id is not the stated one: text would become ids of other tokens."""
     stated = {token.content: number for number, token in settings.added.items()}
-    in_file = {token["content"]: token["id"] for token in (fast or {}).get("added_tokens") or ()}
+    in_file = {token["content"]: token["id"] for token in added_in_file(fast)}
     if settings.gpt2 and (dropped := [content for content in in_file if backend.token_to_id(content) is None]):
         _warn(
             f"{FAST} adds {', '.join(map(repr, dropped))}, which added_tokens_decoder does not name: GPT2Tokenizer "

@@ -1,4 +1,4 @@
-"""How much a pipeline may make of a text: a normalizer or a decoder that multiplies it would fill the memory."""
+"""How much a pipeline may make of a text, and how far its ids may reach: either would take all memory or time."""
 
 from __future__ import annotations
 
@@ -9,6 +9,22 @@ from neoquant.errors import CheckpointError
 
 MAX_GROWTH = 64
 """Times that a pipeline's replacements may make a text longer, all together."""
+
+MAX_TOKEN = 2**24
+"""The largest id of a token: the tokenizers library counts up to it whenever a vocabulary is written."""
+
+
+def check_ids(model: Any, file: str) -> None:
+    """Raise CheckpointError for an id in the vocabulary of a pipeline's `model` that is above `MAX_TOKEN`.
+
+    Ids that are no numbers are left to the library, which refuses them.
+    """
+    vocab = model.get("vocab") if isinstance(model, Mapping) else None
+    for token, number in vocab.items() if isinstance(vocab, Mapping) else ():
+        if isinstance(number, int | float) and not 0 <= number <= MAX_TOKEN:
+            raise CheckpointError(
+                f"{file}: {token!r:.100} has the id {number}; legal is an integer of 0 to {MAX_TOKEN:,}"
+            )
 
 
 def check_growth(pipeline: Mapping[str, Any]) -> None:

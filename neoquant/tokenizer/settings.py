@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from neoquant.errors import CheckpointError, RequestError
 from neoquant.files.reading import MAX_LARGE_BYTES, check_size, parse_json
+from neoquant.tokenizer.bounds import MAX_TOKEN
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -202,9 +203,20 @@ def _added_tokens(
         is_special = content in special
         what = "added_tokens.json"
         added[_id(number, what)] = AddedToken(content, normalized=not is_special, special=is_special)
-    for token in (fast or {}).get("added_tokens", []):
+    for token in added_in_file(fast):
         added[_id(token["id"], FAST)] = as_token(token, f"{FAST}: an added token")
     return added
+
+
+def added_in_file(fast: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """What tokenizer.json lists as added tokens. Raises CheckpointError for anything but objects with an id."""
+    tokens = (fast or {}).get("added_tokens") or []
+    if not isinstance(tokens, list):
+        raise CheckpointError(f"{FAST}: added_tokens is {tokens!r:.100}; legal is a list")
+    for token in tokens:
+        if not isinstance(token, Mapping) or not {"id", "content"} <= token.keys():
+            raise CheckpointError(f"{FAST}: an added token is {token!r:.100}; legal is an object with id and content")
+    return tokens
 
 
 def _take_special_tokens(settings: TokenizerSettings, stated: Mapping[str, Any]) -> None:
@@ -305,9 +317,12 @@ def _mapping(value: object, what: str) -> Mapping[str, Any]:
 
 def _id(value: object, what: str) -> int:
     try:
-        return int(value)  # type: ignore[call-overload, no-any-return]
-    except (TypeError, ValueError):
-        raise CheckpointError(f"{what}: {value!r} is no token id") from None
+        number = int(value)  # type: ignore[call-overload]
+    except (TypeError, ValueError, OverflowError):
+        number = -1
+    if not 0 <= number <= MAX_TOKEN:
+        raise CheckpointError(f"{what}: {value!r:.100} is no token id; legal is an integer of 0 to {MAX_TOKEN:,}")
+    return number
 
 
 def _typed(name: str, value: _T, kind: type[_T]) -> _T:

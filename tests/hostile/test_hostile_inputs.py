@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -232,6 +233,7 @@ def evaluated(cli: Cli, tiny_model: Path, name: str, content: bytes) -> Any:
         (b"[" * 100_000, "line 1: not JSON: it is nested too deeply"),
         ('{"text": "a"}'.encode("utf-16"), "x.jsonl is UTF-16: convert it to UTF-8"),
         (b'{"text": 5}', 'line 1: "text" is 5; expected a string'),
+        (b'{"text": "a", "meta": {"pile_set_name": ["x"]}}', """line 1: "pile_set_name" is ['x']; expected a string"""),
         (b'{"text": "' + b"x" * 3000 + b'"}', "line 1 has more than 1,000 bytes; set NEOQUANT_MAX_TEXT_SIZE"),
     ],
 )
@@ -334,6 +336,38 @@ def test_names_do_not_control_the_terminal(cli: Cli, make_model: Callable[..., P
     for verb in ("plan", "info", "generate"):
         result = cli(verb, folder, *(GENERATE if verb == "generate" else ()))
         assert "\x1b" not in result.out + result.err and "\u202e" not in result.out + result.err
+
+
+def test_names_that_are_no_utf8(cli: Cli, make_model: Callable[..., Path]) -> None:
+    """A folder of any name is read and made, and what is written about it is UTF-8."""
+    model, made = os.fsdecode(b"m\xffodel"), os.fsdecode(b"ma\xffde")
+    make_model().rename(model)
+    data = Path(os.fsdecode(b"da\xffta.jsonl"))
+    data.write_text('{"text": "some words"}\n{"text": "word", "meta": {"pile_set_name": "\\ud800"}}\n')
+    words = ("--data", data, "--context", "16")
+    for command in (
+        ("quantize", model, "--out", made),
+        ("convert", made, "--to", "neoquant", "--out", f"{made}-own"),
+        ("plan", model, "--json", "plan.json"),
+        ("eval", made, *words, "--json", "eval.json"),
+        ("compare", model, made, *words, "--json", "compare.json"),
+        ("report", "compare.json", "--html", "page.html", "--markdown", "page.md"),
+        ("inspect", made, "--against", model, *words, "--json", "layers.json"),
+        ("generate", made, *GENERATE),
+    ):
+        result = cli(*command)
+        assert result.code == 0, result
+        (result.out + result.err).encode()
+    for file in (*Path.cwd().glob("*.[jhm]*"), *Path(made).glob("*.[jm]*")):
+        if file != data and file.is_file() and file.suffix != ".safetensors":
+            assert file.read_text("utf-8")
+    assert json.loads(Path("eval.json").read_text())["model"]["name"] == "ma\\udcffde"
+
+
+def test_what_is_no_file_of_text_is_named(cli: Cli, tiny_model: Path) -> None:
+    os.mkfifo("x.jsonl")
+    for path in ("x.jsonl", "/dev/null"):
+        assert f"{path}: is a device or a pipe" in cli("eval", tiny_model, "--data", path, "--context", "16").error
 
 
 def test_subsets_do_not_control_the_terminal(cli: Cli, tiny_model: Path) -> None:

@@ -62,6 +62,9 @@ def test_transformers_reads_what_we_write(tmp_path: Path) -> None:
         ({"vocab_size": "many"}, "vocab_size is 'many'"),
         ({"activation_function": "gelu_fast"}, "activation_function is 'gelu_fast'; legal is one of gelu_new"),
         ({"num_layers": "two"}, "num_layers is 'two'"),
+        ({"architectures": float("inf")}, "architectures is inf; legal is null or a list of names"),
+        ({"architectures": ["GPTNeoModel", 1]}, "architectures is .* legal is null or a list of names"),
+        ({"id2label": ["a", "b"]}, "id2label is .*; legal is null or an object"),
         ({"num_layers": 0, "attention_types": []}, "num_layers is 0; legal is an integer of 1 to"),
     ],
 )

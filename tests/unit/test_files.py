@@ -19,7 +19,7 @@ from neoquant.files.names import is_safe_name, safe_name
 from neoquant.files.reading import read_json, read_text, read_toml
 from neoquant.files.writing import replacing, write_file
 from neoquant.model.config_values import MAX_LAYERS, MAX_SIZE
-from neoquant.tokenizer.bounds import MAX_GROWTH
+from neoquant.tokenizer.bounds import MAX_GROWTH, MAX_TOKEN
 
 
 def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
@@ -109,6 +109,7 @@ def test_the_bounds_are_documented() -> None:
         (MAX_HEADER_BYTES, ""),
         (MAX_LAYERS, ""),
         (MAX_SIZE, ""),
+        (MAX_TOKEN, ""),
         (MAX_GROWTH, ""),
     ]
 

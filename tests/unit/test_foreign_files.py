@@ -72,6 +72,24 @@ def test_folders_of_other_programs_are_named(make_model: MakeModel, files: list[
         open_checkpoint(folder)
 
 
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("adapter_config.json", "an adapter .*load_peft_model"),
+        ("checkpoint-500/config.json", "name one of them, as checkpoint-500"),
+        ("global_step8/mp_rank_00_model_states.pt", "DeepSpeed checkpoint"),
+        ("model.ckpt-400000.index", "Mesh TensorFlow checkpoint"),
+        ("neo.gguf", "GGUF file"),
+        ("README.md", "$"),
+    ],
+)
+def test_folders_without_a_configuration_are_named(tmp_path: Path, file: str, message: str) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("anything")
+    with pytest.raises(CheckpointError, match=rf"holds no config\.json, so it is not a model folder(; .*)?{message}"):
+        open_checkpoint(tmp_path)
+
+
 def test_the_only_weights_are_taken_whatever_they_are_called(make_model: MakeModel) -> None:
     folder = make_model()
     weights = load_file(folder / "model.safetensors")

@@ -44,6 +44,9 @@ WRAPPERS: dict[str, Callable[[str], str]] = {
     "_forward_module.": lambda name: f"_forward_module.{name}",
     "module. and _orig_mod": lambda name: f"module._orig_mod.{name}",
     "_orig_mod and module.": lambda name: f"_orig_mod.module.{name}",
+    "base_model.model.": lambda name: f"base_model.model.{name}",
+    "net.decoder.": lambda name: f"net.decoder.{name}",
+    "module. and gpt_neo.": lambda name: f"module.gpt_neo.{name}",
 }
 
 
@@ -85,6 +88,29 @@ def test_two_tensors_of_one_name_are_refused(make_model: MakeModel) -> None:
     rewrite(folder, state | {f"_orig_mod.{EMBEDDING}": state[EMBEDDING].clone()}, "safetensors")
     with pytest.raises(CheckpointError, match=rf"{folder}: tensor .* and another one are both '{EMBEDDING}'"):
         open_checkpoint(folder)
+
+
+def test_an_adapter_that_is_not_merged_is_named(make_model: MakeModel) -> None:
+    folder = make_model()
+    state = load_file(folder / "model.safetensors")
+    layer = "transformer.h.1.attn.attention.q_proj"
+    state[f"{layer}.base_layer.weight"] = state.pop(f"{layer}.weight")
+    state |= {
+        f"{layer}.lora_A.default.weight": torch.zeros(2, 24),
+        f"{layer}.lora_B.default.weight": torch.zeros(24, 2),
+    }
+    rewrite(folder, {f"base_model.model.{name}": tensor for name, tensor in state.items()}, "safetensors")
+    with pytest.raises(CheckpointError, match=rf"{layer}\.base_layer\.weight' has an adapter .*merge_and_unload"):
+        open_checkpoint(folder)
+
+
+def test_what_stands_before_some_names_only_is_no_wrapper(make_model: MakeModel) -> None:
+    """Half of a model under another name is half of a model: it is not put together with the other."""
+    folder = make_model()
+    state = load_file(folder / "model.safetensors")
+    rewrite(folder, {f"net.{n}" if ".h.1." in n else n: t for n, t in state.items()}, "safetensors")
+    with pytest.raises(CheckpointError):
+        GPTNeoForCausalLM.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("kind", ["bin", "legacy"])

@@ -18,6 +18,7 @@ import xxhash
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
+import neoquant
 from neoquant.calibration.dataset import Calibration
 from neoquant.checkpoint import hub, open_checkpoint
 from neoquant.checkpoint.headers import TensorHeader
@@ -295,6 +296,25 @@ def test_weights_beyond_float16(make_model: MakeModel, tmp_path: Path) -> None:
         quantize(source, tmp_path / "out", NF4)
     quantize(source, tmp_path / "out", Recipe.simple(4, "nf4", dtype="bfloat16"))
     assert tensors_of(tmp_path / "out")["transformer.wpe.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("recipe", ["nf4", "int8", "mixed", "gptq3"])
+def test_float64_weights_are_quantized_as_float32(make_model: MakeModel, tmp_path: Path, recipe: str) -> None:
+    narrow, wide = make_model("narrow", dtype="float32"), make_model("wide", dtype="float64")
+    weights = load_file(wide / "model.safetensors")
+    save_file({name: weight.float() for name, weight in weights.items()}, narrow / "model.safetensors")
+    shown = Calibration(torch.arange(32).view(2, 16), "made up", "0" * 64, 0) if "gptq" in recipe else None
+    made = [
+        quantize(source, tmp_path / f"{source.name}-out", Recipe.load(recipe), calibration=shown)
+        for source in (narrow, wide)
+    ]
+    expected, found = (tensors_of(result.folder) for result in made)
+    assert found.keys() == expected.keys()
+    assert all(found[n].dtype == t.dtype and torch.equal(found[n], t) for n, t in expected.items())
+    assert not any("float64" in note for note in made[0].plan.notes)
+    assert sum("float64 weights are rounded to float32" in note for note in made[1].plan.notes) == 1
+    converted = neoquant.convert(wide, tmp_path / "plain", to="safetensors", dtype="float32").folder
+    assert all(torch.equal(t, weights[n].float()) for n, t in tensors_of(converted).items())
 
 
 def test_quantized_sources_are_refused(tiny_model: Path, tmp_path: Path) -> None:

@@ -247,6 +247,12 @@ def test_files_that_are_damaged_are_named(make_model: Callable[..., Path]) -> No
             ("tokenizer_config.json", '{"model_input_names": ["ids"]}', "model_input_names is .*legal is a list"),
             ("tokenizer_config.json", '{"add_prefix_space": "yes"}', "add_prefix_space is 'yes'; legal is a bool"),
             ("special_tokens_map.json", "{", "special_tokens_map.json is not readable as JSON"),
+            ("tokenizer.json", '{"added_tokens": 2}', "tokenizer.json: added_tokens is 2; legal is a list"),
+            ("tokenizer.json", '{"added_tokens": "1e-05"}', "added_tokens is '1e-05'; legal is a list"),
+            ("tokenizer.json", '{"added_tokens": ["a"]}', "an added token is 'a'; legal is an object with id"),
+            ("tokenizer.json", '{"model": {"vocab": {"a": 2147483648}}}', "'a' has the id 2147483648; legal is"),
+            ("tokenizer.json", '{"added_tokens": [{"id": 1e99, "content": "a"}]}', r"1e\+99 is no token id"),
+            ("added_tokens.json", '{"<|a|>": 2147483648}', "2147483648 is no token id; legal is an integer of 0 to"),
             ("tokenizer.json", "{}", "tokenizer.json .*GPT2Tokenizer is BPE|cannot be read as a tokenizer"),
         )
     ):
