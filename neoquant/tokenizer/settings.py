@@ -316,6 +316,7 @@ def _mapping(value: object, what: str) -> Mapping[str, Any]:
 
 
 def _id(value: object, what: str) -> int:
+    number: int
     try:
         number = int(value)  # type: ignore[call-overload]
     except (TypeError, ValueError, OverflowError):
