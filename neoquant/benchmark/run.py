@@ -21,6 +21,7 @@ from neoquant.files.names import short_name
 from neoquant.formats import Format, detect
 from neoquant.kernels import ACTIVATIONS
 from neoquant.model.cache import require_storage
+from neoquant.model.devices import device_name, resolve_device
 from neoquant.progress import SILENT, Progress
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -36,6 +37,13 @@ class Run(Record):
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     peak_rss_bytes: float
+    peak_device_bytes: float = 0
+    """Of a GPU's memory; 0 on the CPU."""
+
+    @property
+    def peak_bytes(self) -> float:
+        """Of the memory that the model lies in."""
+        return self.peak_device_bytes or self.peak_rss_bytes
 
 
 class Program(Record):
@@ -60,6 +68,8 @@ class Speed(Record):
     dtype: str
     batch: int = 1
     cache: str | None = None  # the type that neoquant holds keys and values in; None: as they are computed
+    device: str = "cpu"  # or the card's name
+    static_cache: bool = False
     programs: list[Program]
     notes: list[str]
 
@@ -69,7 +79,7 @@ class Request:
     """What to measure: `models`, folders or hub ids. `base` is the plain model, for peers that read none of these.
 
     `batch` prompts are read and continued together, and rates count the tokens of all; `cache` is the type that
-    neoquant holds keys and values in.
+    neoquant holds keys and values in, and `static_cache` has it replay CUDA graphs. `device` is the CPU or a GPU.
     `activations`: "exact", "int8" or both; every quantized model runs with each of them.
     `pythons`: peer -> the interpreter that has it, where that is not this one.
     `without_bf16`: whether transformers runs bitsandbytes' weights once more as on a CPU without bf16 instructions,
@@ -86,6 +96,8 @@ class Request:
     dtype: str = "float32"
     batch: int = 1
     cache: str | None = None
+    device: str = "cpu"
+    static_cache: bool = False
     activations: Sequence[str] = ("exact",)
     pythons: Mapping[str, str] = field(default_factory=dict)
     without_bf16: bool = False
@@ -98,6 +110,8 @@ class Request:
             if peer not in PEERS:
                 raise RequestError(f"there is no peer {peer!r}; there are {', '.join(PEERS)}")
         require_storage(self.cache)
+        if resolve_device(self.device).type != "cpu" and "openvino" in self.against:
+            raise RequestError(f"openvino is measured on the CPU, not on {self.device}: leave it out")
         if not self.activations:
             raise RequestError(f"no activations are named; legal are {' and '.join(ACTIVATIONS)}")
         for kind in self.activations:
@@ -170,6 +184,8 @@ def measure(request: Request, progress: Progress = SILENT) -> Speed:
         dtype=request.dtype,
         batch=request.batch,
         cache=request.cache,
+        device=device_name(resolve_device(request.device)),
+        static_cache=request.static_cache,
         programs=[target.summary() for target in targets],
         notes=notes,
     )
@@ -244,7 +260,8 @@ def _is_ready(target: _Target, temp: Path, notes: list[str]) -> bool:
 def _run(target: _Target, request: Request) -> Run:
     job = {"step": "run", "tool": target.tool, "source": target.source, "threads": request.threads}
     job |= {"prompt": request.prompt, "new": request.new, "dtype": request.dtype, "activations": target.activations}
-    job |= {"batch": request.batch, "cache": request.cache}
+    job |= {"batch": request.batch, "cache": request.cache, "device": str(resolve_device(request.device))}
+    job |= {"static_cache": request.static_cache}
     return Run(**_call_worker(target, job, request.threads))
 
 

@@ -5,14 +5,14 @@ So nothing but the standard library is imported before the tool is known.
 
     python worker.py '{"step": "run", "tool": "transformers", "source": "folder", ...}'
 
-prints one line of JSON: seconds of importing, loading and reading the prompt, tokens per second, peak memory in bytes.
+prints one line of JSON: seconds of importing, loading and reading the prompt, tokens per second, peak memory in bytes,
+and on a GPU that of the device.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -75,18 +75,42 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
     rows = job.get("batch", 1)
     ids = torch.randint(0, vocabulary, (rows, job["prompt"]), generator=torch.Generator().manual_seed(0))
+    device = job.get("device", "cpu")
+    ids = ids.to(device)
     for _ in generate(ids[:, : min(WARM_UP, job["prompt"])], WARM_UP):
         pass
-    began = time.perf_counter()
-    times = [time.perf_counter() for _ in generate(ids, job["new"])]
-    return {
+    prefill, decode = (timed if device == "cpu" else timed_on_gpu)(generate, ids, job["new"])
+    found = {
         "import_s": imported - started,
         "load_s": loaded - imported,
-        "prefill_s": times[0] - began,
-        "prefill_tokens_per_s": rows * job["prompt"] / (times[0] - began),
-        "decode_tokens_per_s": rows * (len(times) - 1) / (times[-1] - times[0]),
+        "prefill_s": prefill,
+        "prefill_tokens_per_s": rows * job["prompt"] / prefill,
+        "decode_tokens_per_s": rows * (job["new"] - 1) / decode,
         "peak_rss_bytes": _peak_rss_bytes(),
     }
+    return found if device == "cpu" else found | {"peak_device_bytes": torch.cuda.max_memory_allocated()}
+
+
+def timed(generate: Generate, ids: Any, new: int) -> tuple[float, float]:
+    """Seconds until the first token, and from there to the last."""
+    began = time.perf_counter()
+    times = [time.perf_counter() for _ in generate(ids, new)]
+    return times[0] - began, times[-1] - times[0]
+
+
+def timed_on_gpu(generate: Generate, ids: Any, new: int) -> tuple[float, float]:
+    """The same where the host is ahead of the device, and is told of several tokens together."""
+    import torch
+
+    took = []
+    for count in (1, new):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in generate(ids, count):
+            pass
+        torch.cuda.synchronize()
+        took.append(time.perf_counter() - began)
+    return took[0], took[1] - took[0]
 
 
 def _neoquant(job: dict[str, Any]) -> Callable[[], tuple[Generate, int]]:
@@ -100,10 +124,11 @@ def _neoquant(job: dict[str, Any]) -> Callable[[], tuple[Generate, int]]:
 
     def load() -> tuple[Generate, int]:
         options = {"dtype": job["dtype"], "activations": job["activations"]}
-        model = load_model(job["source"], GPTNeoForCausalLM, device="cpu", **options)
+        model = load_model(job["source"], GPTNeoForCausalLM, device=job.get("device", "cpu"), **options)
+        held = {"cache_dtype": job.get("cache"), "static_cache": job.get("static_cache", False)}
 
         def generate(ids: Any, new: int) -> Iterator[None]:
-            for _ in stream(model, ids, max_new_tokens=new, cache_dtype=job.get("cache")):
+            for _ in stream(model, ids, max_new_tokens=new, **held):
                 yield None
 
         return generate, model.config.vocab_size
@@ -124,7 +149,7 @@ def _transformers(job: dict[str, Any]) -> Callable[[], tuple[Generate, int]]:
     def load() -> tuple[Generate, int]:
         # transformers does not run a quantized folder in another type than the one it is stored in.
         dtype = getattr(torch, job["dtype"]) if job["tool"] == "transformers" else "auto"
-        model = AutoModelForCausalLM.from_pretrained(job["source"], dtype=dtype, device_map="cpu")
+        model = AutoModelForCausalLM.from_pretrained(job["source"], dtype=dtype, device_map=job.get("device", "cpu"))
         model.train(False)
         return _greedy(model, logits_to_keep=1), model.config.vocab_size
 
@@ -150,7 +175,7 @@ def _greedy(model: Any, **options: Any) -> Generate:
     def generate(ids: Any, new: int) -> Iterator[None]:
         past, length = None, ids.shape[1]
         for _ in range(new):
-            mask = torch.ones(len(ids), length, dtype=torch.int64)
+            mask = torch.ones(len(ids), length, dtype=torch.int64, device=ids.device)
             out = model(input_ids=ids, attention_mask=mask, past_key_values=past, use_cache=True, **options)
             ids, past, length = out.logits[:, -1].argmax(-1)[:, None], out.past_key_values, length + 1
             yield None
@@ -179,6 +204,8 @@ def _peak_rss_bytes() -> int:
         line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
         if line is not None:
             return int(line.split()[1]) * 1024
+    import resource  # which Windows has not
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -47,9 +47,17 @@ def bench(
     threads: Annotated[
         int | None, typer.Option("--threads", metavar="N", help="Threads of each program. [default: what torch takes]")
     ] = None,
+    device: Annotated[
+        str, typer.Option("--device", metavar="DEVICE", help="Where the programs run: cpu, cuda, cuda:1, ...")
+    ] = "cpu",
     dtype: Annotated[
-        str, typer.Option("--dtype", metavar="TYPE", help="Compute in float32, float16 or bfloat16.")
-    ] = "float32",
+        str | None,
+        typer.Option(
+            "--dtype",
+            metavar="TYPE",
+            help="Compute in float32, float16 or bfloat16. [default: float32 on a CPU, else bfloat16]",
+        ),
+    ] = None,
     activations: Annotated[
         str,
         typer.Option(
@@ -58,12 +66,13 @@ def bench(
     ] = "exact",
     batch: Annotated[int, typer.Option("--batch", metavar="B", help="Prompts read and continued together.")] = 1,
     cache: options.Cache = None,
+    static_cache: options.StaticCache = False,
     json: options.Json = None,
     force: options.Force = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Measure loading, prefill, decoding and peak memory on the CPU, beside other programs.
+    """Measure loading, prefill, decoding and peak memory, on the CPU or a GPU, beside other programs.
 
     Each run is a process of its own, and the programs take turns. transformers runs the plain model, and
     bitsandbytes folders as well; OpenVINO runs the plain model in int4, as optimum-intel exports it. The prompt
@@ -73,6 +82,7 @@ def bench(
     Examples:
       neoquant bench gpt-neo-1.3B-nf4 gpt-neo-1.3B-int8
       neoquant bench gpt-neo-1.3B-nf4 --against transformers,openvino --base EleutherAI/gpt-neo-1.3B
+      neoquant bench gpt-neo-1.3B-nf4 --against transformers --device cuda --static-cache
       neoquant bench gpt-neo-1.3B-nf4 --against openvino --base gpt-neo-1.3B --python openvino=ov/bin/python
     """
     terminal: Terminal = ctx.obj
@@ -98,9 +108,11 @@ def bench(
         new=new_tokens,
         repeats=repeats,
         threads=threads,
-        dtype=dtype,
+        dtype=dtype or ("float32" if device == "cpu" else "bfloat16"),
         batch=batch,
         cache=cache,
+        device=device,
+        static_cache=static_cache,
         activations=_names(activations),
         pythons={name: path for name, _, path in pythons},
     )

@@ -25,7 +25,7 @@ class MeasuredSpeed:
     def memory(self, name: str) -> str:
         """The peak while generating."""
         found = self.programs.get(name)
-        return NONE if found is None else size(found.peak_rss_bytes)
+        return NONE if found is None else size(found.peak_bytes)
 
 
 NO_SPEED = MeasuredSpeed()
@@ -59,4 +59,6 @@ def _settings(result: Speed) -> str:
         f"{result.prompt_tokens} prompt tokens, {result.new_tokens} new ones, {result.threads} threads, {result.dtype}"
         + (f", {result.batch} sequences together" if result.batch > 1 else "")
         + (f", keys and values in {result.cache}" if result.cache else "")
+        + (", CUDA graphs" if result.static_cache else "")
+        + (f", on {result.device}" if result.device != "cpu" else "")
     )

@@ -132,8 +132,9 @@ class Counts:
 class Graph:
     """A CUDA graph: what it was told of, in order."""
 
-    def __init__(self, counts: Counts) -> None:
-        self.counts = counts
+    counts: Counts
+
+    def __init__(self) -> None:
         self.work: list[Callable[[], None]] = []
         self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
@@ -349,7 +350,16 @@ class Generator(torch.Generator):
 
 
 PLACES: dict[int, torch.device] = {}
-STREAM = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
+
+
+class Stream:
+    """All work is done at once, so that nothing waits for another stream's."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_stream(self, other: Stream) -> None:
+        pass
 
 
 def where() -> str:
@@ -398,11 +408,12 @@ def patches(counts: Counts, capability: tuple[int, int]) -> Iterator[Any]:
         "get_device_properties": lambda device=None: properties,
         "get_device_capability": lambda device=None: capability,
         "is_bf16_supported": lambda including_emulation=True: capability >= (8, 0),
+        "max_memory_allocated": lambda device=None: MEMORY // 2,
         "synchronize": lambda device=None: counts.wait("synchronize"),
-        "Stream": lambda *args, **kwargs: STREAM,
-        "current_stream": lambda device=None: STREAM,
+        "Stream": Stream,
+        "current_stream": Stream,
         "stream": lambda stream: nullcontext(),
-        "CUDAGraph": lambda: Graph(counts),
+        "CUDAGraph": type("CUDAGraph", (Graph,), {"counts": counts}),
         "graph": lambda graph, **kwargs: graph.recorded(),
     }
     for name, answer in answers.items():
