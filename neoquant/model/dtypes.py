@@ -10,6 +10,10 @@ from neoquant.model.config import GPTNeoConfig
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+# torch's other names, which transformers takes in config.json
+_ALIASES = {"half": "float16", "float": "float32"}
+
+
 def check_dtype(dtype: torch.dtype | str | None) -> None:
     """Raise RequestError for a type that no model computes in."""
     if dtype is not None and str(dtype).removeprefix("torch.") not in ("auto", *DTYPES):
@@ -40,6 +44,7 @@ def resolve_dtype(
     if name == "auto":
         name = str(config.dtype or stored or "float32").removeprefix("torch.")
         dtype = f"auto, that is {name}"
+        name = _ALIASES.get(name, name)
     if name not in DTYPES:
         raise RequestError(f"dtype is {str(dtype)!r}; legal are auto, {', '.join(DTYPES)}")
     return DTYPES[name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,11 +12,19 @@ from neoquant.checkpoint import TensorHeader
 from neoquant.formats import Format
 from neoquant.formats.base import dtype_name
 from neoquant.grids import Grid
-from neoquant.model.names import EMBEDDING, HEADS, canonical_layer, in_block, is_block_linear
+from neoquant.model.names import (
+    EMBEDDING,
+    HEADS,
+    TASK_HEADS,
+    canonical_layer,
+    canonical_tensor,
+    in_block,
+    is_block_linear,
+)
 from neoquant.quantization.recipe import Rule
 from neoquant.quantizers import Nearest, Quantizer
 
-UNKNOWN = "not a block linear"
+UNKNOWN = "unknown"
 """Why a tensor is kept that is no part of a GPT-Neo."""
 
 # What packing takes beside a weight that is being quantized: its codes, and two more of their size.
@@ -149,12 +157,14 @@ class RowMaker:
     rules   linear layer -> the rule that decides about it, None where there is none
     grids   layer or table to quantize -> its grid
     format  of what is quantized; dtype of what is not
+    known   the names of the tensors of a language model
     """
 
     rules: Mapping[str, Rule | None]
     grids: Mapping[str, Grid]
     format: Format
     dtype: torch.dtype
+    known: Container[str]
 
     def row(self, header: TensorHeader) -> PlanRow:
         """The row of any tensor but a tied head."""
@@ -183,6 +193,6 @@ class RowMaker:
         if is_linear_weight(header):
             rule = self.rules[layer]
             return f"match = {rule.match!r}" if rule is not None else "no rule matches it"
-        if len(header.shape) < 2:
-            return "small"
-        return "head" if layer in HEADS else "embedding" if layer.endswith(("wte", "wpe")) else UNKNOWN
+        if canonical_tensor(header.name) not in self.known and layer not in TASK_HEADS.values():
+            return UNKNOWN
+        return "small" if len(header.shape) < 2 else "head" if layer in HEADS else "embedding"

@@ -102,6 +102,15 @@ def test_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
         GPTNeoForCausalLM.from_pretrained(tmp_path, dtype="int8")
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("half", torch.float16), ("float", torch.float32)])
+def test_torchs_other_names_of_types_are_read(make_model: Callable[..., Path], name: str, dtype: torch.dtype) -> None:
+    folder = make_model(dtype=str(dtype).removeprefix("torch."))
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": name}
+    (folder / "config.json").write_text(json.dumps(config))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert neoquant.load(folder, dtype="auto")[0].dtype == theirs.dtype == dtype
+
+
 def test_shards(tmp_path: Path) -> None:
     theirs = their_model()
     theirs.save_pretrained(tmp_path, max_shard_size="4kB")

@@ -203,9 +203,11 @@ def test_every_tensor_of_the_network_must_be_there_in_its_shape(tied: bool, base
 
 
 def test_what_is_unknown_is_kept_and_said() -> None:
-    plan = planned(TINY_CONFIG, shapes=tiny_shapes(TINY_CONFIG) | {"transformer.extra.weight": (3, 3)})
-    assert actions(plan)["transformer.extra.weight"] == "keep"
-    assert any("transformer.extra.weight" in note for note in plan.notes)
+    extra = {"transformer.extra.weight": (3, 3), "lm_head.bias": (259,), "transformer.h.0.mlp.c_fc.scale": ()}
+    plan = planned(TINY_CONFIG, shapes=tiny_shapes(TINY_CONFIG) | extra)
+    assert [actions(plan)[name] for name in extra] == ["keep", "copy", "copy"]
+    assert [note for note in plan.notes if all(name in note for name in extra)]
+    assert not any("no part of a GPT-Neo" in note for note in planned(TINY_CONFIG).notes)
 
 
 def test_a_plan_is_plain_values() -> None:

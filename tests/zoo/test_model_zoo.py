@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers_4
 from model_folders import QUANTIZED, WHOLE_BLOCKS, models
+from transformers_4 import skip_if_otherwise
 
 import neoquant
 from neoquant.errors import CheckpointError, NeoquantError
@@ -72,6 +74,7 @@ def require_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], dtype:
 
 @pytest.mark.parametrize("name", EQUAL)
 def test_logits_and_losses_are_transformers(name: str, folder_of: Callable[[str], Path]) -> None:
+    skip_if_otherwise(name, transformers_4.MODELS)
     head = MODELS[name].head
     a, b = ours(folder_of(name), head), theirs(folder_of(name), head)
     assert a.dtype == b.dtype
@@ -80,6 +83,7 @@ def test_logits_and_losses_are_transformers(name: str, folder_of: Callable[[str]
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_greedy_ids_are_transformers(name: str, folder_of: Callable[[str], Path]) -> None:
+    skip_if_otherwise(name, transformers_4.MODELS)
     a, b = ours(folder_of(name), dtype=torch.float32), theirs(folder_of(name), dtype=torch.float32)
     asked: dict[str, Any]
     for row, asked in zip(IDS, ({}, {"max_new_tokens": 12}), strict=True):
@@ -111,6 +115,7 @@ def test_a_loop_with_a_cache_gives_transformers_ids(name: str, folder_of: Callab
 
 @pytest.mark.parametrize("name", EQUAL)
 def test_each_reads_what_the_other_saved(name: str, folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    skip_if_otherwise(name, transformers_4.MODELS)
     head = MODELS[name].head
     a, b = ours(folder_of(name), head), theirs(folder_of(name), head)
     a.save_pretrained(tmp_path / "ours")
@@ -151,4 +156,5 @@ def test_quantized_folders_are_read_alike(name: str, dtype: str, tmp_path: Path)
 
 
 def test_there_are_enough_folders() -> None:
+    assert transformers_4.MODELS.keys() <= set(EQUAL)
     assert len(MODELS) + 2 * len(QUANTIZED) >= 60
