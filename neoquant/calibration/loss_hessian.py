@@ -4,54 +4,85 @@ With g the gradient of the model's loss at a layer's output, for labels that are
 the mean of g gᵀ is the Fisher information at that output, and the Hessian of the KL divergence from the unchanged model
 (Martens, arXiv:1412.1193). With H of the layer's inputs it makes the Kronecker-factored curvature of the layer's weight
 (Martens & Grosse, arXiv:1503.05671), as YAQA (Tseng et al., arXiv:2505.22988) and GuidedQuant (Kim et al.,
-arXiv:2505.07004) round by. One label for each position is enough: four changed nothing that could be measured.
+arXiv:2505.07004) round by. One draw for each position is enough: four changed nothing that could be measured.
 
 The gradients run from the head back, one block in memory at a time, each computed again from the block's input.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
 from neoquant.model.gpt_neo import AttentionMasks, Block
+from neoquant.quantizers import Hessian
 
 POSITIONS = 512  # whose logits are alive at once
+C_PROJ = "mlp.c_proj"
+
+
+class OutputMoments:
+    """The mean of g gᵀ over gradients g[O] at a layer's output: of each piece of so many rows, where that divides O.
+
+    All rows together would take more time than all else for c_fc, whose rows are four times as many.
+    """
+
+    def __init__(self, rows: int, piece: int) -> None:
+        self.piece = rows if rows % piece else piece
+        self._pieces = [Hessian(self.piece) for _ in range(rows // self.piece)]
+
+    def add(self, gradients: Tensor) -> None:
+        """Add gradients[..., O]. Raises FormatError if they are not finite."""
+        for hessian, some in zip(self._pieces, torch.split(gradients, self.piece, dim=-1), strict=True):
+            hessian.add(some)
+
+    def matrices(self) -> Tensor:
+        """K, float32[O / piece, piece, piece]."""
+        return torch.stack([hessian.matrix for hessian in self._pieces]).div_(2)
 
 
 def drawn_uniforms(rows: int, length: int, seed: int) -> Tensor:
-    """What labels are drawn by: float32[rows, length] in [0, 1), the same however the rows are dealt with."""
-    return torch.rand(rows, length, generator=torch.Generator().manual_seed(seed))
+    """What both labels of each position are drawn by: float32[2, rows, length] in [0, 1), the same however the rows are
+    dealt with."""
+    drawn = torch.rand(rows, length, 2, generator=torch.Generator().manual_seed(seed))
+    return drawn.movedim(2, 0)
 
 
-def gradient_at_head(x: Tensor, ln_f: nn.LayerNorm, table: Tensor, uniform: Tensor) -> Tensor:
-    """Of the sum over positions of -log p(label), by the hidden states x[B, T, C] behind the last block: [B, T, C].
+def gradient_at_head(x: Tensor, ln_f: nn.LayerNorm, table: Tensor, uniforms: Tensor) -> Tensor:
+    """Of the sum over positions of (z(b) - z(a)) / 2**0.5, for the logits z of two labels that are drawn, by the hidden
+    states x[B, T, C] behind the last block: [B, T, C].
+
+    Its covariance is that of -log p(label): of the labels' rows of the head, under p. That one's mean row takes another
+    product with all of the head.
 
     Args:
         x: see above.
         ln_f: the final norm.
         table: the head's weight, [V, C].
-        uniform: [B, T] in [0, 1): the label is where the predicted probabilities, added up by number, pass it.
+        uniforms: [2, B, T] in [0, 1): a label is where the predicted probabilities, added up by number, pass it.
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         h = ln_f(x)
-    flat, uniforms = h.detach().flatten(0, 1), uniform.flatten()
+    flat, drawn = h.detach().flatten(0, 1), uniforms.flatten(1).T
     gradient = torch.empty_like(flat)
     for start in range(0, len(flat), POSITIONS):
         some = slice(start, start + POSITIONS)
-        p = (flat[some] @ table.T).softmax(1)
-        p.scatter_add_(1, draw_labels(p, uniforms[some])[:, None], p.new_full((len(p), 1), -1.0))
-        gradient[some] = p @ table
+        a, b = draw_labels(flat[some] @ table.T, drawn[some]).T
+        gradient[some] = (table[b] - table[a]) * 0.5**0.5
     found: Tensor = torch.autograd.grad(h, x, gradient.view_as(h))[0]
     return found
 
 
-def draw_labels(p: Tensor, uniform: Tensor) -> Tensor:
-    """int64[N]: of each row of p[N, V], where its running sum passes uniform[N] of the whole."""
-    total = p.cumsum(1)
-    place = uniform.to(p.dtype)[:, None] * total[:, -1:]
-    return torch.searchsorted(total, place, right=True)[:, 0].clamp_(max=p.shape[1] - 1)
+def draw_labels(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """int64[N, S]: for each row of logits[N, V], which are overwritten, where the running sum of probabilities passes
+    uniforms[N, S]."""
+    total = logits.sub_(logits.amax(1, keepdim=True)).exp_().cumsum(1)
+    place = uniforms.to(logits.dtype) * total[:, -1:]
+    return torch.searchsorted(total, place, right=True).clamp_(max=logits.shape[1] - 1)
 
 
 def gradients_in_block(
@@ -59,25 +90,30 @@ def gradients_in_block(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Gradients at the block's input x[B, T, C], and at the outputs [B, T, O] of its layers `names`.
 
-    `gradient`[B, T, C] is that at the block's output.
+    `gradient`[B, T, C] is that at the block's output, and so at that of c_proj, which is never computed.
     """
+    attention, mlp = block.attn.attention, block.mlp
     outputs: dict[str, Tensor] = {}
+    with torch.enable_grad(), recording(block, tuple(name for name in names if name != C_PROJ), outputs):
+        x = x.detach().requires_grad_()
+        middle = x + attention(block.ln_1(x), masks, None)
+        inner = mlp.act(mlp.c_fc(block.ln_2(middle)))
+    given = gradient @ mlp.c_proj.weight
+    at_input, *at_outputs = torch.autograd.grad([inner, middle], [x, *outputs.values()], [given, gradient])
+    found = dict(zip(outputs, at_outputs, strict=True))
+    return at_input, {name: gradient if name == C_PROJ else found[name] for name in names}
 
-    def keep(name: str) -> None:
-        def hook(layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-            outputs[name] = output
 
-        handles.append(block.get_submodule(name).register_forward_hook(hook))
+@contextmanager
+def recording(block: Block, names: tuple[str, ...], outputs: dict[str, Tensor]) -> Iterator[None]:
+    """Have `outputs` hold what the layers `names` of a block give."""
 
-    handles: list[torch.utils.hooks.RemovableHandle] = []
-    for name in names:
-        keep(name)
+    def keep(name: str) -> Callable[..., None]:
+        return lambda layer, given, output: outputs.update({name: output})
+
+    handles = [block.get_submodule(name).register_forward_hook(keep(name)) for name in names]
     try:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            y = block(x, masks)
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    at_input, *at_outputs = torch.autograd.grad(y, [x, *(outputs[name] for name in names)], gradient)
-    return at_input, dict(zip(names, at_outputs, strict=True))

@@ -27,7 +27,7 @@ class Methods:
     """What a calibrated run does beside GPTQ's own.
 
     gradients  are computed for the model's loss
-    reference  the unquantized model runs along, for what outputs lack
+    reference  what blocks see in the unquantized model is kept, for what outputs lack
     """
 
     gradients: bool = False
@@ -96,22 +96,23 @@ def _estimate(config: GPTNeoConfig, rows: int, length: int, spilled: bool, metho
     states = 4 * rows * length * C
     block = 4 * (4 * C * C + 2 * C * inner)
     piece = 4 * min(rows, rows_of_batch(length)) * length * (2 * inner + 4 * C)
-    if methods.reference:  # all of it twice, and what a layer's output lacks
-        states, piece = 2 * states, 2 * piece
+    kept = 4 * gradient_rows(rows, length) * length * C
     held = 0 if spilled else states
     attention = 2 * held + _SQUARES * 4 * C * C  # what out_proj sees is held as well
-    wide = 4 * rows * length * inner * (2 if methods.reference else 1)
+    wide = 4 * rows * length * inner
     keeps_inner = not spilled and wide <= _WIDEST_KEPT
     mlp = held + keeps_inner * wide + _SQUARES * 4 * inner * inner + _WEIGHTS * 4 * C * inner
     finished = config.num_layers * block // 4  # 8 bits a weight at most
     peak, disk = block + piece + max(attention, mlp), finished + (4 if spilled else 2) * states
-    if methods.reference:
-        peak += block + 2 * 4 * C * inner
+    if methods.reference:  # before a block, behind its attention and after it, and what outputs lack
+        peak += (0 if spilled else 3) * kept + piece + 2 * 4 * C * inner
+        disk += (3 if spilled else 0) * kept
     if methods.gradients:
-        curvature = 4 * (5 * C * C + inner * inner)  # output-side Hessians of one block
+        curvature = 4 * (5 * C * C + inner * _piece_of_inner(config))  # output-side Hessians of one block
         peak = max(peak + curvature, _gradient_memory(config, rows, length, spilled) + block)
-        kept = 4 * gradient_rows(rows, length) * length * C
-        disk += config.num_layers * curvature + (config.num_layers + 4) * kept
+        disk += config.num_layers * curvature
+    if methods != PLAIN:
+        disk += (config.num_layers + 4) * kept
     return CalibrationMemory(rows, length, _RESIDENT_BYTES + peak, disk, spilled, keeps_inner, methods)
 
 
@@ -123,9 +124,8 @@ def _gradient_memory(config: GPTNeoConfig, rows: int, length: int, spilled: bool
     tokens = min(rows, rows_of_batch(length)) * length
     head = 4 * (V * C + 3 * POSITIONS * V + 4 * tokens * C)
     scores = 4 * config.num_heads * tokens * length
-    through = (
-        4 * tokens * (_ACTIVATIONS * C + _INNER_ACTIVATIONS * inner) + scores + 4 * (6 * C * C + 3 * inner * inner)
-    )
+    moments = 6 * C * C + 3 * inner * _piece_of_inner(config)
+    through = 4 * tokens * (_ACTIVATIONS * C + _INNER_ACTIVATIONS * inner) + scores + 4 * moments
     return held + max(head, through)
 
 
@@ -137,7 +137,7 @@ def guess_seconds(
     rounding = _multiplications_of_rounding(config)
     count = _multiplications(config, rows * length) - rounding
     if methods.reference:
-        count += _multiplications_of_reference(config, rows * length)
+        count += _multiplications_of_reference(config, gradient_rows(rows, length) * length, methods.gradients)
     if methods.gradients:
         count += _multiplications_of_gradients(config, gradient_rows(rows, length) * length)
     device = torch.device(device)
@@ -159,22 +159,28 @@ def _multiplications_of_rounding(config: GPTNeoConfig) -> float:
     return config.num_layers * 0.75 * (4 * C**3 + inner * C * C + C * inner * inner)
 
 
-def _multiplications_of_reference(config: GPTNeoConfig, tokens: int) -> float:
-    """Of the unquantized model that runs along, and of what outputs lack."""
+def _multiplications_of_reference(config: GPTNeoConfig, tokens: int, walked: bool) -> float:
+    """Of attention in the unquantized model, of what outputs lack, and of all of that model unless it is `walked`."""
     C, inner = config.hidden_size, config.inner_size
-    forward = tokens * (4 * C * C + 4 * C * inner)
+    forward = tokens * (4 * C * C + (0 if walked else 4 * C * C + 2 * C * inner))
     lacking = tokens * (4 * C * C + 2 * C * inner)
-    return config.num_layers * (forward + lacking + 4 * C**3 + C * inner * (C + inner))
+    return config.num_layers * (forward + lacking + 4 * C**3 + 0.6 * C * inner * (C + inner))
 
 
 def _multiplications_of_gradients(config: GPTNeoConfig, tokens: int) -> float:
-    """Of the walk back, and of rounding with coupled rows."""
+    """Of the walk to the head and back, and of rounding with coupled rows."""
+    C, inner, piece = config.hidden_size, config.inner_size, _piece_of_inner(config)
+    passes = tokens * (12 * C * C + 5 * C * inner)  # forwards, forwards again but for c_proj, and back
+    moments = 0.6 * tokens * (5 * C * C + inner * piece)
+    factors = 0.7 * (5 * C**3 + inner * piece**2)
+    coupling = 0.5 * (4 * C**3 + C * C * inner + C * inner * piece)
+    return config.num_layers * (passes + moments + factors + coupling) + tokens * C * config.vocab_size
+
+
+def _piece_of_inner(config: GPTNeoConfig) -> int:
+    """Rows of c_fc that are coupled, as `loss_hessian.OutputMoments` does it."""
     C, inner = config.hidden_size, config.inner_size
-    passes = 3 * tokens * (4 * C * C + 2 * C * inner)  # forwards, forwards again, and back
-    moments = 0.55 * tokens * (5 * C * C + inner * inner)
-    factors = 0.7 * (5 * C**3 + inner**3)
-    coupling = 3.5 * (5 * C**3 + C * inner * inner)  # in rounding, and in measuring what is left
-    return config.num_layers * (passes + moments + factors + coupling) + 2 * tokens * C * config.vocab_size
+    return inner if inner % C else C
 
 
 def _rate(device: torch.device, size: int = 1024, duration: float = 0.2) -> float:

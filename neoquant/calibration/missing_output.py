@@ -14,39 +14,70 @@ from collections.abc import Iterator
 import torch.nn.functional as F
 from torch import Tensor
 
-from neoquant.calibration.block_forward import BlockForward, Stage
+from neoquant.calibration.block_forward import Stage
+from neoquant.calibration.hidden_states import HiddenStates
+from neoquant.model.gpt_neo import AttentionMasks, Block
 
 ADDED = ("attn.attention.out_proj", "mlp.c_proj")
 """The layers whose output is added to the hidden states."""
 
 
+class UnquantizedBlock:
+    """Hidden states of the unquantized model, float32[R, T, C]: `before` a block, `behind` its attention, `after` it.
+
+    Of the first calibration samples only, where that is enough.
+    """
+
+    def __init__(self, block: Block, before: HiddenStates, after: HiddenStates, window_size: int) -> None:
+        """`block` is as yet as it was."""
+        length = before.shape[1]
+        masks = AttentionMasks(length, length, window_size, None, before.device)
+        self.before, self.behind, self.after = before, before.empty_like(), after
+        self.behind.replace(x + block.attn(block.ln_1(x), masks, None) for x in before.batches())
+        self._norms = block.ln_1, block.ln_2
+
+    def aims(self, name: str) -> Iterator[Tensor]:
+        """What a layer should see, or, if its output is added, what it should lead to, batch by batch."""
+        if name in ADDED:
+            return (self.behind if name == ADDED[0] else self.after).batches()
+        first, second = self._norms
+        if name.startswith("attn."):
+            return (first(x) for x in self.before.batches())
+        return (second(x) for x in self.behind.batches())
+
+    def close(self) -> None:
+        """Let go of all but those after the block."""
+        self.before.close()
+        self.behind.close()
+
+
 class MissingOutput:
     """S of each layer of a stage."""
 
-    def __init__(self, stage: Stage, forward: BlockForward, twin: Stage, reference: BlockForward) -> None:
-        """`twin` is the same stage of the unquantized model, and `reference` what takes samples through that."""
-        self.stage, self.twin = stage, twin
-        self.hidden, self.aim = forward.hidden, reference.hidden
-        self.added = any(name in ADDED for name in stage.linears)
-        assert not self.added or len(stage.linears) == 1
+    def __init__(self, stage: Stage, hidden: HiddenStates, unquantized: UnquantizedBlock) -> None:
+        """`hidden` are the states that the stage's output would be added to."""
+        self.stage, self.hidden, self.unquantized = stage, hidden, unquantized
+        self.name, self.linear = next(iter(stage.linears.items()))
+        assert self.name not in ADDED or len(stage.linears) == 1
         self._tokens, self._sum = 0, Tensor()
 
     def gather(self) -> Iterator[Tensor]:
         """The stage's inputs, float32[B, T, I], batch by batch, which are added up on the way."""
-        pairs = zip(self.stage.inputs(), self.twin.inputs(), strict=True)
-        states = zip(self.hidden.batches(), self.aim.batches(), strict=True)
-        for x, theirs in pairs:
-            missing = theirs - x
-            if self.added:
-                (linear,) = self.stage.linears.values()
-                hidden, aim = next(states)
-                missing = F.linear(missing, linear.weight).add_(aim).sub_(hidden)
+        aims, states = self.unquantized.aims(self.name), self.hidden.batches()
+        for x in self.stage.inputs():
             yield x
-            product = missing.flatten(0, -2).T @ x.flatten(0, -2)
-            self._sum = self._sum.add_(product) if self._tokens else product
-            self._tokens += x[..., 0].numel()
+            aim = next(aims, None)
+            if aim is not None:
+                x = x[: len(aim)]
+                reached = x if self.name not in ADDED else self._given(x).add_(next(states)[: len(aim)])
+                product = (aim - reached).flatten(0, -2).T @ x.flatten(0, -2)
+                self._sum = self._sum.add_(product) if self._tokens else product
+                self._tokens += x[..., 0].numel()
+
+    def _given(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.linear.weight, self.linear.bias)
 
     def of(self, name: str) -> Tensor:
         """S[O, I] of a layer, by its name, whose weight is as it was."""
         mean = self._sum * (2 / self._tokens)
-        return mean if self.added else self.stage.linears[name].weight.detach() @ mean
+        return mean if name in ADDED else self.stage.linears[name].weight.detach() @ mean

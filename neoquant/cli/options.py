@@ -241,6 +241,15 @@ Objective = Annotated[
         "queries, keys and values (attention), or each layer's own (layer). [default: attention]",
     ),
 ]
+Correction = Annotated[
+    float | None,
+    typer.Option(
+        "--correction",
+        metavar="X",
+        help="How far GPTQ moves weights to make up for what earlier layers changed, 0 to 1; 0.5 goes well with "
+        "--objective model. [default: 0]",
+    ),
+]
 TargetBits = Annotated[
     float | None,
     typer.Option(

@@ -38,6 +38,7 @@ def plan(
     scales: options.Scales = None,
     damping: options.Damping = None,
     objective: options.Objective = None,
+    correction: options.Correction = None,
     quantizer_option: options.QuantizerOption = None,
     keep: options.Keep = None,
     recipe: options.RecipeName = None,

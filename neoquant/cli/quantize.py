@@ -37,6 +37,7 @@ def quantize(
     scales: options.Scales = None,
     damping: options.Damping = None,
     objective: options.Objective = None,
+    correction: options.Correction = None,
     quantizer_option: options.QuantizerOption = None,
     target_bits: options.TargetBits = None,
     target_size: options.TargetSize = None,

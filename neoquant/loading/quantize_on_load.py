@@ -31,9 +31,8 @@ from neoquant.progress import SILENT, Progress
 from neoquant.quantization.plan import Plan, PlanRow, make_plan
 from neoquant.quantization.recipe import Recipe
 from neoquant.quantization.resume import ResumableRun
-from neoquant.quantization.reverse import keep_output_hessians, methods_of, needs_gradients
+from neoquant.quantization.reverse import calibrating, look_at_unquantized, methods_of, needs_gradients
 from neoquant.quantization.sequential import (
-    Calibrating,
     QuantizedBlock,
     embed,
     needing_calibration,
@@ -152,17 +151,12 @@ def _blocks(
     rows, length = calibration.ids.shape
     memory = estimate_memory(config, rows, length, methods=methods_of(plan), device=device)
     with tempfile.TemporaryDirectory(prefix="neoquant-") as folder, ResumableRun(Path(folder) / "model") as run:
-        if needs_gradients(plan):
-            run.begin({}, config.num_layers)
-            keep_output_hessians(checkpoint, plan, calibration, memory, run, progress)
+        run.begin({}, config.num_layers)
+        look_at_unquantized(checkpoint, plan, calibration, memory, run, progress)
         with torch.no_grad():
-            states = []
-            for _ in range(2 if memory.methods.reference else 1):
-                states.append(run.new_hidden_states((rows, length, config.hidden_size), memory.spilled, device))
-                embed(checkpoint, calibration.ids, states[-1])
-        output_hessians = run.output_hessians if memory.methods.gradients else None
-        reference = states[1] if memory.methods.reference else None
-        samples = Calibrating(states[0], memory.keeps_inner, output_hessians, reference)
+            hidden = run.new_hidden_states((rows, length, config.hidden_size), memory.spilled, device)
+            embed(checkpoint, calibration.ids, hidden)
+        samples = calibrating(hidden, calibration, memory, run)
         blocks = quantize_blocks(checkpoint, plan, samples, 0, progress)
         while True:
             with torch.no_grad():  # not across a yield, which would leave it on for whoever asks

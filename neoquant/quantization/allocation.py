@@ -28,7 +28,7 @@ from neoquant.progress import SILENT, Progress
 from neoquant.quantization.plan import Plan, make_plan
 from neoquant.quantization.recipe import Recipe
 from neoquant.quantization.resume import ResumableRun
-from neoquant.quantization.reverse import keep_output_hessians, methods_of
+from neoquant.quantization.reverse import look_at_unquantized, methods_of
 from neoquant.quantization.sequential import embed, read_block, require_calibration
 from neoquant.quantizers import Gptq, Hessian
 
@@ -194,7 +194,7 @@ def _losses(
     memory = estimate_memory(config, rows, length, max_memory, methods_of(plan))
     with tempfile.TemporaryDirectory(prefix="neoquant-") as folder, ResumableRun(Path(folder) / "model") as run:
         run.begin({}, config.num_layers)
-        keep_output_hessians(checkpoint, plan, calibration, memory, run, progress)
+        look_at_unquantized(checkpoint, plan, calibration, memory, run, progress)
         with torch.inference_mode(), progress.task("foreseeing", total=config.num_layers) as advance:
             hidden = run.new_hidden_states((rows, length, config.hidden_size), memory.spilled)
             embed(checkpoint, calibration.ids, hidden)
@@ -230,6 +230,7 @@ def _losses_of_block(
 
 def _loss(weight: Tensor, grid: Grid, hessian: Hessian, output_hessian: Tensor) -> float:
     """Nats a token that weight[O, I] is foreseen to add on a grid."""
-    q = Gptq(objective="model", correction=0.0).quantize(weight, grid, hessian, output_hessian[None])
+    q = Gptq(objective="model", correction=0.0).quantize(weight, grid, hessian, output_hessian)
     error = q.dequantize(torch.float32) - weight
-    return float(((output_hessian @ error) * (error @ hessian.matrix)).sum()) / 4
+    of_heads = error.view(len(output_hessian), -1, error.shape[1])
+    return float(((output_hessian @ of_heads).view_as(error) * (error @ hessian.matrix)).sum()) / 4

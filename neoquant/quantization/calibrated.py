@@ -21,8 +21,8 @@ from neoquant.model.devices import device_name
 from neoquant.progress import Progress
 from neoquant.quantization.plan import Plan, PlanRow
 from neoquant.quantization.resume import FinishedBlock, ResumableRun
-from neoquant.quantization.reverse import keep_output_hessians, needs_gradients
-from neoquant.quantization.sequential import Calibrating, embed, quantize_blocks
+from neoquant.quantization.reverse import calibrating, look_at_unquantized
+from neoquant.quantization.sequential import embed, quantize_blocks
 from neoquant.quantization.source_hash import hash_tensor, join_hashes
 from neoquant.quantization.streaming import Written, headers_of, output_tensors
 from neoquant.tensor import QuantizedTensor
@@ -50,8 +50,7 @@ def write_calibrated(
     config = GPTNeoConfig.from_dict(checkpoint.config)
     run.begin(_identity(checkpoint, plan, calibration, memory, digest), config.num_layers)
     writer = _Writer(plan, digest, sink)
-    if needs_gradients(plan):
-        keep_output_hessians(checkpoint, plan, calibration, memory, run, progress)
+    look_at_unquantized(checkpoint, plan, calibration, memory, run, progress)
     with torch.inference_mode():
         for row in plan.rows:
             if row.block is None:
@@ -60,20 +59,17 @@ def write_calibrated(
             writer.put_block(run.block(number))
         if run.finished:
             progress.note(f"resuming after block {run.finished} of {run.blocks}")
-        hidden, reference = _hidden_states(checkpoint, calibration, config, memory, run)
+        hidden = _hidden_states(checkpoint, calibration, config, memory, run)
         first = run.finished
-        output_hessians = run.output_hessians if memory.methods.gradients else None
-        samples = Calibrating(hidden, memory.keeps_inner, output_hessians, reference)
+        samples = calibrating(hidden, calibration, memory, run)
         blocks = quantize_blocks(checkpoint, plan, samples, first, progress)
         for number, block in enumerate(blocks, first):
             output = {row.name: _output(checkpoint, plan, row, block.weights.get(row.name)) for row in block.rows}
             finished = FinishedBlock(output, {layer: report.to_dict() for layer, report in block.reports.items()})
             writer.put_block(finished)
             writer.layer_seconds |= {layer: report.seconds for layer, report in block.reports.items()}
-            run.keep(number, finished, hidden, reference)
+            run.keep(number, finished, hidden)
         hidden.close()
-        if reference is not None:
-            reference.close()
     return writer.written()
 
 
@@ -114,18 +110,15 @@ def _hidden_states(
     config: GPTNeoConfig,
     memory: CalibrationMemory,
     run: ResumableRun,
-) -> tuple[HiddenStates, HiddenStates | None]:
-    """The calibration samples as the first block that is not finished sees them, and would in the unquantized model."""
+) -> HiddenStates:
+    """The calibration samples as the first block that is not finished sees them."""
     rows, length = calibration.ids.shape
-    shape = (rows, length, config.hidden_size)
-    found, device = [], torch.device(memory.device)
-    for kind in ("hidden", "reference") if memory.methods.reference else ("hidden",):
-        states = run.hidden_states(shape, memory.spilled, kind, device)
-        if states is None:
-            states = run.new_hidden_states(shape, memory.spilled, device)
-            embed(checkpoint, calibration.ids, states)
-        found.append(states)
-    return found[0], found[1] if len(found) > 1 else None
+    shape, device = (rows, length, config.hidden_size), torch.device(memory.device)
+    hidden = run.hidden_states(shape, memory.spilled, device)
+    if hidden is None:
+        hidden = run.new_hidden_states(shape, memory.spilled, device)
+        embed(checkpoint, calibration.ids, hidden)
+    return hidden
 
 
 def _identity(
@@ -143,7 +136,17 @@ def _identity(
         "device": device_name(torch.device(memory.device)),  # and cards round them in other orders
         "model": {"tensors": digest, "config": config},
         "recipe": plan.recipe.model_dump(mode="json", exclude_unset=True),
+        "quantizers": _quantizers(plan),  # with what the recipe leaves to defaults, which another version may change
         "format": plan.format.name,
         "dtype": dtype_name(plan.dtype),
         "calibration": {**calibration.describe(), "tokens": ids},
     }
+
+
+def _quantizers(plan: Plan) -> list[dict[str, Any]]:
+    """Every quantizer of the plan with all its options, once."""
+    found: list[dict[str, Any]] = []
+    for row in plan.rows:
+        if row.quantizer is not None and row.quantizer.describe() not in found:
+            found.append(row.quantizer.describe())
+    return found

@@ -4,8 +4,7 @@
       run.json                            what identifies the run
       block-4-<digest>.safetensors        what the output holds of that block, and its layers' reports
       hidden-5-<digest>                   the calibration rows as block 5 sees them, float32[R, T, C]
-      reference-5-<digest>                the same in the unquantized model, where layers are corrected by it
-      input-5-<digest>                    what it sees before anything is quantized, for the gradients
+      input-5-<digest>                    what it sees before anything is quantized, for gradients and correction
       gradient-5-<digest>                 the gradients there
       curvature-5-<digest>.safetensors    the output-side Hessians of its layers
       scratch-..., *.new                  in the making: of no use to another process
@@ -52,7 +51,7 @@ _NEW = ".new"
 _DIGITS = 16  # of a digest, in a file's name
 _OURS = re.compile(
     rf"\.?(run\.json|(block|curvature)-\d+-[0-9a-f]{{{_DIGITS}}}\.safetensors|"
-    rf"(hidden|reference|input|gradient)-\d+(-[0-9a-f]{{{_DIGITS}}})?)(.*\.new)?|{SCRATCH}.*"
+    rf"(hidden|input|gradient)-\d+(-[0-9a-f]{{{_DIGITS}}})?)(.*\.new)?|{SCRATCH}.*"
 )
 
 Output = dict[str, dict[str, Tensor]]
@@ -104,7 +103,11 @@ class ResumableRun:
             self.folder.rmdir()
         close_folder(self._lock)
         if kind is not None and issubclass(kind, KeyboardInterrupt) and self._holds_work():
-            place = f"after block {self.finished} of {self.blocks}" if self.finished else "on the way to the gradients"
+            place = (
+                f"after block {self.finished} of {self.blocks}"
+                if self.finished
+                else "on the way through the unquantized model"
+            )
             raise kind(f"{place}: the same command resumes there, --restart starts again") from error
 
     def begin(self, run: Mapping[str, Any], blocks: int) -> None:
@@ -145,12 +148,12 @@ class ResumableRun:
             raise self._damaged(path.name) from None
 
     def hidden_states(
-        self, shape: tuple[int, int, int], spilled: bool, kind: str = "hidden", device: torch.device = CPU
+        self, shape: tuple[int, int, int], spilled: bool, device: torch.device = CPU
     ) -> HiddenStates | None:
         """The calibration rows [R, T, C] behind the last finished block, or None if there is none."""
         if not self.finished or self.finished == self.blocks:
             return None
-        return self.states(f"{kind}-{self.finished}", shape, spilled, device)
+        return self.states(f"hidden-{self.finished}", shape, spilled, device)
 
     def has(self, name: str) -> bool:
         """Whether states of that name are kept."""
@@ -181,7 +184,7 @@ class ResumableRun:
         return self.has(f"curvature-{number}")
 
     def keep_output_hessians(self, number: int, found: Mapping[str, Tensor]) -> None:
-        """Keep those of a block's layers, [O, O] by name."""
+        """Keep those of a block's layers, [heads, D, D] by name."""
         content = save({name: tensor.contiguous() for name, tensor in found.items()})
         digest = hashlib.sha256(content).hexdigest()
         self._write(f"curvature-{number}-{digest[:_DIGITS]}.safetensors", content)
@@ -204,21 +207,17 @@ class ResumableRun:
             return HiddenStatesOnDisk(shape, batch, self.folder, device=device)
         return HiddenStatesInMemory(shape, batch, device)
 
-    def keep(
-        self, number: int, block: FinishedBlock, hidden: HiddenStates, reference: HiddenStates | None = None
-    ) -> None:
-        """Keep a block that was finished, and the `hidden` states behind it, also those of the unquantized model."""
+    def keep(self, number: int, block: FinishedBlock, hidden: HiddenStates) -> None:
+        """Keep a block that was finished, and the `hidden` states behind it."""
         if number + 1 < self.blocks:
             self.keep_states(f"hidden-{number + 1}", hidden)
-            if reference is not None:
-                self.keep_states(f"reference-{number + 1}", reference)
         tensors = {name: tensor.contiguous() for stored in block.output.values() for name, tensor in stored.items()}
         metadata = {"made": {row: list(stored) for row, stored in block.output.items()}, "reports": block.reports}
         content = save(tensors, {key: json.dumps(value) for key, value in metadata.items()})
         digest = hashlib.sha256(content).hexdigest()
         self._write(f"block-{number}-{digest[:_DIGITS]}.safetensors", content)
         self.finished = number + 1
-        self.drop(f"hidden-{number}", f"reference-{number}", f"curvature-{number}")
+        self.drop(f"hidden-{number}", f"input-{number}", f"curvature-{number}")
 
     def remove(self) -> None:
         """Forget the run: it is finished, or nothing of it is."""

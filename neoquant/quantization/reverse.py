@@ -1,8 +1,9 @@
-"""The walk back through the model, before anything is rounded: the output-side Hessians of every layer, for the loss.
+"""The walk through the model as it is, and back, before anything is rounded.
 
-First the calibration samples pass through the blocks as they are, and what each block sees is kept in a file; then the
-gradients of the loss run from the head back, one block in memory at a time. What is finished of either is kept, so that
-an interrupted walk goes on, to the same bytes. All of it is computed on the CPU, wherever the blocks are then rounded.
+First the calibration samples pass through the blocks, and what each block sees is kept in a file: by that layers are
+corrected later. Then, for layers that are rounded for the model's loss, its gradients run from the head back, one block
+in memory at a time, and leave the output-side Hessians of every layer. What is finished of either is kept, so that an
+interrupted walk goes on, to the same bytes. Gradients are computed on the CPU, wherever the blocks are then rounded.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 
 from neoquant.calibration.dataset import Calibration
 from neoquant.calibration.hidden_states import HiddenStates
-from neoquant.calibration.loss_hessian import drawn_uniforms, gradient_at_head, gradients_in_block
-from neoquant.calibration.memory import CalibrationMemory, Methods, gradient_rows
+from neoquant.calibration.loss_hessian import OutputMoments, drawn_uniforms, gradient_at_head, gradients_in_block
+from neoquant.calibration.memory import PLAIN, CalibrationMemory, Methods, gradient_rows
 from neoquant.checkpoint import Checkpoint
 from neoquant.errors import CheckpointError, locate
 from neoquant.model.config import GPTNeoConfig
@@ -25,8 +26,7 @@ from neoquant.model.names import BASE_PREFIX, BLOCK_LINEARS
 from neoquant.progress import Progress
 from neoquant.quantization.plan import Plan
 from neoquant.quantization.resume import ResumableRun
-from neoquant.quantization.sequential import embed, read_block
-from neoquant.quantizers import Hessian
+from neoquant.quantization.sequential import Calibrating, embed, read_block
 
 Advance = Callable[[float], None]
 
@@ -50,7 +50,7 @@ def gradients_record(plan: Plan, calibration: Calibration) -> dict[str, Any]:
     return {"gradients": labels}
 
 
-def keep_output_hessians(
+def look_at_unquantized(
     checkpoint: Checkpoint,
     plan: Plan,
     calibration: Calibration,
@@ -58,17 +58,41 @@ def keep_output_hessians(
     run: ResumableRun,
     progress: Progress,
 ) -> None:
-    """Have `run` hold the output-side Hessians of every block that is not finished.
+    """Have `run` hold what is needed of the unquantized model for every block that is not finished: the output-side
+    Hessians of its layers, and what it sees.
 
     Of the samples, the first `gradient_rows` are looked at; labels are drawn by the calibration's seed.
     """
-    config = GPTNeoConfig.from_dict(checkpoint.config)
-    if run.finished == config.num_layers or run.has_output_hessians(run.finished):
+    config, methods = GPTNeoConfig.from_dict(checkpoint.config), memory.methods
+    last = config.num_layers
+    done = run.has_output_hessians(run.finished) if methods.gradients else run.has(f"input-{last}")
+    if methods == PLAIN or run.finished == last or done:
         return
     walk = _Walk(checkpoint, plan, config, calibration, memory, run)
-    with progress.task("gradients", total=2 * config.num_layers) as advance:
+    label, steps = ("gradients", 2 * last) if methods.gradients else ("unquantized", last)
+    with torch.no_grad(), progress.task(label, total=steps) as advance:
         walk.forward(advance)
-        walk.backward(advance)
+        if methods.gradients:
+            walk.backward(advance)
+
+
+def calibrating(
+    hidden: HiddenStates, calibration: Calibration, memory: CalibrationMemory, run: ResumableRun
+) -> Calibrating:
+    """What goes through the model while its blocks are quantized: `hidden`, and what `run` holds of it unquantized."""
+    _, length, width = hidden.shape
+    shape = (gradient_rows(*calibration.ids.shape), length, width)
+
+    def unquantized(number: int) -> HiddenStates:
+        return run.states(f"input-{number}", shape, memory.spilled, hidden.device)
+
+    methods = memory.methods
+    return Calibrating(
+        hidden,
+        memory.keeps_inner,
+        run.output_hessians if methods.gradients else None,
+        unquantized if methods.reference else None,
+    )
 
 
 class _Walk:
@@ -86,7 +110,8 @@ class _Walk:
         self.ids = calibration.ids[: gradient_rows(rows, length)]
         self.shape = (len(self.ids), length, config.hidden_size)
         self.seed = calibration.seed
-        self.masks = AttentionMasks(length, length, config.window_size, None, torch.device("cpu"))
+        self.device = torch.device("cpu" if memory.methods.gradients else memory.device)
+        self.masks = AttentionMasks(length, length, config.window_size, None, self.device)
 
     def forward(self, advance: Advance) -> None:
         """Keep what every block sees, and what the last one gives, as `input-0` to `input-L`."""
@@ -94,7 +119,7 @@ class _Walk:
         begun = self.run.reached(last)  # by the walk back, which leaves behind it what it needs no more
         at = last if begun is not None else max(filter(self._has_input, range(last + 1)), default=None)
         if at is None:
-            hidden = self.run.new_hidden_states(self.shape, self.memory.spilled)
+            hidden = self.run.new_hidden_states(self.shape, self.memory.spilled, self.device)
             embed(self.checkpoint, self.ids, hidden)
             self.run.keep_states("input-0", hidden)
             at = 0
@@ -102,7 +127,7 @@ class _Walk:
             hidden = self._states(f"input-{at}")
         advance(at)
         for number in range(at, last):
-            block = self._block(number)
+            block = self._block(number).to(self.device)
             hidden.replace(block(x, self.masks) for x in hidden.batches())
             self.run.keep_states(f"input-{number + 1}", hidden)
             advance(1)
@@ -119,18 +144,22 @@ class _Walk:
         advance(last - reached)
         for number in reversed(range(reached)):
             names = self._names(number)
-            moments = {name: Hessian(self._outputs(name)) for name in names}
+            moments = {name: OutputMoments(self._outputs(name), self.config.hidden_size) for name in names}
             self._keep_gradient(number, self._in_block(number, names, moments))
-            self.run.keep_output_hessians(number, {name: each.matrix.div_(2) for name, each in moments.items()})
-            self.run.drop(f"gradient-{number + 1}", f"input-{number + 1}")
+            self.run.keep_output_hessians(number, {name: each.matrices() for name, each in moments.items()})
+            self.run.drop(f"gradient-{number + 1}")
+            if not self.memory.methods.reference:
+                self.run.drop(f"input-{number + 1}")
             advance(1)
-        self.run.drop("gradient-0", "input-0")
+        self.run.drop("gradient-0")
+        if not self.memory.methods.reference:
+            self.run.drop("input-0")
 
     def _has_input(self, number: int) -> bool:
         return self.run.has(f"input-{number}")
 
     def _states(self, name: str) -> HiddenStates:
-        return self.run.states(name, self.shape, self.memory.spilled)
+        return self.run.states(name, self.shape, self.memory.spilled, self.device)
 
     def _keep_gradient(self, number: int, batches: Iterator[Tensor]) -> None:
         """Keep the gradient at what block `number` sees, `gradient-L` being that at what the last one gives."""
@@ -142,12 +171,12 @@ class _Walk:
     def _at_head(self) -> Iterator[Tensor]:
         hidden = self._states(f"input-{self.config.num_layers}")
         ln_f, table = self._head()
-        uniform = drawn_uniforms(len(self.ids), self.ids.shape[1], self.seed)
-        for x, drawn in zip(hidden.batches(), torch.split(uniform, hidden.batch), strict=True):
+        uniforms = drawn_uniforms(len(self.ids), self.ids.shape[1], self.seed)
+        for x, drawn in zip(hidden.batches(), torch.split(uniforms, hidden.batch, dim=1), strict=True):
             yield gradient_at_head(x, ln_f, table, drawn)
         hidden.close()
 
-    def _in_block(self, number: int, names: tuple[str, ...], moments: dict[str, Hessian]) -> Iterator[Tensor]:
+    def _in_block(self, number: int, names: tuple[str, ...], moments: dict[str, OutputMoments]) -> Iterator[Tensor]:
         """The gradient at what a block sees, batch by batch; `moments` are shown those at its layers' outputs."""
         block = self._block(number)
         hidden, gradient = self._states(f"input-{number}"), self._states(f"gradient-{number + 1}")

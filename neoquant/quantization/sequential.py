@@ -5,7 +5,6 @@ Calibration samples pass through the blocks as they become once they are quantiz
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from neoquant.calibration.attention_hessian import attention_hessians
 from neoquant.calibration.block_forward import BlockForward, Stage
 from neoquant.calibration.dataset import Calibration
 from neoquant.calibration.hidden_states import HiddenStates
-from neoquant.calibration.missing_output import MissingOutput
+from neoquant.calibration.missing_output import MissingOutput, UnquantizedBlock
 from neoquant.checkpoint import Checkpoint
 from neoquant.errors import CheckpointError, RequestError, locate
 from neoquant.model.config import GPTNeoConfig
@@ -31,7 +30,10 @@ from neoquant.tensor import QuantizedTensor
 ATTENTION_INPUTS = frozenset(SHARED_INPUTS[0])
 
 OutputHessians = Callable[[int], dict[str, Tensor]]
-"""Number of a block -> by a layer's name in it, K[O, O]."""
+"""Number of a block -> by a layer's name in it, K[heads, D, D]."""
+
+UnquantizedStates = Callable[[int], HiddenStates]
+"""Number of a block -> what it sees in the unquantized model, of the first calibration samples at least."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,13 @@ class Calibrating:
     hidden           the calibration samples as the next block sees them
     keep_inner       as for `BlockForward`
     output_hessians  those of the model's loss, where some layer is rounded for it
-    reference        the samples in the unquantized model, where some layer is corrected by it
+    unquantized      the samples in the unquantized model, where some layer is corrected by it
     """
 
     hidden: HiddenStates
     keep_inner: bool = False
     output_hessians: OutputHessians | None = None
-    reference: HiddenStates | None = None
+    unquantized: UnquantizedStates | None = None
 
 
 def quantize_blocks(
@@ -108,16 +110,21 @@ def quantize_blocks(
     """
     config = GPTNeoConfig.from_dict(checkpoint.config)
     forward = BlockForward(samples.hidden, config.window_size, samples.keep_inner)
-    reference = None
-    if samples.reference is not None:
-        reference = BlockForward(samples.reference, config.window_size, samples.keep_inner)
+    after: HiddenStates | None = None
     with progress.task("calibrating", total=config.num_layers) as advance:
         advance(first)
         for number in range(first, config.num_layers):
             rows = [row for row in plan.rows if row.block == number]
             for_loss = {} if samples.output_hessians is None else samples.output_hessians(number)
             block = read_block(checkpoint, rows, config, number).to(samples.hidden.device)
-            yield _quantize_block(block, rows, forward, reference, for_loss)
+            unquantized = None
+            if samples.unquantized is not None:
+                before = samples.unquantized(number) if after is None else after
+                after = samples.unquantized(number + 1)
+                unquantized = UnquantizedBlock(block, before, after, config.window_size)
+            yield _quantize_block(block, rows, forward, unquantized, for_loss)
+            if unquantized is not None:
+                unquantized.close()
             advance(1)
 
 
@@ -125,18 +132,17 @@ def _quantize_block(
     block: Block,
     rows: list[PlanRow],
     forward: BlockForward,
-    reference: BlockForward | None,
+    unquantized: UnquantizedBlock | None,
     for_loss: dict[str, Tensor],
 ) -> QuantizedBlock:
     """Quantize the layers of `block`, which is changed, and leave in `forward` the hidden states behind it.
 
-    `reference` takes its own through the block as it was. `for_loss` are the output-side Hessians, [O, O], of layers
-    that are rounded for the model's loss.
+    `for_loss` are the output-side Hessians, [heads, D, D], of layers that are rounded for the model's loss.
     """
     result = QuantizedBlock(rows, {}, {})
     targets = {row.name_in_block: row for row in rows if row.target is not None}
-    output_hessians = {name: K[None].to(forward.hidden.device) for name, K in for_loss.items()}
-    for stage, twin in _stages(block, forward, reference):
+    output_hessians = {name: K.to(forward.hidden.device) for name, K in for_loss.items()}
+    for stage in forward.stages(block):
         chosen = {name: row for name in stage.linears if (row := targets.get(f"{name}.weight")) is not None}
         quantizers = [row.target.quantizer for row in chosen.values() if row.target is not None]
         for_attention = any(each.uses_output_hessian and not each.needs_gradients for each in quantizers)
@@ -144,24 +150,14 @@ def _quantize_block(
             found = attention_hessians(block.attn.attention, stage.inputs(), len(forward.hidden))
             output_hessians = {f"attn.attention.{name}": K for name, K in found.items()} | output_hessians
         missing = None
-        if reference is not None and twin is not None and any(each.needs_reference for each in quantizers):
-            missing = MissingOutput(stage, forward, twin, reference)
+        if unquantized is not None and any(each.needs_reference for each in quantizers):
+            missing = MissingOutput(stage, forward.hidden, unquantized)
         hessian = _observe(stage, quantizers, stage.inputs if missing is None else missing.gather)
         lacking = {} if missing is None else {name: missing.of(name) for name in chosen}
         for name, row in chosen.items():
             seen = Seen(hessian, output_hessians.get(name), lacking.get(name))
             _quantize_layer(stage.linears[name], row, seen, result)
     return result
-
-
-def _stages(
-    block: Block, forward: BlockForward, reference: BlockForward | None
-) -> Iterator[tuple[Stage, Stage | None]]:
-    """The stages of `block`, and those of it as it was."""
-    if reference is None:
-        yield from ((stage, None) for stage in forward.stages(block))
-    else:  # weights that are quantized are replaced in one of them, never changed
-        yield from zip(forward.stages(block), reference.stages(copy.deepcopy(block)), strict=True)
 
 
 def _observe(stage: Stage, quantizers: list[Quantizer], inputs: Callable[[], Iterator[Tensor]]) -> Hessian | None:

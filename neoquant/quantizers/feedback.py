@@ -154,19 +154,28 @@ def _round_tall(
     levels = columns.levels()
     assert levels is not None and heads is not None
     factor, original = heads
-    errors, diagonal = torch.empty_like(weights), upper.diagonal()[:, None]
-    for head, row_order in enumerate(factor.row_order):
-        rows, unit = row_order + head * factor.size, factor.unit[head].float()
-        compensation = weights.new_zeros(len(weights), factor.size)  # [n, D], for the rows in their order
-        for start in range(0, factor.size, ROWS):
-            stop = min(start + ROWS, factor.size)
-            part, corner = rows[start:stop], unit[start:stop, start:stop]
-            target, aim = (each.index_select(1, part) + compensation[:, start:stop] for each in (weights, original))
+    size, diagonal = factor.size, upper.diagonal()[:, None]
+    first = torch.arange(len(factor.row_order))[:, None] * size
+    rows, places = (factor.row_order + first).flatten(), torch.arange(weights.shape[1])
+    targets, aims = weights.index_select(1, rows), original.index_select(1, rows)  # rows as they are rounded
+    levels, found, errors = (
+        levels.of_rows(rows),
+        torch.empty_like(targets, dtype=torch.uint8),
+        torch.empty_like(targets),
+    )
+    for head, unit in enumerate(factor.unit.float()):
+        compensation = weights.new_zeros(len(weights), size)  # [n, D]
+        for start in range(0, size, ROWS):
+            stop = min(start + ROWS, size)
+            part, corner = slice(head * size + start, head * size + stop), unit[start:stop, start:stop]
+            target, aim = (each[:, part] + compensation[:, start:stop] for each in (targets, aims))
             coupled = native.Heads(corner[None].contiguous(), torch.arange(stop - start, dtype=torch.int32)[None], aim)
-            found = torch.empty(len(codes), stop - start, dtype=torch.uint8)
-            scaled = native.round_columns(target, upper, levels.of_rows(part), order, coupled, found)
-            codes[order[:, None], part], errors[:, part] = found[order], scaled
-            if stop < factor.size:  # what each row's value lacks of what it was to be, errors before it included
+            rounded = torch.empty(len(codes), stop - start, dtype=torch.uint8)
+            scaled = native.round_columns(target, upper, levels.of_rows(places[part]), order, coupled, rounded)
+            found[:, part], errors[:, part] = rounded[order], scaled
+            if stop < size:  # what each row's value lacks of what it was to be, errors before it included
                 lacking = aim.sub_(target).addcmul_(scaled, diagonal)
                 compensation[:, stop:].addmm_(lacking, unit[start:stop, stop:], alpha=-1)
-    return errors
+    back = rows.argsort()
+    codes[order] = found.index_select(1, back)
+    return errors.index_select(1, back)

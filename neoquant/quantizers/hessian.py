@@ -94,10 +94,9 @@ class Hessian:
         """missing[O, I] times the inverse of H, damped: by the factor of `factor`, which GPTQ needs as well."""
         upper = self.factor(ordered, damping).upper
         if not ordered:
-            return missing @ upper.T @ upper
-        order = self.order()
-        solved = torch.empty_like(missing)
-        solved[:, order] = missing[:, order] @ upper.T @ upper
+            return _times_triangles(missing, upper)
+        order, solved = self.order(), torch.empty_like(missing)
+        solved[:, order] = _times_triangles(missing[:, order], upper)
         return solved
 
 
@@ -146,6 +145,13 @@ def diagonal_pieces(output_hessian: Tensor, size: int) -> Tensor:
         return output_hessian
     blocks = output_hessian.view(heads, D // size, size, D // size, size).diagonal(dim1=1, dim2=3)
     return blocks.movedim(-1, 1).reshape(-1, size, size)
+
+
+def _times_triangles(x: Tensor, upper: Tensor) -> Tensor:
+    """x[O, I] upperᵀ upper, without multiplying by the zeros below the diagonal."""
+    strips = [slice(start, min(start + TALL_STRIP, len(upper))) for start in range(0, len(upper), TALL_STRIP)]
+    x = torch.cat([x[:, strip.start :] @ upper[strip, strip.start :].T for strip in strips], 1)
+    return torch.cat([x[:, : strip.stop] @ upper[: strip.stop, strip] for strip in strips], 1)
 
 
 def _factor(reversed_hessian: Tensor, mean: float, damping: float) -> Factor:

@@ -290,6 +290,11 @@ def test_quantize_with_calibration(cli: Cli, tiny_model: Path, text_file: Path) 
     assert stated == {
         "match": "*", "bits": 4, "type": "nf4", "quantizer": "gptq", "order": "off", "scales": "mse", "damping": 0.05,
     }  # fmt: skip
+    by_loss = ("--objective", "model", "--correction", "0.5", "--json", "q.json")
+    assert cli("plan", tiny_model, *SIMPLE, *by_loss).code == 0
+    stated = json.loads(Path("q.json").read_text())["recipe"]["rules"][0]
+    assert (stated["quantizer"], stated["objective"], stated["correction"]) == ("gptq", "model", 0.5)
+    assert "correction 2.0: legal is 0" in cli("plan", tiny_model, *SIMPLE, "--correction", "2").error
     assert cli("plan", tiny_model, *SIMPLE, "--order", "of").error.endswith("legal are static, off, dynamic")
     assert "--recipe decides the grids, so --order" in cli("plan", "--recipe", "nf4", "--order", "off").error
     assert "name their text with --calibration" in cli("quantize", tiny_model, "--type", "gptq", "--out", "x").error

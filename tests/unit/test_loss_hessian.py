@@ -26,7 +26,7 @@ from neoquant.progress import SILENT
 from neoquant.quantization.plan import make_plan
 from neoquant.quantization.recipe import Recipe
 from neoquant.quantization.resume import ResumableRun
-from neoquant.quantization.reverse import keep_output_hessians, methods_of, needs_gradients
+from neoquant.quantization.reverse import look_at_unquantized, methods_of, needs_gradients
 
 ROWS, LENGTH, SEED = 7, 24, 5
 MODEL = Recipe.simple(4, "affine", group_size=16, quantizer="gptq", objective="model")
@@ -43,7 +43,7 @@ def kept(folder: Path, out: Path, recipe: Recipe = MODEL, max_memory: int | None
         config, plan = GPTNeoConfig.from_dict(checkpoint.config), make_plan(checkpoint, recipe)
         needed = estimate_memory(config, ROWS, LENGTH, max_memory, methods_of(plan))
         run.begin({}, config.num_layers)
-        keep_output_hessians(checkpoint, plan, calibration(), needed, run, SILENT)
+        look_at_unquantized(checkpoint, plan, calibration(), needed, run, SILENT)
         assert sorted(path.name.split("-")[0] for path in run.folder.iterdir()) == ["curvature"] * 2 + ["run.json"]
         found = [run.output_hessians(number) for number in range(config.num_layers)]
         run.remove()
@@ -59,16 +59,14 @@ def through_the_whole_model(folder: Path, ids: Tensor) -> list[dict[str, Tensor]
     for name, layer in model.named_modules():
         layer.register_forward_hook(lambda _, given, y, name=name: outputs.update({name: y}))
     logits = model(inputs_embeds=embedded).logits.flatten(0, 1)
-    labels = torch.stack(
-        [
-            (p.cumsum(0) <= u * p.sum()).sum()
-            for p, u in zip(
-                logits.detach().softmax(1), drawn_uniforms(*ids.shape, SEED).double().flatten(), strict=True
-            )
-        ]
+    p = logits.detach().softmax(1)
+    first, second = (
+        (p.cumsum(1) <= uniforms.double().flatten()[:, None] * p.sum(1, keepdim=True)).sum(1)
+        for uniforms in drawn_uniforms(*ids.shape, SEED)
     )
     names = [f"transformer.h.{number}.{name}" for number in range(2) for name in BLOCK_LINEARS]
-    loss = F.cross_entropy(logits, labels, reduction="sum")
+    losses = (F.cross_entropy(logits, labels, reduction="sum") for labels in (first, second))
+    loss = (next(losses) - next(losses)) / 2**0.5
     gradients = dict(zip(names, torch.autograd.grad(loss, [outputs[name] for name in names]), strict=True))
     moments = {
         name: sum(torch.outer(g, g) for g in gradient.flatten(0, 1)) / ids.numel()
@@ -77,8 +75,24 @@ def through_the_whole_model(folder: Path, ids: Tensor) -> list[dict[str, Tensor]
     return [{name: moments[f"transformer.h.{number}.{name}"] for name in BLOCK_LINEARS} for number in range(2)]
 
 
+def assert_pieces(K: Tensor, whole: Tensor) -> None:
+    """K[heads, D, D] are the blocks on the diagonal of whole[O, O], all of it unless O is a multiple of the width."""
+    heads, size = K.shape[:2]
+    assert heads * size == len(whole) and whole.abs().max() > 0
+    for head, found in enumerate(K):
+        rows = slice(head * size, (head + 1) * size)
+        assert torch.allclose(found.double(), whole[rows, rows], rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
+
+
 @pytest.mark.parametrize(
-    "shape", [{}, {"tie_word_embeddings": False, "window_size": 5}, {"hidden_size": 24, "num_heads": 3}], ids=str
+    "shape",
+    [
+        {},
+        {"tie_word_embeddings": False, "window_size": 5},
+        {"hidden_size": 24, "num_heads": 3},
+        {"hidden_size": 24, "num_heads": 2, "intermediate_size": 40},
+    ],
+    ids=str,
 )
 def test_against_autograd_through_the_whole_model(
     shape: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -91,9 +105,12 @@ def test_against_autograd_through_the_whole_model(
             monkeypatch.setattr(f"neoquant.{module}.rows_of_batch", lambda length, batch=batch: batch)
         for found, theirs in zip(kept(folder, tmp_path / "out"), expected, strict=True):
             assert found.keys() == theirs.keys()
+            width, inner = len(theirs["mlp.c_proj"]), len(theirs["mlp.c_fc"])
+            assert {name: len(K) for name, K in found.items() if len(K) > 1} == (
+                {} if inner % width else {"mlp.c_fc": inner // width}
+            )
             for name, K in found.items():
-                size = float(theirs[name].abs().max())
-                assert size > 0 and torch.allclose(K.double(), theirs[name], rtol=1e-3, atol=1e-4 * size), name
+                assert_pieces(K, theirs[name])
 
 
 def test_in_files_and_in_memory_are_the_same(tmp_path: Path) -> None:
@@ -123,9 +140,7 @@ def test_only_the_first_rows_and_the_layers_that_ask_are_looked_at(
     expected = through_the_whole_model(folder, calibration().ids[:3])
     first, second = kept(folder, tmp_path / "out", recipe)
     assert list(first) == ["mlp.c_fc"] and not second
-    size = float(expected[0]["mlp.c_fc"].abs().max())
-    # the uniforms of three rows are the first of those of seven
-    assert torch.allclose(first["mlp.c_fc"].double(), expected[0]["mlp.c_fc"], rtol=1e-3, atol=1e-4 * size)
+    assert_pieces(first["mlp.c_fc"], expected[0]["mlp.c_fc"])  # uniforms of three rows are the first of those of seven
     with open_checkpoint(folder) as checkpoint:
         assert not needs_gradients(
             make_plan(checkpoint, Recipe.simple(4, "affine", quantizer="gptq", objective="layer"))
@@ -137,16 +152,19 @@ def test_only_the_first_rows_and_the_layers_that_ask_are_looked_at(
 def test_labels_by_their_definition(rows: int, classes: int, seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
     p = (4 * torch.randn(rows, classes, generator=random, dtype=torch.float64)).softmax(1)
-    uniform = torch.rand(rows, generator=random)
-    uniform[0] = 0
-    for label, row, u in zip(draw_labels(p, uniform).tolist(), p.tolist(), uniform.tolist(), strict=True):
-        below = sum(row[:label])
-        assert below <= u + 1e-12 and u < below + row[label] + 1e-12
+    uniforms = torch.rand(rows, 2, generator=random)
+    uniforms[0, 0] = 0
+    logits = p.log() + torch.randn(rows, 1, generator=random)
+    for labels, row, drawn in zip(draw_labels(logits, uniforms).tolist(), p.tolist(), uniforms.tolist(), strict=True):
+        for label, u in zip(labels, drawn, strict=True):
+            below = sum(row[:label])
+            assert below <= u + 1e-12 and u < below + row[label] + 1e-12
 
 
 def test_labels_are_as_frequent_as_they_are_likely() -> None:
     p = torch.tensor([0.5, 0.0, 0.3, 0.2, 0.0])
-    uniform = drawn_uniforms(100, 400, 3).flatten()
-    counts = draw_labels(p.expand(len(uniform), -1), uniform).bincount(minlength=5) / len(uniform)
-    assert counts[1] == 0 and counts[4] == 0
-    assert torch.allclose(counts, p, atol=0.01)
+    uniforms = drawn_uniforms(100, 400, 3).flatten(1).T
+    labels = draw_labels(p.log().repeat(len(uniforms), 1), uniforms)
+    pairs = (5 * labels[:, 0] + labels[:, 1]).bincount(minlength=25).view(5, 5) / len(uniforms)
+    assert not pairs[[1, 4]].any() and not pairs[:, [1, 4]].any()
+    assert torch.allclose(pairs, torch.outer(p, p), atol=0.01)  # independent of each other

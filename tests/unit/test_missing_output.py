@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from neoquant.calibration.block_forward import BlockForward
 from neoquant.calibration.hidden_states import HiddenStatesInMemory
-from neoquant.calibration.missing_output import ADDED, MissingOutput
+from neoquant.calibration.missing_output import ADDED, MissingOutput, UnquantizedBlock
 from neoquant.errors import RequestError
 from neoquant.grids import Affine
 from neoquant.loading.load import load_model
@@ -41,27 +41,45 @@ def inputs_and_output(model: nn.Module, block: nn.Module, layer: str, ids: Tenso
     return seen["x"], seen["y"], seen["hidden"]
 
 
+def states_around_blocks(model: nn.Module, ids: Tensor) -> list[Tensor]:
+    """What the first block of a whole model sees, and what each gives."""
+    states: list[Tensor] = []
+    hooks = [
+        layer.register_forward_hook(lambda _, given, output: states.append(given[0]))
+        for layer in (*model.transformer.h, model.transformer.ln_f)
+    ]
+    model(ids)
+    for hook in hooks:
+        hook.remove()
+    return states
+
+
+@pytest.mark.parametrize("rows", [5, 3])
 @torch.inference_mode()
-def test_against_whole_models(tmp_path: Path) -> None:
+def test_against_whole_models(rows: int, tmp_path: Path) -> None:
+    """`rows` of the five that the quantized model sees are known of the unquantized one."""
     folder = write_tiny_model(tmp_path / "plain", num_layers=2)
     changed, plain = (load_model(folder, GPTNeoForCausalLM, dtype=torch.float32) for _ in range(2))
     ids = torch.randint(0, 200, (5, 20), generator=torch.Generator().manual_seed(0))
     embedded = plain.transformer.wte(ids) + plain.transformer.wpe(torch.arange(20))
-    forward, reference = (
-        BlockForward(HiddenStatesInMemory.of(embedded.clone(), 2 * 20), plain.config.window_size) for _ in range(2)
-    )
+    window = plain.config.window_size
+    forward = BlockForward(HiddenStatesInMemory.of(embedded.clone(), 2 * 20), window)
+    known = states_around_blocks(plain, ids[:rows])
     quantized = 0
-    for block, original in zip(changed.transformer.h, plain.transformer.h, strict=True):
-        for stage, twin in zip(forward.stages(block), reference.stages(original), strict=True):
-            missing = MissingOutput(stage, forward, twin, reference)
+    for number, (block, original) in enumerate(zip(changed.transformer.h, plain.transformer.h, strict=True)):
+        before, after = (HiddenStatesInMemory.of(x.clone(), 2 * 20) for x in known[number : number + 2])
+        unquantized = UnquantizedBlock(block, before, after, window)
+        for stage in forward.stages(block):
+            missing = MissingOutput(stage, forward.hidden, unquantized)
             shown = torch.cat(list(missing.gather()))
             for name in stage.linears:
                 x, y, hidden = inputs_and_output(changed, block, name, ids)
                 _, aim, hidden_aim = inputs_and_output(plain, original, name, ids)
                 assert torch.allclose(shown, x, atol=1e-5)
+                x, y, hidden, aim, hidden_aim = (each[:rows] for each in (x, y, hidden, aim, hidden_aim))
                 lacking = aim - y + (hidden_aim - hidden if name in ADDED else 0)
                 pairs = zip(lacking.flatten(0, 1).double(), x.flatten(0, 1).double(), strict=True)
-                expected = sum(torch.outer(e, each) for e, each in pairs) * 2 / ids.numel()
+                expected = sum(torch.outer(e, each) for e, each in pairs) * 2 / ids[:rows].numel()
                 assert torch.allclose(missing.of(name).double(), expected, atol=1e-4 * float(x.abs().max()) ** 2), name
                 assert bool(expected.any()) == (quantized > 0), name  # the first layers see what they saw
             for linear in stage.linears.values():

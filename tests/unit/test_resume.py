@@ -154,22 +154,28 @@ def test_interrupted_it_goes_on_and_says_so(model: Path, undisturbed: dict[str, 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_interrupted_on_the_way_to_the_gradients_it_goes_on(model: Path, tmp_path: Path) -> None:
-    expected = contents(quantize(model, tmp_path / "2" / "out", FOR_LOSS, calibration=calibration()).folder)
+@pytest.mark.parametrize("correction", [0.5, 0.0])
+def test_interrupted_before_the_first_block_it_goes_on(correction: float, model: Path, tmp_path: Path) -> None:
+    """What blocks see is kept until they are quantized, if they are corrected by it; else until gradients passed."""
+    options = {"objective": "model", "correction": correction}
+    recipe = Recipe.simple(3, "affine", group_size=16, quantizer="gptq", **options)
+    expected = contents(quantize(model, tmp_path / "2" / "out", recipe, calibration=calibration()).folder)
     kept = []
     for steps in (2, 3, 4, 5):  # of the three blocks, forwards, then back
-        with pytest.raises(KeyboardInterrupt, match="on the way to the gradients: the same command resumes there"):
+        with pytest.raises(KeyboardInterrupt, match="through the unquantized model: the same command resumes there"):
             quantize(
-                model, tmp_path / "out", FOR_LOSS, calibration=calibration(), progress=Stop(steps, label="gradients")
+                model, tmp_path / "out", recipe, calibration=calibration(), progress=Stop(steps, label="gradients")
             )
         kept.append({path.name.rpartition("-")[0] for path in (tmp_path / ".out.unfinished").glob("*-*")})
+    counts = (3, 4, 4, 4) if correction else (3, 4, 3, 2)
+    inputs = [{f"input-{number}" for number in range(count)} for count in counts]
     assert kept == [
-        {"input-0", "input-1", "input-2"},
-        {"input-0", "input-1", "input-2", "input-3"},
-        {"input-0", "input-1", "input-2", "gradient-2", "curvature-2"},
-        {"input-0", "input-1", "gradient-1", "curvature-1", "curvature-2"},
+        inputs[0],
+        inputs[1],
+        inputs[2] | {"gradient-2", "curvature-2"},
+        inputs[3] | {"gradient-1", "curvature-1", "curvature-2"},
     ]
-    made = quantize(model, tmp_path / "out", FOR_LOSS, calibration=calibration())
+    made = quantize(model, tmp_path / "out", recipe, calibration=calibration())
     assert contents(made.folder) == expected and not (tmp_path / ".out.unfinished").exists()
 
 
@@ -177,6 +183,20 @@ def test_an_error_before_the_first_block_leaves_nothing(model: Path, tmp_path: P
     with pytest.raises(RuntimeError):
         quantize(model, tmp_path / "out", RECIPE, calibration=calibration(), progress=Stop(0, RuntimeError))
     assert not any(tmp_path.iterdir())
+
+
+def test_what_a_recipe_leaves_to_defaults_is_part_of_the_request(model: Path, tmp_path: Path) -> None:
+    stop_after(1, model, tmp_path / "out")
+    run = tmp_path / ".out.unfinished" / "run.json"
+    found = json.loads(run.read_text())
+    (quantizer,) = found["quantizers"]
+    for quantizers, difference in (
+        ([{**quantizer, "damping": 0.5}], "quantizers 1.damping was 0.5, now 0.01"),
+        (None, "quantizers was not stated, now"),  # as before it was written down
+    ):
+        run.write_text(json.dumps({**found, "quantizers": quantizers}))
+        with pytest.raises(RequestError, match=difference):
+            quantize(model, tmp_path / "out", RECIPE, calibration=calibration())
 
 
 def test_another_request_is_refused(model: Path, tmp_path: Path) -> None:
