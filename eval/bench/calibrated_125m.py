@@ -2,12 +2,15 @@
 
     python eval/bench/calibrated_125m.py --llmcompressor-python LLMC/bin/python    # 125M, 32 rows of 512, both in turn
     python eval/bench/calibrated_125m.py --shape 1.3b --rows 16                    # neoquant alone
+    python eval/bench/calibrated_125m.py --objectives model --layers 2           # beside by the loss
 
 Random float16 weights of the model's exact shapes and random rows of token ids are written once. Then, `--repeats`
 times and in turn, each tool quantizes them in a process of its own. Measured are the seconds of the work and the peak
 of resident memory until its end. neoquant's work includes reading the source and writing the result to the disk;
 llm-compressor's includes reading the source, and ends with the quantized model in memory.
-Without llm-compressor's interpreter the 125M figures are printed, not kept.
+Without llm-compressor's interpreter the 125M figures are printed, not kept. `--objectives` runs neoquant by these (by
+`model` with the correction of 0.5) beside its default, for objectives-SHAPE.json. Seconds of the processor are measured
+as well, which other programs on the machine change less.
 """
 
 from __future__ import annotations
@@ -24,13 +27,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from quantize_1p3b import SHAPES, make_source, peak_rss_mb
+from quantize_1p3b import SHAPES, VOCABULARY, make_source, peak_rss_mb
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from provenance import ROOT, provenance, versions_in
 
 BITS, GROUP_SIZE = 4, 128
 PEER = "llm-compressor"
+OPTIONS: dict[str, dict[str, Any]] = {
+    "model": {"objective": "model", "correction": 0.5},
+    "layer": {"objective": "layer"},
+}
 DRIVER = ROOT / "eval" / "peers" / "llmcompressor_gptq.py"
 
 
@@ -43,15 +50,18 @@ def main() -> None:
     parser.add_argument("--llmcompressor-python", type=Path)
     parser.add_argument("--temp", type=Path, help="where the models are written, and deleted afterwards")
     parser.add_argument("--json", type=Path, help="default: eval/results/calibrated-SHAPE.json")
-    parser.add_argument("--child", nargs=3, metavar=("SOURCE", "ROWS", "OUT"), help=argparse.SUPPRESS)
+    parser.add_argument("--objectives", nargs="+", choices=OPTIONS, default=[])
+    parser.add_argument("--layers", type=int, help="so many of the shape's, and as much less of its vocabulary [all]")
+    parser.add_argument("--child", nargs=4, metavar=("SOURCE", "ROWS", "OUT", "OPTIONS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(run_neoquant(*map(Path, args.child))))
+        print(json.dumps(run_neoquant(*map(Path, args.child[:3]), json.loads(args.child[3]))))
         return
     with tempfile.TemporaryDirectory(prefix="neoquant-bench-", dir=args.temp) as temp:
         result = bench(args, Path(temp))
-    target = args.json or ROOT / "eval" / "results" / f"calibrated-{args.shape}.json"
-    if args.json is None and args.shape == "125m" and args.llmcompressor_python is None:
+    kind = "objectives" if args.objectives else "calibrated"
+    target = args.json or ROOT / "eval" / "results" / f"{kind}-{args.shape}.json"
+    if args.json is None and kind == "calibrated" and args.shape == "125m" and args.llmcompressor_python is None:
         print(f"not kept: {target} has {PEER} beside neoquant (--llmcompressor-python)")
         return
     target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -64,16 +74,21 @@ def bench(args: argparse.Namespace, temp: Path) -> dict[str, Any]:
 
     print(f"making a {args.shape}-shaped checkpoint ...", flush=True)
     source, rows = temp / "source", temp / "rows.pt"
-    make_source(args.shape, source)
+    make_source(args.shape, source, args.layers)
     random = torch.Generator().manual_seed(0)
-    torch.save(torch.randint(0, 50257, (args.rows, args.length), generator=random), rows)
-    tools = ["neoquant"] + ([PEER] if args.llmcompressor_python else [])
+    tokens = VOCABULARY * (args.layers or SHAPES[args.shape][0]) // SHAPES[args.shape][0]
+    torch.save(torch.randint(0, tokens, (args.rows, args.length), generator=random), rows)
+    objectives = {"neoquant": {}, **{f"neoquant, {name}": OPTIONS[name] for name in args.objectives}}
+    tools = [*objectives, *([PEER] if args.llmcompressor_python else [])]
     runs: dict[str, list[dict[str, float]]] = {tool: [] for tool in tools}
     for repeat in range(args.repeats):
         # The order alternates, so that no tool always runs behind the same neighbour.
         for tool in tools if repeat % 2 == 0 else tools[::-1]:
             out = temp / tool
-            run = child(source, rows, out) if tool == "neoquant" else peer(args.llmcompressor_python, source, rows, out)
+            if tool == PEER:
+                run = peer(args.llmcompressor_python, source, rows, out)
+            else:
+                run = child(source, rows, out, objectives[tool])
             shutil.rmtree(out)
             runs[tool].append(run)
             print(f"{repeat + 1}/{args.repeats} {tool:15}", describe(run), flush=True)
@@ -82,10 +97,17 @@ def bench(args: argparse.Namespace, temp: Path) -> dict[str, Any]:
         "what": f"GPT-Neo {args.shape} shapes, random float16 weights, GPTQ to {BITS} bits in groups of {GROUP_SIZE}",
         "rows": args.rows,
         "length": args.length,
+        "layers": args.layers or SHAPES[args.shape][0],
         "provenance": provenance(("neoquant", "torch")),
         "runs": runs,
         "median": median,
     }
+    if args.objectives:
+        result["of_the_default"] = {
+            tool: {key: round(median[tool][key] / median["neoquant"][key], 3) for key in median[tool]}
+            for tool in list(objectives)[1:]
+        }
+        print("of the default:", result["of_the_default"])
     if PEER in tools:
         result["peer"] = versions_in(args.llmcompressor_python, ("llmcompressor", "torch", "transformers"))
         result["peer_over_neoquant"] = {
@@ -95,24 +117,25 @@ def bench(args: argparse.Namespace, temp: Path) -> dict[str, Any]:
     return result
 
 
-def child(source: Path, rows: Path, out: Path) -> dict[str, float]:
+def child(source: Path, rows: Path, out: Path, options: dict[str, Any]) -> dict[str, float]:
     """neoquant in a fresh process."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = [sys.executable, __file__, "--child", str(source), str(rows), str(out)]
+    command = [sys.executable, __file__, "--child", str(source), str(rows), str(out), json.dumps(options)]
     return json.loads(finished(command, {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}).splitlines()[-1])
 
 
-def run_neoquant(source: Path, rows: Path, out: Path) -> dict[str, float]:
+def run_neoquant(source: Path, rows: Path, out: Path, options: dict[str, Any]) -> dict[str, float]:
     import torch
 
     import neoquant
     from neoquant.calibration.dataset import Calibration
 
-    recipe = neoquant.Recipe.simple(BITS, "affine", group_size=GROUP_SIZE, quantizer="gptq")
+    recipe = neoquant.Recipe.simple(BITS, "affine", group_size=GROUP_SIZE, quantizer="gptq", **options)
     ids = torch.load(rows, weights_only=True)
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), time.process_time()
     neoquant.quantize(source, out, recipe, calibration=Calibration(ids, "random ids", "", 0))
-    return {"work_s": round(time.perf_counter() - started, 2), "peak_rss_mb": round(peak_rss_mb(), 1)}
+    work, busy = time.perf_counter() - started, time.process_time() - busy
+    return {"work_s": round(work, 2), "processor_s": round(busy, 2), "peak_rss_mb": round(peak_rss_mb(), 1)}
 
 
 def peer(python: Path, source: Path, rows: Path, out: Path) -> dict[str, float]:

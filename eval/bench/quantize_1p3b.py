@@ -170,14 +170,20 @@ def copy(source: str, out: str) -> None:
         os.fsync(file.fileno())
 
 
-def make_source(shape: str, folder: Path) -> None:
-    """Write random weights of the shapes, one tensor in memory at a time."""
+VOCABULARY = 50257
+
+
+def make_source(shape: str, folder: Path, some_layers: int | None = None) -> None:
+    """Write random weights of the shapes, one tensor in memory at a time; of some layers only, with as much less of the
+    vocabulary, so that each part of the network keeps its share."""
     import torch
 
     from neoquant.checkpoint import CheckpointWriter
 
-    layers, hidden, heads = SHAPES[shape]
-    sizes = {"wte": (50257, hidden), "wpe": (2048, hidden), "ln_f": (hidden,)}
+    all_layers, hidden, heads = SHAPES[shape]
+    layers = some_layers or all_layers
+    vocabulary = VOCABULARY * layers // all_layers
+    sizes = {"wte": (vocabulary, hidden), "wpe": (2048, hidden), "ln_f": (hidden,)}
     for layer in range(layers):
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             sizes[f"h.{layer}.attn.attention.{name}"] = (hidden, hidden)
@@ -189,6 +195,7 @@ def make_source(shape: str, folder: Path) -> None:
         "architectures": ["GPTNeoForCausalLM"],
         "attention_types": [[["global", "local"], layers // 2]],
         "num_layers": layers,
+        "vocab_size": vocabulary,
         "hidden_size": hidden,
         "num_heads": heads,
         "dtype": "float16",
