@@ -31,7 +31,9 @@ CONTEXT = {shape: ROOT / "eval" / "results" / f"context-{shape}.json" for shape 
 CACHE_LOSS = {kind: ROOT / "eval" / "results" / f"cache-{kind}-demo.json" for kind in ("float16", "int8")}
 SPECULATIVE = ROOT / "eval" / "results" / "speculative-demo.json"
 BATCH = ROOT / "eval" / "results" / "batch-demo.json"
-BUSY = ROOT / "eval" / "results" / "busy-demo.json"
+BUSY = {
+    name: ROOT / "eval" / "results" / f"busy-{name}.json" for name in ("demo-decode", "demo-evaluate", "125m-decode")
+}
 ONNX = {shape: ROOT / "eval" / "results" / f"onnx-runtime-{shape}.json" for shape in ("demo", "125m")}
 FEEDBACK = ROOT / "eval" / "results" / "feedback-neo-8m.json"
 FEEDBACK_DEMO = ROOT / "eval" / "results" / "feedback-demo.json"
@@ -343,18 +345,31 @@ def batch(path: Path) -> str:
 
 
 def busy(path: Path) -> str:
-    """Tokens a second beside busy loops, and the share of the speed alone."""
+    """Tokens a second beside busy loops, the share of the speed alone, and CPU time."""
     result = json.loads(path.read_text("utf-8"))
     loads = list(next(iter(result["median"].values())))
     lines = [
-        f"| tokens/s | {' | '.join(loads)} | CPU ms a token, {loads[0]} / {loads[-1]} |",
-        f"| --- |{' --: |' * (len(loads) + 1)}",
+        f"| tokens/s | {' | '.join(loads)} | CPU ms a token, {loads[0]} | and with {loads[-1]} |",
+        f"| --- |{' --: |' * (len(loads) + 2)}",
     ]
     for way, median in result["median"].items():
-        kept, cpu = result["of_the_speed_alone"][way], result["cpu_ms_a_token"][way]
-        cells = [f"{median[load]:.0f}" + ("" if load == loads[0] else f" ({kept[load]:.2f})") for load in loads]
-        lines.append(f"| {way} | {' | '.join(cells)} | {cpu[loads[0]]:.2f} / {cpu[loads[-1]]:.2f} |")
-    return "\n".join([*lines, "", f"{_how(result)}; a loop is pinned to its core."])
+        kept, cpu, more = (result[name][way] for name in ("of_the_speed_alone", "median_cpu", "of_the_cpu_time_alone"))
+        cells = [_sized(median[load]) + ("" if load == loads[0] else f" ({kept[load]:.2f})") for load in loads]
+        cells += [_sized(cpu[loads[0]]), f"{_sized(cpu[loads[-1]])} ({more[loads[-1]]:.2f})"]
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    turns = len(next(iter(result["tokens_per_s"].values()))[loads[0]])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{result['what']}; medians of {turns} turns, in parentheses of the same turn alone; {_how(result)}.",
+        ]
+    )
+
+
+def _sized(number: float) -> str:
+    """To about three digits."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def onnx_runtime() -> str:
@@ -496,7 +511,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speculative": functools.partial(speculative, SPECULATIVE),
     "batch": functools.partial(batch, BATCH),
     "onnx-runtime": onnx_runtime,
-    "busy": functools.partial(busy, BUSY),
+    **{f"busy-{name}": functools.partial(busy, path) for name, path in BUSY.items()},
     **{f"run-{shape}": functools.partial(run, shape) for shape in RUN},
     "feedback-neo-8m": lambda: feedback(FEEDBACK),
     "feedback-demo": lambda: feedback(FEEDBACK_DEMO),

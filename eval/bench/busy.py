@@ -6,9 +6,10 @@
 
 Loops that do nothing else are pinned to cores: none, one on one core, one on each. Every way runs in a process of its
 own, which loads first and then works for `--seconds` when it is its turn: neoquant (NF4) on threads of its own, on
-those of torch (NEOQUANT_TEAM=openmp) and on one; with `--before`, neoquant as it is in another checkout; and
-transformers. The order rotates. Ratios are of the same turn, figures are medians of the turns. CPU time is the
-process's own, in milliseconds a token. A second call adds its turns to those that are there, if nothing has changed.
+those of torch (NEOQUANT_TEAM=openmp) and on one; evaluating, where torch takes part, also with GOMP_SPINCOUNT=10000, as
+the commands set it; with `--before`, neoquant as it is in another checkout; and transformers. The order rotates. Ratios
+are of the same turn, figures are medians of the turns. CPU time is the process's own, in milliseconds a token. A second
+call adds its turns to those that are there, if nothing has changed.
 """
 
 from __future__ import annotations
@@ -112,6 +113,8 @@ def prepare(args: argparse.Namespace, temp: Path) -> dict[str, Way]:
         "neoquant, on one thread": Way("neoquant", folder, 1, {}),
         "transformers, float32": Way("transformers", source, args.threads, {}),
     }
+    if args.task == "evaluate":
+        ways["neoquant, GOMP_SPINCOUNT=10000"] = Way("neoquant", folder, args.threads, {"GOMP_SPINCOUNT": "10000"})
     if args.before:
         ways["neoquant, before"] = Way(
             "neoquant", folder, args.threads, {"NEOQUANT_CHECKOUT": str(args.before.resolve())}

@@ -173,6 +173,13 @@ def _terminate(*_: Any) -> None:
     raise Terminated
 
 
+def _have_openmp_wait_briefly() -> None:
+    """Threads of torch's OpenMP sleep after less than a millisecond without work: they stand in the way of the
+    native library's, and of other programs. Read when torch is imported; `bench` measures others as they are."""
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys() and sys.argv[1:2] != ["bench"]:
+        os.environ["GOMP_SPINCOUNT"] = "10000"
+
+
 def run() -> None:
     """The `neoquant` command."""
     if "_NEOQUANT_COMPLETE" in os.environ:  # set by what --install-completion gives to the shell
@@ -186,6 +193,7 @@ def run() -> None:
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="surrogateescape")  # a byte that is no UTF-8 is found where the text is used
+    _have_openmp_wait_briefly()
     logging.getLogger().addHandler(logging.NullHandler())  # what libraries tell developers is not for users
     signal.signal(signal.SIGTERM, _terminate)
     sys.exit(main())

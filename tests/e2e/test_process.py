@@ -64,6 +64,34 @@ def test_a_shell_completes_verbs_and_options(typed: str, number: int, expected: 
     assert set(done.stdout.split()) == expected and not done.stderr
 
 
+SPINS = """
+import os
+from neoquant.cli import run
+try:
+    run()
+finally:
+    print(os.environ.get("GOMP_SPINCOUNT"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "verb", "expected"),
+    [
+        ({}, "quantize", "10000"),
+        ({"GOMP_SPINCOUNT": "7"}, "quantize", "7"),
+        ({"OMP_WAIT_POLICY": "active"}, "quantize", "None"),
+        ({}, "bench", "None"),
+    ],
+)
+def test_openmp_is_told_to_wait_briefly_where_nothing_else_is_said(
+    given: dict[str, str], verb: str, expected: str
+) -> None:
+    kept = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-c", SPINS, verb, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env=kept | given, check=True)
+    assert done.stdout.splitlines()[-1] == expected
+
+
 ELSEWHERE = """
 import sys
 sys.modules.update(fcntl=None, resource=None)
