@@ -13,7 +13,7 @@
  * asked for where it has more to do than it takes to hand it over, and woken where it takes less to wake. */
 #ifndef NQ_WORTH_A_THREAD
 #define NQ_WORTH_A_THREAD 10000
-#define NQ_WORTH_WAKING 100000
+#define NQ_WORTH_WAKING 150000
 #endif
 enum { LONGEST_PIECE = 50000, PIECES_A_THREAD = 4 };
 
