@@ -97,10 +97,11 @@ class Maker:
         peers: tuple[Peer, ...] = PEERS,
         own: tuple[str, ...] = (),
         grids: tuple[Grid, ...] = (*AFFINE, NF4),
+        options: dict[str, Any] | None = None,
     ) -> None:
         """`pythons`: package of a peer -> an interpreter that has it; peers without one are left out. `own`: which of
-        `OBJECTIVES` take part."""
-        self.own, self.grids = own, grids
+        `OBJECTIVES` take part. `options`: those of GPTQ that ours is made with, beside its defaults."""
+        self.own, self.grids, self.options = own, grids, options or {}
         self.model, self.work = model.resolve(), work.resolve()
         self.pythons = {package: python.absolute() for package, python in pythons.items()}
         self.model_sha256 = file_sha256(model / "model.safetensors")
@@ -129,6 +130,7 @@ class Maker:
         peer = self.peers.get(candidate.tool)
         depends |= {"versions": self.versions[peer.package], "options": peer.options} if peer else {}
         depends |= {} if peer else {"source": self.source_sha256}
+        depends |= {"asked": self.options} if candidate.tool == FEEDBACK and self.options else {}
         digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
         grid = "-".join(str(value) for value in candidate.grid.describe().values())
         return f"{candidate.tool}-{grid}-{digest[:16]}".replace(" ", "-").lower()
@@ -148,7 +150,7 @@ class Maker:
 
     def _own(self, candidate: Candidate, calibration: Calibration, folder: Path) -> dict[str, Any]:
         feedback = candidate.tool != NEAREST
-        options = OBJECTIVES.get(candidate.tool, {})
+        options = self.options if candidate.tool == FEEDBACK else OBJECTIVES.get(candidate.tool, {})
         asked = {key: value for key, value in candidate.grid.describe().items() if key not in ("name", "bits")}
         recipe = neoquant.Recipe.simple(
             candidate.grid.bits, candidate.grid.name, quantizer="gptq" if feedback else "nearest", **asked, **options

@@ -13,8 +13,8 @@ KL divergence, agreement of the likeliest token, change of the loss. A ratio of 
 divergences, with its 95 % interval, documents being the sample, the same ones for both.
 
 A peer without an interpreter is left out, and that is said. `--objectives` adds GPTQ as neoquant does it by another
-objective than its default, and `--grids` takes some of the grids only. After a change to a driver in eval/peers,
-delete --work.
+objective than its default, `--options` makes neoquant's own by others, and `--grids` takes some of the grids only.
+After a change to a driver in eval/peers, delete --work.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from texts import DEMO_RULE, RULE, Texts, texts
 from neoquant.evaluation import EvaluatedModel, ModelInfo, compare
 from neoquant.evaluation.statistics import ratio_interval
 from neoquant.loading.pretrained import load_tokenizer
-from neoquant.quantizers import Gptq
+from neoquant.quantizers import Gptq, parse_option
 from neoquant.tokenizer.tokenizer import Tokenizer
 
 Row = dict[str, Any]
@@ -49,7 +49,8 @@ def main() -> None:
     peers = (*PEERS, DESC_ACT) if args.desc_act else PEERS
     grids = tuple(SHORT[name] for name in args.grids)
     given = {package: python for package, python in pythons.items() if python}
-    maker = Maker(args.model, args.work, given, peers, tuple(args.objectives), grids)
+    options = {key: parse_option(Gptq.name, key, value) for key, value in (each.split("=", 1) for each in args.options)}
+    maker = Maker(args.model, args.work, given, peers, tuple(args.objectives), grids, options)
     scored = []
     for seed in args.seeds:
         folder = args.work / f"seed-{seed}"
@@ -84,6 +85,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gptqmodel-python", type=Path)
     parser.add_argument("--desc-act", action="store_true", help="GPTQModel also with its other activation order")
     parser.add_argument("--objectives", nargs="*", choices=OBJECTIVES, default=[], help="GPTQ's others beside its own")
+    parser.add_argument("--options", nargs="*", metavar="NAME=VALUE", default=[], help="GPTQ's that ours is made with")
     parser.add_argument("--grids", nargs="+", choices=SHORT, default=list(SHORT), help="[all]")
     return parser.parse_args()
 
@@ -150,7 +152,7 @@ def summarize(args: argparse.Namespace, maker: Maker, seeds: list[Row]) -> Row:
     return {
         "what": "GPTQ of several tools on the same calibration rows: loss on text that was not calibrated on",
         "options": {
-            FEEDBACK: {"objective": Gptq().objective, "correction": Gptq().correction},
+            FEEDBACK: {name: Gptq(**maker.options).describe()[name] for name in ("objective", "correction")},
             **{name: OBJECTIVES[name] for name in args.objectives},
         },
         "model": {"name": args.model.resolve().name, "sha256": maker.model_sha256},
