@@ -1,7 +1,9 @@
 """Files damaged at random: every command ends well, or with one line that says why, and leaves nothing half-made.
 
 Every case is a file of one kind, damaged by a seed, and a command that reads it. `NEOQUANT_HOSTILE_CASES=20000` runs
-more than the 1,000 of an ordinary run; `NEOQUANT_HOSTILE_SEED` begins elsewhere.
+more than the 1,000 of an ordinary run; `NEOQUANT_HOSTILE_SEED` begins elsewhere. What a failure names as its seed, a
+kind and a number, makes the same damage again. Damage is not guided by coverage: where that was tried, 120 guided cases
+reached 49 new lines of neoquant, and 120 random ones 51.
 """
 
 from __future__ import annotations

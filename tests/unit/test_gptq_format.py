@@ -9,15 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_tiny_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from weights import make_weight
 
+from neoquant import LoadWarning
 from neoquant.errors import FormatError
 from neoquant.formats import FORMATS, GptqFormat, choose, detect, detect_checked
 from neoquant.grids import GROUP_SIZES, Affine, Codebook
 from neoquant.loading.load import load_model
 from neoquant.loading.pretrained import GPTNeoForCausalLM
 from neoquant.nn.linear import QuantLinear
+from neoquant.quantization.convert import convert
 from neoquant.quantization.quantize import quantize
 from neoquant.quantization.recipe import Recipe
 from neoquant.quantizers import Nearest
@@ -289,6 +292,25 @@ def test_a_folder_is_made_and_run(tmp_path: Path, symmetric: bool) -> None:
         linear.weight.data = expected
     ids = torch.arange(20)[None]
     assert torch.allclose(model(ids).logits, plain(ids).logits, atol=1e-5)
+
+
+def test_biases_of_zero_on_every_layer_change_nothing(tmp_path: Path) -> None:
+    """AutoGPTQ's first versions wrote them, for layers that have no bias as well."""
+    source = write_tiny_model(tmp_path / "plain", hidden_size=32, num_heads=4)
+    made = quantize(source, tmp_path / "out", Recipe.simple(4, "affine", group_size=32, symmetric=True, format="gptq"))
+    ids = torch.arange(20)[None]
+    expected = load_model(made.folder, GPTNeoForCausalLM)(ids).logits
+    tensors = load_file(made.folder / "model.safetensors")
+    layers = {name.removesuffix(".qweight"): codes for name, codes in tensors.items() if name.endswith(".qweight")}
+    zeros = {f"{name}.bias": torch.zeros(codes.shape[1], dtype=torch.float16) for name, codes in layers.items()}
+    assert len(zeros.keys() - tensors.keys()) == 6
+    save_file({**zeros, **tensors}, made.folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.warns(LoadWarning, match=r"also holds .*q_proj\.bias"):
+        model = GPTNeoForCausalLM.from_pretrained(made.folder)
+    assert torch.equal(model(ids).logits, expected)
+    converted = convert(made.folder, tmp_path / "converted", to="compressed-tensors")
+    with pytest.warns(LoadWarning, match=r"also holds .*q_proj\.bias"):
+        assert torch.equal(GPTNeoForCausalLM.from_pretrained(converted.folder)(ids).logits, expected)
 
 
 def test_one_checkpoint_is_of_one_kind() -> None:
