@@ -38,6 +38,8 @@ def find_folder(source: str | Path, revision: str | None) -> Path | None:
 
     Raises CheckpointError for what is neither folder nor id, RequestError for a revision of a folder.
     """
+    if str(source) == "":
+        raise CheckpointError("the model is named by an empty text: give a folder, or `user/name` on the hub")
     folder = Path(source)
     with reading(folder):
         is_folder, exists = folder.is_dir(), folder.exists()

@@ -76,7 +76,7 @@ class PreTrainedModel(ModelMethods):
         Raises CheckpointError, HubError or RequestError; a tensor that is missing or unexpected is one of the first.
         """
         require_nothing(others)
-        source = source or pretrained_model_name_or_path
+        source = pretrained_model_name_or_path if source is None else source
         if dtype is not None and torch_dtype is not None:
             raise RequestError("dtype and torch_dtype are two names of the same: give one of them")
         options: dict[str, Any] = {

@@ -54,6 +54,10 @@ class BitsAndBytesConfig:
     }
 
     def __post_init__(self) -> None:
+        _require_bool(self, "load_in_8bit", "load_in_4bit", "bnb_4bit_use_double_quant")
+        skipped = self.llm_int8_skip_modules
+        if not isinstance(skipped, list | tuple | None) or not all(isinstance(name, str) for name in skipped or ()):
+            raise RequestError(f"llm_int8_skip_modules is {skipped!r}; legal is a list of names")
         if self.load_in_4bit == self.load_in_8bit:
             found = "both" if self.load_in_4bit else "neither"
             raise RequestError(f"quantization_config says {found} of load_in_4bit and load_in_8bit: one is needed")
@@ -145,6 +149,7 @@ class GPTQConfig:
 
     def __post_init__(self) -> None:
         _refuse(self)
+        _require_bool(self, "desc_act", "act_group_aware", "sym")
         stored = "gptq" if self.sym else "gptq_v2"
         if self.format not in (None, stored):
             raise RequestError(
@@ -272,6 +277,14 @@ def _refuse(config: BitsAndBytesConfig | GPTQConfig) -> None:
     for name, (default, why) in config.refused.items():
         if getattr(config, name) != default:
             raise RequestError(f"{name} is {getattr(config, name)!r}; legal is {default!r} only: {why}")
+
+
+def _require_bool(config: BitsAndBytesConfig | GPTQConfig, *names: str) -> None:
+    """Raise RequestError for a field that says something else than yes or no: the text "false" would count as yes."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, bool):
+            raise RequestError(f"{name} is {value!r}; legal are True and False")
 
 
 def _names(pattern: str, layer: str) -> bool:

@@ -69,7 +69,7 @@ class Tokenizer(Vocabulary):
         that say where transformers looks for files (`checkpoint.keywords`) are taken or answered, `use_fast` too: there
         is no other kind. Raises CheckpointError, HubError or RequestError.
         """
-        source = source or pretrained_model_name_or_path
+        source = pretrained_model_name_or_path if source is None else source
         settings = without_keywords(settings)
         return cls.from_folder(find_companions(source, revision=revision), **settings)
 

@@ -277,7 +277,7 @@ def test_folders_that_are_no_models(tmp_path: Path, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["a/b/c", "../x", "a//b", "-x", "https://example.org/x", "a b", "a\nb", "a\0b", "x" * 300]
+    "source", ["", "a/b/c", "../x", "a//b", "-x", "https://example.org/x", "a b", "a\nb", "a\0b", "x" * 300]
 )
 def test_names_that_are_neither_folder_nor_model(source: str) -> None:
     with pytest.raises(CheckpointError) as caught:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -127,6 +128,12 @@ def test_configured_hidden_states_and_tuples_leave_generating_alone() -> None:
     ours.config.return_dict, ours.config.output_hidden_states = True, False
     assert ours.generate(IDS[:1, :4], max_new_tokens=8, eos_token_id=[]).tolist() == expected
     assert GPTNeoConfig.from_dict(theirs.config.to_dict()).return_dict is False
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (0, 0), (2, 0)])
+def test_nothing_gives_no_logits(tiny_model: Path, shape: tuple[int, int]) -> None:
+    model = GPTNeoForCausalLM.from_pretrained(tiny_model)
+    assert model(torch.zeros(shape, dtype=torch.long)).logits.shape == (*shape, model.config.vocab_size)
 
 
 @pytest.mark.parametrize("cls", CLASSES)

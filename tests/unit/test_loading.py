@@ -102,6 +102,12 @@ def test_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
         GPTNeoForCausalLM.from_pretrained(tmp_path, dtype="int8")
 
 
+@pytest.mark.parametrize("cls", [GPTNeoForCausalLM, neoquant.AutoModelForCausalLM, neoquant.AutoTokenizer])
+def test_an_empty_name_is_not_the_bundled_model(cls: Any) -> None:
+    with pytest.raises(CheckpointError, match="named by an empty text"):
+        cls.from_pretrained("")
+
+
 @pytest.mark.parametrize(("name", "dtype"), [("half", torch.float16), ("float", torch.float32)])
 def test_torchs_other_names_of_types_are_read(make_model: Callable[..., Path], name: str, dtype: torch.dtype) -> None:
     folder = make_model(dtype=str(dtype).removeprefix("torch."))

@@ -264,6 +264,13 @@ def test_nothing_is_left_of_the_plain_weights(tiny_model: Path) -> None:
         ({"load_in_4bit": True, "bnb_4bit_compute_dtype": "int8"}, "legal are float32, float16, bfloat16"),
         ({"load_in_4bit": True, "llm_int8_skip_modules": ["atention"]}, "'atention', and no layer is called so"),
         ({"load_in_4bit": True, "llm_int8_skip_modules": ["("]}, "no regular expression"),
+        (
+            {"load_in_4bit": True, "llm_int8_skip_modules": "c_proj"},
+            "llm_int8_skip_modules is 'c_proj'; legal is a list",
+        ),
+        ({"load_in_4bit": "yes"}, "load_in_4bit is 'yes'; legal are True and False"),
+        ({"load_in_4bit": True, "bnb_4bit_use_double_quant": "false"}, "legal are True and False"),
+        ({"quant_method": "gptq", "bits": 4, "dataset": TEXTS, "sym": "no"}, "sym is 'no'; legal are True and False"),
         ({"load_in_4bit": True, "bnb_4bit_qant_type": "nf4"}, "has no field 'bnb_4bit_qant_type'"),
         ({"quant_method": "awq", "bits": 4}, "quant_method 'awq'; legal are bitsandbytes, gptq"),
         ({"quant_method": "gptq", "bits": 4}, "dataset is None; legal is a list of texts"),
