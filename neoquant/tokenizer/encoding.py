@@ -39,15 +39,15 @@ class BatchEncoding(dict[str, Any]):
 
     def tokens(self, row: int = 0) -> list[str]:
         """A row's tokens, as the vocabulary spells them."""
-        return self._encoding(row).tokens
+        return self.encoding(row).tokens
 
     def word_ids(self, row: int = 0) -> list[int | None]:
         """Which word of its text each token of a row is of; None for special tokens and padding."""
-        return self._encoding(row).word_ids
+        return self.encoding(row).word_ids
 
     def sequence_ids(self, row: int = 0) -> list[int | None]:
         """Whether each token of a row is of the first text, 0, or the second, 1; None for special ones and padding."""
-        encoding = self._encoding(row)
+        encoding = self.encoding(row)
         known = zip(encoding.sequence_ids, encoding.type_ids, encoding.special_tokens_mask, strict=True)
         # In rows of what was cut off, the library has forgotten it where no template puts tokens around texts.
         return [None if special else kind if number is None else number for number, kind, special in known]
@@ -55,14 +55,15 @@ class BatchEncoding(dict[str, Any]):
     def char_to_token(self, row_or_char: int, char: int | None = None, sequence_index: int = 0) -> int | None:
         """The place of the token that a character of a text is in: of the only row, or of a row; None for none."""
         row, place = (0, row_or_char) if char is None else (row_or_char, char)
-        return self._encoding(row).char_to_token(place, sequence_index)
+        return self.encoding(row).char_to_token(place, sequence_index)
 
     def token_to_chars(self, row_or_token: int, token: int | None = None) -> tuple[int, int] | None:
         """Where the token at a place begins and ends in its text, of the only row, or of a row; None for none."""
         row, place = (0, row_or_token) if token is None else (row_or_token, token)
-        return self._encoding(row).token_to_chars(place)
+        return self.encoding(row).token_to_chars(place)
 
-    def _encoding(self, row: int) -> tokenizers.Encoding:
+    def encoding(self, row: int = 0) -> tokenizers.Encoding:
+        """The library's own, of a row. Raises RequestError where there is none."""
         if self.encodings is None:
             raise RequestError("only what a tokenizer gave for texts knows where tokens come from")
         return self.encodings[row]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -186,18 +187,28 @@ def answers(folder: Path, question: str, context: str, longest: int) -> list[tup
     return sorted(spans, reverse=True)
 
 
+def added_up(spans: list[tuple[float, int, int]], context: str) -> list[dict[str, Any]]:
+    """Those of one text together, the first of which says where; the likeliest first."""
+    found: dict[str, list[Any]] = {}
+    for score, start, end in spans:
+        found.setdefault(context[start:end].lower(), [0.0, start, end])[0] += score
+    return [
+        near({"score": score, "start": start, "end": end, "answer": context[start:end]})
+        for score, start, end in sorted(found.values(), key=lambda each: -each[0])
+    ]
+
+
 @pytest.mark.parametrize("longest", [1, 4, 15])
 def test_answers_are_the_likeliest_stretches(make_model: Callable[..., Path], longest: int) -> None:
     folder = with_head(make_model, "QuestionAnswering")
     question, context = "Who sat?", "The cat sat on the mat."
     expected = answers(folder, question, context, longest)
-    ours = neoquant.pipeline("question-answering", folder, device="cpu")
+    ours = neoquant.pipeline("question-answering", folder, device="cpu", align_to_words=False)
     best = ours(question=question, context=context, max_answer_len=longest)
     score, start, end = expected[0]
     assert best == near({"score": score, "start": start, "end": end, "answer": context[start:end]})
     several = ours({"question": question, "context": context}, max_answer_len=longest, top_k=4)
-    assert [one["score"] for one in several] == near([score for score, _, _ in expected[:4]])
-    assert [(one["start"], one["end"]) for one in several] == [(i, j) for _, i, j in expected[:4]]
+    assert several == added_up(expected[:4], context)
     both = [{"question": question, "context": context}, {"question": "", "context": "Oslo"}]
     assert ours(both, max_answer_len=longest, batch_size=2) == [
         near(best), near(ours(both[1], max_answer_len=longest))
@@ -207,18 +218,43 @@ def test_answers_are_the_likeliest_stretches(make_model: Callable[..., Path], lo
 def test_long_contexts_are_searched_in_chunks(make_model: Callable[..., Path]) -> None:
     folder = with_head(make_model, "QuestionAnswering", 2)
     question, context = "Q?", "".join(chr(97 + number % 26) for number in range(150))
-    options = {"max_seq_len": 40, "doc_stride": 10, "max_question_len": 5, "top_k": 3}
-    found: dict[tuple[int, int], float] = {}
+    options = {"max_seq_len": 40, "doc_stride": 10, "max_question_len": 5, "top_k": 3, "align_to_words": False}
+    found: list[tuple[float, int, int]] = []
     for first in range(0, 150, 28):  # 40 less two of the question, less ten that overlap
         part = context[first : first + 38]
-        for score, start, end in answers(folder, question, part, 15):
-            found[first + start, first + end] = max(score, found.get((first + start, first + end), 0))
+        found += [(score, first + i, first + j) for score, i, j in answers(folder, question, part, 15)[:3]]
         if first + 38 >= 150:
             break
-    expected = sorted(((score, *place) for place, score in found.items()), reverse=True)[:3]
+    expected = added_up(found, context)[:3]
     got = neoquant.pipeline("question-answering", folder)(question=question, context=context, **options)
-    assert [(one["start"], one["end"]) for one in got] == [(start, end) for _, start, end in expected]
-    assert [one["score"] for one in got] == near([score for score, _, _ in expected])
+    assert got == expected
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_answers_are_whole_words(make_model: Callable[..., Path], top_k: int) -> None:
+    """As transformers 4.57 does: candidates are widened to their words, and those of one text are added up."""
+    folder = with_head(make_model, "QuestionAnswering", 3)
+    question, context = "Who sat?", "The cat sat on the mat; a Cat and the dog sat, too."
+    words = [match.span() for match in re.finditer(r" ?\w+| ?[^\w\s]+", context)]
+
+    def word(place: int) -> tuple[int, int]:
+        """The word of a character; GPT-2's begin with the space before."""
+        return next((start, end) for start, end in words if place < end)
+
+    found = answers(folder, question, context, 15)[: 2 * top_k + 10]
+    expected = added_up([(score, word(i)[0], word(j - 1)[1]) for score, i, j in found], context)[:top_k]
+    got = neoquant.pipeline("question-answering", folder)(question=question, context=context, top_k=top_k)
+    assert (got if top_k > 1 else [got]) == expected
+
+
+def test_questions_may_be_lists(make_model: Callable[..., Path]) -> None:
+    ours = neoquant.pipeline("question-answering", with_head(make_model, "QuestionAnswering"))
+    questions, contexts = ["Who?", "Where?"], ["The cat sat.", "In Oslo, the mat."]
+    singles = [ours(question=q, context=c) for q, c in zip(questions, contexts, strict=True)]
+    assert ours(question=questions, context=contexts) == singles
+    assert ours(question=questions, context=contexts[0])[0] == singles[0]
+    with pytest.raises(RequestError, match="2 questions and 1 contexts are given"):
+        ours(question=questions, context=contexts[:1])
 
 
 def test_there_may_be_no_answer(make_model: Callable[..., Path]) -> None:
@@ -226,7 +262,7 @@ def test_there_may_be_no_answer(make_model: Callable[..., Path]) -> None:
     model = neoquant.AutoModelForQuestionAnswering.from_pretrained(folder)
     with torch.no_grad():
         model.qa_outputs.weight.zero_()
-    ours = neoquant.pipeline("question-answering", model, tokenizer=folder, top_k=200)
+    ours = neoquant.pipeline("question-answering", model, tokenizer=folder, top_k=200, align_to_words=False)
     got = ours(question="ab", context="cde", handle_impossible_answer=True)
     uniform = 1 / 16  # the first token, and three of the context, all alike
     assert {"score": uniform, "start": 0, "end": 0, "answer": ""} in got

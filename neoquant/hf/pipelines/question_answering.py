@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from neoquant.errors import RequestError
 from neoquant.hf.pipelines.base import Pipeline, require_known
 from neoquant.loading.pretrained import GPTNeoForQuestionAnswering, PreTrainedModel
 
+if TYPE_CHECKING:
+    import tokenizers
+
 _DEFAULTS = {
     "top_k": 1,
     "doc_stride": 128,
@@ -20,37 +23,45 @@ _DEFAULTS = {
     "max_seq_len": 384,
     "max_question_len": 64,
     "handle_impossible_answer": False,
+    "align_to_words": True,
 }
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A question and a stretch of its context: ids, and where the context's tokens stand in its text."""
+    """A question and a stretch of its context: ids, and where its tokens, or their words, stand in the context."""
 
     ids: list[int]
     question: int  # tokens of the question, in front
-    offsets: list[tuple[int, int]]
+    places: list[tuple[int, int]]
 
 
 class QuestionAnsweringPipeline(Pipeline):
     """For each `{"question": ..., "context": ...}` the likeliest stretch of the context: `{"score", "start", "end",
     "answer"}`, with `start` and `end` counting characters.
 
-    The score is the probability of its first token times that of its last, each among the tokens of the context.
-    Options: `top_k` (above 1 a list, the likeliest first), `max_answer_len` tokens, `handle_impossible_answer` (True:
-    the empty answer competes, by the probability of the very first token), and for long texts `max_seq_len` tokens a
-    chunk, question included, of which `doc_stride` are the former chunk's; `max_question_len` cuts questions.
+    The score is the probability of its first token times that of its last, each among the tokens of the context; what
+    candidates of one text (but for capitals) have is added up, as transformers 4.57 does.
+    Options: `top_k` (above 1 a list, the likeliest first), `max_answer_len` tokens, `align_to_words` (True: answers are
+    whole words), `handle_impossible_answer` (True: the empty answer competes, by the probability of the very first
+    token), and for long texts `max_seq_len` tokens a chunk, question included, of which `doc_stride` are the former
+    chunk's; `max_question_len` cuts questions. `question` may be a list, with one `context` or as many.
     """
 
     model_class: ClassVar[type[PreTrainedModel]] = GPTNeoForQuestionAnswering
 
     def __call__(
-        self, inputs: Any = None, *, question: str | None = None, context: str | None = None, **options: Any
+        self,
+        inputs: Any = None,
+        *,
+        question: str | Sequence[str] | None = None,
+        context: str | Sequence[str] | None = None,
+        **options: Any,
     ) -> Any:
         if inputs is None:
             if question is None or context is None:
                 raise RequestError("question-answering needs a question and a context")
-            inputs = {"question": question, "context": context}
+            inputs = _together(question, context)
         return super().__call__(inputs, **options)
 
     def _check(self, options: Mapping[str, Any]) -> None:
@@ -85,7 +96,9 @@ class QuestionAnsweringPipeline(Pipeline):
         self._require_bare_texts()
         question = self.tokenizer.encode(given["question"])[: asked["max_question_len"]]
         encoded = self.tokenizer(given["context"], return_offsets_mapping=True)
-        context, offsets = encoded.input_ids, encoded.offset_mapping
+        context, places = encoded.input_ids, encoded.offset_mapping
+        if asked["align_to_words"]:
+            places = _words(encoded.encoding())
         if not context:
             raise RequestError("the context is empty, so that nothing can be found in it")
         room = min(asked["max_seq_len"], self.model.config.max_position_embeddings) - len(question)
@@ -93,26 +106,44 @@ class QuestionAnsweringPipeline(Pipeline):
         overlap = min(asked["doc_stride"], room // 2)
         for first in range(0, len(context), room - overlap):
             part = slice(first, first + room)
-            yield _Chunk(question + context[part], len(question), offsets[part])
+            yield _Chunk(question + context[part], len(question), places[part])
             if first + room >= len(context):
                 return
 
     def _answers(self, context: str, chunks: list[tuple[_Chunk, Tensor]], asked: dict[str, Any]) -> Any:
-        found: dict[tuple[int, int], float] = {}
+        candidates = 2 * asked["top_k"] + 10 if asked["align_to_words"] else asked["top_k"]  # several may be one answer
+        found: dict[str, dict[str, Any]] = {}
         nothing = 1.0
         for chunk, logits in chunks:
-            spans, empty = _spans(chunk, logits, asked)
+            spans, empty = _spans(chunk, logits, {**asked, "top_k": candidates})
             nothing = min(nothing, empty)
-            for start, end, score in spans:
-                place = chunk.offsets[start][0], chunk.offsets[end][1]
-                found[place] = max(score, found.get(place, 0.0))
+            for first, last, score in spans:
+                start, end = chunk.places[first][0], chunk.places[last][1]
+                answer = {"score": 0.0, "start": start, "end": end, "answer": context[start:end]}
+                found.setdefault(context[start:end].lower(), answer)["score"] += score
+        answers = list(found.values())
         if asked["handle_impossible_answer"]:
-            found[0, 0] = nothing
-        best = sorted(found.items(), key=lambda item: -item[1])[: asked["top_k"]]
-        answers = [
-            {"score": score, "start": start, "end": end, "answer": context[start:end]} for (start, end), score in best
-        ]
+            answers.append({"score": nothing, "start": 0, "end": 0, "answer": ""})
+        answers = sorted(answers, key=lambda answer: -answer["score"])[: asked["top_k"]]
         return answers[0] if asked["top_k"] == 1 else answers
+
+
+def _together(question: str | Sequence[str], context: str | Sequence[str]) -> Any:
+    """A question and a context, or a list of them. Raises RequestError for lists of two lengths."""
+    if isinstance(question, str):
+        return {"question": question, "context": context}
+    contexts = [context] * len(question) if isinstance(context, str) else list(context)
+    if len(contexts) != len(question):
+        raise RequestError(f"{len(question)} questions and {len(contexts)} contexts are given: as many, or one context")
+    return [{"question": each, "context": text} for each, text in zip(question, contexts, strict=True)]
+
+
+def _words(encoding: tokenizers.Encoding) -> list[tuple[int, int]]:
+    """Where the word of each token begins and ends in the text; of a token without a word, the token itself."""
+    spans: list[tuple[int, int] | None] = [
+        None if word is None else encoding.word_to_chars(word) for word in encoding.word_ids
+    ]
+    return [offset if span is None else span for span, offset in zip(spans, encoding.offsets, strict=True)]
 
 
 def _spans(chunk: _Chunk, logits: Tensor, asked: dict[str, Any]) -> tuple[list[tuple[int, int, float]], float]:
