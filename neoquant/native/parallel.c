@@ -14,6 +14,7 @@
 #ifndef NQ_WORTH_A_THREAD
 #define NQ_WORTH_A_THREAD 10000
 #define NQ_WORTH_WAKING 150000
+#define NQ_LONG 1000000 /* beside the milliseconds for which a scheduler puts a thread aside */
 #endif
 enum { LONGEST_PIECE = 50000, PIECES_A_THREAD = 4 };
 
@@ -47,8 +48,8 @@ void nq_parallel(int threads, int64_t n, int64_t grain, int64_t nanoseconds, nq_
     const int64_t fewest = team_size * PIECES_A_THREAD, short_ones = nanoseconds / LONGEST_PIECE;
     const int64_t pieces = short_ones > fewest ? short_ones : fewest;
     struct loop loop = {run, job, n, (grains + pieces - 1) / pieces * grain, 0};
-    const int sleepers_stay = team == nq_pool && nanoseconds < NQ_WORTH_WAKING;
-    team(work, &loop, (unsigned)team_size, sleepers_stay ? NQ_AWAKE_ONLY : 0);
+    const int flags = (nanoseconds < NQ_WORTH_WAKING ? NQ_AWAKE_ONLY : 0) | (nanoseconds < NQ_LONG ? NQ_SHORT : 0);
+    team(work, &loop, (unsigned)team_size, team == nq_pool ? (unsigned)flags : 0);
 }
 
 struct scratch {

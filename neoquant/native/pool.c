@@ -19,8 +19,10 @@
 #endif
 
 enum {
-    SPIN_NS = 50000, /* how long to look before sleeping */
-    LOOKS = 16,      /* between two at the clock */
+    SPIN_NS = 50000,      /* how long to look before sleeping */
+    LOOKS = 16,           /* between two at the clock */
+    HELD_UP_NS = 2000000, /* that a caller sleeps for a helper: longer than a piece takes, so it was put aside */
+    ALONE_NS = 20000000,  /* for how long short jobs are not shared then */
     MOST_HELPERS = NQ_MOST_THREADS - 1,
 };
 
@@ -34,6 +36,7 @@ static struct {
     atomic_int awake;          /* helpers that are not asleep */
     atomic_int taken;          /* whether a caller has the team */
     int helpers, most;         /* that there are, and can be; only whoever has the team looks at them */
+    atomic_llong alone_until;
     void (*run)(void *);
     void *job;
 } team = {.most = MOST_HELPERS};
@@ -163,7 +166,9 @@ static void wait_for_those_inside(void) {
     unsigned state = atomic_fetch_and(&team.state, INSIDE) & INSIDE; /* nobody enters any more */
     while (state) {
         if (!loses(&team.state, INSIDE, state) && atomic_compare_exchange_strong(&team.state, &state, state | CALLER_SLEEPS)) {
+            const int64_t begun = now();
             sleep_while(&team.state, state | CALLER_SLEEPS);
+            if (now() - begun > HELD_UP_NS) atomic_store(&team.alone_until, now() + ALONE_NS); /* others want the cores */
             atomic_fetch_and(&team.state, INSIDE);
         }
         state = atomic_load(&team.state) & INSIDE;
@@ -174,7 +179,8 @@ void nq_pool(void (*run)(void *), void *job, unsigned threads, unsigned flags) {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, watch_forks);
     const int wanted = (int)threads - 1, wakes = !(flags & NQ_AWAKE_ONLY);
-    if (wanted < 1 || !(wakes || atomic_load(&team.awake)) || atomic_exchange(&team.taken, 1)) {
+    const int held_up = flags & NQ_SHORT && now() < atomic_load(&team.alone_until);
+    if (wanted < 1 || held_up || !(wakes || atomic_load(&team.awake)) || atomic_exchange(&team.taken, 1)) {
         run(job);
         return;
     }

@@ -5,7 +5,7 @@ cd "$(dirname "$0")/../.."
 CC=${CC:-cc}
 built=$(mktemp -d)
 trap 'rm -rf "$built"' EXIT
-flags="-O0 -g1 -std=gnu11 -ffp-contract=off -pthread -Ineoquant/native -DNQ_WORTH_A_THREAD=1 -DNQ_WORTH_WAKING=3000"
+flags="-O0 -g1 -std=gnu11 -ffp-contract=off -pthread -Ineoquant/native -DNQ_WORTH_A_THREAD=1 -DNQ_WORTH_WAKING=3000 -DNQ_LONG=6000"
 address="-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-sanitize=float-divide-by-zero"
 
 build() {  # build NAME FLAGS...: the library's objects, as many at a time as there are cores
