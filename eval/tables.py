@@ -34,6 +34,10 @@ BATCH = ROOT / "eval" / "results" / "batch-demo.json"
 BUSY = {
     name: ROOT / "eval" / "results" / f"busy-{name}.json" for name in ("demo-decode", "demo-evaluate", "125m-decode")
 }
+INSIDE = {
+    path.stem.removeprefix("inside-transformers-"): path
+    for path in sorted((ROOT / "eval" / "results").glob("inside-transformers-*.json"))
+}
 ONNX = {shape: ROOT / "eval" / "results" / f"onnx-runtime-{shape}.json" for shape in ("demo", "125m")}
 FEEDBACK = ROOT / "eval" / "results" / "feedback-neo-8m.json"
 FEEDBACK_DEMO = ROOT / "eval" / "results" / "feedback-demo.json"
@@ -389,6 +393,22 @@ def onnx_runtime() -> str:
     return "\n".join([*lines, "", f"{note}; {_how(results[-1])}."])
 
 
+def inside(path: Path) -> str:
+    """Tokens a second in transformers and in neoquant, beside transformers' own float32."""
+    result = json.loads(path.read_text("utf-8"))
+    lines = [
+        "| tokens/s | decode | x | with beams | prefill | x |",
+        "| --- | --: | --: | --: | --: | --: |",
+    ]
+    base = next(iter(result["rates"].values()))
+    for name, rates in result["rates"].items():
+        beams = f"{rates['decode with beams']:.1f}" if "decode with beams" in rates else ""
+        decode, prefill = (f"{rates[what]:.1f} | {rates[what] / base[what]:.2f}" for what in ("decode", "prefill"))
+        lines.append(f"| {name} | {decode} | {beams} | {prefill} |")
+    how = f"{result['new']} tokens behind {result['prompt']}, {result['beams']} beams, {result['prefill']} of prefill"
+    return "\n".join([*lines, "", f"{how}; medians of {result['repeats']} rounds in turn, {_how(result)}."])
+
+
 def _how(result: dict[str, Any]) -> str:
     """What a result was measured on."""
     made = result["provenance"]
@@ -511,6 +531,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speculative": functools.partial(speculative, SPECULATIVE),
     "batch": functools.partial(batch, BATCH),
     "onnx-runtime": onnx_runtime,
+    **{f"inside-{shape}": functools.partial(inside, path) for shape, path in INSIDE.items()},
     **{f"busy-{name}": functools.partial(busy, path) for name, path in BUSY.items()},
     **{f"run-{shape}": functools.partial(run, shape) for shape in RUN},
     "feedback-neo-8m": lambda: feedback(FEEDBACK),

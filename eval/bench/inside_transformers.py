@@ -53,7 +53,7 @@ def main() -> None:
     result = {
         "what": f"tokens per second, {args.shape}, {args.threads} threads, medians of {args.repeats}",
         "prompt": PROMPT, "new": NEW, "prefill": PREFILL, "beams": BEAMS,
-        "rates": rates, **provenance((*PACKAGES, "peft")),
+        "threads": args.threads, "repeats": args.repeats, "rates": rates, "provenance": provenance(PACKAGES),
     }  # fmt: skip
     target = args.json or ROOT / "eval" / "results" / f"inside-transformers-{args.shape}.json"
     target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
