@@ -116,6 +116,8 @@ def prepare(args: argparse.Namespace, temp: Path) -> dict[str, Way]:
     if args.task == "evaluate":
         ways["neoquant, GOMP_SPINCOUNT=10000"] = Way("neoquant", folder, args.threads, {"GOMP_SPINCOUNT": "10000"})
     if args.before:
+        if not (args.before / "neoquant").is_dir():
+            raise SystemExit(f"--before: {args.before} is no checkout of neoquant")
         ways["neoquant, before"] = Way(
             "neoquant", folder, args.threads, {"NEOQUANT_CHECKOUT": str(args.before.resolve())}
         )
