@@ -139,7 +139,7 @@ def theirs(folder: Path, text: Any, positions: list[int]) -> dict[int, Decode]:
                 for _ in range(count):
                     out = model(ids, past_key_values=read, use_cache=True, logits_to_keep=1)
                     ids = out.logits[:, -1].argmax(-1)[:, None]
-            read.crop(position)
+            read.crop(position - read.get_seq_length())  # so many at the end
 
         ways[position] = decode
     return ways
