@@ -203,7 +203,7 @@ class _Chat:
             sampling=replace(self.settings.sampling(len(ids)), seed=self.seed),
             stop=ends_with(stops, self.tokenizer),
             cache_dtype=self.settings.cache_dtype,
-            static_cache=self.settings.cache_implementation == "static",
+            static_cache=self.settings.static_cache,
         )
         tokens = write_text(made, self.tokenizer, shown.add, self.settings.ends())
         self.turns.append((typed, shown.end()))

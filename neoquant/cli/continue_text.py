@@ -81,10 +81,10 @@ def continue_text(
 
     acceptance = Acceptance()
     options: dict[str, Any] = {"max_new_tokens": length, "sampling": sampling, "cache_dtype": own.cache_dtype}
-    options["stop"] = ends_with(own.stops(), tokenizer)
+    options |= {"stop": ends_with(own.stops(), tokenizer), "static_cache": own.static_cache}
     prompt = torch.tensor([ids])
     if choices.draft is None:
-        made = stream(network, prompt, static_cache=own.cache_implementation == "static", **options)
+        made = stream(network, prompt, **options)
     else:
         drafter = _drafter(choices.draft, network, sampling, loading, terminal)
         made = stream_with_drafts(network, prompt, drafter, acceptance=acceptance, **options)

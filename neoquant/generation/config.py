@@ -179,6 +179,11 @@ class GenerationConfig:
             )
         return self.max_length - prompt
 
+    @property
+    def static_cache(self) -> bool:
+        """Whether keys and values are to be held in buffers of fixed size."""
+        return self.cache_implementation == "static"
+
     def copies(self) -> int:
         """How many rows come of each prompt."""
         count = 1 if self.num_return_sequences is None else self.num_return_sequences

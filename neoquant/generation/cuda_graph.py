@@ -40,22 +40,21 @@ class GraphedSteps:
         model: one that `refuse` does not refuse.
         held: the prompt's keys and values; they are copied.
         keep: bool[B, S], False on padding, or None: of all positions that will be asked for.
-        positions: int64[B, T] of the prompt, or None: those that it is counted by.
-        types: int64[B, T] of the prompt, or None: new tokens have the last one's.
+        positions: int64[B, 1] of the next token, from which the others count on; None: as many as are held.
+        types: int64[B, 1] of new tokens, or None.
     """
 
     def __init__(
         self, model: CausalLM, held: KVCache, keep: Tensor | None, positions: Tensor | None, types: Tensor | None
     ) -> None:
-        self.model, self.keep = model, keep
-        self.types = None if types is None else types[:, -1:].clone()
-        self._next = None if positions is None else positions[:, -1:] + 1
+        self.model, self.keep, self.types = model, keep, types
+        self._next = None if positions is None else positions.clone()
         self.cache, self.masks = self._room(held)
         self._replay: Callable[[], None] | None = None
         self._ids, self._logits = Tensor(), Tensor()
 
     def logits(self, ids: Tensor) -> Tensor:
-        """Behind ids[B, 1], `[B, V]`: valid until the next call."""
+        """Behind ids[B, 1], `[B, V]`."""
         if self.cache.length == self.cache.capacity:
             self.cache, self.masks = self._room(self.cache)
             self._replay = None
@@ -65,7 +64,7 @@ class GraphedSteps:
         self._ids.copy_(ids)
         self._replay()
         self.cache.length += 1
-        return self._logits
+        return self._logits.clone()  # the next replay overwrites it
 
     def _room(self, held: KVCache | StaticCache) -> tuple[StaticCache, StaticMasks]:
         """Place for what is held and for more."""

@@ -213,13 +213,17 @@ class _Inputs:
 
     def logits(self, model: CausalLM, cache: KVCache) -> Tensor:
         """Of the token that follows, `[B, V]`."""
-        if self._graphed is not None:
-            return self._graphed.logits(self.ids).clone()  # the next replay overwrites it
+        logits = self._computed(model, cache) if self._graphed is None else self._graphed.logits(self.ids)
+        if self._index is not None:  # rows that have ended draw too, or the others would draw something else
+            return logits.new_zeros(self._all, logits.shape[-1]).index_copy_(0, self._index, logits)
+        return logits
+
+    def _computed(self, model: CausalLM, cache: KVCache) -> Tensor:
+        """The same of the rows that go on."""
         end = cache.length + self.ids.shape[1]
-        keep = None if self.keep is None else self.keep[:, :end]
         output = model(
             self.ids,
-            keep,
+            None if self.keep is None else self.keep[:, :end],
             position_ids=self.positions,
             token_type_ids=self.types,
             past_key_values=cache,
@@ -229,12 +233,10 @@ class _Inputs:
             logits_to_keep=1,
         )
         logits: Tensor = output.logits[:, -1]
-        if self._index is not None:  # rows that have ended draw too, or the others would draw something else
-            return logits.new_zeros(self._all, logits.shape[-1]).index_copy_(0, self._index, logits)
         return logits
 
     def use_graph(self, model: CausalLM, cache: KVCache) -> None:
-        """What follows the prompt is a CUDA graph, of all rows to the end; `cache` is no longer used."""
+        """From here on a CUDA graph computes the rows that go on, all of them to the end; `cache` is no longer used."""
         self._graphed = GraphedSteps(model, cache, self.keep, self.positions, self.types)
 
     def leave(self, rows: list[int], cache: KVCache) -> None:
@@ -352,6 +354,8 @@ def stream(
     cache = KVCache.of(model.config, max(1, T if static_cache else T + max_new_tokens), cache_dtype)
     looked = 0
     for new in range(max_new_tokens):
+        if static_cache and new == 1:
+            inputs.use_graph(model, cache)
         raw = inputs.logits(model, cache)
         logits = raw if new >= sampling.min_new_tokens else raw.index_fill(-1, reachable, -torch.inf)
         drawn, finite, scores = choose(logits, seen[:, : T + new], sampling, generator, processor)
@@ -369,8 +373,6 @@ def stream(
                 if is_last:
                     return
             inputs.leave(endings.going_on(), cache)
-        if static_cache and new == 0:
-            inputs.use_graph(model, cache)
         inputs.follow(drawn)
 
 

@@ -59,6 +59,7 @@ def stream_with_drafts(
     sampling: Sampling | None = None,
     stop: Stop | None = None,
     cache_dtype: str | None = None,
+    static_cache: bool = False,
     acceptance: Acceptance | None = None,
 ) -> Iterator[Tensor]:
     """Yield the next ids `[1]` of `input_ids[1, T]` as `generate.stream` does; `acceptance` counts how it went.
@@ -67,11 +68,13 @@ def stream_with_drafts(
     its tokens are the same. (torch rounds otherwise for several rows, which may decide between two equally likely.)
     Sampled, they have the same distribution, but a seed draws others.
 
-    Raises RequestError for several prompts, and what `stream` does.
+    Raises RequestError for several prompts, for `static_cache` on a GPU, and what `stream` does.
     """
     sampling, acceptance = sampling or Sampling(), acceptance or Acceptance()
     if len(input_ids) != 1:
         raise RequestError(f"{len(input_ids)} prompts are given; drafts are for one prompt at a time")
+    if static_cache and model.device.type != "cpu":
+        raise RequestError("drafts are checked together, which a static cache does not hold: leave one out")
     check_room(model, input_ids.shape[1], max_new_tokens)
     generator = None if sampling.seed is None else torch.Generator().manual_seed(sampling.seed)
     endings = Endings(input_ids, None, sampling, stop, max_new_tokens)

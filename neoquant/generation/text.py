@@ -63,7 +63,7 @@ def generate_text(
         sampling=sampling,
         stop=ends_with(settings.stops(), tokenizer),
         cache_dtype=settings.cache_dtype,
-        static_cache=settings.cache_implementation == "static",
+        static_cache=settings.static_cache,
     )
     write_text(made, tokenizer, write, sampling.eos_token_ids or ())
     return "".join(pieces)

@@ -283,18 +283,16 @@ class GPTNeoForCausalLM(PreTrainedModel, CausalLM):
             "sampling": config.sampling(ids.shape[1]),
             "stop": ends_by(ends_with(config.stops(), tokenizer), stopping_criteria),
             "cache_dtype": config.cache_dtype,
+            "static_cache": config.static_cache,
         }
         asked_for = bool(config.output_scores), bool(config.output_logits)
         scores = KeptScores(*asked_for) if config.return_dict_in_generate else None
-        static = config.cache_implementation == "static"
         if assistant_model is None and not config.prompt_lookup_num_tokens:
             options |= {"processor": in_turn(logits_processor), "record": scores, "streamer": streamer}
-            made = generate(self, ids, **{**given, **options}, static_cache=static)
+            made = generate(self, ids, **{**given, **options})
             return made if scores is None else scores.beside(made, made.shape[1] - ids.shape[1])
         if logits_processor or scores is not None:
             raise RequestError("drafts are checked together: logits_processor and return_dict_in_generate go without")
-        if static and self.device.type != "cpu":
-            raise RequestError("drafts are checked together, which a static cache does not hold: leave one out")
         drafter = drafter_of(self, assistant_model, config.prompt_lookup_num_tokens, options["sampling"])
         mask = given.pop("attention_mask")
         if any(each is not None for each in given.values()) or not (mask is None or bool(mask.all())):

@@ -31,12 +31,11 @@ class StaticCache:
             tuple(_laid(states, held.length, window or capacity) for states in held.states(layer))
             for layer, window in enumerate(self._windows)
         ]
-        self._places = {window: torch.empty_like(self.at) for window in {*self._windows}}
+        self._places: dict[int | None, Tensor] = {}
 
     def find_places(self) -> None:
         """Where the position that comes next lies in the buffers of each kind: before the first layer is asked."""
-        for window, place in self._places.items():
-            torch.remainder(self.at, window or self.capacity, out=place)
+        self._places = {window: self.at % (window or self.capacity) for window in {*self._windows}}
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write `key` and `value` `[B, H, 1, D]` of the position that comes next; the layer's whole buffers."""

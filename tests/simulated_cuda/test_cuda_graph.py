@@ -72,6 +72,24 @@ def test_rows_that_end_are_filled_up(gpu: Counts) -> None:
     assert torch.equal(tokens(model.to("cuda"), ids, 12, sampling=sampling, static_cache=True), expected)
 
 
+def test_rows_that_end_at_once_are_not_recorded(gpu: Counts) -> None:
+    """They have left when the recording begins; those that end later are computed to the end."""
+    model, ids = make_model(), torch.tensor([[5, 6], [7, 8], [9, 1]])
+    whole = tokens(model, ids, 12)
+    first, later = int(whole[0, 0]), int(whole[2, 5])
+    sampling = Sampling(eos_token_ids=(first, later), pad_token_id=3)
+    expected = tokens(model, ids, 12, sampling=sampling)
+    assert (expected[0, 1:] == 3).all() and (expected[1] != 3).any()
+    found = tokens(model.to("cuda"), ids, 12, sampling=sampling, look_every=1, static_cache=True)
+    assert torch.equal(found, expected)
+
+
+def test_one_token_records_nothing(gpu: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graph, "record", None)
+    monkeypatch.setattr(cuda_graph.GraphedSteps, "__init__", None)
+    assert tokens(make_model().to("cuda"), torch.tensor([[5, 6]]), 1, static_cache=True).shape == (1, 1)
+
+
 @pytest.mark.parametrize("kind", ["nf4", "affine"])
 def test_a_token_is_one_launch_and_what_chooses_it(kind: str, gpu: Counts) -> None:
     """However many layers there are; the host never waits, and nothing is copied from it."""
