@@ -24,14 +24,19 @@ POSITIONS = 512  # whose logits are alive at once
 C_PROJ = "mlp.c_proj"
 
 
-class OutputMoments:
-    """The mean of g gᵀ over gradients g[O] at a layer's output: of each piece of so many rows, where that divides O.
+def coupled_rows(rows: int, width: int) -> int:
+    """How many rows of a layer are coupled: as many as the model is wide, where that divides them, else all.
 
     All rows together would take more time than all else for c_fc, whose rows are four times as many.
     """
+    return rows if rows % width else width
 
-    def __init__(self, rows: int, piece: int) -> None:
-        self.piece = rows if rows % piece else piece
+
+class OutputMoments:
+    """The mean of g gᵀ over gradients g[O] at a layer's output, of each piece of coupled rows."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        self.piece = coupled_rows(rows, width)
         self._pieces = [Hessian(self.piece) for _ in range(rows // self.piece)]
 
     def add(self, gradients: Tensor) -> None:

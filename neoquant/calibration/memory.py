@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from neoquant.calibration.hidden_states import rows_of_batch
-from neoquant.calibration.loss_hessian import POSITIONS
+from neoquant.calibration.loss_hessian import POSITIONS, coupled_rows
 from neoquant.errors import RequestError
 from neoquant.model.config import GPTNeoConfig
 
@@ -108,7 +108,9 @@ def _estimate(config: GPTNeoConfig, rows: int, length: int, spilled: bool, metho
         peak += (0 if spilled else 3) * kept + piece + 2 * 4 * C * inner
         disk += (3 if spilled else 0) * kept
     if methods.gradients:
-        curvature = 4 * (5 * C * C + inner * _piece_of_inner(config))  # output-side Hessians of one block
+        curvature = 4 * (
+            5 * C * C + inner * coupled_rows(config.inner_size, config.hidden_size)
+        )  # output-side Hessians of one block
         peak = max(peak + curvature, _gradient_memory(config, rows, length, spilled) + block)
         disk += config.num_layers * curvature
     if methods != PLAIN:
@@ -124,7 +126,7 @@ def _gradient_memory(config: GPTNeoConfig, rows: int, length: int, spilled: bool
     tokens = min(rows, rows_of_batch(length)) * length
     head = 4 * (V * C + 3 * POSITIONS * V + 4 * tokens * C)
     scores = 4 * config.num_heads * tokens * length
-    moments = 6 * C * C + 3 * inner * _piece_of_inner(config)
+    moments = 6 * C * C + 3 * inner * coupled_rows(config.inner_size, config.hidden_size)
     through = 4 * tokens * (_ACTIVATIONS * C + _INNER_ACTIVATIONS * inner) + scores + 4 * moments
     return held + max(head, through)
 
@@ -169,18 +171,12 @@ def _multiplications_of_reference(config: GPTNeoConfig, tokens: int, walked: boo
 
 def _multiplications_of_gradients(config: GPTNeoConfig, tokens: int) -> float:
     """Of the walk to the head and back, and of rounding with coupled rows."""
-    C, inner, piece = config.hidden_size, config.inner_size, _piece_of_inner(config)
+    C, inner, piece = config.hidden_size, config.inner_size, coupled_rows(config.inner_size, config.hidden_size)
     passes = tokens * (12 * C * C + 5 * C * inner)  # forwards, forwards again but for c_proj, and back
     moments = 0.6 * tokens * (5 * C * C + inner * piece)
     factors = 0.7 * (5 * C**3 + inner * piece**2)
     coupling = 0.5 * (4 * C**3 + C * C * inner + C * inner * piece)
     return config.num_layers * (passes + moments + factors + coupling) + tokens * C * config.vocab_size
-
-
-def _piece_of_inner(config: GPTNeoConfig) -> int:
-    """Rows of c_fc that are coupled, as `loss_hessian.OutputMoments` does it."""
-    C, inner = config.hidden_size, config.inner_size
-    return inner if inner % C else C
 
 
 def _rate(device: torch.device, size: int = 1024, duration: float = 0.2) -> float:

@@ -95,7 +95,7 @@ def _console(*, stderr: bool) -> Console:
     from rich.segment import Segment
 
     class EscapingConsole(Console):
-        """Escapes what renderables hold, in one place: names come from files, and those from anywhere."""
+        """Escapes what is left of controls in renderables; those that rich drops, or counts, are escaped before."""
 
         def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
             for segment in super().render(renderable, options):

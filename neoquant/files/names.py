@@ -5,17 +5,19 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from neoquant.files.writing import as_bytes
+
 LEGAL_NAME = "letters, digits, '_', '.' and '-' only"
 
 
 def is_safe_name(name: str) -> bool:
     """Whether a name can be a file's or a folder's without leading anywhere else: no separators, not `.` or `..`."""
-    return re.fullmatch(r"[\w.-]+", name) is not None and name.strip(".") != "" and len(as_text(name).encode()) <= 200
+    return re.fullmatch(r"[\w.-]+", name) is not None and name.strip(".") != "" and len(as_bytes(name)) <= 200
 
 
 def as_text(name: str) -> str:
     """A name as UTF-8 can hold it: half a surrogate pair, by which Python spells a byte that is none, as an escape."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+    return as_bytes(name).decode()
 
 
 def safe_name(text: str) -> str:

@@ -139,5 +139,5 @@ def _seen(ids: list[int], draft: Draft, sampling: Sampling) -> Tensor:
     k = len(draft.tokens)
     if sampling.repetition_penalty == 1 and not sampling.no_repeat_ngram_size:
         return torch.empty(k + 1, 0, dtype=torch.int64)
-    guessed = draft.tokens.tolist()
-    return torch.tensor([[*[NOTHING] * (k - i), *ids, *guessed[:i]] for i in range(k + 1)])
+    text = torch.tensor([*[NOTHING] * k, *ids, *draft.tokens.tolist()])
+    return text.unfold(0, k + len(ids), 1)

@@ -16,7 +16,7 @@ from neoquant.kernels import ACTIVATIONS
 from neoquant.loading.contents import Contents, Readable
 from neoquant.loading.device_map import DeviceMap, assign_devices
 from neoquant.loading.fill import Filler, LoadWarning, NoInit, warn_of
-from neoquant.model.attention import why_not
+from neoquant.model.attention import require_possible
 from neoquant.model.base import Network
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.dtypes import resolve_dtype
@@ -113,8 +113,7 @@ def read_model(
     contents = Contents.of(checkpoint, model, format)
     places = _assign_devices(contents, model, dtype, device, max_memory)
     kind = resolve_dtype(dtype, config, places.first, contents.dtype)
-    if reason := why_not(attn_implementation, kind, places.first):
-        raise RequestError(f"attn_implementation {attn_implementation!r} is not possible here: {reason}")
+    require_possible(attn_implementation, kind, places.first)
     with locate(str(checkpoint.source)):
         if compute_dtype is None and format is not None:
             stated = format.compute_dtype(checkpoint.config.get("quantization_config") or {})

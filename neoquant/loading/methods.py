@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from neoquant.errors import RequestError
-from neoquant.model.attention import ATTENTION_IMPLEMENTATIONS, why_not
+from neoquant.model.attention import require_implementation, require_possible
 from neoquant.model.base import Network
 from neoquant.model.gpt_neo import Decoder, SelfAttention
 from neoquant.nn.linear import QuantEmbedding, QuantLinear, StoredEmbedding, StoredLinear
@@ -107,16 +107,12 @@ class ModelMethods(Network):
     def enable_input_require_grads(self) -> None:
         """Give what the embedding gives gradients, as adapters behind frozen weights need where blocks are computed
         again."""
-        embedding = self.get_input_embeddings()
-        embedding.register_forward_hook(_require_grad)
+        self.get_input_embeddings().register_forward_hook(_require_grad)
 
     def set_attn_implementation(self, attn_implementation: str) -> None:
         """Compute attention another way from now on. Raises RequestError for one that is not possible here."""
-        if attn_implementation not in ATTENTION_IMPLEMENTATIONS:
-            legal = ", ".join(ATTENTION_IMPLEMENTATIONS)
-            raise RequestError(f"attn_implementation is {attn_implementation!r}; legal are {legal}")
-        if reason := why_not(attn_implementation, self.dtype, self.device):
-            raise RequestError(f"attn_implementation {attn_implementation!r} is not possible here: {reason}")
+        require_implementation(attn_implementation)
+        require_possible(attn_implementation, self.dtype, self.device)
         self.attn_implementation = self._decoder().attn_implementation = attn_implementation
         for module in self.modules():
             if isinstance(module, SelfAttention):

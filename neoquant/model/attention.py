@@ -20,6 +20,18 @@ from neoquant.errors import RequestError
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention", "flash_attention_2")
 
 
+def require_implementation(name: str) -> None:
+    """Raise RequestError for a name that there is not."""
+    if name not in ATTENTION_IMPLEMENTATIONS:
+        raise RequestError(f"attn_implementation is {name!r}; legal are {', '.join(ATTENTION_IMPLEMENTATIONS)}")
+
+
+def require_possible(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise RequestError for an implementation that cannot run in this type on this device."""
+    if reason := why_not(name, dtype, device):
+        raise RequestError(f"attn_implementation {name!r} is not possible here: {reason}")
+
+
 def why_not(name: str, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why an implementation cannot run in this type on this device, or None."""
     if name != "flash_attention_2":

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
-from neoquant.errors import RequestError
-from neoquant.model.attention import ATTENTION_IMPLEMENTATIONS
+from neoquant.model.attention import require_implementation
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.outputs import ModelOutput
 
@@ -47,10 +46,7 @@ class Network(nn.Module):
 
     def __init__(self, config: GPTNeoConfig, attn_implementation: str = "sdpa") -> None:
         super().__init__()
-        if attn_implementation not in ATTENTION_IMPLEMENTATIONS:
-            raise RequestError(
-                f"attn_implementation is {attn_implementation!r}; legal are {', '.join(ATTENTION_IMPLEMENTATIONS)}"
-            )
+        require_implementation(attn_implementation)
         self.config = config
         self.attn_implementation = attn_implementation
 

@@ -141,9 +141,8 @@ class SelfAttention(nn.Module):
         return y.transpose(1, 2).flatten(2)
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], self.num_heads, x.shape[2] // self.num_heads).transpose(
-            1, 2
-        )  # [B, T, C] -> [B, H, T, D]
+        B, T, C = x.shape
+        return x.view(B, T, self.num_heads, C // self.num_heads).transpose(1, 2)  # [B, H, T, D]
 
     def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, masks: AttentionMasks) -> Tensor:
         # scale=1.0: GPT-Neo does not scale. Every backend accumulates the scores of half-precision inputs in float32.

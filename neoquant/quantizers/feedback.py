@@ -158,11 +158,8 @@ def _round_tall(
     first = torch.arange(len(factor.row_order))[:, None] * size
     rows, places = (factor.row_order + first).flatten(), torch.arange(weights.shape[1])
     targets, aims = weights.index_select(1, rows), original.index_select(1, rows)  # rows as they are rounded
-    levels, found, errors = (
-        levels.of_rows(rows),
-        torch.empty_like(targets, dtype=torch.uint8),
-        torch.empty_like(targets),
-    )
+    levels = levels.of_rows(rows)
+    found, errors = torch.empty_like(targets, dtype=torch.uint8), torch.empty_like(targets)
     for head, unit in enumerate(factor.unit.float()):
         compensation = weights.new_zeros(len(weights), size)  # [n, D]
         for start in range(0, size, ROWS):
