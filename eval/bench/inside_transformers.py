@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,9 @@ from quantize_1p3b import PACKAGES, SHAPES, make_source
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from provenance import ROOT, provenance
+from turns import medians_in_turn
 
 PROMPT, NEW, PREFILL, BEAMS = 32, 16, 256, 4
-Timed = Callable[[], float]
 
 
 def main() -> None:
@@ -49,7 +49,8 @@ def main() -> None:
         models = load(args.shape, args.models or Path(temp))
         if not args.repeats:
             return
-        rates = measure(models, args.repeats)
+        contestants = {name: partial(timings, name, model) for name, model in models.items()}
+        rates = medians_in_turn(contestants, args.repeats)
     result = {
         "what": f"tokens per second, {args.shape}, {args.threads} threads, medians of {args.repeats}",
         "prompt": PROMPT, "new": NEW, "prefill": PREFILL, "beams": BEAMS,
@@ -92,17 +93,6 @@ def load(shape: str, temp: Path) -> dict[str, Any]:
         "neoquant, NF4, int8 embedding": neoquant.AutoModelForCausalLM.from_pretrained(temp / "own"),
     }
     return {name: model.eval() for name, model in found.items()}
-
-
-def measure(models: dict[str, Any], repeats: int) -> dict[str, dict[str, float | None]]:
-    """Medians of tokens per second."""
-    rates: dict[str, dict[str, list[float]]] = {name: {} for name in models}
-    for round_number in range(repeats + 1):  # the first warms up
-        for name, model in models.items():
-            for what, rate in timings(name, model).items():
-                rates[name].setdefault(what, []).extend([rate] if round_number else [])
-        print(f"round {round_number} of {repeats}", flush=True)
-    return {name: {what: round(statistics.median(all_), 2) for what, all_ in of.items()} for name, of in rates.items()}
 
 
 def timings(name: str, model: Any) -> dict[str, float]:

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from quantize_1p3b import SHAPES, make_source
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from provenance import ROOT, provenance
+from turns import medians_in_turn
 
 PROMPT, NEW, PREFILL = 32, 32, 256
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {"nf4": ("nf4", {}), "affine4-g64": ("affine", {"group_size": 64})}
@@ -108,21 +109,13 @@ def theirs(file: Path, threads: int) -> Run:
 
 def measure(runs: dict[str, dict[str, Run]], repeats: int) -> dict[str, dict[str, dict[str, float]]]:
     """Medians of tokens per second: recipe -> program -> prefill and decode."""
-    found: dict[str, dict[str, dict[str, list[float]]]] = {
-        recipe: {program: {"prefill": [], "decode": []} for program in programs} for recipe, programs in runs.items()
+    contestants = {
+        (recipe, program): partial(timings, run)
+        for recipe, programs in runs.items()
+        for program, run in programs.items()
     }
-    for number in range(repeats + 1):  # the first warms up
-        for recipe, programs in runs.items():
-            for program, run in programs.items():
-                for what, rate in timings(run).items():
-                    found[recipe][program][what].extend([rate] if number else [])
-    return {
-        recipe: {
-            program: {what: round(statistics.median(rates), 2) for what, rates in of.items()}
-            for program, of in programs.items()
-        }
-        for recipe, programs in found.items()
-    }
+    found = medians_in_turn(contestants, repeats)
+    return {recipe: {program: found[recipe, program] for program in programs} for recipe, programs in runs.items()}
 
 
 def timings(run: Run) -> dict[str, float]:
