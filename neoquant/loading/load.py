@@ -22,7 +22,7 @@ from neoquant.model.config import GPTNeoConfig
 from neoquant.model.dtypes import resolve_dtype
 from neoquant.model.gpt_neo import Block
 from neoquant.model.names import BASE_PREFIX, in_block
-from neoquant.nn.fused_block import fused_block
+from neoquant.nn.block_step import block_step
 from neoquant.nn.linear import QuantLinear
 from neoquant.progress import SILENT, Progress
 
@@ -159,7 +159,7 @@ def _arrange(model: Network, activations: str) -> None:
         if isinstance(module, QuantLinear) and activations != "exact":
             module.set_activations(activations)
         if isinstance(module, Block):
-            module.step = fused_block
+            module.step = block_step
 
 
 def require_fit(config: GPTNeoConfig, names: Iterable[str]) -> None:

@@ -234,7 +234,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, masks: AttentionMasks, cache: KVCache | None = None) -> Tensor:
-        if self.step is not None and x.device.type == "cpu":
+        if self.step is not None:
             stepped = self.step(self, x, masks, cache)
             if stepped is not None:
                 return stepped

@@ -45,6 +45,11 @@ class StaticCache:
         values.index_copy_(2, place, value)
         return keys, values
 
+    def rings(self, layer: int) -> tuple[Tensor, Tensor]:
+        """A layer's buffers `[B, H, S, D]`, in which position p lies at place p modulo S: for whoever writes there."""
+        keys, values = self._states[layer]
+        return keys, values
+
     def states(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the last of `length` positions that a layer holds, `[B, H, S, D]`."""
         keys, values = self._states[layer]
@@ -60,19 +65,19 @@ class StaticMasks(AttentionMasks):
         places = torch.arange(max(cache.capacity, window), device=cache.device)
         # attention asks `keep` whether anything is hidden: here always something is
         super().__init__(1, cache.capacity, window, places[None] >= 0 if keep is None else keep, cache.device)
-        self._at, self._places, self._padding = cache.at, places, keep
+        self._at, self._places, self.padding = cache.at, places, keep
         self._seen: dict[bool, Tensor] = {}
 
     def look(self) -> None:
         """For the position that comes next: before the first layer asks."""
         places = self._places[: self.S]
         mask = (places <= self._at)[None]  # [B or 1, capacity]
-        self._seen[False] = (mask if self._padding is None else mask & self._padding)[:, None, None]
+        self._seen[False] = (mask if self.padding is None else mask & self.padding)[:, None, None]
         ring = self._places[: self.window]
         position = self._at - (self._at - ring) % self.window  # that lies at each place
         mask = (position >= 0)[None]
-        if self._padding is not None:
-            mask = mask & self._padding.index_select(1, position.clamp(min=0))
+        if self.padding is not None:
+            mask = mask & self.padding.index_select(1, position.clamp(min=0))
         self._seen[True] = mask[:, None, None]
 
     def mask(self, local: bool, keys: int) -> Tensor:

@@ -3,7 +3,7 @@
 Generating is hundreds of steps of one position, and in each the operations between a block's products (norms,
 attention to what is held, the activation) take longer to be called one by one than to be done. Where many positions are
 read, they take less memory and time, for the rows go through them a piece at a time. `fused_block` is what `Block.step`
-becomes where a model is loaded; it gives None for everything that it does not do, and the block goes its ordinary way.
+becomes on a CPU; it gives None for everything that it does not do, and the block goes its ordinary way.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from neoquant.model.gpt_neo import AttentionMasks, Block
 from neoquant.model.stored_states import StoredStates
 from neoquant.native import products
 from neoquant.native.step import ACTIVATIONS, STORED, NativeBlock, NativeLinear, outruns_torch
-from neoquant.nn.linear import QuantLinear, StoredLinear, is_native, is_traced
+from neoquant.nn.linear import QuantLinear, StoredLinear, is_hooked, is_native, is_traced
 
 
 def fused_block(block: Block, x: Tensor, masks: AttentionMasks, cache: KVCache | None) -> Tensor | None:
@@ -245,12 +245,6 @@ def _is_vector(tensor: Tensor | None, length: int) -> bool:
     if tensor is None or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
         return False
     return tensor.shape == (length,) and tensor.is_contiguous()
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether it has hooks, or a `forward` of its own."""
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    return bool(hooked) or "forward" in module.__dict__
 
 
 def _by_rows(keep: Tensor) -> Tensor:

@@ -174,6 +174,12 @@ def is_traced() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether it has hooks, or a `forward` of its own."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooked) or "forward" in module.__dict__
+
+
 def is_native(weight: Tensor) -> bool:
     """Whether the native library multiplies with this plain weight where it lies."""
     kind = weight.dtype in (torch.float32, torch.float16, torch.bfloat16) and weight.device.type == "cpu"

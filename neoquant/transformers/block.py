@@ -16,8 +16,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.models.gpt_neo import modeling_gpt_neo
 
 from neoquant.model.stored_states import StoredStates
-from neoquant.nn.fused_block import Anatomy, PreparedBlock, is_hooked, prepared_block
-from neoquant.nn.linear import is_traced
+from neoquant.nn.fused_block import Anatomy, PreparedBlock, prepared_block
+from neoquant.nn.linear import is_hooked, is_traced
 
 
 class GPTNeoBlock(modeling_gpt_neo.GPTNeoBlock):  # type: ignore[misc]  # transformers need not be there

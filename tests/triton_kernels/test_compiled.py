@@ -7,9 +7,11 @@ bound, and the table of a codebook is never read from the card's memory by code.
 # ruff: noqa: E402
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,12 @@ from triton.compiler import ASTSource
 from neoquant.grids import Affine, Codebook, Grid, Mxfp4, make_grid
 from neoquant.kernels import Triton
 from neoquant.kernels.triton import launch
-from neoquant.kernels.triton.kernel import arranged
+from neoquant.kernels.triton.kernel import packed_weight
 from neoquant.quantizers import Nearest
 
 CARDS = (80, 86, 89, 90, 100)
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # KiB that a program may have (CUDA C programming guide, 16.2)
-REGISTERS = {"multiply_few": 72, "multiply_some": 128, "decode": 40}
+REGISTERS = {"multiply_few": 72, "multiply_some": 128, "decode": 40, "attend": 128, "join_parts": 48}
 GRIDS: dict[str, Grid] = {
     "nf4": Codebook("nf4", 64, True), "fp4": Codebook("fp4", 64, False), "mxfp4": Mxfp4(), "int8": make_grid(8, "int8"),
     "affine-2": Affine(2, 64), "affine-3": Affine(3, 128), "affine-4": Affine(4, 64), "affine-8": Affine(8, 128, True),
@@ -47,19 +49,25 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 def launched(grid: Grid, rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, Any]:
     """The program, arguments and options with which so many rows (0: none, the weight is decoded) meet a weight."""
     shape = (256, 1024)
-    kept: list[tuple[Any, Any, Any]] = []
-    monkeypatch.setattr(
-        launch, "run", lambda program, grid, arguments, options: kept.append((program, arguments, options))
-    )
     q = Nearest().quantize(torch.randn(shape), grid)
     state = Triton().pack(q)
-    arrangement = arranged(state, grid, shape)
-    if rows:
-        x, bias = torch.empty(rows, shape[1], dtype=dtype), torch.empty(shape[0], dtype=dtype)
-        launch.multiply(x, state, arrangement, shape, bias, "gelu_new", torch.empty(rows, shape[0], dtype=dtype))
-    else:
-        launch.decode(state, arrangement, shape, dtype)
-    return kept[0]
+    weight = packed_weight(state, grid, shape)
+    if not rows:
+        return kept_launches(monkeypatch, lambda: launch.decode(weight, dtype))[0]
+    x, bias = torch.empty(rows, shape[1], dtype=dtype), torch.empty(shape[0], dtype=dtype)
+    residual = torch.empty(rows, shape[0], dtype=dtype)
+    return kept_launches(monkeypatch, lambda: launch.multiply(x, weight, bias, "gelu_new", residual))[0]
+
+
+def kept_launches(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any]) -> list[tuple[Any, Any, Any]]:
+    """The programs, arguments and options that `work` would launch."""
+    kept: list[tuple[Any, Any, Any]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            launch, "run", lambda program, grid, arguments, options: kept.append((program, arguments, options))
+        )
+        work()
+    return kept
 
 
 def compiled(program: Any, arguments: dict[str, Any], options: dict[str, Any], card: int) -> Any:
@@ -70,7 +78,7 @@ def compiled(program: Any, arguments: dict[str, Any], options: dict[str, Any], c
         if isinstance(value, torch.Tensor):
             signature[name] = f"*{TYPES[value.dtype]}"
             attributes[(at,)] = [["tt.divisibility", 16]]
-        elif (name.isupper() and name not in "MNK") or value == 1:
+        elif (name.isupper() and name not in "MNKBHDS") or value == 1:
             signature[name], constants[name] = "constexpr", value
         else:
             signature[name] = "i32"
@@ -118,3 +126,38 @@ def test_many_rows_fit_too(rows: int, dtype: torch.dtype, monkeypatch: pytest.Mo
         print(f"\nnf4 rows={rows} {dtype} sm_{card}: {used} shared={made.metadata.shared}")
         assert used["stack"] == used["local"] == 0 and made.metadata.shared <= SHARED[card] << 10
         assert used["registers"] <= REGISTERS["multiply_some"]
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("name", ["nf4", "mxfp4", "int8", "affine-3", "affine-4-row"])
+def test_three_at_once_take_no_more(name: str, rows: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Which of three weights is chosen costs a few registers, and no read gets narrower."""
+    grid, shape = GRIDS[name], (256, 1024)
+    weight = packed_weight(Triton().pack(Nearest().quantize(torch.randn(shape), grid)), grid, shape)
+    x = torch.empty(rows, shape[1], dtype=torch.bfloat16)
+    one = kept_launches(monkeypatch, lambda: launch.multiply(x, weight))[0]
+    three = kept_launches(monkeypatch, lambda: launch.multiply_by_three(x, [weight] * 3))[0]
+    made = [compiled(*launched, 90) for launched in (one, three)]
+    used = [resources(each.asm["cubin"], tmp_path) for each in made]
+    print(f"\n{name} rows={rows}: {used}")
+    assert used[1]["stack"] == used[1]["local"] == 0 and made[1].metadata.shared <= SHARED[90] << 10
+    assert used[1]["registers"] <= REGISTERS[three[0].__name__]
+    reads = [sorted(re.findall(r"ld\.global[.\w:]*", each.asm["ptx"])) for each in made]
+    assert reads[0] == reads[1]
+
+
+@pytest.mark.parametrize("D", [64, 80, 128])
+@pytest.mark.parametrize("S", [256, 2048])
+def test_attention_fits(D: int, S: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rings = [torch.empty(1, 2, S, D, dtype=torch.bfloat16) for _ in range(2)]
+    qkv = torch.empty(3, 1, 2 * D, dtype=torch.bfloat16)
+    launches = kept_launches(
+        monkeypatch, lambda: launch.attend(qkv, *rings, torch.zeros(1, dtype=torch.long), torch.ones(1, S) > 0)
+    )
+    assert [launched[0].__name__ for launched in launches] == ["attend", "join_parts"][: 1 + (S > 256)]
+    for launched, card in itertools.product(launches, CARDS):
+        made = compiled(*launched, card)
+        used = resources(made.asm["cubin"], tmp_path)
+        print(f"\n{launched[0].__name__} D={D} S={S} sm_{card}: {used} shared={made.metadata.shared}")
+        assert used["stack"] == used["local"] == 0 and made.metadata.shared <= SHARED[card] << 10
+        assert used["registers"] <= REGISTERS[launched[0].__name__]

@@ -18,7 +18,7 @@ from neoquant.errors import RequestError
 from neoquant.grids import Affine, Codebook, Grid, Mxfp4, make_grid
 from neoquant.kernels import Reference, Triton, native_weight
 from neoquant.kernels.triton import launch
-from neoquant.kernels.triton.kernel import arranged
+from neoquant.kernels.triton.kernel import packed_weight
 from neoquant.quantizers import Nearest
 from neoquant.tensor import QuantizedTensor
 
@@ -98,7 +98,7 @@ def test_decoded_weights_and_rows_are_the_references_to_the_bit(grid: Grid) -> N
         state = KERNEL.pack(q)
         ids = torch.randint(0, shape[0], (2, 3))
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            whole = launch.decode(state, arranged(state, grid, shape), shape, dtype)
+            whole = launch.decode(packed_weight(state, grid, shape), dtype)
             rows = KERNEL.embedding(ids, state, grid, shape, dtype)
             assert same(whole, q.dequantize(dtype))
             assert same(rows, Reference().embedding(ids, Reference().pack(q), grid, shape, dtype))
@@ -134,10 +134,60 @@ def test_what_follows_a_product(rows: int) -> None:
     x, bias, residual = torch.randn(rows, 96), torch.randn(24), torch.randn(rows, 24)
     plain = x.double() @ q.dequantize(torch.float32).double().T + bias.double()
     expected = torch.nn.functional.gelu(plain, approximate="tanh") + residual.double()
-    y = launch.multiply(x, state, arranged(state, grid, shape), shape, bias, "gelu_new", residual)
+    y = launch.multiply(x, packed_weight(state, grid, shape), bias, "gelu_new", residual)
     assert (y.double() - expected).abs().max() < 1e-4
-    far = launch.multiply(1e4 * x, state, arranged(state, grid, shape), shape, bias, "gelu_new")
+    far = launch.multiply(1e4 * x, packed_weight(state, grid, shape), bias, "gelu_new")
     assert far.isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [1, 4, 20])
+@pytest.mark.parametrize("grid", GRIDS, ids=name)
+def test_three_products_in_one_launch_are_those_of_three(grid: Grid, rows: int) -> None:
+    for shape, ordered in itertools.product(shapes(grid, 7)[:1], may_be_ordered(grid)):
+        weights = [
+            packed_weight(KERNEL.pack(weight(grid, shape, ordered, seed)), grid, shape) for seed in range(3)
+        ]  # fmt: skip
+        x = torch.randn(rows, shape[1])
+        y = launch.multiply_by_three(x, weights)
+        assert y.shape == (3, rows, shape[0])
+        for found, one in zip(y, weights, strict=True):
+            assert torch.equal(found, launch.multiply(x, one))
+
+
+def attended(qkv: Tensor, keys: Tensor, values: Tensor, at: int, keep: Tensor | None) -> Tensor:
+    """By definition, position by position, in float64; keys and values[B, H, P, D] of all positions before."""
+    B, H, P, D = keys.shape
+    query, key, value = (states.view(B, H, 1, D).double() for states in qkv)
+    keys, values = torch.cat([keys.double(), key], 2), torch.cat([values.double(), value], 2)
+    scores = query @ keys.transpose(2, 3)
+    if keep is not None:
+        hidden = ~keep[:, at - P : at]
+        scores[..., :P].masked_fill_(hidden[:, None, None], -torch.inf)
+    return (scores.softmax(-1) @ values).transpose(1, 2).reshape(B, H * D)
+
+
+@pytest.mark.parametrize("S, at", [(32, 0), (32, 7), (48, 47), (48, 48), (48, 200), (1, 5), (100, 99), (16, 15)])
+@pytest.mark.parametrize("stretch", [256, 16, 37])
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_to_a_ring(S: int, at: int, stretch: int, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever lies in places that no position has reached, and whether one program or several attend."""
+    monkeypatch.setattr(launch, "STRETCH", stretch)
+    B, H, D = 2, 3, 20 if S == 48 else 16
+    random = torch.Generator().manual_seed(S + at)
+    qkv = torch.randn(3, B, H * D, generator=random)
+    before, held = torch.randn(2, B, H, at, D, generator=random), min(at, S - 1)
+    rings = torch.full((2, B, H, S, D), torch.nan)
+    for position in range(max(0, at - S), at):
+        rings[:, :, :, position % S] = before[:, :, :, position]
+    keep = torch.rand(B, at + 5, generator=random) < 0.5 if padded else None
+    if keep is not None:
+        keep[0, :at] = False
+    keys, values = rings.unbind()
+    y = launch.attend(qkv, keys, values, torch.tensor([at]), keep)
+    expected = attended(qkv, *before[:, :, :, at - held :], at, keep)
+    assert torch.allclose(y.double(), expected, atol=1e-5)
+    for ring, states in ((keys, qkv[1]), (values, qkv[2])):
+        assert torch.equal(ring[:, :, at % S], states.view(B, H, D))
 
 
 def test_gradients_reach_the_activations() -> None:

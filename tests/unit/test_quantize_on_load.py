@@ -102,7 +102,7 @@ def test_4_bits_are_transformers(make_model: Callable[..., Path], said: dict[str
 def test_the_compute_type_is_honoured_and_survives_saving(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compute: str, dtype: str
 ) -> None:
-    monkeypatch.setattr("neoquant.loading.load.fused_block", None)  # it would not ask the kernels
+    monkeypatch.setattr("neoquant.loading.load.block_step", None)  # it would not ask the kernels
     said = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
     model = neoquant.AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=said, dtype=dtype)
     (kernel,) = {type(layer.kernel) for layer in layers(model).values()}

@@ -13,7 +13,8 @@ from neoquant.grids import Grid
 from neoquant.kernels import native_weight
 from neoquant.kernels.base import Kernel, State, require_ids
 from neoquant.kernels.triton import launch
-from neoquant.kernels.triton.arrangement import LARGEST, Arrangement, arrange
+from neoquant.kernels.triton.arrangement import LARGEST, arrange
+from neoquant.kernels.triton.launch import PackedWeight
 from neoquant.tensor import QuantizedTensor
 
 COMPUTED = (torch.float32, torch.float16, torch.bfloat16)
@@ -47,50 +48,46 @@ class Triton(Kernel):
         return QuantizedTensor(codes, grid, params, state.get("order"), dtype)
 
     def linear(self, x: Tensor, state: State, grid: Grid, shape: tuple[int, ...], bias: Tensor | None) -> Tensor:
-        arrangement = arranged(state, grid, shape)
-        rows = x.reshape(-1, shape[1])
+        weight, rows = packed_weight(state, grid, shape), x.reshape(-1, shape[1])
         if torch.is_grad_enabled() and x.requires_grad:
-            y: Tensor = _PackedProduct.apply(rows, state, arrangement, shape, bias)  # type: ignore[no-untyped-call]
+            y: Tensor = _PackedProduct.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
         else:
-            y = _product(rows, state, arrangement, shape, bias)
+            y = _product(rows, weight, bias)
         return y.view(*x.shape[:-1], shape[0])
 
     def embedding(self, ids: Tensor, state: State, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         require_ids(ids, shape[0])
         kind = dtype if dtype in COMPUTED else torch.float32
-        rows = launch.decode(state, arranged(state, grid, shape), shape, kind, ids.reshape(-1))
+        rows = launch.decode(packed_weight(state, grid, shape), kind, ids.reshape(-1))
         return rows.to(dtype).view(*ids.shape, shape[1])
 
 
-def arranged(state: State, grid: Grid, shape: tuple[int, ...]) -> Arrangement:
-    """How the programs see the weight of a state."""
-    return arrange(grid, shape, native_weight.codes_name(grid, shape))
+def packed_weight(state: State, grid: Grid, shape: tuple[int, ...]) -> PackedWeight:
+    """The weight of a state as the programs see it."""
+    return PackedWeight(state, arrange(grid, shape, native_weight.codes_name(grid, shape)), shape)
 
 
-def _product(x: Tensor, state: State, arrangement: Arrangement, shape: tuple[int, ...], bias: Tensor | None) -> Tensor:
-    if arrangement.aligned and 0 < x.shape[0] <= launch.SOME and x.dtype in COMPUTED:
-        return launch.multiply(x, state, arrangement, shape, bias)
-    return torch.nn.functional.linear(x, _decoded(state, arrangement, shape, x.dtype), bias)
+def _product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    if weight.arrangement.aligned and 0 < x.shape[0] <= launch.SOME and x.dtype in COMPUTED:
+        return launch.multiply(x, weight, bias)
+    return torch.nn.functional.linear(x, _decoded(weight, x.dtype), bias)
 
 
-def _decoded(state: State, arrangement: Arrangement, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return launch.decode(state, arrangement, shape, dtype if dtype in COMPUTED else torch.float32).to(dtype)
+def _decoded(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    return launch.decode(weight, dtype if dtype in COMPUTED else torch.float32).to(dtype)
 
 
 class _PackedProduct(torch.autograd.Function):
     """The product, with the gradient of x; the weight has none."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, state: State, arrangement: Arrangement, shape: tuple[int, ...], bias: Tensor | None
-    ) -> Tensor:
-        ctx.weight = state, arrangement, shape
-        return _product(x, state, arrangement, shape, bias)
+    def forward(ctx: Any, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return _product(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        state, arrangement, shape = ctx.weight
-        return grads[0] @ _decoded(state, arrangement, shape, grads[0].dtype), None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0] @ _decoded(ctx.weight, grads[0].dtype), None, None
 
 
 @cache

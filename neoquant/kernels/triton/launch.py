@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,30 +16,60 @@ FEW, SOME = 4, 64  # rows of activations that `multiply_few` and `multiply_some`
 ACTIVATIONS = {None: 0, "gelu_new": 1, "gelu_pytorch_tanh": 1}
 DECODED = 1024  # columns of a row that a program decodes
 WARPS = 4
+STRETCH = 256  # positions that one program attends to, at most
+ATTENDED = 8192  # numbers of keys that it holds at once
+OF_EACH = ("order", "packed", "scale", "coarse", "offset", "zero")  # of three weights that are multiplied at once
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A packed weight [N, K]: a kernel's state, and how the programs see it."""
+
+    state: State
+    arrangement: Arrangement
+    shape: tuple[int, ...]
+
+    def is_like(self, other: PackedWeight) -> bool:
+        """Whether one launch can have both."""
+        alike = (self.arrangement, self.shape) == (other.arrangement, other.shape)
+        return alike and ("order" in self.state) == ("order" in other.state)
 
 
 def multiply(
     x: Tensor,
-    state: State,
-    arrangement: Arrangement,
-    shape: tuple[int, ...],
+    weight: PackedWeight,
     bias: Tensor | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
     """x[M, K] times the transpose of an aligned weight [N, K], M up to SOME, plus bias[N]; through `activation` (one of
     ACTIVATIONS); plus residual[M, N]: [M, N] in x's type."""
+    return _launch_product(x, [weight], bias, activation, residual)
+
+
+def multiply_by_three(x: Tensor, weights: Sequence[PackedWeight]) -> Tensor:
+    """x[M, K] times the transposes of three aligned weights alike, M up to SOME: [3, M, N] in x's type."""
+    return _launch_product(x, weights, None, None, None)
+
+
+def _launch_product(
+    x: Tensor, weights: Sequence[PackedWeight], bias: Tensor | None, activation: str | None, residual: Tensor | None
+) -> Tensor:
     from neoquant.kernels.triton import programs
 
-    M, (N, K) = x.shape[0], shape
-    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    arrangement, three = weights[0].arrangement, len(weights) == 3
+    M, (N, K) = x.shape[0], weights[0].shape
+    y = torch.empty((3, M, N) if three else (M, N), dtype=x.dtype, device=x.device)
     few = M <= FEW
     program = programs.multiply_few if few else programs.multiply_some
     tiles = few_tiles(M) if few else some_tiles(M, arrangement, x.dtype)
-    grid = (-(-N // tiles["BN"]), 1 if few else -(-M // tiles["BM"]))
+    grid = (-(-N // tiles["BN"]), 1 if few else -(-M // tiles["BM"]), len(weights))
+    described = [arrangement.tensors(weight.state) for weight in weights]
+    others = {f"{name}_{at}": described[at if three else 0][name] for at in (1, 2) for name in OF_EACH}
     arguments: dict[str, Any] = {
         "x": x.contiguous(),
-        **arrangement.tensors(state),
+        **described[0],
+        **others,
         "bias": x if bias is None else bias,
         "residual": x if residual is None else residual.contiguous(),
         "y": y,
@@ -47,23 +79,23 @@ def multiply(
         "row_bytes": arrangement.row_bytes,
         "groups": arrangement.groups,
         **dict(arrangement.constants),
-        "ORDER": "order" in state,
+        "ORDER": "order" in weights[0].state,
         "BIAS": bias is not None,
         "ACTIVATION": ACTIVATIONS[activation],
         "RESIDUAL": residual is not None,
+        "THREE": three,
         **tiles,
     }
     run(program, grid, arguments, {"num_warps": WARPS, "enable_fp_fusion": True})
     return y
 
 
-def decode(
-    state: State, arrangement: Arrangement, shape: tuple[int, ...], dtype: torch.dtype, rows: Tensor | None = None
-) -> Tensor:
+def decode(weight: PackedWeight, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
     """The weight, or its `rows` int64[R], as dtype[R, K]: as `Decoding.decode` gives them, to the bit."""
     from neoquant.kernels.triton import programs
 
-    count, K = (shape[0] if rows is None else rows.numel()), shape[1]
+    state, arrangement, K = weight.state, weight.arrangement, weight.shape[1]
+    count = weight.shape[0] if rows is None else rows.numel()
     described = arrangement.tensors(state)
     w = torch.empty(count, K, dtype=dtype, device=described["packed"].device)
     if count == 0:
@@ -84,6 +116,31 @@ def decode(
     # a product and a sum that are rounded once would differ from torch's in the last bit
     run(programs.decode, (count, -(-K // arguments["BK"])), arguments, {"num_warps": WARPS, "enable_fp_fusion": False})
     return w
+
+
+def attend(qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor, keep: Tensor | None) -> Tensor:
+    """Attention of the position that comes next, to itself and to what lies in two rings: [B, H * D] in qkv's type.
+
+    qkv[3, B, H * D] are its query, key and value; keys and values[B, H, S, D], where position p lies at place p modulo
+    S; position int64[1] is its number, and where its key and value are written; keep bool[B, C] is False on padding.
+    """
+    from neoquant.kernels.triton import programs
+
+    B, H, S, D = keys.shape
+    splits, BD = power_of_two(-(-S // STRETCH)), power_of_two(D)
+    y = torch.empty_like(qkv[0])
+    parts = y if splits == 1 else torch.empty(B * H, splits, 2 + D, device=y.device)
+    arguments: dict[str, Any] = {
+        "qkv": qkv, "keys": keys, "values": values, "position": position,
+        "keep": position if keep is None else keep.contiguous().view(torch.uint8), "y": y, "parts": parts,
+        "B": B, "H": H, "D": D, "S": S, "WIDTH": 0 if keep is None else keep.shape[1], "KEEP": keep is not None,
+        "SPLITS": splits, "BD": BD, "BS": max(16, ATTENDED // BD),
+    }  # fmt: skip
+    run(programs.attend, (B * H, splits), arguments, {"num_warps": WARPS, "enable_fp_fusion": True})
+    if splits > 1:
+        joined = {"parts": parts, "y": y, "D": D, "SPLITS": splits, "BD": BD}
+        run(programs.join_parts, (B * H,), joined, {"num_warps": WARPS, "enable_fp_fusion": True})
+    return y
 
 
 def run(program: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, Any]) -> None:

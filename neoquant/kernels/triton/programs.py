@@ -1,4 +1,5 @@
-"""The programs that Triton compiles: products with packed weights, rows of them, and whole weights decoded.
+"""The programs that Triton compiles: products with packed weights, rows of them, whole weights decoded, and attention
+of one new position to those before it.
 
 A weight [N, K] is described by constants, which `arrangement` reads off a grid's `Decoding`:
 
@@ -60,6 +61,18 @@ def words_of(packed, first, left, mask, UNIT: tl.constexpr):
 
 
 @triton.jit
+def one_of_three(first, second, third):
+    """That of the third axis of a launch."""
+    which = tl.program_id(2)
+    found = first
+    if which == 1:
+        found = second
+    if which == 2:
+        found = third
+    return found
+
+
+@triton.jit
 def finish(total, at, columns, mask, bias, residual, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
            RESIDUAL: tl.constexpr):  # fmt: skip
     """What follows a product: a bias, GELU as GPT-Neo has it (by tanh), what is added to it."""
@@ -77,12 +90,21 @@ def finish(total, at, columns, mask, bias, residual, BIAS: tl.constexpr, ACTIVAT
 @triton.jit
 def multiply_few(
     x, order, packed, scale, coarse, offset, scale_table, zero, numbers, bias, residual, y, M, N, K, row_bytes, groups,
+    order_1, packed_1, scale_1, coarse_1, offset_1, zero_1, order_2, packed_2, scale_2, coarse_2, offset_2, zero_2,
     BITS: tl.constexpr, UNIT: tl.constexpr, CODES: tl.constexpr, HIGH: tl.constexpr, TABLE: tl.constexpr,
     SIGNED: tl.constexpr, MIDDLE: tl.constexpr, GROUP: tl.constexpr, SCALING: tl.constexpr, FACTOR: tl.constexpr,
     ZERO: tl.constexpr, ORDER: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    THREE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """y[M, N] = x[M, K] W[N, K]^T for M up to BM: a program has BN rows of W and reads each byte of them once."""
+    """y[M, N] = x[M, K] W[N, K]^T for M up to BM: a program has BN rows of W and reads each byte of them once.
+
+    THREE: y[3, M, N], of three weights alike, as those of query, key and value are.
+    """
+    if THREE:
+        order, packed = one_of_three(order, order_1, order_2), one_of_three(packed, packed_1, packed_2)
+        scale, coarse = one_of_three(scale, scale_1, scale_2), one_of_three(coarse, coarse_1, coarse_2)
+        offset, zero = one_of_three(offset, offset_1, offset_2), one_of_three(zero, zero_1, zero_2)
+        y += tl.program_id(2) * M * N
     U: tl.constexpr = BK // CODES
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.arange(0, BM)
@@ -137,12 +159,18 @@ def multiply_few(
 @triton.jit
 def multiply_some(
     x, order, packed, scale, coarse, offset, scale_table, zero, numbers, bias, residual, y, M, N, K, row_bytes, groups,
+    order_1, packed_1, scale_1, coarse_1, offset_1, zero_1, order_2, packed_2, scale_2, coarse_2, offset_2, zero_2,
     BITS: tl.constexpr, UNIT: tl.constexpr, CODES: tl.constexpr, HIGH: tl.constexpr, TABLE: tl.constexpr,
     SIGNED: tl.constexpr, MIDDLE: tl.constexpr, GROUP: tl.constexpr, SCALING: tl.constexpr, FACTOR: tl.constexpr,
     ZERO: tl.constexpr, ORDER: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    THREE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The same with the tensor cores, for M of 5 to some 64: W is decoded tile by tile into x's type."""
+    if THREE:
+        order, packed = one_of_three(order, order_1, order_2), one_of_three(packed, packed_1, packed_2)
+        scale, coarse = one_of_three(scale, scale_1, scale_2), one_of_three(coarse, coarse_1, coarse_2)
+        offset, zero = one_of_three(offset, offset_1, offset_2), one_of_three(zero, zero_1, zero_2)
+        y += tl.program_id(2) * M * N
     U: tl.constexpr = BK // CODES
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -220,3 +248,78 @@ def decode(
     if ORDER:
         k = tl.load(order + k, mask=inside, other=0)
     tl.store(w + row * K + k, value.to(w.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def attend(
+    qkv, keys, values, position, keep, y, parts, B, H, D, S, WIDTH: tl.constexpr, KEEP: tl.constexpr,
+    SPLITS: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """Attention of the position that comes next, of one head and (SPLITS) one stretch of what it sees a program.
+
+    qkv[3, B, H, D]; keys and values[B, H, S, D] are rings, in which position p lies at p modulo S; `position`[1] comes
+    next: its key and value are written there, whatever lies there. keep[B, WIDTH] is 0 on hidden positions. Scores are
+    not scaled. y[B, H, D], or, of SPLITS stretches, parts[B, H, SPLITS, 2 + D]: the greatest score, the sum of
+    exp(score - greatest), and the values weighted by that.
+    """
+    row = tl.program_id(0)  # of B * H
+    split = tl.program_id(1)
+    b = row // H
+    d = tl.arange(0, BD)
+    inside = d < D
+    query = tl.load(qkv + row * D + d, mask=inside, other=0.0).to(tl.float32)
+    at = tl.load(position)
+    place = (at % S).to(tl.int32)
+    base = row.to(tl.int64) * S * D
+    greatest = float("-inf")
+    total = 0.0
+    weighted = tl.zeros((BD,), tl.float32)
+    if split == 0:  # the new position, which sees itself
+        key = tl.load(qkv + (B * H + row) * D + d, mask=inside, other=0.0)
+        value = tl.load(qkv + (2 * B * H + row) * D + d, mask=inside, other=0.0)
+        tl.store(keys + base + place * D + d, key, mask=inside)
+        tl.store(values + base + place * D + d, value, mask=inside)
+        greatest = tl.sum(query * key.to(tl.float32), axis=0)
+        total = 1.0
+        weighted = value.to(tl.float32)
+    count = tl.minimum(at + 1, S).to(tl.int32)  # places that hold something, or will
+    stretch = tl.cdiv(tl.cdiv(count, BS), SPLITS) * BS
+    for start in range(split * stretch, tl.minimum((split + 1) * stretch, count), BS):
+        s = start + tl.arange(0, BS)
+        back = place - s
+        back = tl.where(back < 0, back + S, back)
+        seen = (s < count) & (s != place)
+        if KEEP:
+            seen &= tl.load(keep + b * WIDTH + (at - back), mask=seen, other=0) != 0
+        where = base + s[:, None] * D + d[None, :]
+        there = seen[:, None] & inside[None, :]
+        key = tl.load(keys + where, mask=there, other=0.0).to(tl.float32)
+        scores = tl.where(seen, tl.sum(key * query[None, :], axis=1), float("-inf"))
+        higher = tl.maximum(greatest, tl.max(scores, axis=0))
+        if higher > float("-inf"):
+            shrink = tl.exp(greatest - higher)
+            weights = tl.exp(scores - higher)
+            value = tl.load(values + where, mask=there, other=0.0).to(tl.float32)
+            weighted = weighted * shrink + tl.sum(value * weights[:, None], axis=0)
+            total = total * shrink + tl.sum(weights, axis=0)
+            greatest = higher
+    if SPLITS == 1:
+        tl.store(y + row * D + d, (weighted / total).to(y.dtype.element_ty), mask=inside)
+    else:
+        to = parts + (row * SPLITS + split) * (2 + D)
+        tl.store(to, greatest)
+        tl.store(to + 1, total)
+        tl.store(to + 2 + d, weighted, mask=inside)
+
+
+@triton.jit
+def join_parts(parts, y, D, SPLITS: tl.constexpr, BD: tl.constexpr):
+    """y[R, D] of parts[R, SPLITS, 2 + D], as `attend` leaves them; the first stretch of each row saw something."""
+    row = tl.program_id(0)
+    d = tl.arange(0, BD)
+    at = parts + (row * SPLITS + tl.arange(0, SPLITS)) * (2 + D)
+    greatest = tl.load(at)
+    share = tl.exp(greatest - tl.max(greatest, axis=0))
+    total = tl.sum(share * tl.load(at + 1), axis=0)
+    found = tl.load(at[:, None] + 2 + d[None, :], mask=d[None, :] < D, other=0.0)
+    tl.store(y + row * D + d, (tl.sum(found * share[:, None], axis=0) / total).to(y.dtype.element_ty), mask=d < D)
