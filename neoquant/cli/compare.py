@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,18 +17,18 @@ from neoquant.cli.evaluation import (
     inputs_of,
     is_result,
     keeping_progress,
-    load_evaluated_model,
+    load_compared_models,
     process_group_of,
     publish,
 )
+from neoquant.cli.harness_tasks import compared_tasks, run_tasks, task_options
 from neoquant.cli.output import check_output_file, json_kind
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import RequestError
 
 if TYPE_CHECKING:
-    from neoquant.evaluation import Comparison, EvaluatedModel
+    from neoquant.evaluation import Comparison
     from neoquant.evaluation.thresholds import Condition
-    from neoquant.tokenizer.tokenizer import Tokenizer
 
 
 def compare(
@@ -47,6 +46,9 @@ def compare(
     context: options.Context = None,
     protocol: options.Protocol = None,
     stride: options.Stride = None,
+    task: options.Task = None,
+    task_path: options.TaskPath = None,
+    fewshot: options.Fewshot = None,
     json: options.Json = None,
     force: options.Force = False,
     fail_if: options.FailIf = None,
@@ -58,7 +60,8 @@ def compare(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Measure the accuracy loss of models against BASE, token by token on the same windows of text.
+    """Measure the accuracy loss of models against BASE, token by token on the same windows of text; or with --task,
+    answer by answer on tasks of lm-evaluation-harness.
 
     Shows perplexity and bits per byte of both, the change, the KL divergence and the share of tokens with
     the same top token, each with its 95 % interval over documents, and size and bits per weight. --revision
@@ -78,10 +81,12 @@ def compare(
       neoquant compare neoquant-demo neoquant-demo-nf4 --suite demo
       neoquant compare EleutherAI/gpt-neo-1.3B gpt-neo-1.3B-nf4 gpt-neo-1.3B-int8 --suite pile-core --json loss.json
       neoquant compare gpt-neo-1.3B-nf4 gpt-neo-1.3B-nf4 --activations int8 --suite pile-smoke
+      neoquant compare EleutherAI/gpt-neo-1.3B gpt-neo-1.3B-nf4 --task hellaswag --task arc_easy --json tasks.json
       neoquant compare base.json nf4.json --fail-if "delta_nll > 0.05" --fail-if "any:delta_nll > 0.1"
     """
     terminal: Terminal = ctx.obj
     models = models or []
+    asked = task_options(ctx.params)
     loading = LoadOptions.of(ctx.params)
     saved = [is_result(name) for name in (base, *models)]
     if any(saved) and not all(saved):
@@ -91,16 +96,23 @@ def compare(
     # from saved evaluations nothing that needs both models side by side can be had, from comparisons it can
     conditions = conditions_of(fail_if, side_by_side=True)
     if all(saved):
+        if asked is not None:
+            raise RequestError("--task runs models: saved results on tasks are compared without it")
+        if compared_tasks([base, *models], json, force, conditions, terminal):
+            return
         check_output_file(json, json_kind("comparison"), terminal, inputs=[base, *models], force=force)
         _show(_compare_saved([base, *models], terminal), conditions, json, terminal)
         return
     if not models:
         raise RequestError(f"name one or more models to compare with {base}")
+    if asked is not None:
+        run_tasks(asked, [base, *models], loading, terminal)
+        return
     chosen = choose_suite(SuiteOptions.of(ctx.params), base)
     inputs = inputs_of(chosen, suite, base, *models)
     check_output_file(json, json_kind("comparison"), terminal, inputs=inputs, force=force)
     with keeping_progress(json) as journal, process_group_of(terminal) as group:
-        reference, others, tokenizer = _load(base, revision, models, loading.within(group), terminal)
+        reference, others, tokenizer = load_compared_models(base, revision, models, loading.within(group), terminal)
 
         from neoquant.evaluation import compare
 
@@ -116,21 +128,6 @@ def compare(
         )
     if not group.rank:
         _show(result, conditions, json, terminal)
-
-
-def _load(
-    base: str, revision: str | None, models: list[str], options: LoadOptions, terminal: Terminal
-) -> tuple[EvaluatedModel, list[EvaluatedModel], Tokenizer]:
-    """The reference, the models made from it, and the tokenizer of the reference, which reads the text for all."""
-    exact = replace(options, activations="exact", cache=None)
-    reference, tokenizer = load_evaluated_model(base, terminal, "compare", exact, revision)
-    others = []
-    for model in models:
-        other, own_tokenizer = load_evaluated_model(model, terminal, "compare", options)
-        if own_tokenizer.sha256 != tokenizer.sha256:
-            terminal.note(f"note: {model} comes with another tokenizer than {base}; both are read with that of {base}")
-        others.append(other)
-    return reference, others, tokenizer
 
 
 def _show(result: Comparison, conditions: list[Condition], json: Path | None, terminal: Terminal) -> None:

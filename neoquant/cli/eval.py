@@ -17,6 +17,7 @@ from neoquant.cli.evaluation import (
     process_group_of,
     publish,
 )
+from neoquant.cli.harness_tasks import run_tasks, task_options
 from neoquant.cli.output import check_output_file, json_kind
 from neoquant.cli.terminal import Terminal
 
@@ -32,6 +33,9 @@ def eval_(
     context: options.Context = None,
     protocol: options.Protocol = None,
     stride: options.Stride = None,
+    task: options.Task = None,
+    task_path: options.TaskPath = None,
+    fewshot: options.Fewshot = None,
     json: options.Json = None,
     force: options.Force = False,
     fail_if: options.FailIf = None,
@@ -42,7 +46,8 @@ def eval_(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Measure a model on a suite: perplexity and bits per byte, for each subset and in total.
+    """Measure a model on a suite: perplexity and bits per byte, for each subset and in total; or with --task, its
+    accuracy on tasks of lm-evaluation-harness.
 
     To measure the accuracy loss of quantization, use `neoquant compare`: it needs fewer documents.
 
@@ -55,8 +60,13 @@ def eval_(
       neoquant eval gpt-neo-1.3B-nf4 --suite pile-smoke --subset ArXiv --subset Github --documents 5
       torchrun --nproc-per-node 4 -m neoquant eval EleutherAI/gpt-neo-1.3B --suite pile-core --json base.json
       neoquant eval gpt-neo-1.3B-nf4 --suite pile-core --data my-texts.jsonl --protocol strided --stride 512
+      neoquant eval gpt-neo-1.3B-nf4 --task piqa --task winogrande --json tasks.json
     """
     terminal: Terminal = ctx.obj
+    asked = task_options(ctx.params)
+    if asked is not None:
+        run_tasks(asked, [model], LoadOptions.of(ctx.params), terminal)
+        return
     conditions = conditions_of(fail_if, side_by_side=False)
     loading = LoadOptions.of(ctx.params)
     chosen = choose_suite(SuiteOptions.of(ctx.params), model)

@@ -23,8 +23,9 @@ from neoquant.errors import RequestError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from neoquant.evaluation import Comparison, EvaluatedModel, Evaluation, Inspection, Suite
+    from neoquant.evaluation import Comparison, EvaluatedModel, Evaluation, Suite
     from neoquant.evaluation.distributed import ProcessGroup
+    from neoquant.evaluation.result import Record
     from neoquant.evaluation.thresholds import Condition
     from neoquant.tokenizer.tokenizer import Tokenizer
 
@@ -191,7 +192,7 @@ def fail_where(conditions: list[Condition], result: Evaluation | Comparison, ter
 
 
 def publish(
-    result: Evaluation | Comparison | Inspection,
+    result: Record,
     table: RenderableType,
     notes: Iterable[str],
     json: Path | None,
@@ -241,3 +242,18 @@ def load_evaluated_model(
         info = info.model_copy(update={"name": f"{info.name} ({options.cache} cache)"})
         runs = HeldStates(network, options.cache)
     return EvaluatedModel(runs, info, calibrated_on(source, info.revision, terminal.progress)), tokenizer
+
+
+def load_compared_models(
+    base: str, revision: str | None, models: list[str], options: LoadOptions, terminal: Terminal
+) -> tuple[EvaluatedModel, list[EvaluatedModel], Tokenizer]:
+    """The reference, the models made from it, and the tokenizer of the reference, which reads the text for all."""
+    exact = replace(options, activations="exact", cache=None)
+    reference, tokenizer = load_evaluated_model(base, terminal, "compare", exact, revision)
+    others = []
+    for model in models:
+        other, own_tokenizer = load_evaluated_model(model, terminal, "compare", options)
+        if own_tokenizer.sha256 != tokenizer.sha256:
+            terminal.note(f"note: {model} comes with another tokenizer than {base}; both are read with that of {base}")
+        others.append(other)
+    return reference, others, tokenizer

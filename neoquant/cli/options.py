@@ -392,3 +392,23 @@ Protocol = Annotated[
     ),
 ]
 Stride = Annotated[int | None, typer.Option("--stride", metavar="N", help="Tokens scored a window (strided).")]
+
+# Tasks of lm-evaluation-harness, instead of text: the same for `eval` and `compare`.
+Task = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--task",
+        metavar="NAME",
+        help="A task, group or tag of lm-evaluation-harness that scores given answers: piqa, hellaswag, winogrande, "
+        "arc_easy, ... Repeat for more. Needs the extra lm-eval.",
+        show_default=False,
+    ),
+]
+TaskPath = Annotated[
+    Path | None,
+    typer.Option("--task-path", metavar="FOLDER", help="Definitions of further tasks (lm-eval's YAML)."),
+]
+Fewshot = Annotated[
+    int | None,
+    typer.Option("--fewshot", metavar="N", help="Examples before each question. [default: the task's, else 0]", min=0),
+]

@@ -51,7 +51,8 @@ def report(
 ) -> None:
     """Turn saved results into a page, Markdown or a model card; the terminal shows the table and the verdict.
 
-    Comparisons of the same base, data and protocol become one. Speed and memory come from files of neoquant bench.
+    Comparisons of the same base, data and protocol become one. Speed and memory come from files of neoquant bench,
+    scores on tasks from those of neoquant compare --task.
     The page quotes passages of the documents: share it only where the text may be shared.
 
     \b
@@ -73,23 +74,27 @@ def report(
     from neoquant.report.markdown import MARK, markdown_report
     from neoquant.report.remarks import remarks
     from neoquant.report.table import comparison_table
+    from neoquant.report.tasks import task_comparison_table
     from neoquant.report.verdict import verdict
 
     gathered = gather(results)
     cards = [(folder / "README.md", _card(folder, gathered.comparison, terminal)) for folder in card or ()]
     if piped:
-        terminal.show(markdown_report(gathered.comparison, gathered.speed).rstrip())
+        terminal.show(markdown_report(gathered.comparison, gathered.speed, gathered.tasks).rstrip())
     else:
         terminal.show(comparison_table(gathered.comparison, gathered.speed))
         for inspection in gathered.inspections:
             terminal.show("", inspection_table(inspection))
+        for tasks in gathered.tasks:
+            terminal.show("", task_comparison_table(tasks))
         terminal.show("", *(verdict(gathered.comparison), *remarks(gathered.comparison)))
     if html is not None:
         from neoquant.report.page import render_page
 
         write_text(html, render_page(gathered), terminal)
     if markdown is not None and not piped:
-        write_text(markdown, f"{MARK}\n{markdown_report(gathered.comparison, gathered.speed)}", terminal)
+        text = markdown_report(gathered.comparison, gathered.speed, gathered.tasks)
+        write_text(markdown, f"{MARK}\n{text}", terminal)
     for path, text in cards:
         write_text(path, text, terminal)
 

@@ -10,19 +10,40 @@ import torch
 from neoquant.errors import DataError, RequestError, locate
 from neoquant.evaluation.compare import macro_change, unit_changes
 from neoquant.evaluation.result import Candidate, Comparison, Evaluation, Resampling
+from neoquant.evaluation.task_result import TaskEvaluation
 from neoquant.files.reading import MAX_LARGE_BYTES, parse_json, read_text
 
 
 def read_result(path: str | Path) -> Evaluation | Comparison:
     """What `--json` wrote. Raises DataError for a file that is not one of ours, or of another schema version."""
+    text, version = _read(path)
+    with locate(str(path)):
+        return Comparison.from_json(text) if version.startswith("neoquant.comparison") else Evaluation.from_json(text)
+
+
+def is_task_result(path: str | Path) -> bool:
+    """Whether `--json` wrote it of tasks. Raises DataError for a file that is no JSON."""
+    return _read(path)[1].startswith("neoquant.task-")
+
+
+def read_task_result(path: str | Path) -> TaskEvaluation:
+    """What `eval --task` wrote. Raises DataError for a file that is none, RequestError for another result of ours."""
+    text, version = _read(path)
+    with locate(str(path)):
+        if version.startswith("neoquant.") and not version.startswith("neoquant.task-evaluation"):
+            raise RequestError(f"it is a {version}: name what neoquant eval --task wrote")
+        return TaskEvaluation.from_json(text)
+
+
+def _read(path: str | Path) -> tuple[str, str]:
+    """A file's text and the schema version that it states, or nothing."""
     text = read_text(path, limit=MAX_LARGE_BYTES, error=DataError)
     with locate(str(path)):
         try:
             fields = parse_json(text)
         except ValueError as error:
             raise DataError(f"cannot be read as a result: {error}") from None
-        version = str(fields.get("schema_version", "")) if isinstance(fields, dict) else ""
-        return Comparison.from_json(text) if version.startswith("neoquant.comparison") else Evaluation.from_json(text)
+    return text, str(fields.get("schema_version", "")) if isinstance(fields, dict) else ""
 
 
 def compare_saved(results: Sequence[Evaluation | Comparison], names: Sequence[str]) -> Comparison:

@@ -93,7 +93,7 @@ def score(
         with progress.task("scoring", total=sum(corpus.windows[w].scored for n in mine for w in work[n])) as advance:
             for number in mine:
                 windows = work[number]
-                scores = _score_batch(models, [corpus.windows[w] for w in windows], limits.rows, advance)
+                scores = score_batch(models, [corpus.windows[w] for w in windows], limits.rows, advance)
                 _check_finite(scores, windows, corpus, names)
                 accumulator.add(windows, scores)
                 done.add(number)
@@ -120,7 +120,7 @@ def _merge_all(accumulator: Accumulator, group: ProcessGroup) -> None:
             accumulator.merge(Accumulator.from_state(state))
 
 
-def _score_batch(
+def score_batch(
     models: Sequence[Model], windows: Sequence[Window], rows: int, advance: Callable[[float], None]
 ) -> list[TokenScores]:
     """Each model's scores of the scored tokens of `windows`, one after the other."""

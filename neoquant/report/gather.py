@@ -10,20 +10,23 @@ from neoquant.benchmark.run import Speed
 from neoquant.errors import DataError, RequestError, locate
 from neoquant.evaluation.inspection_result import Inspection
 from neoquant.evaluation.result import Comparison, Evaluation, from_json
+from neoquant.evaluation.task_result import TaskComparison
 from neoquant.files.reading import MAX_LARGE_BYTES, parse_json, read_text
 from neoquant.report.measured_speed import NO_SPEED, MeasuredSpeed, measured_speed
 
 
 class Gathered(NamedTuple):
-    """Every candidate against one reference, the inspections of some of them, and the speed of some models."""
+    """Every candidate against one reference, the inspections of some of them, the speed of some models, and scores on
+    tasks."""
 
     comparison: Comparison
     inspections: tuple[Inspection, ...]
     speed: MeasuredSpeed = NO_SPEED
+    tasks: tuple[TaskComparison, ...] = ()
 
 
 def gather(files: Sequence[Path]) -> Gathered:
-    """Read comparisons, inspections and benchmarks, and make one comparison of all candidates.
+    """Read comparisons, inspections, benchmarks and scores on tasks, and make one comparison of all candidates.
 
     Raises:
         DataError: a file is not one of these, in this version's schema.
@@ -33,25 +36,30 @@ def gather(files: Sequence[Path]) -> Gathered:
     comparisons: dict[Path, Comparison] = {}
     inspections: dict[Path, Inspection] = {}
     benchmarks: dict[str, Speed] = {}
+    tasks: dict[Path, TaskComparison] = {}
     for path in files:
         found = _read(path)
         if isinstance(found, Comparison):
             comparisons[path] = found
         elif isinstance(found, Inspection):
             inspections[path] = found
+        elif isinstance(found, TaskComparison):
+            tasks[path] = found
         else:
             benchmarks[str(path)] = found
     if not comparisons:
         listed = ", ".join(map(str, files)) or "nothing"
         raise RequestError(f"{listed}: no comparison: make one with neoquant compare ... --json")
     merged = _merge(comparisons)
-    for path, inspection in inspections.items():
+    bases = {path: inspection.base for path, inspection in inspections.items()}
+    bases |= {path: result.reference.model for path, result in tasks.items()}
+    for path, base in bases.items():
         first = next(iter(comparisons))
-        _check_same(path, _weights(inspection.base.sha256), first, _weights(merged.reference.model.sha256))
-    return Gathered(merged, tuple(inspections.values()), measured_speed(benchmarks))
+        _check_same(path, _weights(base.sha256), first, _weights(merged.reference.model.sha256))
+    return Gathered(merged, tuple(inspections.values()), measured_speed(benchmarks), tuple(tasks.values()))
 
 
-def _read(path: Path) -> Comparison | Inspection | Speed:
+def _read(path: Path) -> Comparison | Inspection | TaskComparison | Speed:
     text = read_text(path, limit=MAX_LARGE_BYTES, error=DataError)
     try:
         fields = dict(parse_json(text))
@@ -61,15 +69,16 @@ def _read(path: Path) -> Comparison | Inspection | Speed:
     kind = schema.partition("/")[0]
     if "schema_version" not in fields and {"programs", "prompt_tokens"} <= fields.keys():
         kind = "neoquant.benchmark"  # as versions before the field wrote it
-    readers: dict[str, Callable[[str], Comparison | Inspection | Speed]] = {
+    readers: dict[str, Callable[[str], Comparison | Inspection | TaskComparison | Speed]] = {
         "neoquant.comparison": Comparison.from_json,
         "neoquant.inspection": Inspection.from_json,
+        "neoquant.task-comparison": TaskComparison.from_json,
         "neoquant.benchmark": lambda text: from_json(Speed, text),
     }
     if kind in readers:
         with locate(str(path)):
             return readers[kind](text)
-    if kind == "neoquant.evaluation":
+    if kind in ("neoquant.evaluation", "neoquant.task-evaluation"):
         raise DataError(f"{path} is the evaluation of one model: a report needs comparisons, from neoquant compare")
     raise DataError(f"{path} is not a result of neoquant: its schema_version is {schema!r}")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from neoquant.data.suite import FileData
 from neoquant.evaluation.result import Candidate, Change, Comparison, Evaluation
+from neoquant.evaluation.task_result import TaskComparison
 from neoquant.report.formatting import (
     NONE,
     agreement_interval,
@@ -20,21 +22,37 @@ from neoquant.report.formatting import (
 from neoquant.report.measured_speed import NO_SPEED, MeasuredSpeed
 from neoquant.report.remarks import remarks
 from neoquant.report.subsets import FEW_NOTE, subset_names
+from neoquant.report.tasks import task_provenance, task_rows
 from neoquant.report.verdict import percent_change, percent_interval, recommended, verdict, verdict_of
 
 MARK = "<!-- neoquant: report -->"
 """The first line of a file of Markdown, by which it is known again; Markdown does not show it."""
 
 
-def markdown_report(result: Comparison, speed: MeasuredSpeed = NO_SPEED) -> str:
-    """The verdict, a line for each model, and a line for each subset."""
+def markdown_report(result: Comparison, speed: MeasuredSpeed = NO_SPEED, tasks: Sequence[TaskComparison] = ()) -> str:
+    """The verdict, a line for each model, a line for each subset, and one for each metric of each task."""
     sections = [
         " ".join(map(escape_markdown, [verdict(result), *remarks(result)])),
         summary_table(result, speed),
         subset_table(result),
         provenance(result),
+        *map(task_table, tasks),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def task_table(result: TaskComparison) -> str:
+    """A line for each metric of each task and model, and one that says with what."""
+    lines = [
+        "| task | metric | model | documents | score | Δ, points [95 %] | gained, lost |",
+        "| --- | --- | --- | --: | --: | --: | --: |",
+    ]
+    for name, row in task_rows(result):
+        cells = [*map(escape_markdown, (row.task, row.metric, name)), row.documents, f"{row.before} → {row.after}"]
+        cells += [f"{row.change} [{row.interval}]", f"{row.gained}, {row.lost}" if row.gained else ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    base = escape_markdown(result.reference.model.name)
+    return "\n".join([*lines, "", f"Against {base}; {escape_markdown(task_provenance(result.reference))}."])
 
 
 def summary_table(result: Comparison, speed: MeasuredSpeed = NO_SPEED) -> str:

@@ -13,6 +13,7 @@ from neoquant.report.heat_maps import inspection_note, layer_heats, subset_heats
 from neoquant.report.page_elements import Chart, Heat, Tile, unbroken, visible
 from neoquant.report.remarks import remarks
 from neoquant.report.subsets import FEW_NOTE, has_few_documents
+from neoquant.report.tasks import task_provenance, task_rows
 from neoquant.report.verdict import headline, recommended, short_names, subject
 
 
@@ -30,7 +31,7 @@ class _Page:
 
     def __init__(self, gathered: Gathered) -> None:
         self.comparison = result = gathered.comparison
-        self.inspected, self.speed = gathered.inspections, gathered.speed
+        self.inspected, self.speed, self.compared_tasks = gathered.inspections, gathered.speed, gathered.tasks
         self.light, self.dark = svg.LIGHT, svg.DARK
         self.short = {name: visible(short) for name, short in short_names(result).items()}
         self.version = result.reference.environment.neoquant
@@ -81,6 +82,16 @@ class _Page:
         ]
 
     @property
+    def tasks(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "rows": [{"model": name, **row._asdict()} for name, row in task_rows(t)],
+                "with": task_provenance(t.reference),
+            }
+            for t in self.compared_tasks
+        ]
+
+    @property
     def has_passages(self) -> bool:
         return any(candidate.worst_tokens for candidate in self.comparison.candidates)
 
@@ -103,4 +114,4 @@ class _Page:
 
     @property
     def notes(self) -> list[str]:
-        return provenance.notes(self.comparison, self.inspected)
+        return provenance.notes(self.comparison, self.inspected, self.compared_tasks)

@@ -7,6 +7,7 @@ from typing import Any
 
 from neoquant.evaluation.inspection_result import Inspection
 from neoquant.evaluation.result import Comparison, ModelInfo
+from neoquant.evaluation.task_result import TaskComparison
 from neoquant.report.formatting import duration, plural, size, suite_label
 from neoquant.report.measured_speed import MeasuredSpeed
 from neoquant.report.page_elements import visible
@@ -53,10 +54,11 @@ def facts(result: Comparison, speed: MeasuredSpeed) -> list[tuple[str, str]]:
     return [*found, ("speed", f"neoquant bench, medians: {speed.settings}")] if speed.programs else found
 
 
-def notes(result: Comparison, inspections: Sequence[Inspection]) -> list[str]:
+def notes(result: Comparison, inspections: Sequence[Inspection], tasks: Sequence[TaskComparison] = ()) -> list[str]:
     """Every note of the results, each once."""
     found = [note for evaluation in result.evaluations for note in evaluation.notes]
     found += [f"{i.model.name}, layer by layer: {note}" for i in inspections for note in i.notes]
+    found += [note for compared in tasks for evaluation in compared.evaluations for note in evaluation.notes]
     return list(dict.fromkeys(found))
 
 

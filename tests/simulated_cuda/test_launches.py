@@ -10,7 +10,7 @@ from torch import nn
 
 from neoquant.evaluation.accumulator import TokenScores
 from neoquant.evaluation.corpus import Window
-from neoquant.evaluation.scoring import _score_batch
+from neoquant.evaluation.scoring import score_batch
 from neoquant.generation.generate import Sampling, stream
 from neoquant.grids import Grid, make_grid
 from neoquant.loading.pretrained import GPTNeoForCausalLM
@@ -117,7 +117,7 @@ def test_a_batch_of_evaluation_waits_for_its_scores_alone(gpu: Counts) -> None:
         windows = [Window(0, torch.arange(30 - i, dtype=torch.int32), 20 - i) for i in range(count)]
         with torch.inference_mode():
             gpu.reset()
-            (scores,) = _score_batch([model], windows, 1024, lambda tokens: None)
+            (scores,) = score_batch([model], windows, 1024, lambda tokens: None)
             costs.append(gpu.totals())
     assert len(scores.nats) == 20 + 19 + 18 + 17 + 16 + 15 and scores.nats.device.type == "cpu"
     assert costs[0] == costs[1]

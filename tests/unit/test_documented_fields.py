@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from neoquant.evaluation import Comparison, Inspection
+from neoquant.evaluation.task_result import TaskComparison
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "evaluation.md"
 
@@ -32,7 +33,7 @@ PLACES = {  # schema's name -> the description that names its fields, where it i
 def written() -> dict[str, set[str]]:
     """What is written to JSON: record -> its keys."""
     found: dict[str, set[str]] = {}
-    for kind in (Comparison, Inspection):
+    for kind in (Comparison, Inspection, TaskComparison):
         schema = kind.model_json_schema(mode="serialization")
         for name, record in {**schema["$defs"], kind.__name__: schema}.items():
             if "properties" in record:
