@@ -33,6 +33,7 @@ def plan(
     no_double_quant: options.NoDoubleQuant = False,
     group_size: options.GroupSize = None,
     symmetric: options.Symmetric = False,
+    float_zero: options.FloatZero = False,
     quantizer: options.Quantizer = None,
     order: options.Order = None,
     scales: options.Scales = None,

@@ -32,6 +32,7 @@ def quantize(
     no_double_quant: options.NoDoubleQuant = False,
     group_size: options.GroupSize = None,
     symmetric: options.Symmetric = False,
+    float_zero: options.FloatZero = False,
     quantizer: options.Quantizer = None,
     order: options.Order = None,
     scales: options.Scales = None,

@@ -44,6 +44,8 @@ class CompressedTensors(Format):
     def refuse(self, grid: Grid, shape: tuple[int, ...]) -> str | None:
         if not isinstance(grid, Affine):
             return f"compressed-tensors holds affine grids, not {grid.name}"
+        if grid.float_zero:
+            return "compressed-tensors stores zeros among the codes, not as float16; format neoquant holds them"
         if grid.bits not in WIDTHS:
             return f"compressed-tensors holds 2, 4 or 8 bits, not {grid.bits}, which its versions pack differently"
         if grid.group_size != -1 and shape[1] % grid.group_size:

@@ -74,6 +74,8 @@ class GptqFormat(Format):
     def refuse(self, grid: Grid, shape: tuple[int, ...]) -> str | None:
         if not isinstance(grid, Affine):
             return f"the GPTQ format holds affine grids, not {grid.name}"
+        if grid.float_zero:
+            return "the GPTQ format stores zeros among the codes, not as float16; format neoquant holds them"
         if shape[0] % MULTIPLE or shape[1] % MULTIPLE:
             return f"the GPTQ format needs multiples of {MULTIPLE} inputs and outputs, not {shape[1]} and {shape[0]}"
         return None

@@ -2,8 +2,9 @@
 
     value = (code - zero) * scale          code = 0 ... 2**bits - 1
 
-Groups of `group_size` inputs of one row share a scale (float16) and a zero (an integer among the codes). A row that
-the group size does not divide ends in a shorter group; a row shorter than a group is one group.
+Groups of `group_size` inputs of one row share a scale (float16) and a zero: an integer among the codes, or a float16
+number (as HQQ has it; Badri & Shaji 2023, https://mobiusml.github.io/hqq_blog/). A row that the group size does not
+divide ends in a shorter group; a row shorter than a group is one group.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ SEARCHED = {2: (0.35, 1.0, 28), 3: (0.5, 1.0, 24), 4: (0.65, 1.0, 22), 8: (0.94,
 
 @dataclass(frozen=True)
 class Affine(Grid):
-    """`scale` float16[O, G] and, if not symmetric, `zero` uint8[O, G]; G groups a row.
+    """`scale` float16[O, G] and, if not symmetric, `zero` uint8[O, G], float16[O, G] with `float_zero`; G groups a row.
 
     Symmetric: the zero is 2**(bits - 1), so there is one value fewer above it than below. -1 is a group a row.
     """
@@ -40,9 +41,10 @@ class Affine(Grid):
     bits: int = 4
     group_size: int = 128
     symmetric: bool = False
+    float_zero: bool = False
 
     legal_bits: ClassVar[tuple[int, ...]] = BITS
-    options: ClassVar[tuple[str, ...]] = ("group_size", "symmetric")
+    options: ClassVar[tuple[str, ...]] = ("group_size", "symmetric", "float_zero")
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in BITS:
@@ -51,8 +53,13 @@ class Affine(Grid):
             raise RequestError(
                 f"group size {self.group_size!r}: legal are {', '.join(map(str, GROUP_SIZES))} (-1: a whole row)"
             )
-        if not isinstance(self.symmetric, bool):
-            raise RequestError(f"symmetric is true or false, got {self.symmetric!r}")
+        for name in ("symmetric", "float_zero"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} is true or false, got {getattr(self, name)!r}")
+        if self.symmetric and self.float_zero:
+            raise RequestError(
+                "a symmetric grid stores no zeros that float_zero could make float16: choose one of both"
+            )
 
     @property
     def name(self) -> str:
@@ -61,7 +68,7 @@ class Affine(Grid):
     @property
     def label(self) -> str:
         groups = "rows" if self.group_size == -1 else f"g{self.group_size}"
-        return f"affine{self.bits}-{groups}{'-sym' if self.symmetric else ''}"
+        return f"affine{self.bits}-{groups}{'-sym' if self.symmetric else '-float-zero' if self.float_zero else ''}"
 
     @property
     def top(self) -> int:
@@ -86,7 +93,14 @@ class Affine(Grid):
     def param_shapes(self, shape: tuple[int, ...]) -> ParamShapes:
         size = (shape[0], count_pieces(shape[1], self.width(shape[1])))
         scale: ParamShapes = {"scale": (torch.float16, size)}
-        return scale if self.symmetric else {**scale, "zero": (torch.uint8, size)}
+        kind = torch.float16 if self.float_zero else torch.uint8
+        return scale if self.symmetric else {**scale, "zero": (kind, size)}
+
+    def describe(self) -> dict[str, Any]:
+        described = super().describe()
+        if not self.float_zero:  # as it was described before there were float zeros
+            del described["float_zero"]
+        return described
 
     def remark(self, shape: tuple[int, ...]) -> str | None:
         if shape[1] <= self.group_size:
@@ -134,12 +148,13 @@ class Affine(Grid):
             return rounding.round_affine(w.detach(), width, self.bits, held["scale"], held.get("zero"))
         codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
         scale, zero = self.scale_and_zero(params)
-        inverse = reciprocal(scale)
+        inverse, (whole, part) = reciprocal(scale), whole_and_part(zero)
         for rows in row_spans(w):
             for columns, groups in self._split(w[rows].detach(), width):
                 at = slice(columns.start // width, count_pieces(columns.stop, width))
                 steps = groups.float() * inverse[rows, at, None]
-                steps = steps.add_(TO_INTEGER).sub_(TO_INTEGER).add_(zero[rows, at, None]).clamp_(0, self.top)
+                steps = steps.add_(part[rows, at, None]).add_(TO_INTEGER).sub_(TO_INTEGER)
+                steps = steps.add_(whole[rows, at, None]).clamp_(0, self.top)
                 codes[rows, columns] = steps.to(torch.uint8).flatten(1)
         return codes
 
@@ -155,7 +170,7 @@ class Affine(Grid):
 
     def check(self, params: Params, shape: tuple[int, ...]) -> None:
         super().check(params, shape)
-        if not self.symmetric and self.bits < 8 and int(params["zero"].max()) > self.top:
+        if not self.symmetric and not self.float_zero and self.bits < 8 and int(params["zero"].max()) > self.top:
             raise FormatError(
                 f"zeros of a weight of {self.bits} bits end at {self.top}, got {int(params['zero'].max())}"
             )
@@ -213,14 +228,22 @@ class Affine(Grid):
 
     def group_steps(self, groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """The codes nearest to groups[R, G, width] under scale and zero[R, G], less the zero: float32[R, G, width]."""
-        steps = (groups * reciprocal(scale)[..., None]).add_(TO_INTEGER).sub_(TO_INTEGER)
+        steps = groups * reciprocal(scale)[..., None]
+        if self.float_zero:
+            _, part = whole_and_part(zero)
+            steps.add_(part[..., None]).add_(TO_INTEGER).sub_(TO_INTEGER).sub_(part[..., None])
+        else:
+            steps.add_(TO_INTEGER).sub_(TO_INTEGER)
         torch.maximum(steps, -zero[..., None], out=steps)
         return torch.minimum(steps, self.top - zero[..., None], out=steps)
 
     def store(self, scale: Tensor, zero: Tensor) -> Params:
-        """Scale and integer zero, float32[R, G], as they are stored; a symmetric grid has no zero of its own."""
+        """Scale and zero, float32[R, G], as they are stored; a zero that is stored in bytes is an integer already, a
+        symmetric grid has none of its own."""
         stored = {"scale": scale.to(torch.float16)}
-        return stored if self.symmetric else {**stored, "zero": zero.to(torch.uint8)}
+        return (
+            stored if self.symmetric else {**stored, "zero": zero.to(torch.float16 if self.float_zero else torch.uint8)}
+        )
 
     def _range(self, groups: Tensor) -> tuple[Tensor, Tensor]:
         """Between what, [R, G], the values of groups[R, G, width] and zero lie; evenly about zero if symmetric."""
@@ -233,7 +256,9 @@ class Affine(Grid):
     def _params(self, low: Tensor, high: Tensor) -> Params:
         """The stored parameters whose values run from `low` to `high`."""
         scale = ((high - low) / self.top).abs_().to(torch.float16).float()  # a group of zeros has not minus zero
-        zero = (-low * reciprocal(scale)).add_(TO_INTEGER).sub_(TO_INTEGER).clamp_(0, self.top)
+        zero = low.abs() * reciprocal(scale)  # -low, which would make a zero of 0 minus 0
+        if not self.float_zero:
+            zero = zero.add_(TO_INTEGER).sub_(TO_INTEGER).clamp_(0, self.top)
         return self.store(scale, zero.nan_to_num_(0))
 
     def _error(self, groups: Tensor, params: Params, importance: Tensor | None) -> Tensor:
@@ -251,11 +276,13 @@ class _AffineColumns(Columns):
         scale, zero = grid.scale_and_zero(params)
         self.scale, self.zero = scale.T.contiguous(), zero.T.contiguous()  # [G, O]: a column's lie together
         self.inverse = reciprocal(self.scale)
+        self.whole, self.part = whole_and_part(self.zero)
 
     def round(self, j: int, w: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        of_group = [of_all[j // self.step] for of_all in (self.scale, self.inverse, self.zero)]
-        scale, inverse, zero = of_group if rows is None else [of_rows[rows] for of_rows in of_group]
-        codes = (w * inverse).round_().add_(zero).clamp_(0, self.top)
+        held = (self.scale, self.inverse, self.zero, self.whole, self.part)
+        of_group = [of_all[j // self.step] for of_all in held]
+        scale, inverse, zero, whole, part = of_group if rows is None else [of_rows[rows] for of_rows in of_group]
+        codes = (w * inverse).add_(part).round_().add_(whole).clamp_(0, self.top)
         return codes.to(torch.uint8), (codes - zero).mul_(scale)
 
     def levels(self) -> Levels:
@@ -266,9 +293,20 @@ class _AffineColumns(Columns):
         self.scale[group] = self.params["scale"][:, group]
         if not self.grid.symmetric:
             self.zero[group] = self.params["zero"][:, group]
+            self.whole[group], self.part[group] = whole_and_part(self.zero[group])
         self.inverse[group] = reciprocal(self.scale[group])
 
 
 def reciprocal(scale: Tensor) -> Tensor:
     """1 / scale, and 0 where the scale is 0: every weight of such a group has the zero's code."""
     return torch.where(scale > 0, 1 / scale, 0.0)
+
+
+def whole_and_part(zero: Tensor) -> tuple[Tensor, Tensor]:
+    """A zero as a whole number and what is left of it, -0.5 to 0.5.
+
+    The code of a weight w is round(w / scale + part) + whole: of an integer zero the part is 0, and weights are rounded
+    as they are without it.
+    """
+    whole = zero.round()
+    return whole, zero - whole

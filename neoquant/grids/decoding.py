@@ -61,7 +61,7 @@ class Decoding:
     step        what all numbers of `table` are multiples of, if they are; products in integers are exact then
     zero_code   the code of zero in `table`, for padding
     signed      integer codes are two's complement, without a zero
-    zero        the uint8 parameter with the zero of each group; None: all are `middle`
+    zero        the parameter with the zero of each group, uint8 or float16; None: all are `middle`
     """
 
     bits: int

@@ -75,7 +75,8 @@ class FlaxWeight(nnx.Module):
         else:
             numbers = codes.astype(jnp.float32)
         if decoding.zero is not None:
-            numbers = numbers - self._spread(getattr(self, decoding.zero)[...], ids)
+            zero = getattr(self, decoding.zero)[...].astype(jnp.float32)
+            numbers = numbers - self._spread(zero, ids)
         elif decoding.middle:
             numbers = numbers - decoding.middle
         return numbers * self._spread(self._scales(decoding.scale), ids)

@@ -6,7 +6,7 @@ The library multiplies with three kinds of weights (native/weight.h):
                 block of the flattened weight
     int8        signed bytes, a float32 scale / 127 for each row
     affine      integers of 2, 3, 4 or 8 bits, low bits first, rows on bytes; a float16 scale for each group of a row,
-                and a zero, or none beside the middle
+                and a zero, a byte or float16, or none beside the middle
 """
 
 from __future__ import annotations

@@ -38,7 +38,8 @@ struct rounded {
 
 NQ_INLINE struct rounded round_affine(float w, float scale, float inverse, float zero, float top) {
     const float to_integer = 12582912.0f; /* 1.5 * 2**23: what is added to it is rounded to an integer, ties to even */
-    float code = (w * inverse + to_integer) - to_integer + zero;
+    const float whole = (zero + to_integer) - to_integer, part = zero - whole; /* the part of an integer is 0 */
+    float code = (w * inverse + part + to_integer) - to_integer + whole;
     code = !(code > 0) ? 0 : code > top ? top : code; /* 0 for NaN, which is no integer */
     return (struct rounded){code, (code - zero) * scale};
 }

@@ -27,7 +27,7 @@ SWITCH = "NEOQUANT_ISA"
 TEAMS = ("own", "openmp")
 TEAM_SWITCH = "NEOQUANT_TEAM"
 FOLDER = Path(__file__).parent  # where the library was put when neoquant was installed
-VERSION = 10  # of the C functions' signatures, as in parallel.c
+VERSION = 11  # of the C functions' signatures, as in parallel.c
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _LEVELS = (*(_POINTER,) * 4, _LONG, _INT, *(_POINTER,) * 3)  # where the values of columns may lie
@@ -36,7 +36,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "nq_round_blocks": (_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT),
     "nq_round_rows": (_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _INT, _INT),
     "nq_round_nested": (_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _INT),
-    "nq_affine": (_POINTER, _INT, *(_LONG,) * 3, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT),
+    "nq_affine": (_POINTER, _INT, *(_LONG,) * 3, _INT, _INT, _POINTER, _POINTER, _INT, _POINTER, _INT, _INT),
     "nq_pack_nibbles": (_POINTER, _POINTER, _LONG, _INT),
     "nq_unpack_nibbles": (_POINTER, _POINTER, _LONG, _INT),
     "nq_pack": (_POINTER, _POINTER, _LONG, _LONG, _INT, _INT),

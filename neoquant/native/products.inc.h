@@ -74,16 +74,19 @@ NQ_INLINE void load_scales(
         else for (int64_t i = 0; i < n; i++) scale[i] = nq_absmax(w, (run + i) >> apart);
     } else {
         const uint16_t *scales = w->scales + row * w->groups;
-        const uint8_t *zeros = w->zeros ? w->zeros + row * w->groups : 0;
+        const uint8_t *zeros = w->zeros && !w->half_zeros ? (const uint8_t *)w->zeros + row * w->groups : 0;
+        const uint16_t *halves = w->half_zeros ? (const uint16_t *)w->zeros + row * w->groups : 0;
         const int middle = nq_middle(w);
         int64_t i = 0;
         for (; apart == 0 && i + LANES <= n; i += LANES) {
             vf_store(scale + i, vf_of_halves(scales + first + i));
             if (zeros) vf_store(zero + i, vf_sub(vf_of_bytes(zeros + first + i), vf_set1((float)middle)));
+            if (halves) vf_store(zero + i, vf_sub(vf_of_halves(halves + first + i), vf_set1((float)middle)));
         }
         for (; i < n; i++) {
             scale[i] = half_to_float(scales[(first + i) >> apart]);
             if (zeros) zero[i] = (float)((int)zeros[(first + i) >> apart] - middle);
+            if (halves) zero[i] = half_to_float(halves[(first + i) >> apart]) - (float)middle;
         }
     }
 }
@@ -572,6 +575,9 @@ static void int8_lay(void *argument, int64_t begin, int64_t end) {
     }
 }
 
+/* Whether zeros meet the sums of x: those of 8 bits and fractions. Others are taken off the levels, which stay bytes. */
+NQ_INLINE int zeros_apart(const struct nq_weight *w) { return w->zeros && (w->bits == 8 || w->half_zeros); }
+
 /* A block of PANEL rows in bytes: codes[depth / 4, PANEL], and by run what sums start from, scales, and zeros. */
 struct panel8 {
     int32_t *codes, *starts;
@@ -603,11 +609,12 @@ NQ_INLINE void levels_panel(
     const int64_t runs = nq_ceil(depth, (int64_t)1 << step_bits);
     const vbtab levels = vb_table(w->levels);
     panel_scales(w, row, end, column, runs, step_bits, to.scales, to.zeros);
-    if (bits == 8 && w->zeros)
+    const int apart = zeros_apart(w), within = w->zeros && !apart;
+    if (apart)
         for (int64_t i = 0; i < runs * PANEL; i++) to.zeros[i] *= to.scales[i];
     for (int64_t i = 0; i < runs * PANEL; i++) {
         to.scales[i] *= w->level_step;
-        to.starts[i] = bits < 8 && w->zeros ? (int32_t)((uint8_t)(int)to.zeros[i] * 0x01010101u) : 0;
+        to.starts[i] = within ? (int32_t)((uint8_t)(int)to.zeros[i] * 0x01010101u) : 0;
     }
     for (int half = 0; half < PANEL; half += LANES)
         for (int64_t c = column / chunk; c * chunk < column + depth; c++) {
@@ -619,7 +626,7 @@ NQ_INLINE void levels_panel(
                 const vi zero = vi_load(to.starts + (at >> step_bits) * PANEL + half);
                 for (int second = 0; second < per / 4; second++) {
                     vi found = levels_of(levels, words[j], second, bits);
-                    if (bits < 8 && w->zeros) found = vb_sub(found, zero);
+                    if (within) found = vb_sub(found, zero);
                     vi_store(to.codes + (at / 4 + second) * PANEL + half, found);
                 }
             }
@@ -814,7 +821,7 @@ static void few8_run(void *argument, int64_t begin, int64_t end) {
 static void int8_run(void *argument, int64_t begin, int64_t end) {
     const struct nq_product *p = argument;
     const struct nq_weight *w = p->w;
-    const int step_bits = nq_step_bits(w, RUN_BITS), run_words = 1 << step_bits >> 2, zeros = w->bits == 8 && w->zeros;
+    const int step_bits = nq_step_bits(w, RUN_BITS), run_words = 1 << step_bits >> 2, zeros = zeros_apart(w);
     const int64_t columns = w->columns, most = DEPTH8 >> step_bits, runs = int8_runs(w);
     void *scratch = nq_scratch(NQ_OWN, (size_t)(BLOCK * (DEPTH8 / 4 + 3 * most)) * 4);
     float edge[TILE * PANEL];

@@ -27,6 +27,7 @@ class _Struct(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("kind", "bits", "group_bits")),
         ("level_step", ctypes.c_float),
         ("plain", ctypes.c_int32),
+        ("half_zeros", ctypes.c_int32),
     )
 
 
@@ -43,13 +44,16 @@ class Weight:
         groups: int = 0,
         level_step: float = 1.0,
         plain: int = 0,
+        half_zeros: bool = False,
     ) -> None:
         """`tensors` by the names of the struct's pointers; `group` columns share a scale, None for a whole row."""
         self.rows, self.columns = shape
         self.tensors = tensors
         group_bits = _WHOLE_ROW if group is None else group.bit_length() - 1
         addresses = tuple([(name, tensor.data_ptr()) for name, tensor in tensors.items() if tensor is not None])
-        self.struct = _struct(addresses, self.rows, self.columns, groups, kind, bits, group_bits, level_step, plain)
+        self.struct = _struct(
+            addresses, self.rows, self.columns, groups, kind, bits, group_bits, level_step, plain, half_zeros
+        )
         self.address = ctypes.addressof(self.struct)
 
 
@@ -57,11 +61,12 @@ class Weight:
 def _struct(
     addresses: tuple[tuple[str, int], ...],
     rows: int, columns: int, groups: int, kind: int, bits: int, group_bits: int, level_step: float, plain: int,
+    half_zeros: bool,
 ) -> _Struct:  # fmt: skip
     """Nothing but its arguments, so that it may be kept: making it takes longer than a small product."""
     return _Struct(
         **dict(addresses), rows=rows, columns=columns, groups=groups, kind=kind, bits=bits, group_bits=group_bits,
-        level_step=level_step, plain=plain,
+        level_step=level_step, plain=plain, half_zeros=half_zeros,
     )  # fmt: skip
 
 
@@ -91,12 +96,13 @@ def affine(
 ) -> Weight:
     """Codes of `bits` bits as `neoquant.packing.pack` packs them, uint8[O, ceil(I * bits / 8)].
 
-    `scale` float16[O, G] and `zero` uint8[O, G], or None where every zero is 2**(bits - 1); groups of `group` columns,
-    a power of two from 16 on, or None for whole rows.
+    `scale` float16[O, G] and `zero` uint8 or float16[O, G], or None where every zero is 2**(bits - 1); groups of
+    `group` columns, a power of two from 16 on, or None for whole rows.
     """
     tables = {"table": _numbers(bits), "levels": _levels(bits)}
     tensors = {"codes": packed, "scales": scale, "zeros": zero, **tables}
-    return Weight(shape, 2, bits, group, tensors, groups=scale.shape[1])
+    half_zeros = zero is not None and zero.dtype == torch.float16
+    return Weight(shape, 2, bits, group, tensors, groups=scale.shape[1], half_zeros=half_zeros)
 
 
 def plain(weight: Tensor) -> Weight:

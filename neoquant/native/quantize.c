@@ -315,10 +315,10 @@ NQ_EXPORT void nq_round_rows(
 struct affine {
     const void *w;
     uint16_t *scales; /* [rows, groups], half precision */
-    uint8_t *zeros;   /* the same, or 0: all zeros are the middle */
+    void *zeros;      /* the same, in bytes or (half_zeros) half precision; or 0: all zeros are the middle */
     uint8_t *codes;   /* or 0: only scales and zeros are wanted */
     int64_t columns, width, groups;
-    int dtype, bits, fit, isa;
+    int half_zeros, dtype, bits, fit, isa;
     atomic_int *overflows; /* set where a scale is not finite */
     atomic_int *starved;   /* and where memory is wanting */
 };
@@ -341,8 +341,8 @@ NQ_INLINE int32_t rank_of(float value) {
 
 NQ_INLINE float of_rank(int32_t rank) { return nq_from_bits((uint32_t)(rank ^ (rank >> 31 & 0x7fffffff))); }
 
-/* Scale and zero that cover the range of values[n], and zero. */
-NQ_INLINE void fit_group(const float *values, int64_t n, int bits, int symmetric, uint16_t *scale, uint8_t *zero) {
+/* The scale that covers the range of values[n], and zero; and -low / scale, of which the zero is made: it is not negative. */
+NQ_INLINE float fit_group(const float *values, int64_t n, int bits, int symmetric, uint16_t *scale) {
     int32_t lowest = 0, highest = 0;
     for (int64_t i = 0; i < n; i++) {
         int32_t rank = rank_of(values[i]);
@@ -356,16 +356,21 @@ NQ_INLINE void fit_group(const float *values, int64_t n, int bits, int symmetric
         low = -high;
     }
     *scale = low > -INFINITY && high < INFINITY ? to_half((high - low) / top) : 0x7c00;
-    if (symmetric) return;
     const float step = from_half(*scale);
-    const float steps = -low * (step > 0 ? 1.0f / step : 0.0f) + WHOLE - WHOLE;
-    *zero = (uint8_t)(int)(steps > 0 ? steps > top ? top : steps : 0);
+    return -low * (step > 0 ? 1.0f / step : 0.0f);
+}
+
+/* Its zero in bytes. */
+NQ_INLINE uint8_t to_code(float zero, int bits) {
+    const float steps = zero + WHOLE - WHOLE, top = (float)((1 << bits) - 1);
+    return (uint8_t)(int)(steps > 0 ? steps > top ? top : steps : 0);
 }
 
 NQ_INLINE void round_group(const float *values, int64_t n, int bits, float scale, float zero, uint8_t *codes) {
     const float inverse = scale > 0 ? 1.0f / scale : 0.0f, top = (float)((1 << bits) - 1);
+    const float whole = zero + WHOLE - WHOLE, part = zero - whole; /* the part of an integer is 0, which adds nothing */
     for (int64_t i = 0; i < n; i++) {
-        float steps = values[i] * inverse + WHOLE - WHOLE + zero;
+        float steps = values[i] * inverse + part + WHOLE - WHOLE + whole;
         steps = steps > 0 ? steps : 0;
         codes[i] = (uint8_t)(int)(steps < top ? steps : top);
     }
@@ -375,11 +380,16 @@ NQ_INLINE void affine_row(const struct affine *job, int64_t row, const float *va
     for (int64_t group = 0; group < job->groups; group++) {
         const int64_t start = group * job->width, n = nq_min(job->width, job->columns - start);
         uint16_t *scale = &job->scales[row * job->groups + group];
-        uint8_t *zero = job->zeros ? &job->zeros[row * job->groups + group] : 0;
-        if (job->fit) fit_group(values + start, n, job->bits, !zero, scale, zero);
+        uint8_t *byte = job->zeros && !job->half_zeros ? (uint8_t *)job->zeros + row * job->groups + group : 0;
+        uint16_t *half = job->half_zeros ? (uint16_t *)job->zeros + row * job->groups + group : 0;
+        if (job->fit) {
+            const float zero = fit_group(values + start, n, job->bits, !job->zeros, scale);
+            if (byte) *byte = to_code(zero, job->bits);
+            if (half) *half = zero > 0 ? to_half(zero) : 0;
+        }
         if (*scale >= 0x7c00) *job->overflows = 1;
         if (!job->codes) continue;
-        const float from = (float)(zero ? *zero : 1 << (job->bits - 1));
+        const float from = half ? from_half(*half) : (float)(byte ? *byte : 1 << (job->bits - 1));
         round_group(values + start, n, job->bits, from_half(*scale), from, job->codes + row * job->columns + start);
     }
 }
@@ -420,15 +430,15 @@ static void affine_range(void *argument, int64_t begin, int64_t end) {
     }
 }
 
-/* w[rows, columns] -> codes[rows, columns] (unless 0) under scales and zeros [rows, groups] (0: symmetric), which are
- * fitted first if `fit`. Groups are `width` columns, the last of a row what is left. Returns whether a scale is not
+/* w[rows, columns] -> codes[rows, columns] (unless 0) under scales and zeros [rows, groups] (0: symmetric; `half_zeros`:
+ * in half precision, else bytes), which are fitted first if `fit`. Groups are `width` columns, the last of a row what is left. Returns whether a scale is not
  * finite in half precision, because the weight is not or its range is too wide; then nothing here means anything. Or NQ_NO_MEMORY. */
 NQ_EXPORT int nq_affine(
     const void *w, int dtype, int64_t rows, int64_t columns, int64_t width, int bits, int fit, uint16_t *scales,
-    uint8_t *zeros, uint8_t *codes, int isa, int threads) {
+    void *zeros, int half_zeros, uint8_t *codes, int isa, int threads) {
     atomic_int overflows = 0, starved = 0;
     struct affine job = {w, scales, zeros, codes, columns, width, (columns + width - 1) / width,
-                         dtype, bits, fit, isa, &overflows, &starved};
+                         half_zeros, dtype, bits, fit, isa, &overflows, &starved};
     nq_parallel(threads, rows, 1, rows * columns, affine_range, &job);
     return starved ? NQ_NO_MEMORY : overflows;
 }

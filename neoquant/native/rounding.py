@@ -70,7 +70,8 @@ def round_rows(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fit_affine(w: Tensor, width: int, bits: int, scale: Tensor, zero: Tensor | None, codes: Tensor | None) -> bool:
-    """Affine: w[O, I] to scale float16[O, G] and zero uint8[O, G] (None: symmetric), and codes uint8[O, I] if wanted.
+    """Affine: w[O, I] to scale float16[O, G] and zero[O, G], uint8 or float16 (None: symmetric); and codes uint8[O, I],
+    if wanted.
 
     Groups are `width` columns. Returns whether all scales are finite; where they are not, nothing that was written
     has a meaning.
@@ -89,9 +90,11 @@ def _affine(
     w: Tensor, width: int, bits: int, fit: int, scale: Tensor, zero: Tensor | None, codes: Tensor | None
 ) -> bool:
     w = w.contiguous()
+    half_zeros = zero is not None and zero.dtype == torch.float16
     overflows = active().call(
         "nq_affine", w.data_ptr(), DTYPES[w.dtype], w.shape[0], w.shape[1], width, bits, fit, scale.data_ptr(),
-        None if zero is None else zero.data_ptr(), None if codes is None else codes.data_ptr(), active().isa, threads(),
+        None if zero is None else zero.data_ptr(), half_zeros, None if codes is None else codes.data_ptr(),
+        active().isa, threads(),
     )  # fmt: skip
     return not overflows
 

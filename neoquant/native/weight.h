@@ -27,11 +27,12 @@ struct nq_weight { /* as `_Struct` in products.py */
     const float *offset;       /* [1] */
     const float *scb;          /* int8 [rows]: scale = scb / 127 */
     const uint16_t *scales;    /* affine [rows, groups], half precision */
-    const uint8_t *zeros;      /* affine [rows, groups], or 0 where the zero is the middle */
+    const void *zeros;         /* affine [rows, groups], or 0 where the zero is the middle */
     int64_t rows, columns, groups;
     int32_t kind, bits, group_bits;
     float level_step;
     int32_t plain;
+    int32_t half_zeros;        /* zeros are half-precision numbers, else bytes */
 };
 
 /* What a product is asked for. */
@@ -175,13 +176,14 @@ NQ_INLINE float nq_absmax(const struct nq_weight *w, int64_t block) {
     return w->nested_table[w->stored[block]] * w->nested[block >> NESTED_BLOCK_BITS] + *w->offset;
 }
 
-/* Scale and zero (counted from the middle) of one column. */
+/* Scale and zero of one column; the zero is counted from the middle, unless it is a half-precision number. */
 NQ_INLINE float nq_scale(const struct nq_weight *w, int64_t row, int64_t column, float *zero) {
     *zero = 0;
     if (w->kind == NQ_CODEBOOK) return nq_absmax(w, (row * w->columns + column) >> w->group_bits);
     if (w->kind == NQ_INT8) return w->scb[row] * (float)(1.0 / 127.0);
     int64_t at = row * w->groups + (column >> w->group_bits);
-    if (w->zeros) *zero = (float)(w->zeros[at] - nq_middle(w));
+    if (w->half_zeros) *zero = nq_half(((const uint16_t *)w->zeros)[at]);
+    else if (w->zeros) *zero = (float)(((const uint8_t *)w->zeros)[at] - nq_middle(w));
     return nq_half(w->scales[at]);
 }
 
@@ -196,6 +198,10 @@ NQ_INLINE void nq_decode_run(const struct nq_weight *w, int64_t row, int64_t col
         int64_t at = origin + column + i;
         int64_t stop = nq_min(n, i + (((at >> w->group_bits) + 1) << w->group_bits) - at);
         float zero, scale = nq_scale(w, row, column + i, &zero);
+        if (w->half_zeros) { /* code - zero is rounded once: a middle taken off the zero first could round it */
+            const float middle = (float)nq_middle(w);
+            for (; i < stop; i++) to[i] = (nq_raw(w, row, column + i) + middle - zero) * scale;
+        }
         for (; i < stop; i++) to[i] = (nq_raw(w, row, column + i) - zero) * scale;
     }
 }

@@ -27,6 +27,8 @@ def refuse(name: str, layer: QuantLinear) -> str | None:
     grid = layer.grid
     if layer.ordered:
         return f"{name} has an activation order, which its operators do not take: quantize with order = static or off"
+    if isinstance(grid, Affine) and grid.float_zero and grid.bits == 8:
+        return f"{name} has float16 zeros, which its MatMulNBits takes with 4 bits only, not 8: leave float_zero out"
     if isinstance(grid, Codebook | Int8Rows) or (isinstance(grid, Affine) and grid.bits in (4, 8)):
         return None
     return f"{name} is {grid.name} of {grid.bits} bits; what it holds is nf4, fp4, int8, and affine of 4 or 8 bits"
@@ -93,7 +95,8 @@ def blocks_of(q: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor | None, int]:
     """A weight in blocks of a row, as MatMulNBits takes it.
 
     Codes uint8[O, G, block * bits / 8], low bits first; scales float32[O, G]; zeros uint8[O, ceil(G * bits / 8)], or
-    None where all are the middle; and the block. A group longer than a block has its scale in each of its blocks.
+    float32[O, G] where they are float16, or None where all are the middle; and the block. A group longer than a block
+    has its scale in each of its blocks.
     """
     rows, columns = q.shape
     block = block_size(q.grid, columns)
@@ -101,7 +104,9 @@ def blocks_of(q: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor | None, int]:
     codes, scale, zero = _numbers(q)
     padded = nn.functional.pad(codes, (0, count * block - columns))
     scales = _spread(scale, columns, block)
-    zeros = None if zero is None else _pack(_spread(zero, columns, block), q.grid.bits)
+    zeros = None if zero is None else _spread(zero, columns, block)
+    if zeros is not None:  # MatMulNBits takes zeros packed as codes are, or in the scales' type
+        zeros = zeros.float() if zeros.is_floating_point() else _pack(zeros, q.grid.bits)
     return _pack(padded, q.grid.bits).view(rows, count, -1), scales, zeros, block
 
 

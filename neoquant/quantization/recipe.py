@@ -17,8 +17,9 @@ A recipe is a frozen value, written in TOML::
     type = "nf4"
     block_size = 64                     # these two for nf4 and fp4; left out, the grid's own default
     double_quant = true
-    # group_size = 128                  # these two for type = "affine"
+    # group_size = 128                  # these three for type = "affine"
     # symmetric = false
+    # float_zero = false
     quantizer = "nearest"
     # order = "static"                  # the quantizer's own options; these for quantizer = "gptq"
     # scales = "range"
@@ -185,8 +186,8 @@ class Recipe(BaseModel):
     ) -> Recipe:
         """One grid for every block linear except those that match a glob of `keep`.
 
-        `options` are those of the grid (block_size and double_quant; group_size and symmetric) and of the quantizer;
-        None is its own default.
+        `options` are those of the grid (block_size and double_quant; group_size, symmetric and float_zero) and of the
+        quantizer; None is its own default.
 
         Raises:
             RequestError: no such grid, or a parameter that it does not have.

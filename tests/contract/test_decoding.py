@@ -24,7 +24,13 @@ from neoquant.tensor import QuantizedTensor
 CPU = torch.device("cpu")
 SHAPES = [(1, 1), (3, 5), (24, 24), (5, 160), (9, 129), (130, 64), (12, 1024)]
 GRIDS = [make_grid(bits, name) for bits, name in legal_pairs()]
-VARIANTS = [Affine(4, 16), Affine(3, -1, True), Codebook("fp4", 32, False)]
+VARIANTS = [
+    Affine(4, 16),
+    Affine(3, -1, True),
+    Affine(4, 16, float_zero=True),
+    Affine(8, 64, float_zero=True),
+    Codebook("fp4", 32, False),
+]
 
 every_grid = pytest.mark.parametrize(
     "grid", GRIDS + VARIANTS, ids=lambda grid: "-".join(map(str, grid.describe().values()))

@@ -22,7 +22,7 @@ from neoquant.tensor import QuantizedTensor
 
 SHAPES = [(1, 1), (3, 5), (24, 24), (96, 24), (32, 96), (64, 129), (130, 64), (48, 1024)]
 GRIDS = [make_grid(bits, name) for bits, name in legal_pairs()]
-VARIANTS = [Affine(4, 16), Affine(3, -1, True)]
+VARIANTS = [Affine(4, 16), Affine(3, -1, True), Affine(4, 16, float_zero=True), Affine(8, 64, float_zero=True)]
 DEVICES = ["cpu", "cuda"]
 
 

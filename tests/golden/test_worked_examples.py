@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from neoquant.formats import FORMATS
-from neoquant.grids import Codebook, Grid, Int8Rows
+from neoquant.grids import Affine, Codebook, Grid, Int8Rows
 from neoquant.quantizers import Nearest
 from neoquant.tensor import QuantizedTensor
 
@@ -78,6 +78,19 @@ CASES: dict[str, tuple[str, Grid, dict[str, bytes]]] = {
             ),
         },
     ),
+    "packed affine with float zeros": (
+        "packed",
+        Affine(4, -1, float_zero=True),
+        {
+            ".weight": bytes.fromhex("0f 0d  f2 00"),
+            ".weight.scale": bytes.fromhex("662e cd2c"),
+            ".weight.zero": bytes.fromhex("0049 aa3e"),
+            ".weight.neoquant": (
+                b'{"version": 1, "grid": {"name": "affine", "bits": 4, "group_size": -1, "symmetric": false, '
+                b'"float_zero": true}, "shape": [2, 3], "dtype": "float16"}'
+            ),
+        },
+    ),
 }
 
 
@@ -100,7 +113,10 @@ def test_the_page_shows_these_bytes() -> None:
     for _, _, tensors in CASES.values():
         assert tensors[".weight"].hex() in squeezed
     assert CASES["bnb4 nf4"][2][".weight.quant_state.bitsandbytes__nf4"].decode() in page
-    assert CASES["packed nf4"][2][".weight.neoquant"].decode() in page
+    for name in ("packed nf4", "packed affine with float zeros"):
+        assert CASES[name][2][".weight.neoquant"].decode() in page
+    floats = CASES["packed affine with float zeros"][2]
+    assert floats[".weight.scale"].hex() in squeezed and floats[".weight.zero"].hex() in squeezed
 
 
 def test_order_is_stored_as_it_is() -> None:

@@ -37,7 +37,7 @@ REGISTERS = {"multiply_few": 72, "multiply_some": 128, "decode": 40, "attend": 1
 GRIDS: dict[str, Grid] = {
     "nf4": Codebook("nf4", 64, True), "fp4": Codebook("fp4", 64, False), "mxfp4": Mxfp4(), "int8": make_grid(8, "int8"),
     "affine-2": Affine(2, 64), "affine-3": Affine(3, 128), "affine-4": Affine(4, 64), "affine-8": Affine(8, 128, True),
-    "affine-4-row": Affine(4, -1),
+    "affine-4-row": Affine(4, -1), "affine-4-float-zero": Affine(4, 64, float_zero=True),
 }  # fmt: skip
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int8: "i8",

@@ -31,6 +31,8 @@ GRIDS: list[Grid] = [
     make_grid(8, "int8"),
     *(Affine(bits, group, symmetric) for bits in (2, 3, 4, 8) for group, symmetric in ((16, False), (128, True))),
     Affine(3, -1, False),
+    *(Affine(bits, 16, float_zero=True) for bits in (2, 3, 4, 8)),
+    Affine(4, -1, float_zero=True),
     Affine(4, -1, True),
 ]
 KERNEL = Triton()

@@ -11,11 +11,18 @@ from torch import Tensor
 from weights import make_weight, weights
 
 from neoquant.errors import FormatError, RequestError
-from neoquant.grids import GROUP_SIZES, Affine, make_grid
+from neoquant.formats import FORMATS
+from neoquant.grids import GROUP_SIZES, Affine, grid_from_dict, make_grid
 from neoquant.quantization.plan import make_plan
 from neoquant.quantization.recipe import Recipe
 
-grids = st.builds(Affine, st.sampled_from([2, 3, 4, 8]), st.sampled_from(GROUP_SIZES), st.booleans())
+kinds = st.sampled_from([{}, {"symmetric": True}, {"float_zero": True}])
+grids = st.builds(
+    lambda bits, group, kind: Affine(bits, group, **kind),
+    st.sampled_from([2, 3, 4, 8]),
+    st.sampled_from(GROUP_SIZES),
+    kinds,
+)
 
 
 def group_of(grid: Affine, column: int) -> int:
@@ -91,6 +98,51 @@ def test_zero_is_a_value_and_zeros_stay() -> None:
         assert (grid.decode(codes, params)[w == 0] == 0).all()
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_float_zeros_lie_where_the_range_begins(bits: int) -> None:
+    """By the definition, in double precision: scale = (high - low) / top, zero = -low / scale, each rounded to half."""
+    w, grid = make_weight((9, 150), torch.float32, "normal"), Affine(bits, 64, float_zero=True)
+    codes, params = grid.nearest(w)
+    for group, part in enumerate(w.double().split(64, 1)):
+        low, high = part.amin(1).clamp(max=0), part.amax(1).clamp(min=0)
+        scale = ((high - low) / grid.top).half().double()
+        assert torch.equal(params["scale"][:, group].double(), scale)
+        zero = -low / scale
+        assert ((params["zero"][:, group].double() - zero).abs() <= zero * 2.0**-11 * (1 + 1e-5)).all()
+        steps = part / scale[:, None] + params["zero"][:, group, None].double()
+        found = codes[:, 64 * group : 64 * group + part.shape[1]].double()
+        assert ((found - steps.clamp(0, grid.top)).abs() <= 0.5 + 1e-4).all()
+    whole = Affine(bits, 64)
+    gained = [(grid_.decode(*grid_.nearest(w)) - w).square().sum() for grid_ in (grid, whole)]
+    assert gained[0] <= gained[1] * 1.02, "whole zeros round the range's ends, float ones do not"
+
+
+def test_float_zeros_may_lie_anywhere_but_are_numbers() -> None:
+    grid, scale = Affine(2, 32, float_zero=True), torch.ones(1, 1, dtype=torch.float16)
+    for zero in (-70.5, 0.0, 0.0004, 65504.0):
+        params = {"scale": scale, "zero": torch.full((1, 1), zero, dtype=torch.float16)}
+        grid.check(params, (1, 32))
+        w = torch.linspace(-2 - zero, 5 - zero, 32)[None]
+        steps = grid.group_steps(w[None], scale.float(), params["zero"].float())
+        assert torch.allclose(steps[0], grid.decode(grid.round(w, params), params), atol=1e-5)
+    with pytest.raises(FormatError, match="zero of a affine weight holds infinity or NaN"):
+        grid.check({"scale": scale, "zero": torch.full((1, 1), torch.nan, dtype=torch.float16)}, (1, 32))
+    with pytest.raises(FormatError, match=r"zero of a affine weight \[1, 32\] is torch.float16"):
+        grid.check({"scale": scale, "zero": torch.zeros(1, 1, dtype=torch.uint8)}, (1, 32))
+
+
+def test_float_zeros_are_said_only_where_there_are_any() -> None:
+    assert "float_zero" not in Affine(4, 64).describe()
+    grid = Affine(4, 64, float_zero=True)
+    assert grid_from_dict(grid.describe()) == grid and grid.label == "affine4-g64-float-zero"
+    assert Recipe.simple(4, "affine", group_size=64, float_zero=True, quantizer="hqq").name == "hqq4-g64-float-zero"
+    for format in ("gptq", "compressed-tensors"):
+        reason = FORMATS[format].refuse(grid, (64, 64))
+        assert reason is not None and "not as float16; format neoquant holds them" in reason
+    plan = make_plan(checkpoint_of(SIZES["1.3b"]), Recipe.simple(4, "affine", group_size=64, float_zero=True))
+    assert plan.format.name == "packed" and plan.bits_per_weight_linears == pytest.approx(4 + 32 / 64, abs=0.01)
+
+
 def test_what_float16_scales_cannot_hold_is_refused() -> None:
     with pytest.raises(FormatError, match="scales are float16, which ends at 65504; the largest is 100000"):
         Affine(2, 32).fit(torch.full((1, 32), 3e5))
@@ -105,6 +157,10 @@ def test_illegal_options_name_the_legal_ones() -> None:
         Affine(5)
     with pytest.raises(RequestError, match="symmetric is true or false, got 1"):
         Affine(4, 64, 1)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="float_zero is true or false, got 'yes'"):
+        Affine(4, 64, float_zero="yes")  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match=r"a symmetric grid stores no zeros .*: choose one of both"):
+        make_grid(4, "affine", symmetric=True, float_zero=True)
 
 
 def test_zeros_beyond_the_codes_are_refused() -> None:

@@ -24,7 +24,13 @@ from neoquant.tensor import QuantizedTensor
 CPU = torch.device("cpu")
 FEW, MANY = 1, 9  # rows of activations on either side of where the library takes another way
 codebooks = st.builds(Codebook, st.sampled_from(["nf4", "fp4"]), st.sampled_from(BLOCK_SIZES), st.booleans())
-affine = st.builds(Affine, st.sampled_from([2, 3, 4, 8]), st.sampled_from(GROUP_SIZES), st.booleans())
+kinds = st.sampled_from([(False, False), (True, False), (False, True)])  # symmetric, float_zero
+affine = st.builds(
+    lambda bits, group, kind: Affine(bits, group, *kind),
+    st.sampled_from([2, 3, 4, 8]),
+    st.sampled_from(GROUP_SIZES),
+    kinds,
+)
 grids = st.one_of(codebooks, affine, st.just(Int8Rows()))
 SOME = [
     Codebook(),
@@ -33,6 +39,7 @@ SOME = [
     Affine(2, 16),
     Affine(3, -1, True),
     Affine(4, 64),
+    Affine(3, 32, float_zero=True),
     Affine(8),
 ]
 # whole chunks, what is left of them, blocks across rows, odd rows, more scales than fit at once

@@ -43,6 +43,7 @@ QUANTIZED: dict[str, dict[str, Any]] = {
     "fp4 in blocks of 32, single": {"bits": 4, "type": "fp4", "block_size": 32, "double_quant": False},
     "int8": {"bits": 8, "type": "int8"},
     "affine 3": {"bits": 3, "type": "affine", "group_size": 16},
+    "affine 4, float zeros": {"bits": 4, "type": "affine", "group_size": 16, "float_zero": True},
     "affine 4, rows, symmetric": {"bits": 4, "type": "affine", "group_size": -1, "symmetric": True},
     "own, nf4 embedding": {"bits": 4, "type": "nf4", "format": "neoquant", "embeddings": "nf4"},
     "own, int8 embedding": {"bits": 2, "type": "affine", "group_size": 16, "format": "neoquant", "embeddings": "int8"},
@@ -231,7 +232,13 @@ def test_sampling_is_repeatable_and_from_the_likeliest(model: FlaxGPTNeoForCausa
 @pytest.mark.parametrize(("shape", "ordered"), [((3, 37), False), ((3, 37), True), ((4, 64), False)], ids=str)
 def test_every_grid_decodes_as_it_is_defined(shape: tuple[int, int], ordered: bool) -> None:
     grids = [make_grid(bits, name) for bits, name in legal_pairs()]
-    for grid in (*grids, Affine(4, 16, True), Codebook("nf4", 32), Codebook("fp4", 64, False)):
+    for grid in (
+        *grids,
+        Affine(4, 16, True),
+        Affine(3, 16, float_zero=True),
+        Codebook("nf4", 32),
+        Codebook("fp4", 64, False),
+    ):
         w = make_weight(shape, torch.float32, "normal", 1)
         q = Nearest().quantize(w, grid)
         if ordered:

@@ -60,13 +60,13 @@ def test_int8_rounds_as_bitsandbytes_does(isa: str, w: Tensor, threads: int) -> 
 @every_isa
 @settings(deadline=None, max_examples=80)
 @given(
-    w=weights(), bits=st.sampled_from([2, 3, 4, 8]), group=st.sampled_from(GROUP_SIZES), symmetric=st.booleans(),
-    threads=any_threads,
+    w=weights(), bits=st.sampled_from([2, 3, 4, 8]), group=st.sampled_from(GROUP_SIZES),
+    kind=st.sampled_from([{}, {"symmetric": True}, {"float_zero": True}]), threads=any_threads,
 )  # fmt: skip
 def test_affine_groups_round_as_in_torch(
-    isa: str, w: Tensor, bits: int, group: int, symmetric: bool, threads: int
+    isa: str, w: Tensor, bits: int, group: int, kind: dict[str, bool], threads: int
 ) -> None:
-    grid = Affine(bits, group, symmetric)
+    grid = Affine(bits, group, **kind)
     expected = nearest(grid, w, "off")
     require_same(nearest(grid, w, isa, threads), expected)
     with forced(isa, threads):

@@ -26,6 +26,7 @@ COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 GRIDS = [
     Codebook(), Codebook("fp4", 32, False), Int8Rows(), Affine(2, 16), Affine(3, 64, True), Affine(3, -1),
     Affine(4, 32), Affine(4, 128, True), Affine(8, 64), Affine(8, -1, True),
+    Affine(3, 32, float_zero=True), Affine(8, 64, float_zero=True),
 ]  # fmt: skip
 SHAPES = [(5, 200), (37, 96), (8, 1160), (3, 45)]
 COUNTS = (1, 2, 3, 4, 5, 13)
@@ -57,12 +58,12 @@ def message(isa: str, int8: bool, x: Tensor, w: products.Weight, bias: Tensor | 
     s = w.struct
     step = struct.unpack("<I", struct.pack("<f", s.level_step))[0]
     said = (native.ISAS.index(isa), 2, int8, len(x), w.rows, w.columns)
-    said += (s.groups, s.kind, s.bits, s.group_bits, step, s.plain)
+    said += (s.groups, s.kind, s.bits, s.group_bits, step, s.plain, s.half_zeros)
     arrays = [w.tensors.get(name) for name in TABLES] + [x, bias]
     raw = [
         b"" if array is None else array.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for array in arrays
     ]
-    return struct.pack("<12q", *said) + framed(raw)
+    return struct.pack("<13q", *said) + framed(raw)
 
 
 def framed(arrays: list[bytes]) -> bytes:

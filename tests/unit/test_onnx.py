@@ -27,6 +27,7 @@ RECIPES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "int8": (8, "int8", {"embeddings": "int8"}),
     "4 bits": (4, "affine", {"group_size": 16}),
     "4 bits, symmetric": (4, "affine", {"group_size": 32, "symmetric": True, "embeddings": "int8"}),
+    "4 bits, float zeros": (4, "affine", {"group_size": 32, "float_zero": True}),
     "4 bits, whole rows": (4, "affine", {"group_size": -1}),
     "8 bits": (8, "affine", {"group_size": 64}),
 }
@@ -137,7 +138,9 @@ def test_the_file_holds_the_same_codes(made: Made, name: str) -> None:
             whole = unpacked(codes.flatten(1), said["bits"]).view(codes.shape[0], -1, block)
             zeros = stored.get(f"{layer}.zeros")
             middle = 1 << (said["bits"] - 1)
-            zero = middle if zeros is None else unpacked(zeros, said["bits"])[:, : whole.shape[1], None].double()
+            if zeros is not None and zeros.dtype == torch.uint8:
+                zeros = unpacked(zeros, said["bits"])[:, : whole.shape[1]]
+            zero = middle if zeros is None else zeros[..., None].double()
             scale = stored[f"{layer}.scales"][..., None]
             values = ((whole.double() - zero) * scale).flatten(1)[:, : weight.shape[1]]
         assert torch.equal(values.float(), weight.float())
@@ -202,6 +205,7 @@ def test_onnxruntime_genai_continues_texts(made: Made) -> None:
         (3, "affine", {}, "affine of 3 bits; what it holds is nf4, fp4, int8, and affine of 4 or 8 bits"),
         (2, "affine", {"group_size": 16}, "affine of 2 bits"),
         (4, "mxfp4", {}, "mxfp4 of 4 bits"),
+        (8, "affine", {"float_zero": True}, "float16 zeros, which its MatMulNBits takes with 4 bits only, not 8"),
     ],
 )
 def test_what_onnx_runtime_cannot_hold_is_refused(

@@ -26,7 +26,13 @@ from neoquant.tensor import QuantizedTensor
 
 CPU = torch.device("cpu")
 codebooks = st.builds(Codebook, st.sampled_from(["nf4", "fp4"]), st.sampled_from(BLOCK_SIZES), st.booleans())
-affine = st.builds(Affine, st.sampled_from([2, 3, 4, 8]), st.sampled_from(GROUP_SIZES), st.booleans())
+kinds = st.sampled_from([(False, False), (True, False), (False, True)])  # symmetric, float_zero
+affine = st.builds(
+    lambda bits, group, kind: Affine(bits, group, *kind),
+    st.sampled_from([2, 3, 4, 8]),
+    st.sampled_from(GROUP_SIZES),
+    kinds,
+)
 columns = st.one_of(st.integers(1, 200), st.sampled_from([32, 64, 96, 128, 192, 768, 1056, 2200]))
 
 
@@ -65,14 +71,16 @@ def test_every_instruction_set_does_what_the_reference_does(
 
 @every_isa
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_whole_numbers_are_multiplied_exactly(isa: str, bits: int, symmetric: bool) -> None:
-    """With scales of one every sum is an integer, up to the largest there are."""
-    grid, random = Affine(bits, 32, symmetric), torch.Generator().manual_seed(bits)
+@pytest.mark.parametrize(("symmetric", "float_zero"), [(False, False), (True, False), (False, True)])
+def test_whole_numbers_are_multiplied_exactly(isa: str, bits: int, symmetric: bool, float_zero: bool) -> None:
+    """With scales of one every sum is an integer, up to the largest there are; or a half, with such zeros."""
+    grid, random = Affine(bits, 32, symmetric, float_zero), torch.Generator().manual_seed(bits)
     codes = torch.randint(0, 1 << bits, (33, 200), dtype=torch.uint8, generator=random)
     params = {"scale": torch.ones(33, 7, dtype=torch.float16)}
     if not symmetric:
         params["zero"] = torch.randint(0, 1 << bits, (33, 7), dtype=torch.uint8, generator=random)
+    if float_zero:  # beyond the codes as well, on either side
+        params["zero"] = torch.randint(-8, 2 << bits, (33, 7), generator=random).half() / 2
     q = QuantizedTensor(codes, grid, params)
     x = torch.randint(-127, 128, (14, 200), generator=random).float()
     x[:, ::32] = 127  # the scale of every run is one

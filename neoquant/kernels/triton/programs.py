@@ -9,7 +9,7 @@ A weight [N, K] is described by constants, which `arrangement` reads off a grid'
     GROUP     inputs that share a scale; 0: all of a row
     SCALING   0: a stored scale; 1: a byte looked up; 2: that, times a scale of 256 scales, plus an offset
     FACTOR    of the scale
-    ZERO      whether each group has a zero, a byte
+    ZERO      whether each group has a zero, a byte or float16
 
 Where products run, no group crosses a row (ALIGNED in `decode`). Codes are taken apart in planes: plane p holds the
 codes p, p + CODES, p + 2 CODES, ... of a row, and meets those inputs, so that nothing is moved between lanes. Sums are
