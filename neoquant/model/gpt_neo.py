@@ -26,6 +26,7 @@ from neoquant.model.base import Network
 from neoquant.model.cache import KVCache, windows_of
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.outputs import BaseModelOutput, CausalLMOutput
+from neoquant.model.tying import share_names
 
 ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": partial(F.gelu, approximate="tanh"),
@@ -360,6 +361,7 @@ class CausalLM(Network):
         self.transformer = Decoder(config, attn_implementation)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
+        share_names(self)
 
     def tied_weights(self) -> dict[str, str]:
         """Weights that are another's, by name: the head's, where the configuration ties it to the embedding."""

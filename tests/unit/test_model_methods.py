@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import neoquant
+from neoquant.demo import MODEL
 from neoquant.errors import RequestError
 
 transformers = pytest.importorskip("transformers")
@@ -196,13 +198,16 @@ class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return {"input_ids": row, "labels": row if self.label is None else torch.tensor(self.label)}
 
 
-def train(model: Any, folder: Path, steps: int, save: str = "steps", resume: bool = False, label: Any = None) -> Any:
+def train(
+    model: Any, folder: Path, steps: int, save: str = "steps", resume: bool = False, label: Any = None, **others: Any
+) -> Any:
     """The losses of transformers' Trainer, in batches of two calls each."""
     arguments = transformers.TrainingArguments(
         str(folder), max_steps=steps, save_strategy=save, save_steps=2, logging_steps=1, report_to=[], use_cpu=True,
         per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-3, seed=1, disable_tqdm=True,
+        **others,
     )  # fmt: skip
-    trainer = transformers.Trainer(model, arguments, train_dataset=Rows(label))
+    trainer = transformers.Trainer(model, arguments, train_dataset=Rows(label), eval_dataset=Rows(label))
     trainer.train(resume_from_checkpoint=resume)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -218,6 +223,40 @@ def test_transformers_trainer_has_the_losses_that_it_has_with_its_own(tiny_model
         torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-4)
     again = neoquant.GPTNeoForCausalLM.from_pretrained(tmp_path / "saved" / "checkpoint-3", dtype=torch.float32)
     assert all(torch.equal(*pair) for pair in zip(again.parameters(), given.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_transformers_trainer_saves_a_language_model_and_resumes(tiny_model: Path, tmp_path: Path, best: bool) -> None:
+    """A checkpoint holds each tensor once; resumed, losses and weights are those of a run that was not interrupted."""
+    model, start = both(tiny_model)[0], both(tiny_model)[0].state_dict()
+    assert "lm_head.weight" in start and "lm_head.weight" in model.state_dict()
+    extra = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True} if best else {}
+    losses = train(model, tmp_path, 6, **extra)
+    ended = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    stored = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert stored.keys() == start.keys() - {"lm_head.weight"}
+    for folder in ("checkpoint-4", "checkpoint-6"):
+        (tmp_path / folder).rename(tmp_path / f"former-{folder}")
+    again = both(tiny_model)[0]
+    assert train(again, tmp_path, 6, resume=True, **extra) == losses  # its history begins with the first run's
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    assert again.lm_head.weight is again.transformer.wte.weight
+    assert all(torch.equal(tensor, ended[name]) for name, tensor in again.state_dict().items())
+    other = both(tiny_model)[0]
+    other.load_state_dict(stored)  # strict: nothing is missing
+    assert torch.equal(other.lm_head.weight, stored["transformer.wte.weight"])
+    assert not torch.equal(other.lm_head.weight, start["lm_head.weight"])
+
+
+def test_a_quantized_head_is_stated_once_to_a_trainer(tmp_path: Path) -> None:
+    neoquant.quantize(MODEL, tmp_path / "q", "mxfp4")
+    model = neoquant.GPTNeoForCausalLM.from_pretrained(tmp_path / "q")
+    whole = model.state_dict()
+    model._is_accelerate_prepared = True
+    once = model.state_dict()
+    assert whole.keys() - once.keys() == {name for name in whole if name.startswith("lm_head.")} != set()
+    assert all(whole[name].data_ptr() == once[name].data_ptr() for name in once)
+    model.load_state_dict(once)
 
 
 def test_transformers_trainer_saves_a_classifier_and_resumes(tiny_model: Path, tmp_path: Path) -> None:
