@@ -20,6 +20,7 @@ BETA, GROWTH = 10.0, 1.01  # weight of the quadratic penalty, errors in steps, a
 SMALLEST_ERROR = 1e-8  # in steps: the threshold of an error of 0 is infinite
 ZEROS = (-1, 0, 1)  # integer zeros that are tried, from that of round-to-nearest
 PARTS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of the scale that clips nothing, where the solver starts with few bits;
+FLOAT_ZERO_ITERATIONS = 3
 MOST_BITS_CLIPPED = 3  # with more, steps are so fine that clipping at the start only loses, on both models measured
 
 
@@ -30,15 +31,17 @@ class Hqq(Quantizer):
 
     Half-quadratic splitting gives the error a variable of its own and alternates: that variable by the generalized
     shrinkage of the present error, then the parameters from the weights less it. The source solves for a float zero at
-    a fixed scale. Zeros are integers here, so the scale is solved for instead, by least squares, from several starts
-    for each zero near that of round-to-nearest; a symmetric grid has one zero.
+    a fixed scale. With float zeros (`Affine.float_zero`) both are solved for here, by least squares, from those of
+    round-to-nearest. Where zeros are integers, the scale alone is, from several starts for each zero near that of
+    round-to-nearest; a symmetric grid has one zero.
 
     Of all parameters on the way, as they are stored, each group keeps those of the least sum of |e|**3; those of
     round-to-nearest are among them. Choosing by the l_p norm itself, or by squares, shrinks scales until large weights
     are clipped, which on trained models can lose more than rounding does.
 
     norm        p of the solver.
-    iterations  of the solver, shared among its starts: six scales with up to 3 bits, the unclipped one with more.
+    iterations  of the solver, shared among its starts: six scales with up to 3 bits, the unclipped one with more; for
+                float zeros, which have one start, FLOAT_ZERO_ITERATIONS times as many.
     """
 
     norm: float = 0.7
@@ -66,6 +69,9 @@ class Hqq(Quantizer):
         """The stored parameters {name: [R, G]} of groups[R, G, width]."""
         unit, middle = grid.scale_and_zero(grid.cover_range(groups))
         best = _Best(groups, grid, unit, middle)
+        if grid.float_zero:
+            self._solve_both(best)
+            return grid.store(best.scale, best.zero)
         starts = PARTS if grid.bits <= MOST_BITS_CLIPPED else PARTS[:1]
         for shift in (0,) if grid.symmetric else ZEROS:
             zero = (middle + shift).clamp(0, grid.top)
@@ -78,6 +84,16 @@ class Hqq(Quantizer):
                     scale = _least_squares(target, steps, scale).to(torch.float16).float()
                 best.consider(scale, zero)
         return grid.store(best.scale, best.zero)
+
+    def _solve_both(self, best: _Best) -> None:
+        """Scale and zero together, from those of round-to-nearest."""
+        groups, unit = best.groups, best.scale
+        scale, zero = unit, best.zero
+        for iteration in range(FLOAT_ZERO_ITERATIONS * self.iterations):
+            steps, error = best.consider(scale, zero)
+            target = groups - self._shrink(error, unit[..., None], BETA * GROWTH**iteration)
+            scale, zero = _least_squares_line(target, steps, scale, zero)
+        best.consider(scale, zero)
 
     def _shrink(self, error: Tensor, unit: Tensor, beta: float) -> Tensor:
         """The generalized soft threshold of error[R, G, width], in steps of `unit`: |error|**(p - 1) / beta is taken
@@ -118,3 +134,14 @@ def _least_squares(target: Tensor, steps: Tensor, scale: Tensor) -> Tensor:
     """The scale[R, G] that brings steps[R, G, width] closest to `target`; the present one where every step is 0."""
     length = steps.square().sum(2)
     return torch.where(length > 0, (target * steps).sum(2) / length.clamp(min=1), scale).abs()
+
+
+def _least_squares_line(target: Tensor, steps: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero [R, G], as they are stored, that bring (steps + present zero - zero) * scale closest to `target`,
+    of which steps[R, G, width] are codes less the present zero; where all codes are one, the scale stays."""
+    middle, mean = steps.mean(2), target.mean(2)
+    apart = steps - middle[..., None]
+    spread, common = apart.square().sum(2), (apart * target).sum(2)
+    found = torch.where((spread > 0) & (common > 0), common / spread.clamp(min=SMALLEST_ERROR), scale)
+    found = found.to(torch.float16).float()
+    return found, (zero + middle - mean * reciprocal(found)).to(torch.float16).float()

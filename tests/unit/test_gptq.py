@@ -20,7 +20,7 @@ from neoquant.tensor import QuantizedTensor
 
 GRIDS = [
     *(Affine(bits, 32, symmetric) for bits in (2, 3, 4) for symmetric in (False, True)),
-    *(Affine(4, -1), Affine(8, 128)),
+    *(Affine(4, -1), Affine(8, 128), Affine(3, 32, float_zero=True)),
     *(Codebook(kind, 32, double) for kind in ("nf4", "fp4") for double in (False, True)),
     Int8Rows(),
 ]
@@ -242,7 +242,9 @@ def test_heads_as_a_kronecker_product(grid: Grid, monkeypatch: pytest.MonkeyPatc
     assert (plain.codes != found.codes).float().mean() < 2e-3
 
 
-@pytest.mark.parametrize("grid", [Affine(3, 32), Affine(4, -1, True), Codebook("nf4", 32, False)], ids=str)
+@pytest.mark.parametrize(
+    "grid", [Affine(3, 32), Affine(4, 32, float_zero=True), Affine(4, -1, True), Codebook("nf4", 32, False)], ids=str
+)
 @pytest.mark.parametrize(("tall", "rows"), [(4, 3), (11, 4)])
 def test_many_rows_as_a_kronecker_product(grid: Grid, tall: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that are gathered before later ones are corrected give what correcting one by one gives."""
