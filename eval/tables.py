@@ -476,23 +476,24 @@ def _kl(row: dict[str, Any]) -> float:
 
 
 def hqq(path: Path) -> str:
-    """Round-to-nearest, the HQQ library and ours on each grid, and ours as a part of the library's divergence."""
+    """Round-to-nearest, the HQQ library and ours on each grid, with integer zeros and with the library's float zeros,
+    and each of ours as a part of the library's divergence."""
     result = json.loads(path.read_text("utf-8"))
     rows = {(row["bits"], row["group_size"], row["tool"]): row for row in result["rows"]}
+    of_library = {(r["bits"], r["group_size"], r["ours"]): r for r in result["ratios"] if r["tool"] == "library"}
     lines = [
-        "| grid | round-to-nearest | HQQ library | neoquant | of the library [95 %] | bits/weight: library, neoquant |",
-        "| --- | --: | --: | --: | --: | --: |",
+        "| grid | zeros | bits/weight | round-to-nearest | HQQ library | neoquant | of the library [95 %] |",
+        "| --- | --- | --: | --: | --: | --: | --: |",
     ]
-    for ratio in result["ratios"]:
-        if ratio["tool"] != "library":
-            continue
-        bits, group_size = ratio["bits"], ratio["group_size"]
-        nearest, library, ours = (rows[bits, group_size, tool] for tool in ("nearest", "library", "hqq"))
+    for (bits, group_size, tool), ratio in of_library.items():
+        ours, nearest, library = (rows[bits, group_size, name] for name in (tool, "nearest", "library"))
         low, high = ratio["interval"]
+        alike = ours["bits_per_weight"] == library["bits_per_weight"]
         lines.append(
-            f"| {bits} bits, groups of {group_size} | {1e4 * _kl(nearest):.2f} | {1e4 * _kl(library):.2f} "
-            f"| {1e4 * _kl(ours):.2f} | {ratio['ratio']:.3f} [{low:.3f}, {high:.3f}] "
-            f"| {library['bits_per_weight']:.3f}, {ours['bits_per_weight']:.3f} |"
+            f"| {bits} bits, groups of {group_size} | {'float16' if alike else 'integers'} "
+            f"| {ours['bits_per_weight']:.3f} | {'' if alike else f'{1e4 * _kl(nearest):.2f}'} "
+            f"| {f'{1e4 * _kl(library):.2f}' if alike else ''} | {1e4 * _kl(ours):.2f} "
+            f"| {ratio['ratio']:.3f} [{low:.3f}, {high:.3f}] |"
         )
     tokens = sum(result["text"]["tokens"])
     return "\n".join(
