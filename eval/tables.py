@@ -44,6 +44,7 @@ FEEDBACK_DEMO = ROOT / "eval" / "results" / "feedback-demo.json"
 BY_LOSS = {"objective": "model", "correction": 0.5}
 ATTENTION = {"objective": "attention", "correction": 0.0}
 OBJECTIVES = {name: ROOT / "eval" / "results" / f"objectives-{name}.json" for name in ("demo", "neo-8m")}
+TO_ORDER = ROOT / "eval" / "results" / "to-order-demo.json"
 HQQ = {name: ROOT / "eval" / "results" / f"hqq-{name}.json" for name in ("demo", "neo-8m")}
 CROSS_LOAD = ROOT / "eval" / "results" / "cross-load.json"
 CHOOSING = ROOT / "docs" / "choosing.md"
@@ -456,6 +457,37 @@ def objectives(path: Path) -> str:
         figures = f"{1e4 * _kl(rows[default]):.2f} | {1e4 * _kl(rows[by_loss]):.2f}"
         lines.append(f"| {grid} | {figures} | {ratio['ratio']:.3f} [{low:.3f}, {high:.3f}] |")
     return "\n".join([*lines, "", f"{_text_line(result)}."])
+
+
+def to_order() -> str:
+    """Uniform grids, layers on several grids at the same bits, and at others: loss foreseen and measured."""
+    result = json.loads(TO_ORDER.read_text("utf-8"))
+    lines = [
+        "| layers | bits/weight | KL foreseen | KL measured | of the foreseen | of the uniform grid's [95 %] |",
+        "| --- | --: | --: | --: | --: | --: |",
+    ]
+    for row in result["rows"]:
+        beside = f"{row['ratio']:.3f} [{row['interval'][0]:.3f}, {row['interval'][1]:.3f}]" if "ratio" in row else ""
+        lines.append(
+            f"| {_layers(row)} | {row['bits']:.3f} | {1e4 * row['foreseen']:.1f} | {1e4 * _kl(row):.1f} "
+            f"| {row['of_foreseen']:.2f} | {beside} |"
+        )
+    shown, text = result["calibration"], result["text"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"KL divergence from {result['model']['name']}, in 1e-4 nats a token, on {text['scored_tokens']:,} tokens; "
+            f"{shown['rows']} rows of {shown['length']} tokens.",
+        ]
+    )
+
+
+def _layers(row: dict[str, Any]) -> str:
+    """How many layers are on which bits, in words."""
+    if "layers" not in row:
+        return f"all on {row['name'].removeprefix('uniform-')} bits"
+    return ", ".join(f"{count} on {bits}" for bits, count in row["layers"].items() if count)
 
 
 def _text_line(result: dict[str, Any]) -> str:
