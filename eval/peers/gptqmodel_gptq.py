@@ -46,6 +46,7 @@ def main() -> None:
         sym=args.symmetric,
         format=FORMAT(args.format),
         gptaq=GPTAQConfig() if args.gptaq else None,
+        pack_impl="original",  # the same words, without compiling a C++ extension first
         **ORDERS[args.order],
     )
     packed = args.packed or args.out.with_name(args.out.name + "-packed")
