@@ -8,6 +8,7 @@
     ├── HubError                  the model or data hub cannot be reached, or does not have it
     ├── OutputError               the result cannot be written: it exists, or the disk is full
     ├── ContextError              more positions than the model has
+    ├── LostProcessError          one of the processes that share a piece of work has ended
     └── RequestError              exit code 2: the request itself is not legal
         └── RecipeError           a recipe that cannot be carried out
 
@@ -64,6 +65,10 @@ class OutputError(NeoquantError):
 
 class ContextError(NeoquantError):
     """More positions than the model has embeddings for."""
+
+
+class LostProcessError(NeoquantError):
+    """One of the processes that share a piece of work has ended, or cannot be reached."""
 
 
 class RequestError(NeoquantError):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import traceback
 import warnings
@@ -36,13 +35,9 @@ from neoquant.cli import (
     sweep,
 )
 from neoquant.cli.options import Debug, Quiet
+from neoquant.cli.processes import Terminated, interrupt_by_signals, say_last
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import NeoquantError
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came: what handles an interruption handles this."""
-
 
 INTERRUPTED = 130  # what shells report of a program ended by SIGINT
 TERMINATED = 143  # ... and by SIGTERM
@@ -113,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit.exit_code
     except (typer.Abort, KeyboardInterrupt) as error:
         terminated = isinstance(error, Terminated)
-        terminal.say_last(" ".join(["terminated" if terminated else "interrupted", *map(str, error.args)]))
+        say_last(terminal, " ".join(["terminated" if terminated else "interrupted", *map(str, error.args)]))
         return TERMINATED if terminated else INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has gone (`| head`): there is nobody to tell. Python would complain at exit.
@@ -123,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if terminal.debug:
             traceback.print_exc()
         message, code = explain(error)
-        terminal.say_last(f"error: {message}")
+        say_last(terminal, f"error: {message}")
         return code
     finally:
         for give_back in terminal.at_end:
@@ -168,11 +163,6 @@ def _usage_message(error: Any) -> str:
     return f"{message[:1].lower()}{message[1:]}{help}"
 
 
-def _terminate(*_: Any) -> None:
-    """Unwind as an interruption does, so that partial results are removed and finished work is kept."""
-    raise Terminated
-
-
 def _have_openmp_wait_briefly() -> None:
     """Threads of torch's OpenMP sleep after less than a millisecond without work: they stand in the way of the
     native library's, and of other programs. Read when torch is imported; `bench` measures others as they are."""
@@ -195,5 +185,5 @@ def run() -> None:
         sys.stdin.reconfigure(errors="surrogateescape")  # a byte that is no UTF-8 is found where the text is used
     _have_openmp_wait_briefly()
     logging.getLogger().addHandler(logging.NullHandler())  # what libraries tell developers is not for users
-    signal.signal(signal.SIGTERM, _terminate)
+    interrupt_by_signals()
     sys.exit(main())

@@ -18,11 +18,11 @@ from neoquant.cli.evaluation import (
     is_result,
     keeping_progress,
     load_compared_models,
-    process_group_of,
     publish,
 )
 from neoquant.cli.harness_tasks import compared_tasks, run_tasks, task_options
 from neoquant.cli.output import check_output_file, json_kind
+from neoquant.cli.processes import process_group_of
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import RequestError
 

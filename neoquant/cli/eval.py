@@ -14,11 +14,11 @@ from neoquant.cli.evaluation import (
     inputs_of,
     keeping_progress,
     load_evaluated_model,
-    process_group_of,
     publish,
 )
 from neoquant.cli.harness_tasks import run_tasks, task_options
 from neoquant.cli.output import check_output_file, json_kind
+from neoquant.cli.processes import process_group_of
 from neoquant.cli.terminal import Terminal
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,8 +22,8 @@ from neoquant.errors import RequestError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from neoquant.distributed import ProcessGroup
     from neoquant.evaluation import Comparison, EvaluatedModel, Evaluation, Suite
-    from neoquant.evaluation.distributed import ProcessGroup
     from neoquant.evaluation.result import Record
     from neoquant.evaluation.thresholds import Condition
     from neoquant.tokenizer.tokenizer import Tokenizer
@@ -81,9 +80,8 @@ class LoadOptions:
         """One of several processes on a machine takes the GPU of its own number, where there is one for each."""
         import torch
 
-        local, together = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if self.device is None and group.size > 1 and torch.cuda.device_count() >= together:
-            return replace(self, device=f"cuda:{local}")
+        if self.device is None and group.size > 1 and torch.cuda.device_count() >= group.local_size:
+            return replace(self, device=f"cuda:{group.local_rank}")
         return self
 
 
@@ -154,17 +152,6 @@ def inputs_of(suite: Suite, suite_name: str | None, *models: str | None) -> list
 
     data = suite.data
     return [suite_name, *([data.path] if isinstance(data, FileData) else []), *models]
-
-
-@contextmanager
-def process_group_of(terminal: Terminal) -> Iterator[ProcessGroup]:
-    """The processes that share the work; all but the first keep silent unless they fail."""
-    from neoquant.evaluation.distributed import process_group
-
-    with process_group() as group:
-        if group.rank:
-            terminal.quiet = True
-        yield group
 
 
 def conditions_of(texts: list[str] | None, *, side_by_side: bool) -> list[Condition]:

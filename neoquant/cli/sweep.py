@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from neoquant.cli import options
-from neoquant.cli.evaluation import LoadOptions, journal_path, load_evaluated_model, process_group_of
+from neoquant.cli.evaluation import LoadOptions, journal_path, load_evaluated_model
 from neoquant.cli.models import short_name
+from neoquant.cli.processes import process_group_of
 from neoquant.cli.progress_lines import run_with_progress
 from neoquant.cli.sweep_file import BEGUN, SweepRecord, fingerprint, read_sweep
 from neoquant.cli.terminal import Terminal
@@ -21,8 +22,8 @@ from neoquant.errors import NeoquantError, OutputError, RequestError
 from neoquant.files.writing import write_file
 
 if TYPE_CHECKING:
+    from neoquant.distributed import ProcessGroup
     from neoquant.evaluation import Comparison, Suite
-    from neoquant.evaluation.distributed import ProcessGroup
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 

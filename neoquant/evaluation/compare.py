@@ -11,9 +11,9 @@ from statistics import fmean
 import torch
 
 from neoquant.data.suite import Suite
+from neoquant.distributed import SINGLE_PROCESS, ProcessGroup
 from neoquant.evaluation.accumulator import DISTRIBUTIONS, SUMS, Accumulator
 from neoquant.evaluation.corpus import Corpus, TokenizerLike, read_corpus
-from neoquant.evaluation.distributed import SINGLE_PROCESS, ProcessGroup
 from neoquant.evaluation.largest_divergences import worst_documents, worst_tokens
 from neoquant.evaluation.perplexity import EvaluatedModel, ScoredCorpus, environment, score_with_journal, summarize
 from neoquant.evaluation.prediction_intervals import prediction_intervals

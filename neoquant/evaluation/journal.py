@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from neoquant.distributed import SINGLE_PROCESS, ProcessGroup
 from neoquant.errors import OutputError
 from neoquant.evaluation.accumulator import Accumulator
-from neoquant.evaluation.distributed import SINGLE_PROCESS, ProcessGroup
 from neoquant.files.writing import replacing
 
 INTERVAL = 15.0

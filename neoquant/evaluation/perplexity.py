@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 
 from neoquant.data.suite import Suite
+from neoquant.distributed import SINGLE_PROCESS, ProcessGroup
 from neoquant.evaluation.accumulator import Accumulator
 from neoquant.evaluation.corpus import Corpus, TokenizerLike, read_corpus
-from neoquant.evaluation.distributed import SINGLE_PROCESS, ProcessGroup
 from neoquant.evaluation.journal import Journal
 from neoquant.evaluation.result import DataInfo, Environment, Evaluation, Macro, ModelInfo, Score, UnitScore
 from neoquant.evaluation.scoring import Model, score

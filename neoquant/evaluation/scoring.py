@@ -7,10 +7,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from neoquant.distributed import SINGLE_PROCESS, ProcessGroup
 from neoquant.errors import CheckpointError, RequestError
 from neoquant.evaluation.accumulator import Accumulator, TokenScores
 from neoquant.evaluation.corpus import Corpus, Window
-from neoquant.evaluation.distributed import SINGLE_PROCESS, ProcessGroup
 from neoquant.evaluation.journal import Journal
 from neoquant.progress import Progress
 
