@@ -16,8 +16,7 @@ pass is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import islice
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,13 +27,17 @@ POSITIONS = 512  # queries that are looked at; twice as many change little
 LEAST = 32  # of them in a row that is looked at at all
 
 
-def attention_hessians(attention: SelfAttention, inputs: Iterable[Tensor], rows: int) -> dict[str, Tensor]:
-    """K of q_proj, k_proj and v_proj, float32[heads, size, size] each.
+def attention_hessians(
+    attention: SelfAttention, inputs: Iterable[Tensor], rows: int, numbers: Sequence[int] | None = None
+) -> dict[str, Tensor]:
+    """K of q_proj, k_proj and v_proj, float32[heads, size, size] each; those of q and k are sums over the inputs.
 
     Args:
         attention: with its weights as they were before quantization.
         inputs: what it sees, float32[B, T, C] piece by piece, `rows` in all.
         rows: see `inputs`.
+        numbers: of those of the rows, ascending, that `inputs` holds, where it does not hold all; the sums of several
+            processes add up to that of one.
     """
     heads = attention.num_heads
     out = attention.out_proj.weight.detach().float()
@@ -44,8 +47,15 @@ def attention_hessians(attention: SelfAttention, inputs: Iterable[Tensor], rows:
     random = torch.Generator().manual_seed(0)
     every = max(1, rows * LEAST // POSITIONS)  # row; so many queries of a row are worth its keys and values
     count = max(LEAST, POSITIONS // rows)
-    for x in islice((x for piece in inputs for x in piece), 0, None, every):
-        positions = torch.randperm(len(x), generator=random)[:count]
+    drawn = 0  # how often for rows up to this one, whoever looks at them
+    for number, x in zip(
+        range(rows) if numbers is None else numbers, (x for piece in inputs for x in piece), strict=True
+    ):
+        if number % every:
+            continue
+        while drawn <= number // every:
+            positions = torch.randperm(len(x), generator=random)[:count]
+            drawn += 1
         k, v = (
             proj(x).view(len(x), heads, -1).transpose(0, 1).contiguous()  # [H, T, D]
             for proj in (attention.k_proj, attention.v_proj)

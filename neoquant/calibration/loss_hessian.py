@@ -11,7 +11,7 @@ The gradients run from the head back, one block in memory at a time, each comput
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -49,10 +49,12 @@ class OutputMoments:
         return torch.stack([hessian.matrix for hessian in self._pieces]).div_(2)
 
 
-def drawn_uniforms(rows: int, length: int, seed: int) -> Tensor:
+def drawn_uniforms(rows: int, length: int, seed: int, numbers: Sequence[int] | None = None) -> Tensor:
     """What both labels of each position are drawn by: float32[2, rows, length] in [0, 1), the same however the rows are
-    dealt with."""
+    dealt with; of all, or of the rows of these numbers."""
     drawn = torch.rand(rows, length, 2, generator=torch.Generator().manual_seed(seed))
+    if numbers is not None:
+        drawn = drawn[list(numbers)]
     return drawn.movedim(2, 0)
 
 

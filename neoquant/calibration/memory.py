@@ -17,9 +17,7 @@ _RESIDENT_BYTES = 300_000_000  # of a process that has imported torch and quanti
 _WIDEST_KEPT = 512_000_000  # inner activations are kept up to here: it saves a tenth of the time
 _SQUARES = 8  # matrices [I, I] alive at once while a Hessian is inverted: measured, itself included
 _WEIGHTS = 4  # and of a weight's size [O, I] while that is rounded
-_GRADIENT_TOKENS = 65_536  # that pass through the unquantized model, and back: of a text's first rows, at most
-_GRADIENT_SHARE = 0.5  # and this part of them: all take half as long again, for a few hundredths of the loss,
-_LEAST_TOKENS = 8192  # but so many where there are
+_GRADIENT_TOKENS = 65_536  # whose gradients are looked at: of a text's first rows, more gain little
 _ACTIVATIONS = 14  # of a piece's hidden states, and
 _INNER_ACTIVATIONS = 5  # of its inner activations, that are alive at once while gradients run through a block
 
@@ -55,12 +53,13 @@ class CalibrationMemory:
     methods: Methods = PLAIN
     device: str = "cpu"
     """Where it is computed, and `memory` taken."""
+    processes: int = 1
+    """That share the rows; `memory` and `disk` are what each of them takes."""
 
 
 def gradient_rows(rows: int, length: int) -> int:
-    """Of so many rows, those that pass through the unquantized model, whose gradients are looked at: the first ones."""
-    tokens = min(max(int(_GRADIENT_SHARE * rows * length), _LEAST_TOKENS), _GRADIENT_TOKENS)
-    return max(1, min(rows, tokens // length))
+    """Of so many rows, those whose gradients are looked at: the first ones."""
+    return max(1, min(rows, _GRADIENT_TOKENS // length))
 
 
 def estimate_memory(
@@ -70,9 +69,10 @@ def estimate_memory(
     max_memory: int | None = None,
     methods: Methods = PLAIN,
     device: torch.device | str = "cpu",
+    processes: int = 1,
 ) -> CalibrationMemory:
-    """What rows x length tokens of calibration need on a device, with their hidden states in files if memory is too
-    small: `max_memory`, or what is free on a GPU.
+    """What rows x length tokens of calibration, shared by so many processes, need of each, on its device, with their
+    hidden states in files if memory is too small: `max_memory`, or what is free on a GPU.
 
     Raises:
         RequestError: one block alone needs more than that.
@@ -82,7 +82,8 @@ def estimate_memory(
         free = int(torch.cuda.mem_get_info(device)[0] * _FREE)
         max_memory = free if max_memory is None else min(max_memory, free)
     plenty, little = (
-        replace(_estimate(config, rows, length, spilled, methods), device=str(device)) for spilled in (False, True)
+        replace(_estimate(config, rows, length, spilled, methods, processes), device=str(device))
+        for spilled in (False, True)
     )
     if max_memory is None or plenty.memory <= max_memory:
         return plenty
@@ -94,12 +95,16 @@ def estimate_memory(
     )
 
 
-def _estimate(config: GPTNeoConfig, rows: int, length: int, spilled: bool, methods: Methods) -> CalibrationMemory:
+def _estimate(
+    config: GPTNeoConfig, all_rows: int, length: int, spilled: bool, methods: Methods, processes: int
+) -> CalibrationMemory:
     C, inner = config.hidden_size, config.inner_size
+    first = -(gradient_rows(all_rows, length) // -processes)
+    rows = first - ((all_rows - gradient_rows(all_rows, length)) // -processes)
     states = 4 * rows * length * C
     block = 4 * (4 * C * C + 2 * C * inner)
     piece = 4 * min(rows, rows_of_batch(length)) * length * (2 * inner + 4 * C)
-    kept = 4 * gradient_rows(rows, length) * length * C
+    kept = 4 * first * length * C
     held = 0 if spilled else states
     attention = 2 * held + _SQUARES * 4 * C * C  # what out_proj sees is held as well
     wide = 4 * rows * length * inner
@@ -114,17 +119,17 @@ def _estimate(config: GPTNeoConfig, rows: int, length: int, spilled: bool, metho
         curvature = 4 * (
             5 * C * C + inner * coupled_rows(config.inner_size, config.hidden_size)
         )  # output-side Hessians of one block
-        peak = max(peak + curvature, _gradient_memory(config, rows, length, spilled) + block)
+        peak = max(peak + curvature, _gradient_memory(config, first, length, spilled) + block)
         disk += config.num_layers * curvature
     if methods != PLAIN:
         disk += (config.num_layers + 4) * kept
-    return CalibrationMemory(rows, length, _RESIDENT_BYTES + peak, disk, spilled, keeps_inner, methods)
+    peak += _RESIDENT_BYTES
+    return CalibrationMemory(all_rows, length, peak, disk, spilled, keeps_inner, methods, processes=processes)
 
 
 def _gradient_memory(config: GPTNeoConfig, rows: int, length: int, spilled: bool) -> int:
-    """Bytes beside a block while gradients run back: at the head, or through a block."""
+    """Bytes beside a block while gradients of so many rows run back: at the head, or through a block."""
     C, inner, V = config.hidden_size, config.inner_size, config.vocab_size
-    rows = gradient_rows(rows, length)
     held = 0 if spilled else 2 * 4 * rows * length * C
     tokens = min(rows, rows_of_batch(length)) * length
     head = 4 * (V * C + 3 * POSITIONS * V + 4 * tokens * C)
@@ -135,10 +140,15 @@ def _gradient_memory(config: GPTNeoConfig, rows: int, length: int, spilled: bool
 
 
 def guess_seconds(
-    config: GPTNeoConfig, rows: int, length: int, methods: Methods = PLAIN, device: torch.device | str = "cpu"
+    config: GPTNeoConfig,
+    rows: int,
+    length: int,
+    methods: Methods = PLAIN,
+    device: torch.device | str = "cpu",
+    processes: int = 1,
 ) -> float:
     """About how long a calibrated run will take: its multiplications, at a rate measured now; those of rounding are the
-    CPU's, also where the others are a GPU's."""
+    CPU's, also where the others are a GPU's. Processes have a GPU each, but share the CPU."""
     rounding = _multiplications_of_rounding(config)
     count = _multiplications(config, rows * length) - rounding
     if methods.reference:
@@ -147,7 +157,7 @@ def guess_seconds(
         count += _multiplications_of_gradients(config, gradient_rows(rows, length) * length)
     device = torch.device(device)
     cpu = _rate(torch.device("cpu"))
-    return rounding / cpu + count / (cpu if device.type == "cpu" else _rate(device))
+    return rounding / cpu + count / (cpu if device.type == "cpu" else processes * _rate(device))
 
 
 def _multiplications(config: GPTNeoConfig, tokens: int) -> float:

@@ -9,8 +9,9 @@ correct in the same sense.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -73,6 +74,14 @@ class MissingOutput:
                 product = (aim - reached).flatten(0, -2).T @ x.flatten(0, -2)
                 self._sum = self._sum.add_(product) if self._tokens else product
                 self._tokens += x[..., 0].numel()
+
+    def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Let it be that of all processes' inputs; `total` is the sum over them."""
+        outputs = self.linear.out_features if self.name in ADDED else self.linear.in_features
+        if not self._tokens:
+            self._sum = self.linear.weight.new_zeros(outputs, self.linear.in_features)
+        self._sum = total(self._sum)
+        self._tokens = int(total(torch.tensor(self._tokens)))
 
     def _given(self, x: Tensor) -> Tensor:
         return F.linear(x, self.linear.weight, self.linear.bias)

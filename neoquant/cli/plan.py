@@ -119,12 +119,16 @@ def show_plan(plan: Plan, terminal: Terminal, held: str | None = None) -> None:
                 f"{plan.bits_per_weight_linears:.3f} per weight of the linear layers, "
                 f"{plan.bits_per_weight_model:.3f} per parameter of the model",
             ),
-            ("memory", f"about {size(plan.peak_memory_bytes)} at the peak"),
+            ("memory", f"about {size(plan.peak_memory_bytes)} at the peak{_of_each(plan)}"),
             *_calibrating_facts(plan),
             *([] if held is None else [("KV cache", held)]),
             *(("note", note) for note in plan.notes),
         ]
     )
+
+
+def _of_each(plan: Plan) -> str:
+    return " of each process" if plan.calibrating is not None and plan.calibrating.processes > 1 else ""
 
 
 def _calibrating_facts(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -135,13 +139,16 @@ def _calibrating_facts(plan: Plan) -> Iterator[tuple[str, str]]:
 
     need = plan.calibrating
     config = GPTNeoConfig.from_dict(dict(plan.config))
-    guessed = guess_seconds(config, need.rows, need.length, need.methods, need.device)
+    guessed = guess_seconds(config, need.rows, need.length, need.methods, need.device, need.processes)
     where = "this machine's CPU" if need.device == "cpu" else need.device
     samples = f"{plural(need.rows, 'sample')} of {plural(need.length, 'token')}"
+    if need.processes > 1:
+        samples += f", shared by {need.processes} processes"
     yield "calibration", f"{samples}{', their hidden states in files' * need.spilled}"
     yield (
         "time",
-        f"about {duration(guessed)} on {where} (an estimate), with {size(need.disk)} of temporary files",
+        f"about {duration(guessed)} on {where} (an estimate), "
+        f"with {size(need.disk)} of temporary files{_of_each(plan)}",
     )
 
 

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from neoquant.cli import options
 from neoquant.cli.models import find_model, short_name, suite_for
 from neoquant.cli.plan import show_plan
+from neoquant.cli.processes import own_device, process_group_of
 from neoquant.cli.recipes import RecipeOptions, choose_recipe, refuse_idle_options
 from neoquant.cli.samples import read_samples
 from neoquant.cli.terminal import Terminal
 from neoquant.cli.to_order import SizeTarget, recipe_to_order
 from neoquant.demo import NAME as BUNDLED
+from neoquant.errors import RequestError
 from neoquant.report.formatting import duration, size
 from neoquant.sizes import parse_size
 
 if TYPE_CHECKING:
+    from neoquant.distributed import ProcessGroup
     from neoquant.quantization.quantize import QuantizeResult
 
 
@@ -71,7 +74,8 @@ def quantize(
     The folder is a bitsandbytes checkpoint wherever that format can hold the recipe: transformers loads it,
     and so does neoquant. Tokenizer, licence and a model card are written with it. The write is atomic: the
     folder appears when it is complete. An interrupted run with --calibration resumes after its last finished
-    block when the same command is given again, with the same result.
+    block when the same command is given again, with the same result. Under torchrun the processes share the
+    calibration samples; with --device cuda each takes a GPU.
 
     \b
     Examples:
@@ -83,6 +87,7 @@ def quantize(
       neoquant quantize my-finetune --bits 4 --type nf4 --calibration pile
       neoquant quantize my-finetune --target-bits 3.2 --calibration my-text.jsonl
       neoquant quantize my-finetune --recipe my-recipe.toml --dry-run
+      torchrun --nproc-per-node 4 -m neoquant quantize my-finetune --bits 4 --type nf4 --calibration pile --device cuda
     """
     from neoquant.calibration.dataset import ROWS
     from neoquant.quantization import quantize as quantization
@@ -93,49 +98,52 @@ def quantize(
     chosen = None if target is not None else choose_recipe(asked)
     if chosen is not None:
         refuse_idle_options(ctx.params, chosen)
-    rows, seed = ROWS if rows is None else rows, seed or 0
+    rows = ROWS if rows is None else rows
     largest = parse_size(shard_size, "--shard-size")
     limit = None if max_memory is None else parse_size(max_memory, "--max-memory")
-    source = find_model(model, terminal, "quantize")
-    samples = None
-    if not dry_run or target is not None:
-        samples = read_samples(source, revision, calibration, rows, length, seed, terminal)
-    if chosen is None:
-        assert target is not None and samples is not None
-        chosen = recipe_to_order(source, revision, target, samples, asked, limit, terminal)
-    folder = out or Path(f"{short_name(model)}-{chosen.name}")
-    if dry_run:
-        show_plan(
-            quantization.plan(
+    with process_group_of(terminal, device) as group:
+        device = own_device(device, group)
+        _refuse_shared(target, group)
+        source = find_model(model, terminal, "quantize")
+        samples = None
+        if not dry_run or target is not None:
+            samples = read_samples(source, revision, calibration, rows, length, seed or 0, terminal)
+        if chosen is None:
+            assert target is not None and samples is not None
+            chosen = recipe_to_order(source, revision, target, samples, asked, limit, terminal)
+        folder = out or Path(f"{short_name(model)}-{chosen.name}")
+        common: dict[str, Any] = {
+            "revision": revision,
+            "shard_size": largest,
+            "max_memory": limit,
+            "device": device,
+            "progress": terminal.progress,
+        }
+        if dry_run:
+            planned = quantization.plan(
                 source,
                 chosen,
-                revision=revision,
-                shard_size=largest,
                 name=folder.name,
                 calibration_rows=rows,
                 calibration_length=length,
-                max_memory=limit,
-                device=device,
-                progress=terminal.progress,
-            ),
-            terminal,
+                processes=group.size,
+                **common,
+            )
+            if not group.rank:
+                show_plan(planned, terminal)
+                terminal.show(f"a dry run: {folder} was not written")
+            return
+        made = quantization.quantize(
+            source, folder, chosen, force=force, calibration=samples, restart=restart, process_group=group, **common
         )
-        terminal.show(f"a dry run: {folder} was not written")
-        return
-    made = quantization.quantize(
-        source,
-        folder,
-        chosen,
-        revision=revision,
-        force=force,
-        shard_size=largest,
-        calibration=samples,
-        max_memory=limit,
-        restart=restart,
-        device=device,
-        progress=terminal.progress,
-    )
-    _show_result(made, folder, model, terminal)
+        if not group.rank:
+            _show_result(made, folder, model, terminal)
+
+
+def _refuse_shared(target: SizeTarget | None, group: ProcessGroup) -> None:
+    """Raise RequestError for what several processes cannot share."""
+    if target is not None and group.size > 1:
+        raise RequestError("--target-bits and --target-size run in one process: start it without torchrun")
 
 
 def _show_result(made: QuantizeResult, folder: Path, model: str | None, terminal: Terminal) -> None:

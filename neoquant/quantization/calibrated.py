@@ -13,6 +13,7 @@ import torch
 from neoquant.calibration.dataset import Calibration
 from neoquant.calibration.hidden_states import HiddenStates
 from neoquant.calibration.memory import CalibrationMemory
+from neoquant.calibration.share import Share
 from neoquant.checkpoint import Checkpoint, CheckpointWriter
 from neoquant.errors import locate
 from neoquant.formats.base import dtype_name
@@ -22,7 +23,7 @@ from neoquant.progress import Progress
 from neoquant.quantization.plan import Plan, PlanRow
 from neoquant.quantization.resume import FinishedBlock, ResumableRun
 from neoquant.quantization.reverse import calibrating, look_at_unquantized
-from neoquant.quantization.sequential import embed, quantize_blocks
+from neoquant.quantization.sequential import QuantizedBlock, embed, quantize_blocks
 from neoquant.quantization.source_hash import hash_tensor, join_hashes
 from neoquant.quantization.streaming import Written, headers_of, output_tensors
 from neoquant.tensor import QuantizedTensor
@@ -36,27 +37,25 @@ def write_calibrated(
     plan: Plan,
     calibration: Calibration,
     memory: CalibrationMemory,
-    sink: CheckpointWriter,
+    sink: CheckpointWriter | None,
     run: ResumableRun,
     progress: Progress,
-) -> Written:
+) -> Written | None:
     """Carry out a plan whose quantizers need calibration, from where `run` was interrupted.
 
     Returns the plan with the tensors as they were stored, a record of every layer, and the time of those layers that
-    this call quantized.
+    this call quantized. Of several processes that share the run, the first one writes: the others have no `sink`, and
+    None is returned.
     """
     # in the file's order, which need not be the blocks'
     digest = join_hashes([hash_tensor(row.source, checkpoint.read(row.name)) for row in plan.rows])
     config = GPTNeoConfig.from_dict(checkpoint.config)
-    run.begin(_identity(checkpoint, plan, calibration, memory, digest), config.num_layers)
-    writer = _Writer(plan, digest, sink)
+    _begin(run, _identity(checkpoint, plan, calibration, memory, digest), config.num_layers)
+    writer = None if sink is None else _Writer(checkpoint, plan, digest, sink)
     look_at_unquantized(checkpoint, plan, calibration, memory, run, progress)
     with torch.inference_mode():
-        for row in plan.rows:
-            if row.block is None:
-                writer.put({row.name: _output(checkpoint, plan, row)})
-        for number in range(run.finished):
-            writer.put_block(run.block(number))
+        if writer is not None:
+            writer.begin(run)
         if run.finished:
             progress.note(f"resuming after block {run.finished} of {run.blocks}")
         hidden = _hidden_states(checkpoint, calibration, config, memory, run)
@@ -64,23 +63,43 @@ def write_calibrated(
         samples = calibrating(hidden, calibration, memory, run)
         blocks = quantize_blocks(checkpoint, plan, samples, first, progress)
         for number, block in enumerate(blocks, first):
-            output = {row.name: _output(checkpoint, plan, row, block.weights.get(row.name)) for row in block.rows}
-            finished = FinishedBlock(output, {layer: report.to_dict() for layer, report in block.reports.items()})
-            writer.put_block(finished)
-            writer.layer_seconds |= {layer: report.seconds for layer, report in block.reports.items()}
-            run.keep(number, finished, hidden)
+            run.keep(number, None if writer is None else writer.put_new(block), hidden)
         hidden.close()
-    return writer.written()
+    return None if writer is None else writer.written()
+
+
+def _begin(run: ResumableRun, identity: dict[str, Any], blocks: int) -> None:
+    """Begin a run, or go on with it, in all its processes. Raises RequestError where they would not make the same."""
+    here = {"threads", "device"}  # which processes may have of their own
+    run.group.require_equal(json.dumps({key: value for key, value in identity.items() if key not in here}))
+    processes = {"processes": run.group.size} if run.group.size > 1 else {}
+    run.begin({**identity, **processes}, blocks)
 
 
 class _Writer:
     """Writes outputs as they come, and remembers what a `Written` says."""
 
-    def __init__(self, plan: Plan, source_hash: str, sink: CheckpointWriter) -> None:
-        self.plan, self.source_hash, self.sink = plan, source_hash, sink
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, source_hash: str, sink: CheckpointWriter) -> None:
+        self.checkpoint, self.plan, self.source_hash, self.sink = checkpoint, plan, source_hash, sink
         self.stored: dict[str, Any] = {}
         self.layers: dict[str, Any] = {}
         self.layer_seconds: dict[str, float] = {}
+
+    def begin(self, run: ResumableRun) -> None:
+        """Write what is of no block, and the blocks that are finished."""
+        for row in self.plan.rows:
+            if row.block is None:
+                self.put({row.name: _output(self.checkpoint, self.plan, row)})
+        for number in range(run.finished):
+            self.put_block(run.block(number))
+
+    def put_new(self, block: QuantizedBlock) -> FinishedBlock:
+        """Write a block, and return it as it is kept."""
+        output = {row.name: _output(self.checkpoint, self.plan, row, block.weights.get(row.name)) for row in block.rows}
+        finished = FinishedBlock(output, {layer: report.to_dict() for layer, report in block.reports.items()})
+        self.put_block(finished)
+        self.layer_seconds |= {layer: report.seconds for layer, report in block.reports.items()}
+        return finished
 
     def put(self, output: Output) -> None:
         for row, tensors in output.items():
@@ -111,13 +130,13 @@ def _hidden_states(
     memory: CalibrationMemory,
     run: ResumableRun,
 ) -> HiddenStates:
-    """The calibration samples as the first block that is not finished sees them."""
-    rows, length = calibration.ids.shape
-    shape, device = (rows, length, config.hidden_size), torch.device(memory.device)
+    """This process's calibration samples as the first block that is not finished sees them."""
+    ids = Share.of(calibration.ids, run.group).ids
+    shape, device = (*ids.shape, config.hidden_size), torch.device(memory.device)
     hidden = run.hidden_states(shape, memory.spilled, device)
     if hidden is None:
         hidden = run.new_hidden_states(shape, memory.spilled, device)
-        embed(checkpoint, calibration.ids, hidden)
+        embed(checkpoint, ids, hidden)
     return hidden
 
 

@@ -31,8 +31,9 @@ _TASKS = {
 LIBRARIES = {"bitsandbytes": "bitsandbytes", "gptq": "GPTQModel", "compressed-tensors": "compressed-tensors"}
 
 
-def render_card(plan: Plan, name: str, layers: Layers | None = None) -> str:
-    """The card of the checkpoint that `plan` makes in a folder called `name`; `layers` saw calibration text."""
+def render_card(plan: Plan, name: str, layers: Layers | None = None, processes: int = 1) -> str:
+    """The card of the checkpoint that `plan` makes in a folder called `name`; `layers` saw calibration text, which so
+    many processes shared."""
     parts = [
         _front_matter(
             plan.source,
@@ -52,7 +53,7 @@ def render_card(plan: Plan, name: str, layers: Layers | None = None) -> str:
         "## Layers",
         _layers(plan),
         *(["\n".join(f"- {note}" for note in plan.notes)] if plan.notes else []),
-        *(["## Calibration", _calibration(layers)] if layers else []),
+        *(["## Calibration", _calibration(layers, processes)] if layers else []),
         _measured(f"{NOT_MEASURED}: run `neoquant compare {plan.source_name} {name}`"),
     ]
     return "\n\n".join(parts) + "\n"
@@ -209,9 +210,10 @@ def _layers(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _calibration(layers: Layers) -> str:
+def _calibration(layers: Layers, processes: int) -> str:
     """The output errors of each kind of layer by round-to-nearest and as stored, and remarks."""
-    lines = [
+    lines = [f"{processes} processes shared the samples.", ""] if processes > 1 else []
+    lines += [
         "Output errors, relative mean squares on the calibration text, medians over the blocks:",
         "",
         "| | layers | RTN | as stored | ratio | largest ratio |",

@@ -16,6 +16,7 @@ from neoquant import demo
 from neoquant.calibration.dataset import LENGTH, ROWS, Calibration
 from neoquant.calibration.memory import CalibrationMemory, estimate_memory
 from neoquant.checkpoint import SHARD_SIZE, Checkpoint, CheckpointWriter, check_output, free_bytes, open_checkpoint
+from neoquant.distributed import SINGLE_PROCESS, ProcessGroup
 from neoquant.errors import OutputError, RequestError
 from neoquant.files.writing import as_bytes
 from neoquant.model.config import GPTNeoConfig
@@ -70,6 +71,7 @@ def plan(
     calibration_length: int | None = None,
     max_memory: int | None = None,
     device: object = "cpu",
+    processes: int = 1,
     progress: Progress = SILENT,
 ) -> Plan:
     """What `quantize` would do, from headers alone; of a model on the hub only kilobytes are fetched.
@@ -84,6 +86,7 @@ def plan(
         calibration_length: tokens of a row; None is 2,048, or the model's context where that is shorter.
         max_memory: as for `quantize`.
         device: as for `quantize`.
+        processes: that share a calibrated run; memory is what each takes.
         progress: told of downloads, where a model has no headers to fetch alone.
 
     Raises:
@@ -96,10 +99,11 @@ def plan(
         planned = _whole_plan(checkpoint, recipe, shard_size, name)
     if not needs_calibration(planned):
         _require_cpu(place)
+        _require_single(processes)
         return planned
     config = GPTNeoConfig.from_dict(dict(planned.config))
     length = calibration_length or min(LENGTH, config.max_position_embeddings)
-    need = estimate_memory(config, calibration_rows, length, max_memory, methods_of(planned), place)
+    need = estimate_memory(config, calibration_rows, length, max_memory, methods_of(planned), place, processes)
     return replace(planned, calibrating=need)
 
 
@@ -116,6 +120,7 @@ def quantize(
     restart: bool = False,
     device: object = "cpu",
     progress: Progress = SILENT,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> QuantizeResult:
     """Quantize a checkpoint into the folder `out`, one tensor in memory at a time; the same request, the same bytes.
 
@@ -137,11 +142,14 @@ def quantize(
             Columns are rounded on the CPU where the native library does it, and gradients for the model's loss run
             there. Other devices, other bytes.
         progress: told of the bytes of the source dealt with, and of downloads.
+        process_group: the processes that share a calibrated run, each of which calls this alike, on a device of its
+            own, and gets the result. The first one writes. As many must go on with what is unfinished.
 
     Raises:
         RequestError: the recipe cannot be carried out on this model; every reason is named. Or `out` is the source, or
             what is unfinished was another request, or `max_memory` is too little for one block, or the device is not
-            there.
+            there. Or processes are to share what needs no calibration.
+        LostProcessError: one of the processes has ended.
         OutputError: `out` exists or cannot be written, or the disk has too little space: found before any work. Or
             another process makes it, or what is unfinished is damaged.
         CheckpointError, HubError: the source cannot be read, is not a GPT-Neo, or holds weights that are not finite or
@@ -154,47 +162,74 @@ def quantize(
     check_output(out, force)
     with open_checkpoint(source, revision=revision, headers_only=True, progress=progress) as headers:
         planned = _whole_plan(headers, recipe, shard_size, out.name)
-    memory = _calibration_memory(planned, calibration, max_memory, place)
-    _require_space(out, planned.output_bytes + (0 if memory is None else memory.disk))
+    memory = _calibration_memory(planned, calibration, max_memory, place, process_group)
+    _require_space(out, planned.output_bytes + (0 if memory is None else memory.disk * process_group.local_size))
     with (
-        _resumable(out, calibration, restart) as run,
-        CheckpointWriter(out, force=force, shard_size=shard_size, tensors=len(planned.stored)) as sink,
-        open_checkpoint(source, revision=planned.revision, progress=progress) as checkpoint,
+        _resumable(out, calibration, restart, process_group) as run,
+        _sink(out, force, shard_size, planned, process_group) as sink,
     ):
-        if checkpoint.config != headers.config:  # only the values show that a head is not the embedding
-            planned = _whole_plan(checkpoint, recipe, shard_size, out.name)
-        if calibration is None or run is None or memory is None:
-            written = write_streaming(checkpoint, planned, sink, progress)
-        else:
-            written = write_calibrated(checkpoint, planned, calibration, memory, sink, run, progress)
-        checkpoint.require_unchanged()
-        companions: dict[str, Path | str] = {path.name: path for path in checkpoint.companions()}
-        own = _own_files(written, out.name, calibration, place)
-        sink.finish(written.plan.config, files={**companions, **own})
+        process_group.wait()  # nobody refuses, and so weights are read
+        with open_checkpoint(source, revision=planned.revision, progress=progress) as checkpoint:
+            if checkpoint.config != headers.config:  # only the values show that a head is not the embedding
+                planned = _whole_plan(checkpoint, recipe, shard_size, out.name)
+            if calibration is None or run is None or memory is None:
+                assert sink is not None  # there is one process
+                written: Written | None = write_streaming(checkpoint, planned, sink, progress)
+            else:
+                written = write_calibrated(checkpoint, planned, calibration, memory, sink, run, progress)
+            checkpoint.require_unchanged()
+            process_group.wait()  # nobody has seen a change
+            if sink is not None and written is not None:
+                companions: dict[str, Path | str] = {path.name: path for path in checkpoint.companions()}
+                own = _own_files(written, out.name, calibration, place, process_group.size)
+                sink.finish(written.plan.config, files={**companions, **own})
         if run is not None:
-            run.remove()
+            run.remove_all()
+    peak = max(process_group.all_gather(peak_rss_bytes()))
+    made: QuantizeResult = process_group.broadcast(None if written is None else _result(out, written, started, peak))
+    return made
+
+
+def _result(out: Path, written: Written, started: float, peak: int) -> QuantizeResult:
     return QuantizeResult(
         folder=out,
         plan=written.plan,
         source_hash=written.source_hash,
         output_bytes=sum(path.stat().st_size for path in out.iterdir()),
         seconds=time.perf_counter() - started,
-        peak_rss_bytes=peak_rss_bytes(),
+        peak_rss_bytes=peak,
         layers=written.layers,
         layer_seconds=written.layer_seconds,
     )
 
 
+@contextmanager
+def _sink(
+    out: Path, force: bool, shard_size: int, planned: Plan, group: ProcessGroup
+) -> Iterator[CheckpointWriter | None]:
+    """What writes the output, in the first process; None in the others."""
+    if group.rank:
+        yield None
+        return
+    with CheckpointWriter(out, force=force, shard_size=shard_size, tensors=len(planned.stored)) as sink:
+        yield sink
+
+
 def _calibration_memory(
-    planned: Plan, calibration: Calibration | None, max_memory: int | None, device: torch.device
+    planned: Plan,
+    calibration: Calibration | None,
+    max_memory: int | None,
+    device: torch.device,
+    group: ProcessGroup,
 ) -> CalibrationMemory | None:
     """What a calibrated run takes; None for another. Raises RequestError where plan and calibration do not fit."""
     require_calibration(planned, calibration)
     if calibration is not None:
         rows, length = calibration.ids.shape
         config = GPTNeoConfig.from_dict(dict(planned.config))
-        return estimate_memory(config, rows, length, max_memory, methods_of(planned), device)
+        return estimate_memory(config, rows, length, max_memory, methods_of(planned), device, group.size)
     _require_cpu(device)
+    _require_single(group.size)
     if max_memory is not None:
         raise RequestError("max_memory limits calibrated runs; without calibration few tensors are in memory at once")
     return None
@@ -204,6 +239,15 @@ def _require_cpu(device: torch.device) -> None:
     """Raise RequestError for a run that a GPU would not make faster: it reads and writes as long as it rounds."""
     if device.type != "cpu":
         raise RequestError(f"--device {device} is for calibrated runs; others round weights on the CPU: leave it out")
+
+
+def _require_single(processes: int) -> None:
+    """Raise RequestError for a run that several processes would not make faster."""
+    if processes > 1:
+        raise RequestError(
+            f"{processes} processes share calibrated runs; others round weights as fast as they are read and written: "
+            "start one process, without torchrun"
+        )
 
 
 def _whole_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: int, name: str) -> Plan:
@@ -240,12 +284,14 @@ def require_another_folder(source: str | Path | None, out: Path) -> None:
 
 
 @contextmanager
-def _resumable(out: Path, calibration: Calibration | None, restart: bool) -> Iterator[ResumableRun | None]:
+def _resumable(
+    out: Path, calibration: Calibration | None, restart: bool, group: ProcessGroup
+) -> Iterator[ResumableRun | None]:
     """What is kept of a calibrated run; another kind keeps nothing, and does not leave a calibrated one behind."""
     if calibration is None and not has_interrupted_run(out):
         yield None
         return
-    with ResumableRun(out, restart=restart) as run:
+    with ResumableRun(out, restart=restart, group=group) as run:
         if calibration is not None:
             yield run
             return
@@ -263,18 +309,24 @@ def _require_space(out: Path, needed: int) -> None:
 
 
 def _own_files(
-    written: Written, name: str, calibration: Calibration | None = None, device: torch.device | None = None
+    written: Written,
+    name: str,
+    calibration: Calibration | None = None,
+    device: torch.device | None = None,
+    processes: int = 1,
 ) -> dict[str, str]:
     """The model card and the records."""
     from neoquant import __version__
 
     record = {"neoquant": __version__, "source_hash": written.source_hash, **written.plan.to_dict()}
-    files = {CARD: render_card(written.plan, name, written.layers), RECORD: record_json(record)}
+    files = {CARD: render_card(written.plan, name, written.layers, processes), RECORD: record_json(record)}
     if calibration is not None:
         gradients = gradients_record(written.plan, calibration)
         samples = {"calibration": calibration.describe(), **gradients, "documents": calibration.documents}
         if device is not None and device.type != "cpu":
             samples["device"] = device_name(device)
+        if processes > 1:
+            samples["processes"] = processes
         files[CALIBRATION] = record_json({**samples, "layers": written.layers})
     return files
 

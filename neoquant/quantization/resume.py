@@ -1,6 +1,7 @@
 """What a calibrated run has done so far, kept beside its output so that the same request can resume.
 
     .NAME.unfinished/
+      rank-1/, ...                        the same of every other process that shares the run, but for the blocks
       run.json                            what identifies the run
       block-4-<digest>.safetensors        what the output holds of that block, and its layers' reports
       hidden-5-<digest>                   the calibration rows as block 5 sees them, float32[R, T, C]
@@ -10,8 +11,8 @@
       scratch-..., *.new                  in the making: of no use to another process
 
 A file gets its name, which holds the beginning of its SHA-256, once all of it is on the disk. A block counts as
-finished when its file has its name; the hidden states behind it have theirs before, and those before it are removed
-afterwards. So a process may be killed at any moment.
+finished when its file has its name; the hidden states behind it have theirs before, in every process, and those before
+it are removed afterwards. So a process may be killed at any moment.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ from neoquant.calibration.hidden_states import (
     rows_of_batch,
     writing,
 )
-from neoquant.errors import OutputError, RequestError
+from neoquant.distributed import SINGLE_PROCESS, ProcessGroup
+from neoquant.errors import LostProcessError, OutputError, RequestError
 from neoquant.files.locks import close_folder, open_folder, take_lock
 from neoquant.files.writing import sync_folder, write_file
 
@@ -53,6 +55,7 @@ _OURS = re.compile(
     rf"\.?(run\.json|(block|curvature)-\d+-[0-9a-f]{{{_DIGITS}}}\.safetensors|"
     rf"(hidden|input|gradient)-\d+(-[0-9a-f]{{{_DIGITS}}})?)(.*\.new)?|{SCRATCH}.*"
 )
+_RANK = re.compile(r"rank-(\d+)")
 
 Output = dict[str, dict[str, Tensor]]
 """Tensor of the source -> what the output holds in its place, by name."""
@@ -78,11 +81,14 @@ class ResumableRun:
                 run.keep(number, FinishedBlock(...), states)
             run.remove()
 
-    Leaving it otherwise keeps what is finished. `restart` drops what there is instead of going on.
+    Leaving it otherwise keeps what is finished. `restart` drops what there is instead of going on. Of several processes
+    each keeps states of its own; they call `begin` and `keep` together, and only the first one keeps blocks.
     """
 
-    def __init__(self, out: Path, *, restart: bool = False) -> None:
-        self.folder = out.parent / f".{out.name}.unfinished"
+    def __init__(self, out: Path, *, restart: bool = False, group: ProcessGroup = SINGLE_PROCESS) -> None:
+        self.group = group
+        self._out, self._shared = out, out.parent / f".{out.name}.unfinished"
+        self.folder = self._shared / f"rank-{group.rank}" if group.rank else self._shared
         self.finished = 0
         self.blocks = 0
         self._restart = restart
@@ -101,14 +107,17 @@ class ResumableRun:
             self.remove()
         with suppress(OSError):  # it is gone, or holds something
             self.folder.rmdir()
+            self._shared.rmdir()
         close_folder(self._lock)
-        if kind is not None and issubclass(kind, KeyboardInterrupt) and self._holds_work():
-            place = (
-                f"after block {self.finished} of {self.blocks}"
-                if self.finished
-                else "on the way through the unquantized model"
-            )
+        if kind is None or not self._holds_work():
+            return
+        place = f"after block {self.finished} of {self.blocks}"
+        if not self.finished:
+            place = "on the way through the unquantized model"
+        if issubclass(kind, KeyboardInterrupt):
             raise kind(f"{place}: the same command resumes there, --restart starts again") from error
+        if isinstance(error, LostProcessError):
+            error.message += f"; {place}: the same command resumes there"
 
     def begin(self, run: Mapping[str, Any], blocks: int) -> None:
         """Go on with the run that plain values `run` identify, or begin it.
@@ -130,6 +139,7 @@ class ResumableRun:
         self.blocks = blocks
         while self.finished < blocks and self._find(f"block-{self.finished}-*.safetensors"):
             self.finished += 1
+        self.finished = self.group.broadcast(self.finished)
 
     def block(self, number: int) -> FinishedBlock:
         """What was kept of a finished block. Raises OutputError if that is damaged."""
@@ -171,7 +181,10 @@ class ResumableRun:
         """Keep states[R, T, C], which may be used on, as `name`: a kind and the number of a block."""
         path = self.folder / f"{name}{_NEW}"
         digest = states.save(path)
+        before = [found for found in self.folder.glob(f"{name}-*") if found.name != f"{name}-{digest[:_DIGITS]}"]
         self._rename(path, f"{name}-{digest[:_DIGITS]}")
+        for found in before:  # of a run that got no further, whose sums were added in another order
+            found.unlink()
 
     def drop(self, *names: str) -> None:
         """Let go of kept states."""
@@ -207,28 +220,43 @@ class ResumableRun:
             return HiddenStatesOnDisk(shape, batch, self.folder, device=device)
         return HiddenStatesInMemory(shape, batch, device)
 
-    def keep(self, number: int, block: FinishedBlock, hidden: HiddenStates) -> None:
-        """Keep a block that was finished, and the `hidden` states behind it."""
+    def keep(self, number: int, block: FinishedBlock | None, hidden: HiddenStates) -> None:
+        """Keep a block that was finished, in the first process, and the `hidden` states behind it, in all."""
         if number + 1 < self.blocks:
             self.keep_states(f"hidden-{number + 1}", hidden)
+        self.group.wait()  # every process can go on behind the block, and so it may count as finished
+        if block is not None:
+            self._keep_block(number, block)
+        self.finished = number + 1
+        self.group.wait()  # it does, and what was before it is needed no more
+        self.drop(f"hidden-{number}", f"input-{number}", f"curvature-{number}")
+
+    def _keep_block(self, number: int, block: FinishedBlock) -> None:
         tensors = {name: tensor.contiguous() for stored in block.output.values() for name, tensor in stored.items()}
         metadata = {"made": {row: list(stored) for row, stored in block.output.items()}, "reports": block.reports}
         content = save(tensors, {key: json.dumps(value) for key, value in metadata.items()})
         digest = hashlib.sha256(content).hexdigest()
         self._write(f"block-{number}-{digest[:_DIGITS]}.safetensors", content)
-        self.finished = number + 1
-        self.drop(f"hidden-{number}", f"input-{number}", f"curvature-{number}")
 
     def remove(self) -> None:
         """Forget the run: it is finished, or nothing of it is."""
         self._clear()
         self.blocks = 0
-        self.folder.rmdir()
+        with suppress(OSError):  # another process's part is in it
+            self.folder.rmdir()
+
+    def remove_all(self) -> None:
+        """Forget the run in every process, which all call this: it is finished."""
+        if self.group.rank:
+            self.remove()
+        self.group.wait()
+        if not self.group.rank:
+            self.remove()
 
     def other_request(self, difference: str) -> RequestError:
         """What is unfinished is not what is asked for."""
         return RequestError(
-            f"{self.folder} holds an unfinished run of another request ({difference}): "
+            f"{self._shared} holds an unfinished run of another request ({difference}): "
             "ask for that to go on with it, or drop it with --restart"
         )
 
@@ -242,8 +270,7 @@ class ResumableRun:
             return False
         if take_lock(self._lock) is False:
             close_folder(self._lock)
-            made = self.folder.name.removeprefix(".").removesuffix(".unfinished")
-            raise OutputError(f"{self.folder.parent / made} is being made by another process")
+            raise OutputError(f"{self._out} is being made by another process")
         if self._lock is None:
             return True
         with_name = self.folder.stat() if self.folder.exists() else None
@@ -251,12 +278,14 @@ class ResumableRun:
 
     def require_own(self) -> None:
         """Nothing is deleted in a folder that only has the name of an unfinished run's."""
-        for path in self.folder.iterdir():
-            if not _OURS.fullmatch(path.name) or path.is_dir():
-                raise OutputError(
-                    f"{self.folder} holds {path.name}, which is no part of an unfinished run: "
-                    "move the folder, or name another one to make"
-                )
+        ranks = self._other_ranks()
+        for folder in (self.folder, *ranks):
+            for path in folder.iterdir():
+                if (not _OURS.fullmatch(path.name) or path.is_dir()) and path not in ranks:
+                    raise OutputError(
+                        f"{folder} holds {path.name}, which is no part of an unfinished run: "
+                        "move the folder, or name another one to make"
+                    )
 
     def _require_same(self, run: Mapping[str, Any]) -> None:
         try:
@@ -294,11 +323,23 @@ class ResumableRun:
             sync_folder(self.folder)
 
     def _clear(self) -> None:
-        """Remove what is inside; first what says that there is anything."""
+        """Remove what is inside; first what says that there is anything. Processes that are there remove their own."""
         (self.folder / _RUN).unlink(missing_ok=True)
+        for folder in self._other_ranks():
+            if int(folder.name.rpartition("-")[2]) >= self.group.size:
+                for path in folder.iterdir():
+                    path.unlink()
+                folder.rmdir()
         for path in self.folder.iterdir():
-            path.unlink()
+            if not path.is_dir():
+                path.unlink()
         self.finished = 0
+
+    def _other_ranks(self) -> list[Path]:
+        """Folders of other processes in the first one's."""
+        if self.group.rank:
+            return []
+        return [path for path in self.folder.iterdir() if _RANK.fullmatch(path.name) and path.is_dir()]
 
 
 def has_interrupted_run(out: Path) -> bool:

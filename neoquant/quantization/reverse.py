@@ -18,6 +18,7 @@ from neoquant.calibration.dataset import Calibration
 from neoquant.calibration.hidden_states import HiddenStates
 from neoquant.calibration.loss_hessian import OutputMoments, drawn_uniforms, gradient_at_head, gradients_in_block
 from neoquant.calibration.memory import PLAIN, CalibrationMemory, Methods, gradient_rows
+from neoquant.calibration.share import Share
 from neoquant.checkpoint import Checkpoint
 from neoquant.errors import CheckpointError, locate
 from neoquant.model.config import GPTNeoConfig
@@ -61,7 +62,8 @@ def look_at_unquantized(
     """Have `run` hold what is needed of the unquantized model for every block that is not finished: the output-side
     Hessians of its layers, and what it sees.
 
-    Of the samples, the first `gradient_rows` are looked at; labels are drawn by the calibration's seed.
+    Of the samples, the first `gradient_rows` are looked at; labels are drawn by the calibration's seed. Each of several
+    processes looks at its share of them, on its own.
     """
     config, methods = GPTNeoConfig.from_dict(checkpoint.config), memory.methods
     last = config.num_layers
@@ -81,7 +83,15 @@ def calibrating(
 ) -> Calibrating:
     """What goes through the model while its blocks are quantized: `hidden`, and what `run` holds of it unquantized."""
     _, length, width = hidden.shape
-    shape = (gradient_rows(*calibration.ids.shape), length, width)
+    share = Share.of(calibration.ids, run.group)
+    shape = (share.first, length, width)
+
+    def output_hessians(number: int) -> dict[str, Tensor]:
+        found = run.output_hessians(number)
+        if run.group.size == 1:
+            return found
+        weight = share.first / share.firsts  # each is a mean over its process's samples
+        return {name: run.group.add_up(found[name] * weight) for name in sorted(found)}
 
     def unquantized(number: int) -> HiddenStates:
         return run.states(f"input-{number}", shape, memory.spilled, hidden.device)
@@ -89,8 +99,9 @@ def calibrating(
     methods = memory.methods
     return Calibrating(
         hidden,
+        share,
         memory.keeps_inner,
-        run.output_hessians if methods.gradients else None,
+        output_hessians if methods.gradients else None,
         unquantized if methods.reference else None,
     )
 
@@ -106,8 +117,9 @@ class _Walk:
         run: ResumableRun,
     ) -> None:
         self.checkpoint, self.plan, self.config, self.run, self.memory = checkpoint, plan, config, run, memory
-        rows, length = calibration.ids.shape
-        self.ids = calibration.ids[: gradient_rows(rows, length)]
+        self.share = Share.of(calibration.ids, run.group)
+        self.ids = self.share.first_ids
+        length = self.ids.shape[1]
         self.shape = (len(self.ids), length, config.hidden_size)
         self.seed = calibration.seed
         self.device = torch.device("cpu" if memory.methods.gradients else memory.device)
@@ -171,9 +183,10 @@ class _Walk:
     def _at_head(self) -> Iterator[Tensor]:
         hidden = self._states(f"input-{self.config.num_layers}")
         ln_f, table = self._head()
-        uniforms = drawn_uniforms(len(self.ids), self.ids.shape[1], self.seed)
-        for x, drawn in zip(hidden.batches(), torch.split(uniforms, hidden.batch, dim=1), strict=True):
-            yield gradient_at_head(x, ln_f, table, drawn)
+        uniforms = drawn_uniforms(self.share.firsts, self.ids.shape[1], self.seed, self.share.first_numbers)
+        for number, x in enumerate(hidden.batches()):
+            start = number * hidden.batch
+            yield gradient_at_head(x, ln_f, table, uniforms[:, start : start + len(x)])
         hidden.close()
 
     def _in_block(self, number: int, names: tuple[str, ...], moments: dict[str, OutputMoments]) -> Iterator[Tensor]:

@@ -17,7 +17,9 @@ from neoquant.calibration.block_forward import BlockForward, Stage
 from neoquant.calibration.dataset import Calibration
 from neoquant.calibration.hidden_states import HiddenStates
 from neoquant.calibration.missing_output import MissingOutput, UnquantizedBlock
+from neoquant.calibration.share import Share
 from neoquant.checkpoint import Checkpoint
+from neoquant.distributed import ProcessGroup
 from neoquant.errors import CheckpointError, RequestError, locate
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.gpt_neo import Block
@@ -25,12 +27,16 @@ from neoquant.model.names import BASE_PREFIX, SHARED_INPUTS
 from neoquant.progress import Progress
 from neoquant.quantization.plan import Plan, PlanRow
 from neoquant.quantizers import Hessian, Quantizer, calibrated_quantizers
+from neoquant.quantizers.base import LayerReport
 from neoquant.tensor import QuantizedTensor
 
 ATTENTION_INPUTS = frozenset(SHARED_INPUTS[0])
 
 OutputHessians = Callable[[int], dict[str, Tensor]]
 """Number of a block -> by a layer's name in it, K[heads, D, D]."""
+
+Made = tuple[QuantizedTensor, LayerReport | None]
+"""A quantized weight, and its report."""
 
 UnquantizedStates = Callable[[int], HiddenStates]
 """Number of a block -> what it sees in the unquantized model, of the first calibration samples at least."""
@@ -84,22 +90,45 @@ def require_calibration(plan: Plan, calibration: Calibration | None) -> None:
 class Calibrating:
     """What goes through the model while its blocks are quantized.
 
-    hidden           the calibration samples as the next block sees them
+    hidden           this process's calibration samples as the next block sees them
+    share            which of all samples they are
     keep_inner       as for `BlockForward`
     output_hessians  those of the model's loss, where some layer is rounded for it
     unquantized      the samples in the unquantized model, where some layer is corrected by it
     """
 
     hidden: HiddenStates
+    share: Share
     keep_inner: bool = False
     output_hessians: OutputHessians | None = None
     unquantized: UnquantizedStates | None = None
 
 
+class Seen(NamedTuple):
+    """What calibration says of a layer, as `Quantizer.quantize` takes it."""
+
+    hessian: Hessian | None
+    output_hessian: Tensor | None
+    missing: Tensor | None
+
+
+class SeenByStage(NamedTuple):
+    """What calibration says of the layers of a stage."""
+
+    hessian: Hessian | None
+    output_hessians: dict[str, Tensor]
+    missing: MissingOutput | None
+
+    def of(self, name: str) -> Seen:
+        """Of a layer whose weight is as it was."""
+        lacking = None if self.missing is None else self.missing.of(name)
+        return Seen(self.hessian, self.output_hessians.get(name), lacking)
+
+
 def quantize_blocks(
     checkpoint: Checkpoint, plan: Plan, samples: Calibrating, first: int, progress: Progress
 ) -> Iterator[QuantizedBlock]:
-    """Each block from number `first` on.
+    """Each block from number `first` on, in every process that shares the samples.
 
     Args:
         checkpoint: read one block at a time, in float32.
@@ -122,7 +151,7 @@ def quantize_blocks(
                 before = samples.unquantized(number) if after is None else after
                 after = samples.unquantized(number + 1)
                 unquantized = UnquantizedBlock(block, before, after, config.window_size)
-            yield _quantize_block(block, rows, forward, unquantized, for_loss)
+            yield _quantize_block(block, rows, forward, unquantized, for_loss, samples.share)
             if unquantized is not None:
                 unquantized.close()
             advance(1)
@@ -134,6 +163,7 @@ def _quantize_block(
     forward: BlockForward,
     unquantized: UnquantizedBlock | None,
     for_loss: dict[str, Tensor],
+    share: Share,
 ) -> QuantizedBlock:
     """Quantize the layers of `block`, which is changed, and leave in `forward` the hidden states behind it.
 
@@ -147,49 +177,72 @@ def _quantize_block(
         quantizers = [row.target.quantizer for row in chosen.values() if row.target is not None]
         for_attention = any(each.uses_output_hessian and not each.needs_gradients for each in quantizers)
         if stage.linears.keys() >= ATTENTION_INPUTS and for_attention:
-            found = attention_hessians(block.attn.attention, stage.inputs(), len(forward.hidden))
-            output_hessians = {f"attn.attention.{name}": K for name, K in found.items()} | output_hessians
+            output_hessians = _attention_hessians(block, stage, share) | output_hessians
         missing = None
         if unquantized is not None and any(each.needs_reference for each in quantizers):
             missing = MissingOutput(stage, forward.hidden, unquantized)
-        hessian = _observe(stage, quantizers, stage.inputs if missing is None else missing.gather)
-        lacking = {} if missing is None else {name: missing.of(name) for name in chosen}
-        for name, row in chosen.items():
-            seen = Seen(hessian, output_hessians.get(name), lacking.get(name))
-            _quantize_layer(stage.linears[name], row, seen, result)
+        hessian = _observe(stage, quantizers, stage.inputs if missing is None else missing.gather, share.group)
+        if missing is not None:
+            missing.add_up(share.group.add_up)
+        seen = SeenByStage(hessian, output_hessians, missing)
+        for name, made in _made_by_all(stage, chosen, seen, share.group):
+            _put_in_place(stage.linears[name], chosen[name], made, result)
     return result
 
 
-def _observe(stage: Stage, quantizers: list[Quantizer], inputs: Callable[[], Iterator[Tensor]]) -> Hessian | None:
-    """What the quantizers of a stage's layers need to know about their common inputs."""
+def _made_by_all(
+    stage: Stage, chosen: dict[str, PlanRow], seen: SeenByStage, group: ProcessGroup
+) -> Iterator[tuple[str, Made]]:
+    """Layers of a stage with what is made of each, by the processes in turn."""
+    own = [name for number, name in enumerate(chosen) if number % group.size == group.rank]
+    made = {name: _quantized(stage.linears[name], chosen[name], seen.of(name)) for name in own}
+    for number, name in enumerate(chosen):
+        if group.size == 1:
+            yield name, made[name]
+            continue
+        given = (made[name][0].to(torch.device("cpu")), made[name][1]) if name in made else None
+        yield name, group.broadcast(given, number % group.size)
+
+
+def _attention_hessians(block: Block, stage: Stage, share: Share) -> dict[str, Tensor]:
+    """The output-side Hessians of queries, keys and values by their names in the block."""
+    found = attention_hessians(block.attn.attention, stage.inputs(), share.rows, share.numbers)
+    for name in ("q_proj", "k_proj"):  # that of v_proj is one of weights
+        found[name] = share.group.add_up(found[name])
+    return {f"attn.attention.{name}": K for name, K in found.items()}
+
+
+def _observe(
+    stage: Stage, quantizers: list[Quantizer], inputs: Callable[[], Iterator[Tensor]], group: ProcessGroup
+) -> Hessian | None:
+    """What the quantizers of a stage's layers need to know about their common inputs, in all processes."""
     device = next(iter(stage.linears.values())).weight.device
     observers = (quantizer.observer(stage.in_features, device) for quantizer in quantizers)
     hessian = next((observer for observer in observers if observer is not None), None)
     if hessian is not None:
         for batch in inputs():
             hessian.add(batch)
+        if group.size > 1:
+            hessian.add_up(group.add_up)
     return hessian
 
 
-class Seen(NamedTuple):
-    """What calibration says of a layer, as `Quantizer.quantize` takes it."""
-
-    hessian: Hessian | None
-    output_hessian: Tensor | None
-    missing: Tensor | None
-
-
-def _quantize_layer(linear: nn.Linear, row: PlanRow, seen: Seen, result: QuantizedBlock) -> None:
-    """Quantize one layer as its row says; its weight becomes what the quantized one gives."""
+def _quantized(linear: nn.Linear, row: PlanRow, seen: Seen) -> Made:
+    """One layer, quantized as its row says, and the report."""
     assert row.target is not None
     quantizer, grid = row.target.quantizer, row.target.grid
     with locate(row.name):
         weight = linear.weight.detach().to(row.rounded_from)
-        q, report = quantizer.quantize_with_report(weight, grid, *seen)
+        return quantizer.quantize_with_report(weight, grid, *seen)
+
+
+def _put_in_place(linear: nn.Linear, row: PlanRow, made: Made, result: QuantizedBlock) -> None:
+    """Note what was made of a layer, in whichever process; its weight becomes what the quantized one gives."""
+    q, report = made
     result.weights[row.name] = q.to(torch.device("cpu"))
     if report is not None:
         result.reports[row.layer] = report
-    linear.weight = nn.Parameter(q.dequantize(torch.float32), requires_grad=False)
+    linear.weight = nn.Parameter(q.to(linear.weight.device).dequantize(torch.float32), requires_grad=False)
 
 
 def read_block(checkpoint: Checkpoint, rows: list[PlanRow], config: GPTNeoConfig, number: int) -> Block:
@@ -216,5 +269,6 @@ def embed(checkpoint: Checkpoint, ids: Tensor, hidden: HiddenStates) -> None:
         raise CheckpointError("lacks its embeddings")
     positions = checkpoint.read(names["wpe.weight"])[: ids.shape[1]].float()
     table = checkpoint.view(head)
-    hidden.replace(table[batch].float().add_(positions) for batch in torch.split(ids, hidden.batch))
+    pieces = torch.split(ids, hidden.batch) if len(ids) else ()
+    hidden.replace(table[batch].float().add_(positions) for batch in pieces)
     checkpoint.forget(head)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,16 @@ class Hessian:
         for start in range(0, self.columns, STRIP):
             stop = min(start + STRIP, self.columns)
             self._sum[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+        self._require_finite()
+
+    def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Let it be that of all processes' inputs; `total` is the sum over them."""
+        self._sum = total(self._sum)
+        self.rows = int(total(torch.tensor(self.rows)))
+        self._factors.clear()
+        self._require_finite()
+
+    def _require_finite(self) -> None:
         if not bool(self._sum.diagonal().sum().isfinite()):
             raise FormatError("the layer's inputs hold infinity or NaN, or are too large to be squared")
 
