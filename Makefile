@@ -5,12 +5,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 DEMO   := .demo
+BROWSER := .browser
 
 # Tests run side by side, one torch thread each: on few cores that is faster than one process with many threads.
 PYTEST_FLAGS ?= --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-native test-gpu test-cuda-simulated test-jax test-triton check docs fix bench clean
+.PHONY: help demo test test-native test-gpu test-cuda-simulated test-jax test-triton test-browser check docs fix bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -69,6 +70,14 @@ test-triton: $(VENV)/.installed-triton  ## the tests of the kernels written in T
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/triton_kernels
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/triton_kernels/test_compiled.py
 
+# npm fetches transformers.js and the ONNX Runtime that it depends on, without running their scripts.
+$(BROWSER)/.installed: Makefile
+	npm install --prefix $(BROWSER) --ignore-scripts --no-audit --no-fund @huggingface/transformers@4.3.2
+	@touch $@
+
+test-browser: $(VENV)/.installed-test $(BROWSER)/.installed  ## the guide's web page in headless Chromium; needs npm and chromium
+	NEOQUANT_BROWSER=$(BROWSER) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
+
 # A C compiler is all that it takes.
 test-native:  ## the C library under ThreadSanitizer, AddressSanitizer and UndefinedBehaviorSanitizer
 	tests/native/run.sh
@@ -89,5 +98,5 @@ docs: $(VENV)/.installed-docs  ## the API reference, from the docstrings: build/
 	$(BIN)/pdoc --output-directory build/api neoquant
 
 clean:  ## remove the environment and everything made
-	rm -rf $(VENV) $(DEMO) build dist *.egg-info neoquant/native/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO) $(BROWSER) build dist *.egg-info neoquant/native/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -44,6 +44,7 @@ FEEDBACK_DEMO = ROOT / "eval" / "results" / "feedback-demo.json"
 BY_LOSS = {"objective": "model", "correction": 0.5}
 ATTENTION = {"objective": "attention", "correction": 0.0}
 OBJECTIVES = {name: ROOT / "eval" / "results" / f"objectives-{name}.json" for name in ("demo", "neo-8m")}
+TO_ORDER = ROOT / "eval" / "results" / "to-order-demo.json"
 HQQ = {name: ROOT / "eval" / "results" / f"hqq-{name}.json" for name in ("demo", "neo-8m")}
 CROSS_LOAD = ROOT / "eval" / "results" / "cross-load.json"
 CHOOSING = ROOT / "docs" / "choosing.md"
@@ -458,6 +459,37 @@ def objectives(path: Path) -> str:
     return "\n".join([*lines, "", f"{_text_line(result)}."])
 
 
+def to_order() -> str:
+    """Uniform grids, layers on several grids at the same bits, and at others: loss foreseen and measured."""
+    result = json.loads(TO_ORDER.read_text("utf-8"))
+    lines = [
+        "| layers | bits/weight | KL foreseen | KL measured | of the foreseen | of the uniform grid's [95 %] |",
+        "| --- | --: | --: | --: | --: | --: |",
+    ]
+    for row in result["rows"]:
+        beside = f"{row['ratio']:.3f} [{row['interval'][0]:.3f}, {row['interval'][1]:.3f}]" if "ratio" in row else ""
+        lines.append(
+            f"| {_layers(row)} | {row['bits']:.3f} | {1e4 * row['foreseen']:.1f} | {1e4 * _kl(row):.1f} "
+            f"| {row['of_foreseen']:.2f} | {beside} |"
+        )
+    shown, text = result["calibration"], result["text"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"KL divergence from {result['model']['name']}, in 1e-4 nats a token, on {text['scored_tokens']:,} tokens; "
+            f"{shown['rows']} rows of {shown['length']} tokens.",
+        ]
+    )
+
+
+def _layers(row: dict[str, Any]) -> str:
+    """How many layers are on which bits, in words."""
+    if "layers" not in row:
+        return f"all on {row['name'].removeprefix('uniform-')} bits"
+    return ", ".join(f"{count} on {bits}" for bits, count in row["layers"].items() if count)
+
+
 def _text_line(result: dict[str, Any]) -> str:
     """What was calibrated on and scored, in words."""
     seeds = result["seeds"]
@@ -476,23 +508,24 @@ def _kl(row: dict[str, Any]) -> float:
 
 
 def hqq(path: Path) -> str:
-    """Round-to-nearest, the HQQ library and ours on each grid, and ours as a part of the library's divergence."""
+    """Round-to-nearest, the HQQ library and ours on each grid, with integer zeros and with the library's float zeros,
+    and each of ours as a part of the library's divergence."""
     result = json.loads(path.read_text("utf-8"))
     rows = {(row["bits"], row["group_size"], row["tool"]): row for row in result["rows"]}
+    of_library = {(r["bits"], r["group_size"], r["ours"]): r for r in result["ratios"] if r["tool"] == "library"}
     lines = [
-        "| grid | round-to-nearest | HQQ library | neoquant | of the library [95 %] | bits/weight: library, neoquant |",
-        "| --- | --: | --: | --: | --: | --: |",
+        "| grid | zeros | bits/weight | round-to-nearest | HQQ library | neoquant | of the library [95 %] |",
+        "| --- | --- | --: | --: | --: | --: | --: |",
     ]
-    for ratio in result["ratios"]:
-        if ratio["tool"] != "library":
-            continue
-        bits, group_size = ratio["bits"], ratio["group_size"]
-        nearest, library, ours = (rows[bits, group_size, tool] for tool in ("nearest", "library", "hqq"))
+    for (bits, group_size, tool), ratio in of_library.items():
+        ours, nearest, library = (rows[bits, group_size, name] for name in (tool, "nearest", "library"))
         low, high = ratio["interval"]
+        alike = ours["bits_per_weight"] == library["bits_per_weight"]
         lines.append(
-            f"| {bits} bits, groups of {group_size} | {1e4 * _kl(nearest):.2f} | {1e4 * _kl(library):.2f} "
-            f"| {1e4 * _kl(ours):.2f} | {ratio['ratio']:.3f} [{low:.3f}, {high:.3f}] "
-            f"| {library['bits_per_weight']:.3f}, {ours['bits_per_weight']:.3f} |"
+            f"| {bits} bits, groups of {group_size} | {'float16' if alike else 'integers'} "
+            f"| {ours['bits_per_weight']:.3f} | {'' if alike else f'{1e4 * _kl(nearest):.2f}'} "
+            f"| {f'{1e4 * _kl(library):.2f}' if alike else ''} | {1e4 * _kl(ours):.2f} "
+            f"| {ratio['ratio']:.3f} [{low:.3f}, {high:.3f}] |"
         )
     tokens = sum(result["text"]["tokens"])
     return "\n".join(

@@ -207,7 +207,7 @@ def real_data() -> Path:
 
 @pytest.hookimpl(trylast=True)  # of what -k and -m select
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what needs a CUDA device or an instruction set that this machine lacks; the summary counts it."""
+    """Deselect what needs a CUDA device, a browser or an instruction set that is not here; the summary counts it."""
     lacking = [(item, what_is_lacking(item)) for item in items]
     counts = dict(Counter(lack for _, lack in lacking if lack is not None))
     if counts:
@@ -237,6 +237,8 @@ def what_is_lacking(item: pytest.Item) -> str | None:
     """What a test needs and this machine does not have, or None."""
     if item.get_closest_marker("gpu") and not has_cuda():
         return "a CUDA device (make test-gpu)"
+    if item.get_closest_marker("browser") and "NEOQUANT_BROWSER" not in os.environ:
+        return "Chromium and transformers.js (make test-browser)"
     if marker := item.get_closest_marker("isa"):
         here = runnable_isas()
         if marker.args[0] not in here:

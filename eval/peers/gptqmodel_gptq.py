@@ -1,9 +1,11 @@
 """GPTQ as GPTQModel does it, on given calibration rows. Its environment: `pip install torch setuptools wheel`, then
 `pip install --no-build-isolation gptqmodel` (it asks for a newer torch, but 7.7 runs with 2.13: `--no-deps` keeps it).
 
-    python eval/peers/gptqmodel_gptq.py MODEL ROWS.pt OUT --bits 4 --group-size 64 [--symmetric] [--order group-aware]
+    python eval/peers/gptqmodel_gptq.py MODEL ROWS.pt OUT --bits 4 --group-size 64 [--symmetric] [--order group-aware] \
+        [--gptaq]
 
-The orders: group-aware is GPTQModel's default; desc-act lets groups follow the order; natural has none.
+The orders: group-aware is GPTQModel's default; desc-act lets groups follow the order; natural has none. With --gptaq
+what layers see in the unquantized model counts too (Li et al., arXiv:2504.02692), by GPTQModel's default strength.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch
 from driver import Meter, calibration_rows, most_values, parser, write_dense
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 from gptqmodel.quantization import FORMAT
+from gptqmodel.quantization.config import GPTAQConfig
 
 ORDERS = {
     "group-aware": {"desc_act": False, "act_group_aware": True},
@@ -31,6 +34,7 @@ ORDERS = {
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--order", choices=ORDERS, default="group-aware")
+    options.add_argument("--gptaq", action="store_true", help="correct for what the unquantized model would see")
     options.add_argument("--format", choices=("gptq", "gptq_v2"), default="gptq", help="of the packed checkpoint")
     options.add_argument("--packed", type=Path, help="keep GPTQModel's own checkpoint in this folder")
     args = options.parse_args()
@@ -41,6 +45,8 @@ def main() -> None:
         group_size=args.group_size,
         sym=args.symmetric,
         format=FORMAT(args.format),
+        gptaq=GPTAQConfig() if args.gptaq else None,
+        pack_impl="original",  # the same words, without compiling a C++ extension first
         **ORDERS[args.order],
     )
     packed = args.packed or args.out.with_name(args.out.name + "-packed")

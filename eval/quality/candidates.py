@@ -64,6 +64,10 @@ PEERS = (  # each with its own defaults
     Peer("GPTQModel", "gptqmodel_gptq.py", "gptqmodel", ("--order", "group-aware")),
 )
 DESC_ACT = Peer("GPTQModel desc_act", "gptqmodel_gptq.py", "gptqmodel", ("--order", "desc-act"))
+SLOWER = (  # what takes their tools longer, and loses less
+    Peer("GPTQModel GPTAQ", "gptqmodel_gptq.py", "gptqmodel", ("--order", "group-aware", "--gptaq")),
+    Peer("AutoRound, 200 steps", "autoround.py", "auto-round", ("--iterations", "200")),
+)
 
 
 @dataclass(frozen=True)

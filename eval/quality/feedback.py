@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from candidates import DESC_ACT, FEEDBACK, OBJECTIVES, PEERS, SHORT, Candidate, Maker, load_dense, rows_sha256
+from candidates import DESC_ACT, FEEDBACK, OBJECTIVES, PEERS, SHORT, SLOWER, Candidate, Maker, load_dense, rows_sha256
 from provenance import ROOT, provenance
 from texts import DEMO_RULE, RULE, Texts, texts
 
@@ -43,10 +43,11 @@ def main() -> None:
     args = parse()
     tokenizer = load_tokenizer(args.model)
     pythons = {"llmcompressor": args.llmcompressor_python, "gptqmodel": args.gptqmodel_python}
+    pythons |= {"auto-round": args.autoround_python} if args.slower else {}
     for package, python in pythons.items():
         if python is None:
             print(f"{package} is left out: no --{package}-python")
-    peers = (*PEERS, DESC_ACT) if args.desc_act else PEERS
+    peers = (*PEERS, *([DESC_ACT] if args.desc_act else []), *(SLOWER if args.slower else ()))
     grids = tuple(SHORT[name] for name in args.grids)
     given = {package: python for package, python in pythons.items() if python}
     options = {key: parse_option(Gptq.name, key, value) for key, value in (each.split("=", 1) for each in args.options)}
@@ -83,6 +84,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--characters", type=int, default=2048, help="of each scored document")
     parser.add_argument("--llmcompressor-python", type=Path)
     parser.add_argument("--gptqmodel-python", type=Path)
+    parser.add_argument("--autoround-python", type=Path)
+    parser.add_argument("--slower", action="store_true", help="also AutoRound, and GPTQModel's GPTAQ")
     parser.add_argument("--desc-act", action="store_true", help="GPTQModel also with its other activation order")
     parser.add_argument("--objectives", nargs="*", choices=OBJECTIVES, default=[], help="GPTQ's others beside its own")
     parser.add_argument("--options", nargs="*", metavar="NAME=VALUE", default=[], help="GPTQ's that ours is made with")

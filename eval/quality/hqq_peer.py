@@ -5,16 +5,16 @@
 
 `--text demo` scores the suite of the bundled model (MODEL: neoquant/demo/neoquant-demo). Each result is multiplied out
 to float32 and scored beside the unquantized model on the same windows. The library stores a float16 zero and a float16
-scale for each group, neoquant an integer zero of 8 bits: the bits per weight of both are given.
+scale for each group, and so does neoquant with float zeros; else an integer zero of 8 bits. The bits per weight of each
+are given.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ from neoquant.evaluation.statistics import ratio_interval
 from neoquant.loading.pretrained import load_tokenizer
 
 GRIDS = [(bits, group_size) for bits in (4, 3) for group_size in (64,)]
-SCALE_BITS, PEER_ZERO_BITS, ZERO_BITS = 16, 16, 8
+OURS = {"hqq": {}, "hqq, float zeros": {"float_zero": True}}  # options of the grid
+PEERS = ("nearest", "library")
+SCALE_BITS, FLOAT_ZERO_BITS, ZERO_BITS = 16, 16, 8
 Row = dict[str, Any]
 
 
@@ -42,14 +44,12 @@ def main() -> None:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as work:
         for bits, group_size in GRIDS:
-            for tool in ("nearest", "hqq", "library"):
-                folder = Path(work) / f"{tool}-{bits}-{group_size}"
-                seconds = make(tool, args, folder, bits, group_size)
-                zero_bits = PEER_ZERO_BITS if tool == "library" else ZERO_BITS
+            for tool in (*PEERS, *OURS):
+                folder = Path(work) / f"{tool}-{bits}-{group_size}".replace(", ", "-").replace(" ", "-")
+                make(tool, args, folder, bits, group_size)
+                zero_bits = FLOAT_ZERO_BITS if tool == "library" or OURS.get(tool) else ZERO_BITS
                 stored = bits + (SCALE_BITS + zero_bits) / group_size
-                rows.append(
-                    {"tool": tool, "bits": bits, "group_size": group_size, "bits_per_weight": stored, "work_s": seconds}
-                )
+                rows.append({"tool": tool, "bits": bits, "group_size": group_size, "bits_per_weight": stored})
                 models.append(EvaluatedModel(load_dense(folder), ModelInfo(name=folder.name)))
         result = compare(models[0], models[1:], load_tokenizer(args.model), suite)
     tokens = [unit.tokens for unit in result.reference.units]
@@ -69,7 +69,7 @@ def main() -> None:
     }
     args.json.write_text(dumps(written), encoding="utf-8")
     for row in rows:
-        print(f"{row['bits']} bits, groups of {row['group_size']:3}  {row['tool']:8} KL {1e4 * row['kl']:9.2f}e-4")
+        print(f"{row['bits']} bits, groups of {row['group_size']:3}  {row['tool']:16} KL {1e4 * row['kl']:9.2f}e-4")
 
 
 def parse() -> argparse.Namespace:
@@ -82,30 +82,32 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make(tool: str, args: argparse.Namespace, folder: Path, bits: int, group_size: int) -> float:
-    """Quantize into `folder`; the seconds of the work alone."""
+def make(tool: str, args: argparse.Namespace, folder: Path, bits: int, group_size: int) -> None:
+    """Quantize into `folder`."""
     if tool == "library":
         command = [args.hqq_python, DRIVERS / "hqq_library.py", args.model, folder]
         command += ["--bits", bits, "--group-size", group_size]
         subprocess.run([str(part) for part in command], check=True)
-        return float(json.loads((folder / "peer.json").read_text("utf-8"))["work_s"])
-    recipe = neoquant.Recipe.simple(bits, "affine", group_size=group_size, quantizer=tool)
-    started = time.perf_counter()
+        return
+    quantizer, options = ("hqq", OURS[tool]) if tool in OURS else (tool, {})
+    recipe = neoquant.Recipe.simple(
+        bits, "affine", group_size=group_size, quantizer=quantizer, embeddings="keep", **options
+    )
     neoquant.quantize(args.model, folder, recipe)
-    return round(time.perf_counter() - started, 2)
 
 
 def ratios(rows: list[Row]) -> list[Row]:
-    """Our mean KL as a part of each other tool's on the same grid, with its 95 % interval over documents."""
+    """The mean KL of each of ours as a part of each other tool's on the same grid, with its 95 % interval over
+    documents."""
     by_place = {(row["bits"], row["group_size"], row["tool"]): torch.tensor(row["unit_kl"]).double() for row in rows}
     found = []
-    for (bits, group_size, tool), theirs in by_place.items():
-        if tool != "hqq":
-            ours = by_place[bits, group_size, "hqq"]
-            interval = ratio_interval(ours, theirs)
-            ends = [round(end, 4) for end in interval] if interval else None
-            ratio = round(float(ours.sum() / theirs.sum()), 4)
-            found.append({"bits": bits, "group_size": group_size, "tool": tool, "ratio": ratio, "interval": ends})
+    for (bits, group_size), ours, tool in itertools.product(GRIDS, OURS, PEERS):
+        mine, theirs = by_place[bits, group_size, ours], by_place[bits, group_size, tool]
+        interval = ratio_interval(mine, theirs)
+        ends = [round(end, 4) for end in interval] if interval else None
+        ratio = round(float(mine.sum() / theirs.sum()), 4)
+        place = {"bits": bits, "group_size": group_size, "ours": ours, "tool": tool}
+        found.append({**place, "ratio": ratio, "interval": ends})
     return found
 
 

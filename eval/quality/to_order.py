@@ -1,4 +1,5 @@
-"""Mixed precision to order beside one grid for all layers, at the same bits: foreseen and measured loss.
+"""Mixed precision to order beside one grid for all layers, at the same bits and rounded alike: foreseen and measured
+loss.
 
     python eval/quality/to_order.py MODEL --text documents.jsonl --json eval/results/to-order-NAME.json
 
@@ -27,7 +28,7 @@ from neoquant.evaluation import EvaluatedModel, ModelInfo, compare
 from neoquant.evaluation.statistics import ratio_interval
 from neoquant.grids import Affine
 from neoquant.loading.pretrained import load_tokenizer
-from neoquant.quantization.allocation import allocate, foresee
+from neoquant.quantization.allocation import QUANTIZER, allocate, foresee
 
 UNIFORM = (Affine(3, 64), Affine(4, 64))
 
@@ -64,6 +65,7 @@ def main() -> None:
     for row in rows:
         kl = [unit.kl for unit in by_name[row["name"]].units]
         row["kl"] = float(f"{sum(kl) / tokens:.6g}")
+        row["of_foreseen"] = round(row["kl"] / row["foreseen"], 3)
         if beside := row.get("beside"):
             theirs = [unit.kl for unit in by_name[beside].units]
             row["ratio"] = round(sum(kl) / sum(theirs), 4)
@@ -109,7 +111,7 @@ def wanted(
         described = grid.describe()
         options = {key: value for key, value in described.items() if key not in ("name", "bits")}
         recipes[name] = neoquant.Recipe.simple(
-            grid.bits, grid.name, quantizer="gptq", format="neoquant", embeddings="keep", **options
+            grid.bits, grid.name, format="neoquant", embeddings="keep", **QUANTIZER, **options
         )
         foreseen = float(candidates.losses[:, column].sum())
         rows.append({"name": name, "foreseen": float(f"{foreseen:.6g}")})
@@ -118,7 +120,7 @@ def wanted(
     for name, budget, beside in budgets:
         chosen = allocate(candidates, budget)
         recipes[name] = chosen.recipe().model_copy(update={"embeddings": "keep"})
-        layers = {str(grid): chosen.choice.count(number) for number, grid in enumerate(candidates.grids)}
+        layers = {str(grid.bits): chosen.choice.count(number) for number, grid in enumerate(candidates.grids)}
         row = {"name": name, "foreseen": float(f"{chosen.loss:.6g}"), "layers": layers, "foresee_s": seconds}
         rows.append(row | ({} if beside is None else {"beside": beside}))
     return recipes, rows

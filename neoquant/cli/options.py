@@ -197,8 +197,8 @@ FloatZero = Annotated[
     bool,
     typer.Option(
         "--float-zero",
-        help="Zero-points in float16 (affine), as the HQQ library has them, instead of bytes: more accurate with hqq, "
-        "0.125 bits a weight more in groups of 64; only the format neoquant holds them.",
+        help="Zero-points in float16 (affine), as the HQQ library has them, instead of bytes: more accurate with 3 "
+        "bits and hqq, 0.125 bits a weight more in groups of 64; only the format neoquant holds them.",
     ),
 ]
 Quantizer = Annotated[

@@ -15,8 +15,8 @@ from torch import nn
 
 def share_names(model: nn.Module) -> None:
     """Have `state_dict` and `load_state_dict` of a model with `lm_head` and `transformer.wte` do so."""
-    model.register_state_dict_post_hook(_leave_out_second_names)
-    model.register_load_state_dict_pre_hook(_fill_in_second_names)
+    model.register_state_dict_post_hook(_leave_out_second_names)  # type: ignore[no-untyped-call]
+    model.register_load_state_dict_pre_hook(_fill_in_second_names)  # type: ignore[no-untyped-call]
 
 
 def second_names(model: nn.Module) -> dict[str, str]:

@@ -17,10 +17,11 @@ from neoquant.quantizers.feedback import Refit, is_native, round_columns
 from neoquant.quantizers.hessian import LEGAL_DAMPING, Factor, Hessian, OutputFactor, diagonal_pieces
 from neoquant.tensor import QuantizedTensor
 
-REPORTED_ROWS = 256  # rows of a weight whose errors are reported, for all: measuring more takes as long as rounding
+REPORTED_ROWS = 256  # of a weight, whose part of its errors is reported: measuring all takes as long as rounding
 ORDERS = ("static", "off", "dynamic")
 SCALES = ("range", "mse", "weighted")
 OBJECTIVES = ("attention", "layer", "model")
+GRADIENT_DAMPING = 0.1  # of output Hessians from gradients, at least
 PIECE = 64  # coupled rows where the native library does not run
 
 
@@ -64,6 +65,7 @@ class Gptq(Quantizer):
     scales     range: they cover the weights. mse: of least squared error. weighted: each input's error by its diagonal
                entry of the Hessian. Both clip large weights, which cannot be compensated: on GPT-Neo they lose more.
     damping    part of the Hessian's mean diagonal that is added to all of it; raised tenfold where that is too little.
+               Output Hessians from gradients are damped by at least a tenth: they are of fewer tokens.
     objective  attention: queries, keys and values are rounded for the output of attention, not for their own: a row's
                error is also compensated in the later rows of its head (see `hessian.OutputFactor`). layer: every layer
                for its own output, as in the paper. model: every layer for the model's loss, to second order: all its
@@ -112,6 +114,10 @@ class Gptq(Quantizer):
     @property
     def needs_gradients(self) -> bool:
         return self.objective == "model"
+
+    @property
+    def _output_damping(self) -> float:
+        return max(self.damping, GRADIENT_DAMPING) if self.needs_gradients else self.damping
 
     @property
     def needs_reference(self) -> bool:
@@ -186,7 +192,7 @@ class Gptq(Quantizer):
         output_hessian = None if output_hessian is None else output_hessian.to(place)
         if output_hessian is not None and not is_native(weight, columns):
             output_hessian = diagonal_pieces(output_hessian, PIECE)
-        output_factor = None if output_hessian is None else OutputFactor.of(output_hessian, self.damping)
+        output_factor = None if output_hessian is None else OutputFactor.of(output_hessian, self._output_damping)
         if self.order == "static":
             order, fitted = hessian.order().to(place), None
         else:
@@ -212,13 +218,15 @@ def _relative_errors(
 ) -> list[float]:
     """The mean square of the output error of each of `results`[O, I], relative to the output of weight[O, I]."""
     H = hessian.matrix if order is None else hessian.matrix[order[:, None], order]
-    rows = slice(None, None, max(1, len(weight) // REPORTED_ROWS) if output_hessian is None else 1)
-    weight = weight[rows]
-    norm = _output_norm(weight, H, output_hessian) or 1.0
-    return [_output_norm(result[rows] - weight, H, output_hessian) / norm for result in results]
+    every = max(1, len(weight) // REPORTED_ROWS)
+    norm = _output_norm(weight, H, output_hessian, every) or 1.0
+    return [_output_norm(result - weight, H, output_hessian, every) / norm for result in results]
 
 
-def _output_norm(w: Tensor, H: Tensor, output_hessian: Tensor | None) -> float:
-    """tr(K w H wᵀ) of w[O, I], summed over heads: proportional to the mean square of the output."""
-    left = w if output_hessian is None else (output_hessian @ w.view(len(output_hessian), -1, w.shape[1])).view_as(w)
-    return float((w @ H).mul_(left).sum())
+def _output_norm(w: Tensor, H: Tensor, output_hessian: Tensor | None, every: int) -> float:
+    """tr(K w H wᵀ) of w[O, I], summed over heads: proportional to the mean square of the output. Of the trace, only the
+    terms of `every` so many rows of a head."""
+    heads = w[None] if output_hessian is None else w.view(len(output_hessian), -1, w.shape[1])
+    some = heads[:, ::every]
+    left = some if output_hessian is None else output_hessian[:, ::every] @ heads
+    return float((some @ H).mul_(left).sum())

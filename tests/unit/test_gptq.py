@@ -214,11 +214,11 @@ def output_hessians(heads: int, size: int, seed: int = 0) -> Tensor:
     return torch.stack([seen(correlated(3 * size, size, seed + head)).matrix for head in range(heads)])
 
 
-def kronecker(w: Tensor, hessian: Hessian, K: Tensor, columns: Columns) -> Tensor:
+def kronecker(w: Tensor, hessian: Hessian, K: Tensor, columns: Columns, output_damping: float = 0.01) -> Tensor:
     """Two-sided compensation by its definition: GPTQ of each head's flattened weight, one number after the other, for
     the Kronecker product of both Hessians, in double precision."""
     upper, sequence = hessian.factor(True, 0.01).upper.double(), hessian.order()
-    factor = OutputFactor.of(K, 0.01)
+    factor = OutputFactor.of(K, output_damping)
     codes = torch.empty(w.shape, dtype=torch.uint8)
     for head, row_order in enumerate(factor.row_order):
         rows = row_order + head * len(row_order)
@@ -251,9 +251,22 @@ def test_many_rows_as_a_kronecker_product(grid: Grid, tall: int, rows: int, monk
     monkeypatch.setattr(feedback, "TALL", tall)
     monkeypatch.setattr(feedback, "ROWS", rows)
     w, hessian, K = make_weight((12, 96), torch.float32, "normal"), seen(correlated(300, 96)), output_hessians(1, 12)
-    expected = kronecker(w, hessian, K, grid.columns(grid.fit(w), (12, 96)))
+    expected = kronecker(w, hessian, K, grid.columns(grid.fit(w), (12, 96)), gptq.GRADIENT_DAMPING)
     found = Gptq(objective="model").quantize(w, grid, hessian, K)
     assert (found.codes != expected).float().mean() < 2e-3  # a value within 1e-6 of the middle may go either way
+
+
+@settings(deadline=None, max_examples=30)
+@given(heads=st.integers(0, 3), size=st.integers(1, 9), inputs=st.integers(1, 12), every=st.integers(1, 12))
+def test_errors_are_reported_of_some_rows_of_each_head(heads: int, size: int, inputs: int, every: int) -> None:
+    random = torch.Generator().manual_seed(size)
+    w = torch.randn(max(1, heads) * size, inputs, generator=random)
+    H = correlated(50, inputs).T @ correlated(50, inputs)
+    K = output_hessians(heads, size) if heads else None
+    whole = torch.eye(len(w)) if K is None else torch.block_diag(*K)
+    terms = (whole.double() @ w.double() @ H.double() @ w.T.double()).diagonal().view(-1, size)
+    found = gptq._output_norm(w, H, K, every)
+    assert found == pytest.approx(float(terms[:, ::every].sum()), rel=1e-4, abs=1e-4 * float(terms.abs().sum()))
 
 
 @every_grid

@@ -17,7 +17,7 @@ from neoquant.quantizers import QUANTIZERS
 from neoquant.quantizers.hqq import Hqq
 from neoquant.tensor import QuantizedTensor
 
-KINDS = ({}, {"symmetric": True}, {"float_zero": True})
+KINDS: tuple[dict[str, bool], ...] = ({}, {"symmetric": True}, {"float_zero": True})
 GRIDS = [Affine(bits, 32, **kind) for bits in (2, 3, 4, 8) for kind in KINDS]
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
 
