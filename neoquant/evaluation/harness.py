@@ -73,7 +73,8 @@ def read_tasks(
     """
     harness_version()
     with _quiet():
-        index = _index(names, folder)
+        with progress.task("finding tasks", total=None):
+            index = _index(names, folder)
         for name in names:
             for leaf, kind in _leaves(name, index.task_index):
                 _require_kind(leaf, kind)
