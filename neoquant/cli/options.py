@@ -166,7 +166,7 @@ Type = Annotated[
         "--type",
         metavar="T",
         help="nf4, fp4 or mxfp4 with 4 bits, int8 with 8, affine (integers in groups, round-to-nearest), hqq (the "
-        "same, by HQQ) or gptq (by GPTQ, with --calibration) with 2, 3, 4 or 8. "
+        "same, by HQQ) or gptq (by GPTQ, with --calibration) with 2, 3, 4 or 8, trellis (paths down the rows) with 2. "
         "[default: nf4, int8 with 8 bits, affine with 2 or 3]",
     ),
 ]
@@ -185,8 +185,8 @@ GroupSize = Annotated[
     typer.Option(
         "--group-size",
         metavar="N",
-        help="Group size (affine): weights of a row that share a scale, 16, 32, 64, 128, 256, or -1 for whole rows. "
-        "[default: 128]",
+        help="Group size (affine, trellis): weights of a row that share a scale, 16, 32, 64, 128, 256, or -1 for whole "
+        "rows. [default: 128, trellis 64]",
     ),
 ]
 Symmetric = Annotated[

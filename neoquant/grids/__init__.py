@@ -3,6 +3,7 @@
     Grid            states its Decoding: how values follow from codes and parameters
     ├── Codebook    NF4 or FP4: 16 values times the absmax of a block, itself quantized or not (QLoRA, arXiv:2305.14314)
     ├── Int8Rows    256 even steps times the absmax of a row (LLM.int8(), arXiv:2208.07339)
+    ├── TrellisGrid two bits, read down the rows: a state of six codes says which of 16 values (QTIP, arXiv:2406.11235)
     ├── Mxfp4       four-bit floats times a power of two for 32 inputs of a row (OCP Microscaling Formats 1.0)
     └── Affine      2 to 8 bits: even steps of a group's scale around the group's zero
 
@@ -26,8 +27,16 @@ from neoquant.grids.codebook import BLOCK_SIZES, FP4, NF4, Codebook, double_quan
 from neoquant.grids.decoding import NESTED_GROUP, Decoding, Scale
 from neoquant.grids.int8 import Int8Rows
 from neoquant.grids.mxfp4 import Mxfp4
+from neoquant.grids.trellis import TrellisGrid
 
-GRIDS: dict[str, type[Grid]] = {"nf4": Codebook, "fp4": Codebook, "int8": Int8Rows, "affine": Affine, "mxfp4": Mxfp4}
+GRIDS: dict[str, type[Grid]] = {
+    "nf4": Codebook,
+    "fp4": Codebook,
+    "int8": Int8Rows,
+    "affine": Affine,
+    "mxfp4": Mxfp4,
+    "trellis": TrellisGrid,
+}
 
 __all__ = [
     "BLOCK_SIZES",
@@ -45,6 +54,7 @@ __all__ = [
     "ParamShapes",
     "Params",
     "Scale",
+    "TrellisGrid",
     "double_quant_table",
     "grid_from_dict",
     "legal_pairs",

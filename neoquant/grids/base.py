@@ -13,6 +13,7 @@ from torch import Tensor
 from neoquant.errors import FormatError
 from neoquant.grids.decoding import CHUNK, LAUNCHED, Decoding
 from neoquant.native.gptq import Levels
+from neoquant.native.trellis import Paths
 
 Params = dict[str, Tensor]
 ParamShapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -74,8 +75,8 @@ class Grid(ABC):
         return self.decoding.decode(codes, params, dtype)
 
     def decode_rows(self, codes: Tensor, params: Params, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Some rows only, bit for bit as `decode` gives them: `codes` uint8[N, I] are those of `rows`, int64[N]; N is
-        not 0."""
+        """Some rows int64[N] only, bit for bit as `decode` gives them: `codes` uint8[N, I] are those of
+        `decoding.sources(rows, O)`, which but on a trellis are the rows themselves; N is not 0."""
         return self.decoding.decode_rows(codes, params, rows, dtype)
 
     @abstractmethod
@@ -134,7 +135,7 @@ class Columns(ABC):
         With `rows` int64[R], w[R] are those rows of the column only.
         """
 
-    def levels(self) -> Levels | None:
+    def levels(self) -> Levels | Paths | None:
         """The same for the native library, as views of what `round` uses; None if it cannot be said so."""
         return None
 

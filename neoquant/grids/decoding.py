@@ -49,6 +49,56 @@ class Scale:
 
 
 @dataclass(frozen=True)
+class Trellis:
+    """Codes that are read down the rows of a column: the last `memory` of them, the newest lowest, are the state.
+
+    The number of a weight is that of the table at (state * multiplier mod 2**state_bits) >> (state_bits - level_bits).
+    `span` rows, or what is left, are a ring: before its first codes come its last ones.
+    """
+
+    code_bits: int
+    state_bits: int
+    level_bits: int
+    multiplier: int
+    span: int
+
+    @property
+    def memory(self) -> int:
+        """Codes in a state."""
+        return self.state_bits // self.code_bits
+
+    def levels(self, device: torch.device) -> Tensor:
+        """The place in the table of each state, uint8[states]."""
+        return _levels_of_states(self, device)
+
+    def sources(self, rows: Tensor, count: int) -> Tensor:
+        """Whose codes the values of rows int64[N] of `count` are read from, the row's own first: int64[N, memory]."""
+        first = rows // self.span * self.span
+        length = (count - first).clamp(max=self.span)
+        back = torch.arange(self.memory, device=rows.device)
+        return first[:, None] + ((rows - first)[:, None] - back).remainder(length[:, None])
+
+    def numbers(self, codes: Tensor) -> Tensor:
+        """Codes uint8[O, I] to places in the table, uint8[O, I]."""
+        found = torch.empty_like(codes)
+        for span, to in zip(torch.split(codes, self.span), torch.split(found, self.span), strict=True):
+            back = [span.roll(rows, 0) for rows in range(self.memory)]
+            to.copy_(self._numbers(back))
+        return found
+
+    def numbers_of(self, codes: Tensor) -> Tensor:
+        """The same of some rows: codes uint8[N, memory, I] of their `sources` to uint8[N, I]."""
+        return self._numbers(list(codes.unbind(1)))
+
+    def _numbers(self, back: list[Tensor]) -> Tensor:
+        state = back[-1].int()
+        for newer in back[-2::-1]:
+            state = state.bitwise_left_shift_(self.code_bits).bitwise_or_(newer)
+        table = self.levels(state.device)
+        return table.index_select(0, state.view(-1)).view(state.shape)
+
+
+@dataclass(frozen=True)
 class Decoding:
     """What a weight [O, I] on a grid means.
 
@@ -62,6 +112,7 @@ class Decoding:
     zero_code   the code of zero in `table`, for padding
     signed      integer codes are two's complement, without a zero
     zero        the parameter with the zero of each group, uint8 or float16; None: all are `middle`
+    trellis     how places in `table` follow from codes; None: they are the codes
     """
 
     bits: int
@@ -74,6 +125,7 @@ class Decoding:
     signed: bool = False
     zero: str | None = None
     middle: int = 0
+    trellis: Trellis | None = None
 
     def width(self, columns: int) -> int:
         """Inputs of a whole group in a row of `columns`."""
@@ -91,6 +143,10 @@ class Decoding:
 
         `whole_steps` takes the numbers of a table as `levels` has them.
         """
+        places = codes if self.trellis is None else self.trellis.numbers(codes)
+        return self._decode(places, params, dtype, whole_steps)
+
+    def _decode(self, codes: Tensor, params: Mapping[str, Tensor], dtype: torch.dtype, whole_steps: bool) -> Tensor:
         laid = codes.reshape(1, -1) if self.flat else codes  # flattened, a weight is one long row
         out = torch.empty(laid.shape, dtype=dtype, device=codes.device)
         width = self.width(laid.shape[1])
@@ -108,12 +164,18 @@ class Decoding:
                     torch.mul(values, scale[at], out=to[:, part].view(-1, *size))
         return out.view(codes.shape)
 
+    def sources(self, rows: Tensor, count: int) -> Tensor:
+        """Whose codes the values of rows int64[N] of `count` are read from: their own; on a trellis int64[N * n]."""
+        return rows if self.trellis is None else self.trellis.sources(rows, count).view(-1)
+
     def decode_rows(
         self, codes: Tensor, params: Mapping[str, Tensor], rows: Tensor, dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """As `decode`, of the rows int64[N] alone, whose codes are `codes`, uint8[N, I]."""
+        """As `decode`, of the rows int64[N] alone; `codes` uint8[N, I] are those of `sources`."""
+        if self.trellis is not None:
+            codes = self.trellis.numbers_of(codes.view(len(rows), -1, codes.shape[1]))
         if not self.flat:
-            return self.decode(codes, {name: param[rows] for name, param in params.items()}, dtype)
+            return self._decode(codes, {name: param[rows] for name, param in params.items()}, dtype, False)
         columns = torch.arange(codes.shape[1], device=codes.device)
         groups = (rows[:, None] * codes.shape[1] + columns) // self.width(codes.shape[1])
         values = self._numbers(codes, False).float()
@@ -131,6 +193,12 @@ class Decoding:
         if self.signed:
             return codes.view(torch.int8)
         return codes.float() if self.zero is not None or not self.middle else codes.float().sub_(self.middle)
+
+
+@cache
+def _levels_of_states(trellis: Trellis, device: torch.device) -> Tensor:
+    states = torch.arange(1 << trellis.state_bits) * trellis.multiplier % (1 << trellis.state_bits)
+    return (states >> (trellis.state_bits - trellis.level_bits)).to(device, torch.uint8)
 
 
 @cache

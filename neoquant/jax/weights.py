@@ -48,8 +48,10 @@ class FlaxWeight(nnx.Module):
         return values.astype(dtype)
 
     def _hold(self, q: QuantizedTensor) -> None:
-        packed = packing.pack(q.codes, q.grid.bits)
-        if q.grid.bits < 8 and (spare := -packed.shape[1] % q.grid.bits):
+        trellis = q.grid.decoding.trellis
+        self.bits = q.grid.bits if trellis is None else trellis.level_bits  # a trellis is walked once, here
+        packed = packing.pack(q.codes if trellis is None else trellis.numbers(q.codes), self.bits)
+        if self.bits < 8 and (spare := -packed.shape[1] % self.bits):
             packed = torch.nn.functional.pad(packed, (0, spare))  # whole eights of codes, as `unpack` takes them
         self.codes = FlaxPacked(to_jax(packed))
         for name, param in q.params.items():
@@ -67,7 +69,7 @@ class FlaxWeight(nnx.Module):
         grid, columns = self.grid, self.shape[1]
         assert grid is not None
         decoding, at = grid.decoding, slice(None) if ids is None else ids
-        codes = unpack(self.codes[...][at], grid.bits, columns)
+        codes = unpack(self.codes[...][at], self.bits, columns)
         if decoding.table is not None:
             numbers = self.table[...][codes.astype(jnp.int32)]
         elif decoding.signed:

@@ -45,7 +45,7 @@ class Kernel(ABC):
 
 
 def look_up(ids: Tensor, codes: Tensor, state: State, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """`Kernel.embedding` by the grid: `codes` uint8[N, I] are those of the flattened `ids`."""
+    """`Kernel.embedding` by the grid: `codes` uint8[N, I] are those of the `sources` of the flattened `ids`."""
     if ids.numel() == 0:
         return torch.empty(*ids.shape, shape[1], dtype=dtype, device=ids.device)
     values = grid.decode_rows(codes, {name: state[name] for name in grid.param_shapes(shape)}, ids.reshape(-1), dtype)

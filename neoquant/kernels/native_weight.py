@@ -1,12 +1,13 @@
 """How the native library sees a weight: by what its grid's `Decoding` states, worked out once for each grid and shape.
 
-The library multiplies with three kinds of weights (native/weight.h):
+The library multiplies with four kinds of weights (native/weight.h):
 
     codebook    16 numbers by code, two codes a byte, high half first; a float32 scale, or a byte looked up, for each
                 block of the flattened weight
     int8        signed bytes, a float32 scale / 127 for each row
     affine      integers of 2, 3, 4 or 8 bits, low bits first, rows on bytes; a float16 scale for each group of a row,
                 and a zero, a byte or float16, or none beside the middle
+    trellis     words of 16 codes of a column, the first in the highest bits; a float16 scale for each group of a row
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from torch import Tensor
 from neoquant import packing
 from neoquant.errors import FormatError
 from neoquant.grids import NESTED_GROUP, Decoding, Grid
-from neoquant.grids.decoding import tensor_of
+from neoquant.grids.decoding import Trellis, tensor_of
 from neoquant.kernels.base import State
 from neoquant.native import products
 
 SHORTEST_BLOCK, SHORTEST_GROUP = 32, 16
+WORD, RING = 16, 256  # codes in a word, and rows in a ring of a trellis
 _CPU = torch.device("cpu")
 
 
@@ -53,6 +55,8 @@ def pack_codes(codes: Tensor, grid: Grid) -> State:
     arrangement = _require(grid, tuple(codes.shape))
     if arrangement.nibbles:
         return {arrangement.codes: packing.pack_nibbles(codes.reshape(-1), pad=grid.decoding.zero_code)}
+    if grid.decoding.trellis is not None:
+        return {arrangement.codes: _pack_words(codes, grid.decoding.trellis)}
     packed = packing.pack(codes, grid.bits)
     return {arrangement.codes: packed.view(torch.int8) if grid.decoding.signed else packed}
 
@@ -60,6 +64,8 @@ def pack_codes(codes: Tensor, grid: Grid) -> State:
 def unpack_codes(state: State, grid: Grid, shape: tuple[int, ...]) -> Tensor:
     """The inverse of `pack_codes`: uint8[O, I]."""
     arrangement = _require(grid, shape)
+    if grid.decoding.trellis is not None:
+        return _unpack_words(state[arrangement.codes], shape[0])
     packed = state[arrangement.codes].view(torch.uint8)
     if arrangement.nibbles:
         return packing.unpack_nibbles(packed, shape[0] * shape[1]).view(shape)
@@ -83,7 +89,10 @@ def _arrange(grid: Grid, shape: tuple[int, ...]) -> _Arrangement | str:
     """How the library runs a grid, or why it does not."""
     decoding = grid.decoding
     dtype, size = grid.param_shapes(shape)[decoding.scale.param]
-    if decoding.table is not None:
+    if decoding.trellis is not None:
+        reason = _refuse_trellis(decoding, dtype, shape)
+        made = None if reason else _Arrangement("words", False, _trellis(decoding, shape))
+    elif decoding.table is not None:
         reason = _refuse_codebook(decoding, dtype, shape)
         made = None if reason else _Arrangement("packed", True, _codebook(decoding, shape, size))
     elif decoding.signed:
@@ -130,6 +139,18 @@ def _refuse_affine(decoding: Decoding, dtype: torch.dtype, shape: tuple[int, ...
     return None
 
 
+def _refuse_trellis(decoding: Decoding, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
+    width, trellis = decoding.width(shape[1]), decoding.trellis
+    assert trellis is not None
+    if (trellis.code_bits, trellis.state_bits, trellis.level_bits, trellis.span) != (2, 12, 4, RING):
+        return f"trellises have codes of 2 bits, states of 12, 16 values and rings of {RING} rows"
+    if width < shape[1] and (width & (width - 1) or width < SHORTEST_GROUP):
+        return f"groups are powers of two from {SHORTEST_GROUP} on, not {width}"
+    if decoding.flat or dtype != torch.float16 or decoding.scale.factor != 1 or decoding.scale.table is not None:
+        return f"scales of groups of a row are float16, not {dtype}"
+    return None
+
+
 def _codebook(
     decoding: Decoding, shape: tuple[int, ...], scales: tuple[int, ...]
 ) -> Callable[[State], products.Weight]:
@@ -166,3 +187,32 @@ def _affine(decoding: Decoding, shape: tuple[int, ...]) -> Callable[[State], pro
     return lambda state: products.affine(
         state["packed"], state[scale], None if zero is None else state[zero], bits, group, shape
     )
+
+
+def _trellis(decoding: Decoding, shape: tuple[int, ...]) -> Callable[[State], products.Weight]:
+    trellis, scale, width = decoding.trellis, decoding.scale.param, decoding.width(shape[1])
+    assert trellis is not None and decoding.table is not None
+    table, group = tensor_of(decoding.table, _CPU), None if width == shape[1] else width
+    return lambda state: products.trellis(state["words"], state[scale], table, trellis.multiplier, group, shape)
+
+
+def _pack_words(codes: Tensor, trellis: Trellis) -> Tensor:
+    """Codes uint8[O, I] to int32[ceil(O / 16) + 1, I]: behind those of all rows, the last codes of the last ring."""
+    rows = len(codes)
+    first = (rows - 1) // trellis.span * trellis.span
+    last = first + (torch.arange(-WORD, 0, device=codes.device)).remainder(rows - first)
+    filled = torch.nn.functional.pad(codes, (0, 0, 0, -rows % WORD))
+    words = torch.zeros(len(filled) // WORD + 1, codes.shape[1], dtype=torch.int32, device=codes.device)
+    for row in range(WORD):
+        shift = 2 * (WORD - 1 - row)
+        words[:-1] |= filled[row::WORD].int() << shift
+        words[-1] |= codes[last[row]].int() << shift
+    return words
+
+
+def _unpack_words(words: Tensor, rows: int) -> Tensor:
+    """The inverse: uint8[O, I]."""
+    codes = torch.empty(len(words) - 1, WORD, words.shape[1], dtype=torch.uint8, device=words.device)
+    for row in range(WORD):
+        codes[:, row] = (words[:-1] >> 2 * (WORD - 1 - row)) & 3
+    return codes.view(-1, words.shape[1])[:rows].contiguous()

@@ -38,5 +38,6 @@ class Reference(Kernel):
 
     def embedding(self, ids: Tensor, state: State, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         require_ids(ids, shape[0])
-        codes = packing.unpack(state["codes"][ids.reshape(-1)], grid.bits, shape[1])
+        rows = grid.decoding.sources(ids.reshape(-1), shape[0])
+        codes = packing.unpack(state["codes"][rows], grid.bits, shape[1])
         return look_up(ids, codes, state, grid, shape, dtype)

@@ -32,6 +32,8 @@ class CpuInt8(Cpu):
     activations: ClassVar[str] = "int8"
 
     def refuse(self, grid: Grid, shape: tuple[int, ...], device: torch.device, ordered: bool = False) -> str | None:
+        if grid.decoding.trellis is not None:
+            return f"the native library multiplies {grid.name} with activations as they are"
         if grid.decoding.table is not None and shape[1] % 8:
             return f"the native library multiplies integers in eights, not rows of {shape[1]} {grid.name} codes"
         return super().refuse(grid, shape, device, ordered)

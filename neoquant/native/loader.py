@@ -27,7 +27,7 @@ SWITCH = "NEOQUANT_ISA"
 TEAMS = ("own", "openmp")
 TEAM_SWITCH = "NEOQUANT_TEAM"
 FOLDER = Path(__file__).parent  # where the library was put when neoquant was installed
-VERSION = 11  # of the C functions' signatures, as in parallel.c
+VERSION = 12  # of the C functions' signatures, as in parallel.c
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _LEVELS = (*(_POINTER,) * 4, _LONG, _INT, *(_POINTER,) * 3)  # where the values of columns may lie
@@ -42,6 +42,15 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "nq_pack": (_POINTER, _POINTER, _LONG, _LONG, _INT, _INT),
     "nq_unpack": (_POINTER, _POINTER, _LONG, _LONG, _INT, _INT),
     "nq_gptq_block": (*(_POINTER,) * 3, *(_LONG,) * 3, *_LEVELS, *(_POINTER,) * 2, _LONG, *(_POINTER,) * 2, _INT, _INT),
+    "nq_trellis_block": (
+        *(_POINTER,) * 2,
+        *(_LONG,) * 3,
+        *(_POINTER,) * 3,
+        _LONG,
+        *(_POINTER,) * 4,
+        _INT,
+        _INT,
+    ),
     "nq_multiply": (_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT),
     "nq_multiply_int8": (_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT),
     "nq_decode": (_POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT),
@@ -60,7 +69,9 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     ),
 }
 
-_RESULTS = dict.fromkeys(("nq_affine", "nq_multiply", "nq_multiply_int8", "nq_step"), _INT)  # the others give nothing
+_RESULTS = dict.fromkeys(
+    ("nq_affine", "nq_trellis_block", "nq_multiply", "nq_multiply_int8", "nq_step"), _INT
+)  # the others give nothing
 _NO_MEMORY = -1  # cpu.h
 
 

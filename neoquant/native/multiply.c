@@ -37,6 +37,7 @@ static int wants_alike(const struct nq_linear *a, const struct nq_linear *b) {
 
 static const struct nq_way *way_of(const struct nq_kernels *kernels, const struct nq_linear *linear, int64_t count) {
     if (count > kernels->few_most || !nq_is_regular(linear->w)) return linear->int8 ? &kernels->int8 : &kernels->many;
+    if (linear->w->kind == NQ_TRELLIS) return &kernels->trellis;
     return linear->int8 ? &kernels->few8 : linear->w->kind == NQ_PLAIN ? &kernels->plain : &kernels->few;
 }
 

@@ -290,6 +290,119 @@ static void plain_run(void *argument, int64_t begin, int64_t end) {
     for (int64_t m = 0; m < p->count; m += 4) functions[p->w->plain](p, begin, end, m, (int)nq_min(4, p->count - m));
 }
 
+/* Few rows of x and a trellis --------------------------------------------------------------------------------------- */
+
+/* LANES words from `column` on, zeros behind the last. */
+NQ_INLINE vi words_at(const uint32_t *words, int64_t column, int64_t columns) {
+    if (column + LANES <= columns) return vi_load(words + column);
+    uint32_t rest[LANES] = {0};
+    memcpy(rest, words + column, (size_t)(columns - column) * sizeof *rest);
+    return vi_load(rest);
+}
+
+/* The values of one row, whose state begins `shift` bits up; where a part of it is before the words, `before` holds it. */
+NQ_INLINE vf value_of_state(vtab table, vi multiplier, vi words, vi before, int shift) {
+    vi state = vi_srl(words, shift);
+    if (32 - shift < NQ_STATE_BITS) state = vi_or(state, vi_sll(before, 32 - shift));
+    return vf_lookup(table, vi_srl(vi_mul16(state, multiplier), 16 - NQ_PLACE_BITS), NQ_PLACE_BITS);
+}
+
+/* What a state is multiplied with, so that its place in the table is in the highest of 16 bits. */
+NQ_INLINE vi state_multiplier(const struct nq_weight *w) {
+    return vi_set1((w->multiplier << (16 - NQ_STATE_BITS)) & 0xffff);
+}
+
+/* sum[LANES] of each of `together` rows of a block from its row `first` on and of each row of x, over a run of columns that
+ * share a scale. */
+NQ_INLINE void trellis_run_of(
+    const struct nq_weight *w, const uint32_t *words, const uint32_t *before, const float *x, int64_t column, int64_t stop,
+    const int first, const int together, const int count, vtab table, vi multiplier, vf *part) {
+    _Pragma("GCC unroll 16") for (int i = 0; i < together * count; i++) part[i] = vf_zero();
+    for (; column < stop; column += LANES) {
+        const vi word = words_at(words, column, w->columns);
+        const vi behind = first < NQ_STATE_CODES - 1 ? words_at(before, column, w->columns) : vi_set1(0);
+        vf values[4];
+        _Pragma("GCC unroll 4") for (int m = 0; m < count; m++) {
+            const float *from = x + m * w->columns + column;
+            float rest[LANES] = {0};
+            if (column + LANES > w->columns) {
+                memcpy(rest, from, (size_t)(w->columns - column) * sizeof(float));
+                from = rest;
+            }
+            values[m] = vf_load(from);
+        }
+        _Pragma("GCC unroll 8") for (int r = 0; r < together; r++) {
+            const vf value = value_of_state(table, multiplier, word, behind, 2 * (NQ_BLOCK_ROWS - 1 - first - r));
+            _Pragma("GCC unroll 4") for (int m = 0; m < count; m++)
+                part[m * together + r] = vf_fma(value, values[m], part[m * together + r]);
+        }
+    }
+}
+
+enum { SHORTEST_RUN = 16 };
+
+/* The rows [begin, end) of one block, whose words are read once for `together` rows. */
+NQ_INLINE void trellis_block(
+    const struct nq_product *p, int64_t block, int64_t begin, int64_t end, int64_t m0, const int count, const int together) {
+    const struct nq_weight *w = p->w;
+    const int64_t origin = block * NQ_BLOCK_ROWS, columns = w->columns;
+    const int step_bits = nq_step_bits(w, SEGMENT_BITS);
+    const uint32_t *words = nq_words(w, origin), *before = nq_words_before(w, origin);
+    const vtab table = vf_table(w->table);
+    const vi multiplier = state_multiplier(w);
+    const float *x = p->x + m0 * columns;
+    float scales[NQ_BLOCK_ROWS][SEGMENT / SHORTEST_RUN + LANES], zeros[SEGMENT / SHORTEST_RUN + LANES];
+    vf sum[4 * NQ_BLOCK_ROWS], part[8];
+    for (int i = 0; i < count * NQ_BLOCK_ROWS; i++) sum[i] = vf_zero();
+    for (int64_t segment = 0; segment < columns; segment += SEGMENT) {
+        const int64_t last = nq_min(columns, segment + SEGMENT);
+        const int64_t runs = nq_ceil(last, (int64_t)1 << step_bits) - (segment >> step_bits);
+        for (int r = 0; r < NQ_BLOCK_ROWS; r++)
+            load_scales(w, nq_min(origin + r, w->rows - 1), segment >> step_bits, runs, step_bits, scales[r], zeros);
+        for (int64_t run = 0; run < runs; run++) {
+            const int64_t column = segment + (run << step_bits), stop = nq_min(last, column + ((int64_t)1 << step_bits));
+            _Pragma("GCC unroll 16") for (int first = 0; first < NQ_BLOCK_ROWS; first += together) {
+                trellis_run_of(w, words, before, x, column, stop, first, together, count, table, multiplier, part);
+                _Pragma("GCC unroll 8") for (int r = 0; r < together; r++) {
+                    const vf scale = vf_set1(scales[first + r][run]);
+                    _Pragma("GCC unroll 4") for (int m = 0; m < count; m++) {
+                        vf *to = &sum[m * NQ_BLOCK_ROWS + first + r];
+                        *to = vf_fma(part[m * together + r], scale, *to);
+                    }
+                }
+            }
+        }
+    }
+    for (int64_t row = begin; row < end; row++)
+        for (int m = 0; m < count; m++)
+            p->y[(m0 + m) * w->rows + row] = vf_sum(sum[m * NQ_BLOCK_ROWS + row - origin]) + (p->bias ? p->bias[row] : 0);
+}
+
+static void trellis_1(const struct nq_product *p, int64_t block, int64_t begin, int64_t end, int64_t m) {
+    trellis_block(p, block, begin, end, m, 1, TRELLIS_TOGETHER);
+}
+static void trellis_2(const struct nq_product *p, int64_t block, int64_t begin, int64_t end, int64_t m) {
+    trellis_block(p, block, begin, end, m, 2, TRELLIS_TOGETHER / 2);
+}
+static void trellis_3(const struct nq_product *p, int64_t block, int64_t begin, int64_t end, int64_t m) {
+    trellis_block(p, block, begin, end, m, 3, TRELLIS_TOGETHER / 4);
+}
+static void trellis_4(const struct nq_product *p, int64_t block, int64_t begin, int64_t end, int64_t m) {
+    trellis_block(p, block, begin, end, m, 4, TRELLIS_TOGETHER / 4);
+}
+
+/* By blocks of rows: the threads' pieces, of several weights counted through, may begin within one. */
+static void trellis_run(void *argument, int64_t begin, int64_t end) {
+    static void (*const functions[])(const struct nq_product *, int64_t, int64_t, int64_t, int64_t) = {
+        trellis_1, trellis_2, trellis_3, trellis_4};
+    const struct nq_product *p = argument;
+    for (int64_t row = begin; row < end;) {
+        const int64_t block = row / NQ_BLOCK_ROWS, stop = nq_min(end, (block + 1) * NQ_BLOCK_ROWS);
+        for (int64_t m = 0; m < p->count; m += 4) functions[nq_min(4, p->count - m) - 1](p, block, row, stop, m);
+        row = stop;
+    }
+}
+
 /* Many rows of x ---------------------------------------------------------------------------------------------------- */
 
 /* Rows of a panel: those beyond `end` are its last row again, and are not kept. */
@@ -375,8 +488,37 @@ NQ_INLINE void decode_plain_panel(
     }
 }
 
+/* And of a trellis: LANES columns of LANES rows at a time, transposed. */
+static void decode_trellis_panel(
+    const struct nq_weight *w, int64_t row, int64_t end, int64_t column, int64_t depth, float *panel) {
+    const int step_bits = nq_step_bits(w, DEPTH_BITS);
+    const int64_t runs = nq_ceil(depth, (int64_t)1 << step_bits);
+    const vtab table = vf_table(w->table);
+    const vi multiplier = state_multiplier(w);
+    float scales[DEPTH / SHORTEST_RUN * PANEL], zeros[DEPTH / SHORTEST_RUN * PANEL];
+    panel_scales(w, row, end, column, runs, step_bits, scales, zeros);
+    for (int half = 0; half < PANEL; half += LANES)
+        for (int64_t k = 0; k < depth; k += LANES) {
+            vi values[LANES];
+            for (int i = 0; i < LANES; i++) {
+                const int64_t at = panel_row(row + half, i, end);
+                const vi words = words_at(nq_words(w, at), column + k, w->columns);
+                const vi before = words_at(nq_words_before(w, at), column + k, w->columns);
+                values[i] = vi_cast(value_of_state(table, multiplier, words, before, nq_word_shift(at)));
+            }
+            vi_transpose(values);
+            const vf scale = vf_load(scales + (k >> step_bits) * PANEL + half);
+            for (int j = 0; j < LANES && k + j < depth; j++)
+                vf_store(panel + (k + j) * PANEL + half, vf_mul(vf_cast(values[j]), scale));
+        }
+}
+
 static void decode_any_panel(
     const struct nq_weight *w, int64_t row, int64_t end, int64_t column, int64_t depth, float *panel) {
+    if (w->kind == NQ_TRELLIS) {
+        decode_trellis_panel(w, row, end, column, depth, panel);
+        return;
+    }
     if (w->kind == NQ_PLAIN) {
         if (w->plain == NQ_FLOAT32) decode_plain_panel(w, row, end, column, depth, NQ_FLOAT32, panel);
         else if (w->plain == NQ_FLOAT16) decode_plain_panel(w, row, end, column, depth, NQ_FLOAT16, panel);
@@ -862,6 +1004,7 @@ const struct nq_kernels NAME(nq_kernels) = {
     .int8 = {int8_size, int8_lay, int8_run, TILE8, PANEL},
     .few8 = {few8_size, few8_lay, few8_run, 1, 4},
     .plain = {nothing_size, nothing_lay, plain_run, 1, 1},
+    .trellis = {nothing_size, nothing_lay, trellis_run, 1, NQ_BLOCK_ROWS},
     .hold = hold,
     .attend = attend,
     .panel = PANEL,

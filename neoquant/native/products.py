@@ -28,6 +28,7 @@ class _Struct(ctypes.Structure):
         ("level_step", ctypes.c_float),
         ("plain", ctypes.c_int32),
         ("half_zeros", ctypes.c_int32),
+        ("multiplier", ctypes.c_int32),
     )
 
 
@@ -45,15 +46,15 @@ class Weight:
         level_step: float = 1.0,
         plain: int = 0,
         half_zeros: bool = False,
+        multiplier: int = 0,
     ) -> None:
         """`tensors` by the names of the struct's pointers; `group` columns share a scale, None for a whole row."""
         self.rows, self.columns = shape
         self.tensors = tensors
         group_bits = _WHOLE_ROW if group is None else group.bit_length() - 1
         addresses = tuple([(name, tensor.data_ptr()) for name, tensor in tensors.items() if tensor is not None])
-        self.struct = _struct(
-            addresses, self.rows, self.columns, groups, kind, bits, group_bits, level_step, plain, half_zeros
-        )
+        numbers = (self.rows, self.columns, groups, kind, bits, group_bits, level_step, plain, half_zeros, multiplier)
+        self.struct = _struct(addresses, *numbers)
         self.address = ctypes.addressof(self.struct)
 
 
@@ -61,12 +62,12 @@ class Weight:
 def _struct(
     addresses: tuple[tuple[str, int], ...],
     rows: int, columns: int, groups: int, kind: int, bits: int, group_bits: int, level_step: float, plain: int,
-    half_zeros: bool,
+    half_zeros: bool, multiplier: int,
 ) -> _Struct:  # fmt: skip
     """Nothing but its arguments, so that it may be kept: making it takes longer than a small product."""
     return _Struct(
         **dict(addresses), rows=rows, columns=columns, groups=groups, kind=kind, bits=bits, group_bits=group_bits,
-        level_step=level_step, plain=plain, half_zeros=half_zeros,
+        level_step=level_step, plain=plain, half_zeros=half_zeros, multiplier=multiplier,
     )  # fmt: skip
 
 
@@ -103,6 +104,17 @@ def affine(
     tensors = {"codes": packed, "scales": scale, "zeros": zero, **tables}
     half_zeros = zero is not None and zero.dtype == torch.float16
     return Weight(shape, 2, bits, group, tensors, groups=scale.shape[1], half_zeros=half_zeros)
+
+
+def trellis(
+    words: Tensor, scale: Tensor, table: Tensor, multiplier: int, group: int | None, shape: tuple[int, ...]
+) -> Weight:
+    """Paths of two bits down the rows, int32[ceil(O / 16) + 1, I] as weight.h has them; `table` float32[16].
+
+    `scale` float16[O, G]; groups of `group` columns, a power of two from 16 on, or None for whole rows.
+    """
+    tensors = {"codes": words, "scales": scale, "table": table}
+    return Weight(shape, 4, 2, group, tensors, groups=scale.shape[1], multiplier=multiplier)
 
 
 def plain(weight: Tensor) -> Weight:

@@ -5,6 +5,7 @@
 enum { TILE = 6, TILE8 = 2 };
 #define FEW_TOGETHER(M) ((M) == 1 ? 2 : 1)
 enum { FEW_MOST = 4 };
+enum { TRELLIS_TOGETHER = 8 }; /* rows of a block: accumulators at once */
 
 typedef __m256 vf;
 typedef __m256i vi;
@@ -52,6 +53,8 @@ NQ_INLINE vi vi_load3(const uint8_t *from) { /* twelve of 24 bytes for each half
 NQ_INLINE vi vi_and(vi a, vi b) { return _mm256_and_si256(a, b); }
 NQ_INLINE vi vi_or(vi a, vi b) { return _mm256_or_si256(a, b); }
 NQ_INLINE vi vi_xor(vi a, vi b) { return _mm256_xor_si256(a, b); }
+/* Products modulo 2**16; what the upper half of a lane holds does not matter. */
+NQ_INLINE vi vi_mul16(vi a, vi b) { return _mm256_mullo_epi16(a, b); }
 NQ_INLINE vi vi_srl(vi a, int n) { return _mm256_srli_epi32(a, n); }
 NQ_INLINE vi vi_sll(vi a, int n) { return _mm256_slli_epi32(a, n); }
 NQ_INLINE vf vf_cast(vi a) { return _mm256_castsi256_ps(a); }

@@ -3,6 +3,7 @@
 enum { TILE = 12, TILE8 = 6 };
 #define FEW_TOGETHER(M) ((M) <= 2 ? 4 : 2)
 enum { FEW_MOST = 8 };
+enum { TRELLIS_TOGETHER = 8 }; /* rows of a block: accumulators at once */
 
 typedef __m512 vf;
 typedef __m512i vi;
@@ -44,6 +45,8 @@ NQ_INLINE vi vi_load3(const uint8_t *from) {
 NQ_INLINE vi vi_and(vi a, vi b) { return _mm512_and_si512(a, b); }
 NQ_INLINE vi vi_or(vi a, vi b) { return _mm512_or_si512(a, b); }
 NQ_INLINE vi vi_xor(vi a, vi b) { return _mm512_xor_si512(a, b); }
+/* Products modulo 2**16; what the upper half of a lane holds does not matter. */
+NQ_INLINE vi vi_mul16(vi a, vi b) { return _mm512_mullo_epi16(a, b); }
 NQ_INLINE vi vi_srl(vi a, int n) { return _mm512_srli_epi32(a, (unsigned)n); }
 NQ_INLINE vi vi_sll(vi a, int n) { return _mm512_slli_epi32(a, (unsigned)n); }
 NQ_INLINE vf vf_cast(vi a) { return _mm512_castsi512_ps(a); }

@@ -5,6 +5,7 @@
 enum { TILE = 8, TILE8 = 6 };
 #define FEW_TOGETHER(M) ((M) <= 2 ? 2 : 1)
 enum { FEW_MOST = 4 };
+enum { TRELLIS_TOGETHER = 8 }; /* rows of a block: accumulators at once */
 
 typedef float32x4_t vf;
 typedef int32x4_t vi;
@@ -50,6 +51,8 @@ NQ_INLINE vi vi_load3(const uint8_t *from) {
 NQ_INLINE vi vi_and(vi a, vi b) { return vandq_s32(a, b); }
 NQ_INLINE vi vi_or(vi a, vi b) { return vorrq_s32(a, b); }
 NQ_INLINE vi vi_xor(vi a, vi b) { return veorq_s32(a, b); }
+/* Products modulo 2**16; what the upper half of a lane holds does not matter. */
+NQ_INLINE vi vi_mul16(vi a, vi b) { return vmulq_s32(a, b); }
 NQ_INLINE vi vi_srl(vi a, int n) { return vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(a), vdupq_n_s32(-n))); }
 NQ_INLINE vi vi_sll(vi a, int n) { return vshlq_s32(a, vdupq_n_s32(n)); }
 NQ_INLINE vf vf_cast(vi a) { return vreinterpretq_f32_s32(a); }

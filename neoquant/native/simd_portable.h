@@ -5,6 +5,7 @@
 enum { TILE = 4, TILE8 = 2 };
 #define FEW_TOGETHER(M) 1
 enum { FEW_MOST = 4 };
+enum { TRELLIS_TOGETHER = 4 }; /* rows of a block: accumulators at once */
 
 typedef float vf __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));
@@ -55,6 +56,8 @@ NQ_INLINE vi vi_load3(const uint8_t *from) {
 NQ_INLINE vi vi_and(vi a, vi b) { return a & b; }
 NQ_INLINE vi vi_or(vi a, vi b) { return a | b; }
 NQ_INLINE vi vi_xor(vi a, vi b) { return a ^ b; }
+/* Products modulo 2**16; what the upper half of a lane holds does not matter. */
+NQ_INLINE vi vi_mul16(vi a, vi b) { return (vi)((vu)a * (vu)b); }
 NQ_INLINE vi vi_srl(vi a, int n) { return (vi)((vu)a >> n); }
 NQ_INLINE vi vi_sll(vi a, int n) { return (vi)((vu)a << n); }
 NQ_INLINE vf vf_cast(vi a) { return (vf)a; }

@@ -5,6 +5,10 @@
  * A run of columns shares scale and zero: 2**group_bits columns of a row, or of the flattened weight for codebooks.
  * Codes are packed low bits first, every row on a byte; those of codebooks high half first, rows without a gap. Plain
  * weights are the values themselves, of the nq_dtype that `plain` says.
+ *
+ * On a trellis, the last six codes of two bits down a column are the state, and table[(state * multiplier mod 4096) >> 8]
+ * stands for table[code]. Codes are words: those of sixteen rows of a column, the first row's highest; 256 rows, or what is
+ * left, are a ring. Behind the words of all rows come those of the last ring's last sixteen codes.
  */
 #ifndef NEOQUANT_WEIGHT_H
 #define NEOQUANT_WEIGHT_H
@@ -13,7 +17,8 @@
 
 #include <stdatomic.h>
 
-enum nq_kind { NQ_CODEBOOK = 0, NQ_INT8 = 1, NQ_AFFINE = 2, NQ_PLAIN = 3 };
+enum nq_kind { NQ_CODEBOOK = 0, NQ_INT8 = 1, NQ_AFFINE = 2, NQ_PLAIN = 3, NQ_TRELLIS = 4 };
+enum { NQ_BLOCK_ROWS = 16, NQ_RING_BLOCKS = 16, NQ_STATE_CODES = 6, NQ_STATE_BITS = 12, NQ_PLACE_BITS = 4 }; /* of a trellis */
 enum { NQ_WHOLE_ROW = 62, NESTED_BLOCK_BITS = 8 };
 
 struct nq_weight { /* as `_Struct` in products.py */
@@ -26,13 +31,14 @@ struct nq_weight { /* as `_Struct` in products.py */
     const float *nested_table; /* [256] */
     const float *offset;       /* [1] */
     const float *scb;          /* int8 [rows]: scale = scb / 127 */
-    const uint16_t *scales;    /* affine [rows, groups], half precision */
+    const uint16_t *scales;    /* affine and trellis [rows, groups], half precision */
     const void *zeros;         /* affine [rows, groups], or 0 where the zero is the middle */
     int64_t rows, columns, groups;
     int32_t kind, bits, group_bits;
     float level_step;
     int32_t plain;
     int32_t half_zeros;        /* zeros are half-precision numbers, else bytes */
+    int32_t multiplier;        /* trellis: of a state */
 };
 
 /* What a product is asked for. */
@@ -88,7 +94,7 @@ enum nq_activation { NQ_GELU_TANH = 0, NQ_RELU = 1 };
 /* What there is for one instruction set. */
 struct nq_kernels {
     int few_most; /* rows of x up to which `few` is the faster */
-    struct nq_way few, many, int8, few8, plain; /* `few8`: int8 and few rows of x; `plain`: a plain weight and few rows */
+    struct nq_way few, many, int8, few8, plain, trellis; /* `few8`: int8 and few rows of x; the last two: few rows too */
     nq_range hold, attend;
     int panel; /* new positions of a sequence that `attend` looks at together */
     void (*norm)(const float *x, const float *weight, const float *bias, int64_t n, float epsilon, float *to);
@@ -137,8 +143,30 @@ NQ_INLINE int nq_step_bits(const struct nq_weight *w, int most) {
     return bits;
 }
 
+/* The words of a trellis, of the block of rows that `row` is in; and of the block before it in its ring. */
+NQ_INLINE const uint32_t *nq_words(const struct nq_weight *w, int64_t row) {
+    return (const uint32_t *)w->codes + row / NQ_BLOCK_ROWS * w->columns;
+}
+
+NQ_INLINE const uint32_t *nq_words_before(const struct nq_weight *w, int64_t row) {
+    const int64_t block = row / NQ_BLOCK_ROWS, ring = block / NQ_RING_BLOCKS, blocks = nq_ceil(w->rows, NQ_BLOCK_ROWS);
+    const int is_whole = (ring + 1) * NQ_RING_BLOCKS * NQ_BLOCK_ROWS <= w->rows;
+    const int64_t before = block % NQ_RING_BLOCKS ? block - 1 : is_whole ? block + NQ_RING_BLOCKS - 1 : blocks;
+    return (const uint32_t *)w->codes + before * w->columns;
+}
+
+/* How far a row's code is from the lowest bits of its word. */
+NQ_INLINE int nq_word_shift(int64_t row) { return 2 * (NQ_BLOCK_ROWS - 1 - (int)(row % NQ_BLOCK_ROWS)); }
+
+NQ_INLINE float nq_trellis_value(const struct nq_weight *w, int64_t row, int64_t column) {
+    const uint64_t both = (uint64_t)nq_words_before(w, row)[column] << 32 | nq_words(w, row)[column];
+    const uint32_t product = (uint32_t)(both >> nq_word_shift(row)) * (uint32_t)w->multiplier;
+    return w->table[product >> (NQ_STATE_BITS - NQ_PLACE_BITS) & ((1 << NQ_PLACE_BITS) - 1)];
+}
+
 /* The value of column `column` in row `row`, less its zero and scale. */
 NQ_INLINE float nq_raw(const struct nq_weight *w, int64_t row, int64_t column) {
+    if (w->kind == NQ_TRELLIS) return nq_trellis_value(w, row, column);
     if (w->kind == NQ_CODEBOOK) {
         int64_t at = row * w->columns + column;
         return w->table[w->codes[at >> 1] >> (at & 1 ? 0 : 4) & 15];

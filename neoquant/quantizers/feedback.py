@@ -11,6 +11,7 @@ from torch import Tensor
 
 from neoquant.grids import Columns
 from neoquant.native import gptq as native
+from neoquant.native import trellis
 from neoquant.quantizers.hessian import OutputFactor
 
 BLOCK = 128  # columns whose errors are gathered before the columns after them are corrected at once
@@ -59,6 +60,8 @@ def round_columns(
     round_block = _round_block
     if is_native(weights, columns):
         round_block = _round_tall if output_factor is not None and output_factor.size > TALL else _round_native
+        if isinstance(columns.levels(), trellis.Paths):
+            round_block = _round_paths
     for start in range(0, len(weights), block):
         stop = min(start + block, len(weights))
         if refit is not None and columns.width is not None and start % width == 0:
@@ -133,12 +136,28 @@ def _round_native(
 ) -> Tensor:
     """The same in C."""
     levels = columns.levels()
-    assert levels is not None
+    assert isinstance(levels, native.Levels)
     coupled = None
     if heads is not None:
         factor, original = heads
         coupled = native.Heads(factor.unit.float(), factor.row_order.int(), original.contiguous())
     return native.round_columns(weights, upper, levels, order, coupled, codes)
+
+
+def _round_paths(
+    weights: Tensor,
+    upper: Tensor,
+    columns: Columns,
+    order: Tensor,
+    heads: tuple[OutputFactor, Tensor] | None,
+    codes: Tensor,
+) -> Tensor:
+    """The same in C, of columns whose codes are paths down a trellis."""
+    paths = columns.levels()
+    assert isinstance(paths, trellis.Paths) and heads is None, "rows that a trellis chains are not coupled otherwise"
+    errors = trellis.round_columns(weights, upper, paths, order, codes)
+    assert errors is not None
+    return errors
 
 
 def _round_tall(
@@ -152,7 +171,7 @@ def _round_tall(
     """The same in C, of heads with many rows: some rows at a time, whose errors then correct the rows after them as one
     matrix product."""
     levels = columns.levels()
-    assert levels is not None and heads is not None
+    assert isinstance(levels, native.Levels) and heads is not None
     factor, original = heads
     size, diagonal = factor.size, upper.diagonal()[:, None]
     first = torch.arange(len(factor.row_order))[:, None] * size

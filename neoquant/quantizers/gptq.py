@@ -22,6 +22,7 @@ ORDERS = ("static", "off", "dynamic")
 SCALES = ("range", "mse", "weighted")
 OBJECTIVES = ("attention", "layer", "model")
 GRADIENT_DAMPING = 0.1  # of output Hessians from gradients, at least
+CHAINED = "objective layer, and attention, which is layer there"
 PIECE = 64  # coupled rows where the native library does not run
 
 
@@ -39,6 +40,7 @@ class Report:
     error_nearest: float
     error: float
     seconds: float
+    chained: bool = False  # its rows are, so that they were not coupled for attention
 
     @property
     def remarks(self) -> list[str]:
@@ -46,11 +48,12 @@ class Report:
         found = [f"{self.dead} inputs were always zero"] if self.dead else []
         found += [f"damping was raised to {self.damping:g}"] if self.retries else []
         found += ["the inverse needed double precision"] if self.double else []
+        found += ["rows of a trellis are not coupled: rounded for the layer's own output"] if self.chained else []
         return found
 
     def to_dict(self) -> dict[str, Any]:
         """For records: everything but the time, so that two runs leave the same bytes."""
-        values = {key: value for key, value in asdict(self).items() if key != "seconds"}
+        values = {key: value for key, value in asdict(self).items() if key not in ("seconds", "chained")}
         return {**values, "remarks": self.remarks} if self.remarks else values
 
 
@@ -69,7 +72,8 @@ class Gptq(Quantizer):
     objective  attention: queries, keys and values are rounded for the output of attention, not for their own: a row's
                error is also compensated in the later rows of its head (see `hessian.OutputFactor`). layer: every layer
                for its own output, as in the paper. model: every layer for the model's loss, to second order: all its
-               rows are coupled (see `calibration.loss_hessian`).
+               rows are coupled (see `calibration.loss_hessian`). A trellis chains the rows itself: there attention is
+               layer, which a remark says, and model is refused.
     correction part of the way that a weight first moves to make up for what its layer's output lacks, since earlier
                layers are quantized (see `calibration.missing_output`), with `damping` as the ridge: 0 to 1.
     """
@@ -100,6 +104,13 @@ class Gptq(Quantizer):
         if not 0 <= self.correction <= 1:
             raise RequestError(f"correction {self.correction}: legal is 0 (none) to 1")
 
+    def refuse(self, grid: Grid) -> str | None:
+        if self.objective == "model" and grid.decoding.trellis is not None:
+            return (
+                f"gptq minimizes the model's loss by coupling rows, which {grid.name} chains: legal there are {CHAINED}"
+            )
+        return None
+
     def sample_report(self) -> Report:
         error = 0.012345678901234567
         return Report(self.objective, self.scales, self.damping, 0, False, 0, error, error, 0.0)
@@ -128,7 +139,7 @@ class Gptq(Quantizer):
     ) -> tuple[QuantizedTensor, Report]:
         started = time.perf_counter()
         assert hessian is not None
-        output_hessian = self._used_output_hessian(output_hessian, len(w))
+        given, output_hessian = output_hessian, self._used_output_hessian(output_hessian, len(w), grid)
         factor = hessian.factor(self.order != "off", self.damping)
         order = hessian.order() if self.order == "dynamic" else None
         weight = self._corrected(w.detach().float(), hessian, missing)
@@ -150,6 +161,7 @@ class Gptq(Quantizer):
             error_nearest=error_nearest,
             error=error,
             seconds=time.perf_counter() - started,
+            chained=given is not None and self.uses_output_hessian and output_hessian is None,
         )
 
     def _corrected(self, weight: Tensor, hessian: Hessian, missing: Tensor | None) -> Tensor:
@@ -160,13 +172,13 @@ class Gptq(Quantizer):
             raise RequestError(f"missing output {list(missing.shape)} is not that of a weight {list(weight.shape)}")
         return weight + self.correction * hessian.solve(missing, self.order != "off", self.damping)
 
-    def _used_output_hessian(self, output_hessian: Tensor | None, rows: int) -> Tensor | None:
+    def _used_output_hessian(self, output_hessian: Tensor | None, rows: int, grid: Grid) -> Tensor | None:
         """`output_hessian` where it is used. Raises RequestError if it is not that of so many rows."""
         if output_hessian is None:
             return None
         if output_hessian.dim() != 3 or len(output_hessian) * output_hessian.shape[1] != rows:
             raise RequestError(f"output Hessian {list(output_hessian.shape)} is not that of {rows} rows")
-        return output_hessian if self.uses_output_hessian else None
+        return output_hessian if self.uses_output_hessian and grid.decoding.trellis is None else None
 
     def _refit(self, hessian: Hessian, order: Tensor | None) -> Refit:
         """How groups are fitted, with the inputs in `order`."""

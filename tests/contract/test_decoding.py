@@ -93,6 +93,25 @@ def group_of(decoding: Decoding, shape: tuple[int, int]) -> Tensor:
     return torch.tensor([[row * of_row + column // width for column in range(columns)] for row in range(rows)])
 
 
+def places_one_by_one(decoding: Decoding, codes: Tensor) -> Tensor:
+    """Where in the table each weight's number stands, int64[O, I]: on a trellis, by its ring of rows."""
+    trellis = decoding.trellis
+    if trellis is None:
+        return codes.long()
+    places = torch.empty(codes.shape, dtype=torch.int64)
+    for row in range(len(codes)):
+        first = row - row % trellis.span
+        length = min(trellis.span, len(codes) - first)
+        for column in range(codes.shape[1]):
+            state = 0
+            for back in range(trellis.state_bits // trellis.code_bits):
+                code = int(codes[first + (row - first - back) % length, column])
+                state += code << (trellis.code_bits * back)
+            hashed = state * trellis.multiplier % 2**trellis.state_bits
+            places[row, column] = hashed >> (trellis.state_bits - trellis.level_bits)
+    return places
+
+
 def scales_one_by_one(scale: Scale, params: Params) -> list[float]:
     found = []
     for number, stored in enumerate(params[scale.param].view(-1).tolist()):
@@ -114,15 +133,16 @@ def test_values_are_what_the_grid_states(grid: Grid, shape: tuple[int, int]) -> 
     groups, scales = group_of(decoding, shape), torch.tensor(scales_one_by_one(decoding.scale, q.params)).double()
     numbers = q.codes.view(torch.int8).double() if decoding.signed else q.codes.double()
     if decoding.table is not None:
-        numbers = torch.tensor(decoding.table, dtype=torch.float64)[q.codes.long()]
-        assert decoding.table[decoding.zero_code] == 0
+        numbers = torch.tensor(decoding.table, dtype=torch.float64)[places_one_by_one(decoding, q.codes)]
+        assert decoding.trellis is not None or decoding.table[decoding.zero_code] == 0
     zeros = torch.full((int(groups.max()) + 1,), float(decoding.middle), dtype=torch.float64)
     if decoding.zero is not None:
         zeros = q.params[decoding.zero].view(-1).double()
     expected = (numbers - zeros[groups]) * scales[groups]
     assert torch.allclose(q.dequantize(torch.float64), expected, rtol=3e-7, atol=0)
     rows = torch.tensor([shape[0] - 1, 0, 0])
-    assert grid.decode_rows(q.codes[rows], q.params, rows).equal(q.dequantize(torch.float32)[rows])
+    codes = q.codes[decoding.sources(rows, shape[0])]
+    assert grid.decode_rows(codes, q.params, rows).equal(q.dequantize(torch.float32)[rows])
 
 
 @every_grid

@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from neoquant import native
-from neoquant.grids import Affine, Codebook, Grid, Int8Rows
+from neoquant.grids import Affine, Codebook, Grid, Int8Rows, TrellisGrid
 from neoquant.kernels import Kernel, Reference
 from neoquant.loading.pretrained import GPTNeoModel
 from neoquant.model.cache import KVCache
@@ -38,6 +38,7 @@ GRIDS = [
     Affine(3, 16, True),
     Affine(2, 32),
     Affine(8),
+    TrellisGrid(16),
 ]
 LINEARS = [f"attn.attention.{name}_proj" for name in ("q", "k", "v", "out")] + ["mlp.c_fc", "mlp.c_proj"]
 needs_native = pytest.mark.skipif(native.active().library is None, reason=native.active().reason)

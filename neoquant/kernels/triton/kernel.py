@@ -36,6 +36,8 @@ class Triton(Kernel):
             return reason
         if shape[0] * shape[1] >= LARGEST:
             return f"Triton's kernels count to {LARGEST - 1:,} weights, not {shape[0] * shape[1]:,}"
+        if grid.decoding.trellis is not None:
+            return f"Triton's kernels do not run {grid.name}: its values are not decoded code by code"
         return native_weight.refuse(grid, shape, "Triton's kernels do")
 
     def pack(self, q: QuantizedTensor) -> State:

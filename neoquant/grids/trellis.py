@@ -1,0 +1,190 @@
+"""A trellis of two bits: trellis-coded quantization (Marcellin and Fischer, 1990; QTIP, arXiv:2406.11235, section 3).
+
+    state of row r = code[r] + 4 code[r - 1] + ... + 4**5 code[r - 5]
+    value          = VALUES[(state * 1133 mod 4096) >> 8] * scale
+
+Two bits choose among four values, but which four depends on the five codes before: so sixteen values are in use, and
+what is searched is the path down a column. Codes run down the rows, so that GPTQ, which rounds column after column,
+feeds errors back as on any other grid. 256 rows are a ring (QTIP's tail-biting): no state is stored, and no row is the
+worse for it.
+
+QTIP's computed codes give each of 2**16 states a value of its own. Here the product says which of sixteen, as cheap to
+decode as a codebook: the multiplier is the best of 150 tried, and the values are fitted to the normal distribution by
+Lloyd's iteration, in steps of 1/32. Squared error on it: 0.0718 (Lloyd and Max's best four values: 0.1175).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from neoquant.errors import FormatError, RequestError
+from neoquant.grids.base import Columns, Grid, Params, ParamShapes, count_pieces, require_finite
+from neoquant.grids.decoding import Decoding, Scale, Trellis, tensor_of
+from neoquant.grids.viterbi import best_codes
+from neoquant.native import trellis as native
+
+GROUP_SIZES = (-1, 16, 32, 64, 128, 256)
+TRELLIS = Trellis(code_bits=2, state_bits=12, level_bits=4, multiplier=1133, span=256)
+STEP = 1 / 32
+_POSITIVE = (2, 9, 13, 21, 27, 35, 45, 68)
+VALUES = (*(-STEP * steps for steps in reversed(_POSITIVE)), *(STEP * steps for steps in _POSITIVE))
+SEARCHED = (0.9, 1.1, 1.25)  # parts of a group's root mean square that a scale search tries beside it
+PRECISION = 512.0  # what a squared error of a typical scale costs
+MOST, LEAST = 16.0, 1 / 16  # how much more and less errors of rows with other scales than the typical one cost
+PIECE = 1 << 23  # weights rounded at once
+
+
+@dataclass(frozen=True)
+class TrellisGrid(Grid):
+    """`scale` float16[O, G] of groups of `group_size` inputs of a row, -1 a whole row: the group's root mean square."""
+
+    group_size: int = 64
+
+    bits: ClassVar[int] = 2
+    legal_bits: ClassVar[tuple[int, ...]] = (2,)
+    options: ClassVar[tuple[str, ...]] = ("group_size",)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.group_size, int) or self.group_size not in GROUP_SIZES:
+            raise RequestError(f"group size {self.group_size!r}: legal for trellis are {_listed(GROUP_SIZES)} (a row)")
+
+    @property
+    def name(self) -> str:
+        return "trellis"
+
+    @property
+    def label(self) -> str:
+        return "trellis2-rows" if self.group_size == -1 else f"trellis2-g{self.group_size}"
+
+    @cached_property
+    def decoding(self) -> Decoding:
+        group = None if self.group_size == -1 else self.group_size
+        return Decoding(self.bits, Scale("scale"), group, table=VALUES, step=STEP, trellis=TRELLIS)
+
+    def param_shapes(self, shape: tuple[int, ...]) -> ParamShapes:
+        return {"scale": (torch.float16, (shape[0], count_pieces(shape[1], self.decoding.width(shape[1]))))}
+
+    def remark(self, shape: tuple[int, ...]) -> str | None:
+        rest = shape[1] % self.decoding.width(shape[1])
+        return f"rows of {shape[1]} end in a group of {rest} instead of {self.group_size}" if rest else None
+
+    def nearest(self, w: Tensor) -> tuple[Tensor, Params]:
+        params = self.fit(w)
+        return self.round(w, params), params
+
+    def fit(self, w: Tensor, search: bool = False, importance: Tensor | None = None) -> Params:
+        """As `Grid.fit`; without `search`, each group's root mean square, for which the values are made."""
+        found = {"scale": self._stored(self._mean_squares(w.detach(), None).sqrt_())}
+        if search and w.numel():
+            found = self._search(w.detach(), found, importance)
+        return found
+
+    def round(self, w: Tensor, params: Params) -> Tensor:
+        """As `Grid.round`: the codes of the path down each column that has the least squared error."""
+        home, w = w.device, w.detach()
+        if native.refuse() is None:  # also for a GPU, which takes several launches for each row
+            w, params = w.cpu(), {name: param.cpu() for name, param in params.items()}
+        codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+        rows = max(TRELLIS.span, PIECE // w.shape[1] // TRELLIS.span * TRELLIS.span)
+        for piece, scale, to in zip(
+            torch.split(w, rows), torch.split(params["scale"], rows), torch.split(codes, rows), strict=True
+        ):
+            to.copy_(self._columns(scale, piece.shape).round_all(piece.T.float().contiguous()).T)
+        return codes.to(home)
+
+    def columns(self, params: Params, shape: tuple[int, int]) -> Columns:
+        return self._columns(params["scale"], shape)
+
+    def _columns(self, scale: Tensor, shape: torch.Size | tuple[int, int]) -> _TrellisColumns:
+        return _TrellisColumns(self, {"scale": scale}, (shape[0], shape[1]))
+
+    def _mean_squares(self, w: Tensor, weights: Tensor | None) -> Tensor:
+        """Of every group of w[O, I], each input weighted by weights[I] where given: float32[O, G]."""
+        width = self.decoding.width(w.shape[1])
+        squares = w.float().square()
+        if weights is not None:
+            squares *= weights
+        means = [group.mean(1) for group in torch.split(squares, width, 1)]
+        found = torch.stack(means, 1)
+        require_finite(w.abs().amax())
+        return found
+
+    def _stored(self, scale: Tensor) -> Tensor:
+        stored = scale.to(torch.float16)
+        if not stored.isfinite().all():
+            raise FormatError(f"scales are float16, which ends at 65504; the largest is {scale.max():g}")
+        return stored
+
+    def _search(self, w: Tensor, found: Params, importance: Tensor | None) -> Params:
+        """Of some parts of the scales in `found`, those of the smallest squared error, each input weighted by
+        importance[I] where given."""
+        weights = None if importance is None else importance.to(w.device).float()
+        best, least = found["scale"], self._error(w, found, weights)
+        for part in SEARCHED:
+            tried = {"scale": self._stored(found["scale"].float() * part)}
+            error = self._error(w, tried, weights)
+            best = torch.where(error < least, tried["scale"], best)
+            least = torch.minimum(error, least)
+        return {"scale": best}
+
+    def _error(self, w: Tensor, params: Params, weights: Tensor | None) -> Tensor:
+        values = self.decode(self.round(w, params), params)
+        return self._mean_squares(values.sub_(w), weights)
+
+
+class _TrellisColumns(Columns):
+    """Every row of a column hangs together with those above it: only whole columns are rounded."""
+
+    def __init__(self, grid: TrellisGrid, params: Params, shape: tuple[int, int]) -> None:
+        super().__init__(grid, params, shape)
+        self.width = self.group = grid.decoding.width(shape[1])
+        self.scale = self.params["scale"].float().T.contiguous()  # [G, O]: a column's lie together
+        self.importance = _importance(self.scale)
+
+    def round(self, j: int, w: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        assert rows is None, "a trellis runs through all rows"
+        scale, importance = self.scale[j // self.group], self.importance[j // self.group]
+        wanted = torch.where(scale > 0, w.float() / scale, 0.0)
+        pairs = zip(torch.split(wanted, TRELLIS.span), torch.split(importance, TRELLIS.span), strict=True)
+        codes = torch.cat([best_codes(one[None], cost[None], TRELLIS, VALUES)[0] for one, cost in pairs])
+        places = TRELLIS.numbers(codes[:, None])[:, 0]
+        return codes, (tensor_of(VALUES, w.device)[places.long()] * scale).to(w.dtype)
+
+    def round_all(self, weights: Tensor) -> Tensor:
+        """Every column on its own: weights float32[I, O], contiguous, to codes uint8[I, O]."""
+        codes = torch.empty(weights.shape, dtype=torch.uint8, device=weights.device)
+        if weights.device.type == "cpu" and native.refuse() is None:
+            native.round_columns(weights, None, self.levels(), torch.arange(len(weights)), codes)
+            return codes
+        group = torch.arange(len(weights), device=weights.device) // self.group
+        for start in range(0, weights.shape[1], TRELLIS.span):
+            at = slice(start, start + TRELLIS.span)
+            scale = self.scale[group, at]
+            wanted = torch.where(scale > 0, weights[:, at] / scale, 0.0)
+            codes[:, at] = best_codes(wanted, self.importance[group, at], TRELLIS, VALUES)
+        return codes
+
+    def levels(self) -> native.Paths:
+        cpu = torch.device("cpu")
+        return native.Paths(self.scale, self.importance, self.group, TRELLIS.levels(cpu), tensor_of(VALUES, cpu))
+
+    def _reload(self, group: int) -> None:
+        self.scale[group] = self.params["scale"][:, group]
+        self.importance[group] = _importance(self.scale[group, None])[0]
+
+
+def _importance(scale: Tensor) -> Tensor:
+    """What a squared error of a scale costs where it is scale[G, O]: as its square, beside the span's mean."""
+    squares = scale.square()
+    means = [span.mean(1, keepdim=True).expand_as(span) for span in torch.split(squares, TRELLIS.span, 1)]
+    relative = squares / torch.cat(means, 1).clamp(min=torch.finfo(torch.float32).tiny)
+    return relative.clamp_(LEAST, MOST).mul_(PRECISION).contiguous()
+
+
+def _listed(values: tuple[int, ...]) -> str:
+    return ", ".join(map(str, values))

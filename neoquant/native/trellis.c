@@ -1,0 +1,264 @@
+/* Trellis-coded quantization (Marcellin and Fischer, 1990; QTIP, arXiv:2406.11235, section 3): codes of two bits, read down
+ * the rows of a column. The last six of them are the state, which says which of sixteen values a weight has.
+ *
+ * A column is cut into spans, whose first codes follow the last ones (tail-biting). The Viterbi algorithm finds the codes of
+ * the least squared error, its costs being whole numbers: so every machine finds the same ones.
+ *
+ * Error feedback runs from column to column as in gptq.c. Spans are independent of each other.
+ */
+#include "cpu.h"
+
+#include <stdatomic.h>
+
+enum {
+    DIGIT = 4,                 /* codes */
+    STATES = 4096,
+    KEPT = STATES / DIGIT,     /* what the next state keeps of a state */
+    MEMORY = 6,                /* codes in a state */
+    LEVELS = 16,
+    SPAN = 256,
+    AROUND = 32,               /* rows on either side of a span's beginning that are searched for the state there */
+    UNREACHED = 0xffff,
+};
+
+struct trellis {
+    float *weights;          /* [n, rows]: columns as rows; overwritten where errors are fed back */
+    const float *upper;      /* [n, n] of a matrix with rows `stride` apart: factor of the inverse Hessian; 0: no feedback */
+    int64_t stride, n, rows;
+    const int64_t *places;   /* [n]: the weight's column in each row of `weights` */
+    const float *scale;      /* [groups, rows] */
+    const float *importance; /* [groups, rows]: what a squared error of one unit costs */
+    int64_t width;           /* columns that share a scale */
+    const uint8_t *levels;   /* [STATES]: the value of each state, by its number */
+    const float *table;      /* [LEVELS] values */
+    uint8_t *codes;          /* [columns of the weight, rows] */
+    float *errors;           /* [n, rows], or 0 without feedback */
+    int isa;
+    atomic_int *starved;
+    uint8_t turned[STATES];  /* `levels`, as step_avx2 reads them */
+};
+
+/* What one thread searches in. */
+struct search {
+    uint16_t cost[2][STATES];
+    uint8_t back[SPAN][KEPT]; /* which of four states was the best that comes to what is kept */
+};
+
+/* What each value costs above the cheapest, for a row whose weight is `wanted` times its scale. */
+static void price(const struct trellis *t, float wanted, float importance, uint16_t *costs) {
+    float square[LEVELS], least;
+    for (int k = 0; k < LEVELS; k++) {
+        float apart = wanted - t->table[k];
+        square[k] = apart * apart;
+    }
+    least = square[0];
+    for (int k = 1; k < LEVELS; k++) least = square[k] < least ? square[k] : least;
+    for (int k = 0; k < LEVELS; k++) {
+        float cost = (square[k] - least) * importance;
+        costs[k] = cost < (float)UNREACHED ? (uint16_t)(int32_t)cost : UNREACHED;
+    }
+}
+
+/* One row: the least cost of each state, `before` being those at the row above less `least`, the least of them. Returns the
+ * least of those that the states come from. */
+static uint16_t step_portable(
+    const uint8_t *levels, const uint16_t *costs, const uint16_t *before, uint16_t least, uint16_t *after, uint8_t *back) {
+    uint16_t found = UNREACHED;
+    for (int u = 0; u < KEPT; u++) {
+        const uint16_t first = before[u], second = before[KEPT + u];
+        const uint16_t third = before[2 * KEPT + u], fourth = before[3 * KEPT + u];
+        const uint16_t low = second < first ? second : first, high = fourth < third ? fourth : third;
+        const uint16_t kept = (uint16_t)((high < low ? high : low) - least);
+        back[u] = high < low ? 2 + (fourth < third) : second < first;
+        found = kept < found ? kept : found;
+        for (int code = 0; code < DIGIT; code++) {
+            const uint32_t sum = (uint32_t)kept + costs[levels[DIGIT * u + code]];
+            after[DIGIT * u + code] = sum < UNREACHED ? (uint16_t)sum : UNREACHED;
+        }
+    }
+    return found;
+}
+
+#ifdef NQ_X86
+/* Sixteen costs that are kept, each four times: those of the four states that follow. */
+NQ_AVX2 NQ_INLINE void spread(__m256i kept, __m256i to[4]) {
+    kept = _mm256_permutevar8x32_epi32(kept, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+    const __m256i low = _mm256_unpacklo_epi16(kept, kept), high = _mm256_unpackhi_epi16(kept, kept);
+    to[0] = _mm256_unpacklo_epi32(low, low), to[1] = _mm256_unpackhi_epi32(low, low);
+    to[2] = _mm256_unpacklo_epi32(high, high), to[3] = _mm256_unpackhi_epi32(high, high);
+}
+
+NQ_AVX2 static uint16_t step_avx2(
+    const uint8_t *turned, const uint16_t *costs, const uint16_t *before, uint16_t least, uint16_t *after, uint8_t *back) {
+    const __m256i all = _mm256_loadu_si256((const __m256i *)costs);
+    const __m256i bytes = _mm256_permute4x64_epi64(
+        _mm256_packus_epi16(_mm256_and_si256(all, _mm256_set1_epi16(0xff)), _mm256_srli_epi16(all, 8)), 0xd8);
+    const __m256i lower = _mm256_permute2x128_si256(bytes, bytes, 0x00), upper = _mm256_permute2x128_si256(bytes, bytes, 0x11);
+    const __m256i taken = _mm256_set1_epi16((short)least);
+    __m256i found = _mm256_set1_epi16(-1);
+    for (int u = 0; u < KEPT; u += 32) {
+        __m256i choice[2];
+        for (int half = 0; half < 2; half++) {
+            const uint16_t *from = before + u + 16 * half;
+            const __m256i first = _mm256_loadu_si256((const __m256i *)from);
+            const __m256i third = _mm256_loadu_si256((const __m256i *)(from + 2 * KEPT));
+            const __m256i low = _mm256_min_epu16(first, _mm256_loadu_si256((const __m256i *)(from + KEPT)));
+            const __m256i high = _mm256_min_epu16(third, _mm256_loadu_si256((const __m256i *)(from + 3 * KEPT)));
+            const __m256i best = _mm256_min_epu16(low, high), is_low = _mm256_cmpeq_epi16(best, low);
+            const __m256i is_even = _mm256_blendv_epi8(_mm256_cmpeq_epi16(high, third), _mm256_cmpeq_epi16(low, first), is_low);
+            choice[half] = _mm256_add_epi16(_mm256_add_epi16(is_low, is_low), _mm256_add_epi16(is_even, _mm256_set1_epi16(3)));
+            const __m256i kept = _mm256_sub_epi16(best, taken);
+            found = _mm256_min_epu16(found, kept);
+            __m256i four[4];
+            spread(kept, four);
+            for (int pair = 0; pair < 2; pair++) {
+                const int state = DIGIT * (u + 16 * half) + 32 * pair;
+                const __m256i which = _mm256_loadu_si256((const __m256i *)(turned + state));
+                const __m256i small = _mm256_shuffle_epi8(lower, which), large = _mm256_shuffle_epi8(upper, which);
+                _mm256_storeu_si256(
+                    (__m256i *)(after + state), _mm256_adds_epu16(four[2 * pair], _mm256_unpacklo_epi8(small, large)));
+                _mm256_storeu_si256(
+                    (__m256i *)(after + state + 16), _mm256_adds_epu16(four[2 * pair + 1], _mm256_unpackhi_epi8(small, large)));
+            }
+        }
+        const __m256i packed = _mm256_packus_epi16(choice[0], choice[1]);
+        _mm256_storeu_si256((__m256i *)(back + u), _mm256_permute4x64_epi64(packed, 0xd8));
+    }
+    const __m128i eight = _mm_min_epu16(_mm256_castsi256_si128(found), _mm256_extracti128_si256(found, 1));
+    return (uint16_t)_mm_extract_epi16(_mm_minpos_epu16(eight), 0);
+}
+#endif
+
+/* Rows [0, count) of those that `row` names, from costs in cost[0] on. Returns which of the two holds the last ones. */
+static int walk(
+    const struct trellis *t, struct search *s, const float *wanted, const float *importance, int64_t first, int64_t n,
+    int64_t count) {
+    uint16_t least = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t row = (first + i) % n;
+        uint16_t costs[LEVELS];
+        price(t, wanted[row], importance[row], costs);
+        const uint16_t *before = s->cost[i & 1];
+        uint16_t *after = s->cost[~i & 1];
+#ifdef NQ_X86
+        if (t->isa >= NQ_ISA_AVX2 && t->isa <= NQ_ISA_AVX512VNNI)
+            least = step_avx2(t->turned, costs, before, least, after, s->back[i]);
+        else
+#endif
+            least = step_portable(t->levels, costs, before, least, after, s->back[i]);
+    }
+    return (int)(count & 1);
+}
+
+static int64_t came_from(const struct search *s, int64_t row, int64_t state) {
+    const int64_t kept = state / DIGIT;
+    return s->back[row][kept] * KEPT + kept;
+}
+
+/* The state that a span begins from and ends in: that of the best path over its last rows and its first ones. */
+static int64_t find_beginning(
+    const struct trellis *t, struct search *s, const float *wanted, const float *importance, int64_t n) {
+    const int64_t first = (n - AROUND % n) % n; /* short spans are walked around several times */
+    memset(s->cost[0], 0, sizeof s->cost[0]);
+    const uint16_t *last = s->cost[walk(t, s, wanted, importance, first, n, 2 * AROUND)];
+    int64_t state = 0;
+    for (int64_t other = 1; other < STATES; other++)
+        if (last[other] < last[state]) state = other;
+    for (int64_t row = 2 * AROUND - 1; row >= AROUND; row--) state = came_from(s, row, state);
+    return state % KEPT;
+}
+
+/* The state at a row of a span of n codes. */
+NQ_INLINE int state_at(const uint8_t *codes, int64_t row, int64_t n) {
+    int state = 0;
+    for (int back = MEMORY - 1; back >= 0; back--) state = state * DIGIT + codes[((row - back) % n + n) % n];
+    return state;
+}
+
+/* Spans no longer than a state: every path is tried. */
+static void try_all(
+    const struct trellis *t, const float *wanted, const float *importance, int64_t n, uint8_t *codes) {
+    uint16_t costs[MEMORY][LEVELS];
+    uint32_t least = UINT32_MAX;
+    uint8_t tried[MEMORY];
+    for (int64_t row = 0; row < n; row++) price(t, wanted[row], importance[row], costs[row]);
+    for (int path = 0; path < 1 << 2 * n; path++) {
+        uint32_t sum = 0;
+        for (int64_t row = 0; row < n; row++) tried[row] = path >> 2 * row & (DIGIT - 1);
+        for (int64_t row = 0; row < n; row++) sum += costs[row][t->levels[state_at(tried, row, n)]];
+        if (sum < least) {
+            least = sum;
+            memcpy(codes, tried, (size_t)n);
+        }
+    }
+}
+
+static void search_span(
+    const struct trellis *t, struct search *s, const float *wanted, const float *importance, int64_t n, uint8_t *codes) {
+    if (n <= MEMORY) {
+        try_all(t, wanted, importance, n, codes);
+        return;
+    }
+    const int64_t kept = find_beginning(t, s, wanted, importance, n);
+    for (int64_t state = 0; state < STATES; state++) s->cost[0][state] = state % KEPT == kept ? 0 : UNREACHED;
+    const uint16_t *last = s->cost[walk(t, s, wanted, importance, 0, n, n)];
+    int64_t state = kept;
+    for (int64_t other = kept + KEPT; other < STATES; other += KEPT)
+        if (last[other] < last[state]) state = other;
+    for (int64_t row = n - 1; row >= 0; row--) {
+        codes[row] = (uint8_t)(state % DIGIT);
+        state = came_from(s, row, state);
+    }
+}
+
+/* Rows [begin, end) of one column, a span or the shorter last one. */
+static void round_span(const struct trellis *t, struct search *s, int64_t column, int64_t begin, int64_t end) {
+    const int64_t place = t->places[column], scales = place / t->width * t->rows + begin, n = end - begin;
+    const float *w = t->weights + column * t->rows + begin, *scale = t->scale + scales;
+    uint8_t *codes = t->codes + place * t->rows + begin;
+    float wanted[SPAN];
+    for (int64_t r = 0; r < n; r++) wanted[r] = scale[r] > 0 ? w[r] / scale[r] : 0;
+    search_span(t, s, wanted, t->importance + scales, n, codes);
+    if (!t->upper) return;
+    float *errors = t->errors + column * t->rows + begin;
+    const float *upper = t->upper + column * t->stride, diagonal = upper[column];
+    for (int64_t r = 0; r < n; r++) {
+        const float value = t->table[t->levels[state_at(codes, r, n)]] * scale[r];
+        errors[r] = (w[r] - value) / diagonal;
+    }
+    for (int64_t later = column + 1; later < t->n; later++) {
+        float *to = t->weights + later * t->rows + begin, part = upper[later];
+        for (int64_t r = 0; r < n; r++) to[r] -= part * errors[r];
+    }
+}
+
+/* Items are spans; without feedback, spans of each column. */
+static void run(void *job, int64_t begin, int64_t end) {
+    const struct trellis *t = job;
+    struct search *s = nq_scratch(NQ_OWN, sizeof *s);
+    if (!s) {
+        *t->starved = 1;
+        return;
+    }
+    for (int64_t item = begin; item < end; item++) {
+        const int64_t first = (t->upper ? item : item / t->n) * SPAN, last = nq_min(first + SPAN, t->rows);
+        for (int64_t column = t->upper ? 0 : item % t->n; column < t->n; column += t->upper ? 1 : t->n)
+            round_span(t, s, column, first, last);
+    }
+}
+
+NQ_EXPORT int nq_trellis_block(
+    float *weights, const float *upper, int64_t stride, int64_t n, int64_t rows, const int64_t *places, const float *scale,
+    const float *importance, int64_t width, const uint8_t *levels, const float *table, uint8_t *codes, float *errors,
+    int isa, int threads) {
+    atomic_int starved = 0;
+    struct trellis t = {weights, upper, stride, n, rows, places, scale, importance, width, levels, table, codes, errors, isa,
+                        &starved, {0}};
+    for (int state = 0; state < STATES; state++) { /* bytes 8 to 15 of 32 and 16 to 23 change places */
+        const int eight = state >> 3 & 3;
+        t.turned[state] = levels[(state & ~24) | (eight == 1 ? 2 : eight == 2 ? 1 : eight) << 3];
+    }
+    const int64_t items = (rows + SPAN - 1) / SPAN * (upper ? 1 : n);
+    nq_parallel(threads, items, 1, rows * n * 500, run, &t);
+    return starved ? NQ_NO_MEMORY : 0;
+}

@@ -1,0 +1,283 @@
+"""The trellis of two bits: against its definition, exhaustive search and torch; from weights to a measured model."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Cli
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from switch import every_isa, forced
+from torch import Tensor
+from weights import make_weight
+
+import neoquant
+from neoquant import native
+from neoquant.errors import FormatError, RequestError
+from neoquant.formats import FORMATS
+from neoquant.grids import TrellisGrid, make_grid
+from neoquant.grids.trellis import PRECISION, TRELLIS, VALUES
+from neoquant.grids.viterbi import best_codes
+from neoquant.kernels import KERNELS, Cpu, CpuInt8
+from neoquant.kernels.triton import kernel as triton
+from neoquant.native import trellis as library
+from neoquant.nn.linear import QuantLinear
+from neoquant.quantizers import Gptq, Nearest
+from neoquant.quantizers.feedback import round_columns
+from neoquant.tensor import QuantizedTensor
+
+needs_library = pytest.mark.skipif(library.refuse() is not None, reason=str(library.refuse()))
+
+
+def values_of(codes: list[int]) -> list[float]:
+    """Of one short column, by the definition in docs/formats.md."""
+    found, n = [], len(codes)
+    for row in range(n):
+        state = sum(codes[(row - back) % n] * 4**back for back in range(6))
+        found.append(VALUES[(state * 1133 % 4096) >> 8])
+    return found
+
+
+def cost(codes: list[int], wanted: list[float], importance: list[float]) -> float:
+    return sum(c * (v - w) ** 2 for v, w, c in zip(values_of(codes), wanted, importance, strict=True))
+
+
+def problem(n: int, seed: int) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    return torch.randn(1, n, generator=random), PRECISION * torch.rand(1, n, generator=random).add(0.1)
+
+
+def search(wanted: Tensor, importance: Tensor, isa: str) -> Tensor:
+    """The codes uint8[N, n] on an instruction set; `off` is torch."""
+    if isa == "off":
+        return best_codes(wanted, importance, TRELLIS, VALUES)
+    paths = TrellisGrid().columns({"scale": torch.ones(1, 1, dtype=torch.float16)}, (1, 1)).levels()
+    assert isinstance(paths, library.Paths)
+    paths = paths._replace(scale=torch.ones_like(wanted), importance=importance.contiguous(), width=1)
+    codes = torch.zeros(wanted.shape, dtype=torch.uint8)
+    with forced(isa):
+        library.round_columns(wanted.clone(), None, paths, torch.arange(len(wanted)), codes)
+    return codes
+
+
+every_way = pytest.mark.parametrize(
+    "isa", [pytest.param(isa, marks=pytest.mark.isa(isa)) for isa in native.ISAS] + ["off"]
+)
+
+
+@every_way
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6])
+def test_no_path_down_a_short_span_is_better(n: int, isa: str) -> None:
+    wanted, importance = problem(n, n)
+    found = search(wanted, importance, isa)[0].tolist()
+    every = (list(path) for path in itertools.product(range(4), repeat=n))
+    best = min(cost(path, wanted[0].tolist(), importance[0].tolist()) for path in every)
+    assert cost(found, wanted[0].tolist(), importance[0].tolist()) < best + n  # each cost is a whole number
+
+
+@every_way
+@pytest.mark.parametrize("seed", range(3))
+def test_no_path_with_the_same_end_is_better(seed: int, isa: str) -> None:
+    """What a span begins from is searched for first; then nothing is left to chance."""
+    wanted, importance = problem(9, seed)
+    found = search(wanted, importance, isa)[0].tolist()
+    every = ([*path, *found[4:]] for path in itertools.product(range(4), repeat=4))
+    best = min(cost(path, wanted[0].tolist(), importance[0].tolist()) for path in every)
+    assert cost(found, wanted[0].tolist(), importance[0].tolist()) < best + 9
+
+
+@every_isa
+@settings(deadline=None, max_examples=8)
+@given(n=st.integers(1, 60), count=st.integers(1, 3), seed=st.integers(0, 99), size=st.sampled_from([0.0, 0.1, 1, 30]))
+def test_every_way_finds_the_same_codes(isa: str, n: int, count: int, seed: int, size: float) -> None:
+    random = torch.Generator().manual_seed(seed)
+    wanted = torch.randn(count, n, generator=random) * size
+    importance = PRECISION * torch.rand(count, n, generator=random).mul(5).exp() / 10
+    assert torch.equal(search(wanted, importance, isa), search(wanted, importance, "off"))
+
+
+@every_way
+def test_the_error_is_near_that_of_a_path_without_ends(isa: str) -> None:
+    """0.0718 of a normal distribution, measured on endless columns; a scalar quantizer's best is 0.1175."""
+    random = torch.Generator().manual_seed(4)
+    wanted = torch.randn(16, 256, generator=random)
+    codes = search(wanted, torch.full((16, 256), PRECISION), isa)
+    values = torch.tensor(VALUES)[TRELLIS.numbers(codes.T.contiguous()).long()].T
+    assert 0.068 < (values - wanted).square().mean() < 0.0755
+
+
+@needs_library
+@pytest.mark.parametrize("shape", [(1, 1), (5, 40), (7, 3), (260, 5), (300, 33)], ids=str)
+def test_whole_weights_are_rounded_alike_without_the_library(
+    shape: tuple[int, int],
+) -> None:
+    grid, w = TrellisGrid(16), make_weight(shape, torch.float32, "outlier", 5)
+    codes, params = grid.nearest(w)
+    columns = grid.columns(params, shape)
+    for j in {0, shape[1] // 2, shape[1] - 1}:
+        found, values = columns.round(j, w[:, j])
+        assert torch.equal(found, codes[:, j]) and torch.equal(values, grid.decode(codes, params)[:, j])
+    with forced("off"):
+        assert torch.equal(grid.round(w, params), codes)
+
+
+def test_a_row_is_decoded_from_its_ring() -> None:
+    """The second span has 5 rows, fewer than a state has codes."""
+    grid, random = TrellisGrid(-1), torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 4, (261, 3), dtype=torch.uint8, generator=random)
+    params = {"scale": torch.rand(261, 1, generator=random).half()}
+    w = grid.decode(codes, params)
+    for column in range(3):
+        tail = torch.tensor(values_of(codes[256:, column].tolist())) * params["scale"][256:, 0].float()
+        assert torch.equal(w[256:, column], tail)
+        head = torch.tensor(values_of(codes[:256, column].tolist())) * params["scale"][:256, 0].float()
+        assert torch.equal(w[:256, column], head)
+    assert TRELLIS.sources(torch.tensor([0, 258]), 261)[0].tolist() == [0, 255, 254, 253, 252, 251]
+    assert TRELLIS.sources(torch.tensor([0, 258]), 261)[1].tolist() == [258, 257, 256, 260, 259, 258]
+
+
+def test_zeros_and_what_is_too_large() -> None:
+    grid = TrellisGrid()
+    codes, params = grid.nearest(torch.zeros(9, 70))
+    assert not params["scale"].any() and not grid.decode(codes, params).any()
+    for search_too in (False, True):
+        with pytest.raises(FormatError, match="holds infinity or NaN, which no grid can hold"):
+            grid.fit(torch.tensor([[1.0, torch.nan]]), search_too)
+        with pytest.raises(FormatError, match="scales are float16, which ends at 65504; the largest is 100000"):
+            grid.fit(torch.full((2, 3), 1e5), search_too)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_search_loses_no_more(weighted: bool) -> None:
+    grid, w = TrellisGrid(16), make_weight((40, 50), torch.float32, "outlier", 70) / 6e4
+    importance = torch.rand(50, generator=torch.Generator().manual_seed(3)) if weighted else None
+    lost = []
+    for searched in (False, True):
+        params = grid.fit(w, searched, importance)
+        apart = (grid.decode(grid.round(w, params), params) - w).square()
+        lost.append(float((apart if importance is None else apart * importance).sum()))
+    assert lost[1] < lost[0]
+
+
+def inputs(columns: int, rows: int = 300) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)).cumsum(1)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (9, 75), (270, 40)], ids=str)
+@pytest.mark.parametrize("order", ["static", "off", "dynamic"])
+def test_gptq(shape: tuple[int, int], order: str) -> None:
+    w, chosen, x = make_weight(shape, torch.float32, "normal"), Gptq(order=order), inputs(shape[1])
+    hessian = chosen.observer(shape[1])
+    hessian.add(x)
+    grid = TrellisGrid(32)
+    q, plain = chosen.quantize(w, grid, hessian), Nearest().quantize(w, grid)
+    lost = [float((x @ (each.dequantize(torch.float32) - w).T).norm()) for each in (q, plain)]
+    assert lost[0] <= lost[1] * (1 + 1e-6) and (shape == (1, 1) or lost[0] < 0.7 * lost[1])
+
+
+@needs_library
+def test_feedback_is_that_of_torch() -> None:
+    """Sums differ in their last bits, so that paths may part: the errors of the output are alike."""
+    w, x, grid = make_weight((70, 24), torch.float32, "normal"), inputs(24), TrellisGrid(16)
+    hessian = Gptq().observer(24)
+    hessian.add(x)
+    factor, order, params = hessian.factor(True, 0.01), hessian.order(), grid.fit(w)
+    lost = []
+    for isa in (native.ISAS[native.active().isa], "off"):
+        with forced(isa):
+            codes = round_columns(w.T[order], factor.upper, grid.columns(params, (70, 24)), order, block=8)
+        lost.append(float((x @ (grid.decode(codes, params) - w).T).norm()))
+    assert lost[0] == pytest.approx(lost[1], rel=0.03)
+    nearest = grid.decode(grid.round(w, params), params)
+    assert max(lost) < 0.7 * float((x @ (nearest - w).T).norm())
+
+
+def test_rows_are_not_coupled() -> None:
+    """The objective of attention is the layer's own on a trellis, and is said so; the model's is refused."""
+    w, x, grid = make_weight((32, 24), torch.float32, "normal"), inputs(24), TrellisGrid(16)
+    coupled = torch.stack([part.T @ part for part in torch.randn(2, 40, 16)])
+    results = []
+    for objective in ("attention", "layer"):
+        chosen = Gptq(objective=objective)
+        hessian = chosen.observer(24)
+        hessian.add(x)
+        results.append(chosen.quantize_with_report(w, grid, hessian, coupled))
+    (q, report), (plain, other) = results
+    assert report is not None and other is not None and q.equals(plain)
+    assert report.objective == other.objective == "layer"
+    assert report.remarks == ["rows of a trellis are not coupled: rounded for the layer's own output"]
+    assert other.remarks == [] and report.to_dict()["remarks"] == report.remarks
+    reason = "gptq minimizes the model's loss by coupling rows, which trellis chains: legal there are objective layer"
+    assert str(Gptq(objective="model").refuse(grid)).startswith(reason)
+    assert Gptq(objective="model").refuse(make_grid(2, "affine")) is None
+
+
+def drawn(shape: tuple[int, int], group: int, seed: int = 0) -> QuantizedTensor:
+    """Any codes are a path."""
+    random, grid = torch.Generator().manual_seed(seed), TrellisGrid(group)
+    codes = torch.randint(0, 4, shape, dtype=torch.uint8, generator=random)
+    scale = torch.rand(grid.param_shapes(shape)["scale"][1], generator=random).half()
+    return QuantizedTensor(codes, grid, {"scale": scale})
+
+
+@every_isa
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=st.one_of(st.integers(1, 70), st.sampled_from([255, 256, 257, 272, 511, 512, 600])),
+    columns=st.one_of(st.integers(1, 150), st.sampled_from([256, 768, 1040, 2100])),
+    group=st.sampled_from([16, 64, 256, -1]), count=st.sampled_from([1, 2, 3, 4, 5, 8, 9, 30]),
+    threads=st.sampled_from([1, 2, 4]), biased=st.booleans(),
+)  # fmt: skip
+def test_native_products(isa: str, rows: int, columns: int, group: int, count: int, threads: int, biased: bool) -> None:
+    q, random = drawn((rows, columns), group), torch.Generator().manual_seed(1)
+    x, bias = torch.randn(count, columns, generator=random), torch.linspace(-1, 1, rows) if biased else None
+    with forced(isa, threads):
+        state = Cpu().pack(q)
+        y = Cpu().linear(x, state, q.grid, q.shape, bias)
+        assert torch.equal(
+            Cpu().embedding(torch.arange(rows), state, q.grid, q.shape, torch.float32), q.dequantize(torch.float32)
+        )
+    assert Cpu().unpack(state, q.grid, q.shape, q.dtype).equals(q)
+    w = q.dequantize(torch.float64)
+    exact = x.double() @ w.T + (0 if bias is None else bias.double())
+    length = x.double().norm(dim=1, keepdim=True) * w.norm(dim=1) + 1
+    assert ((y - exact).abs() <= 4 * torch.finfo(torch.float32).eps * columns**0.5 * length).all()
+
+
+def test_requests() -> None:
+    assert make_grid(2, "trellis") == TrellisGrid(64) and make_grid(2, "trellis", group_size=-1) == TrellisGrid(-1)
+    with pytest.raises(RequestError, match="3 bits of type 'trellis': legal pairs of bits and type are"):
+        make_grid(3, "trellis")
+    with pytest.raises(RequestError, match="group size 48: legal for trellis are -1, 16, 32, 64, 128, 256"):
+        make_grid(2, "trellis", group_size=48)
+    grid = TrellisGrid(64)
+    for format in FORMATS.values():
+        if format.name != "packed":
+            assert "trellis" in str(format.refuse(grid, (64, 64)))
+    assert "not trellis" in str(KERNELS["bitsandbytes"].refuse(grid, (64, 64), torch.device("cuda")))
+    if triton.lacking() is None:
+        reason = "Triton's kernels do not run trellis: its values are not decoded code by code"
+        assert KERNELS["triton"].refuse(grid, (64, 64), torch.device("cuda")) == reason
+    if native.active().library is not None:
+        assert "activations as they are" in str(CpuInt8().refuse(grid, (64, 64), torch.device("cpu")))
+    assert grid.remark((4, 64)) is None and "a group of 11 instead of 64" in str(grid.remark((4, 75)))
+
+
+@pytest.mark.parametrize("calibrated", [False, True], ids=["", "gptq"])
+def test_from_weights_to_a_measured_model(cli: Cli, tmp_path: Path, text_file: Path, calibrated: bool) -> None:
+    out, record = tmp_path / "out", tmp_path / "loss.json"
+    words = ["--calibration", text_file, "--rows", 2, "--length", 16] if calibrated else []
+    done = cli("quantize", "neoquant-demo", "--type", "trellis", *words, "--out", out)
+    assert done.code == 0, done.error
+    model, _ = neoquant.load(out)
+    packed = [m for m in model.modules() if isinstance(m, QuantLinear) and m.grid == TrellisGrid(64)]
+    assert len(packed) == 6 * model.config.num_layers
+    if native.active().library is not None:
+        assert {layer.kernel.name for layer in packed} == {"cpu"}
+    done = cli("compare", "neoquant-demo", out, "--data", text_file, "--json", record)
+    assert done.code == 0, done.error
+    assert "trellis" in json.dumps(json.loads(record.read_text())["candidates"])
