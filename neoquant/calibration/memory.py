@@ -17,9 +17,7 @@ _RESIDENT_BYTES = 300_000_000  # of a process that has imported torch and quanti
 _WIDEST_KEPT = 512_000_000  # inner activations are kept up to here: it saves a tenth of the time
 _SQUARES = 8  # matrices [I, I] alive at once while a Hessian is inverted: measured, itself included
 _WEIGHTS = 4  # and of a weight's size [O, I] while that is rounded
-_GRADIENT_TOKENS = 65_536  # that pass through the unquantized model, and back: of a text's first rows, at most
-_GRADIENT_SHARE = 0.5  # and this part of them: all take half as long again, for a few hundredths of the loss,
-_LEAST_TOKENS = 8192  # but so many where there are
+_GRADIENT_TOKENS = 32_768  # that pass through the unquantized model, and back: of a text's first rows
 _ACTIVATIONS = 14  # of a piece's hidden states, and
 _INNER_ACTIVATIONS = 5  # of its inner activations, that are alive at once while gradients run through a block
 
@@ -61,8 +59,7 @@ class CalibrationMemory:
 
 def gradient_rows(rows: int, length: int) -> int:
     """Of so many rows, those that pass through the unquantized model, whose gradients are looked at: the first ones."""
-    tokens = min(max(int(_GRADIENT_SHARE * rows * length), _LEAST_TOKENS), _GRADIENT_TOKENS)
-    return max(1, min(rows, tokens // length))
+    return max(1, min(rows, _GRADIENT_TOKENS // length))
 
 
 def estimate_memory(

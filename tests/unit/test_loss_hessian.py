@@ -147,17 +147,6 @@ def test_only_the_first_rows_and_the_layers_that_ask_are_looked_at(
         )
 
 
-@settings(deadline=None, max_examples=100)
-@given(rows=st.integers(1, 5000), length=st.integers(1, 2048))
-def test_gradients_of_half_the_text_if_that_is_enough(rows: int, length: int) -> None:
-    found = gradient_rows(rows, length)
-    assert 1 <= found <= rows
-    assert found == 1 or found * length <= 65_536
-    most = min(max(8192, rows * length / 2), 65_536)  # tokens
-    assert found == 1 or found * length <= most
-    assert found == rows or (found + 1) * length > most - 1
-
-
 @settings(deadline=None, max_examples=50)
 @given(rows=st.integers(1, 9), classes=st.integers(1, 300), seed=st.integers(0, 99))
 def test_labels_by_their_definition(rows: int, classes: int, seed: int) -> None:
