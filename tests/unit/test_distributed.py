@@ -101,8 +101,9 @@ def test_the_weights_are_those_of_one_process(
     folder: Path, ranks: Ranks, method: str, rows: int, counts: tuple[int, ...]
 ) -> None:
     """Several processes, of which some have no samples: the same codes, but where a sum decides a tie."""
+    unquantized = "import neoquant.calibration.memory as memory; memory._GRADIENT_TOKENS = 96"  # sees four of nine
     for count in (1, *counts):
-        done = ranks(count, *words(f"{method}-{rows}-{count}", *METHODS[method], rows=rows))
+        done = ranks(count, *words(f"{method}-{rows}-{count}", *METHODS[method], rows=rows), patch=unquantized)
         assert done.codes == [0] * count, done.err
         assert done.err.count("took ") == 1 and done.out.count("bits per weight") == 1
     one = folder / f"{method}-{rows}-1"
@@ -277,7 +278,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(ranks: Ranks, tmp_path: Pa
             again = ranks(2, *words(str(out), *asked, *(["--force"] if out.exists() else [])))
             assert again.codes == [0, 0], again.err
             assert contents(out) == undisturbed and [path.name for path in out.parent.iterdir()] == ["out"]
-    assert found >= {0, 1, 2}
+    assert len(found) > 2  # blocks were finished when a process was killed
 
 
 def test_torchrun_itself(folder: Path) -> None:
