@@ -571,6 +571,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "feedback-demo": lambda: feedback(FEEDBACK_DEMO),
     **{f"objectives-{name}": functools.partial(objectives, path) for name, path in OBJECTIVES.items()},
     **{f"hqq-{name}": functools.partial(hqq, path) for name, path in HQQ.items()},
+    "to-order": to_order,
     "cross-load": cross_load,
 }
 
