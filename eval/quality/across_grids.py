@@ -3,8 +3,9 @@
     neoquant compare neoquant-demo A B C --suite demo --json compared.json
     python eval/quality/across_grids.py compared.json --json eval/results/NAME.json
 
-The first candidate is set beside each of the others. A ratio is that of the mean divergences, with its 95 % interval,
-documents being the sample, the same ones for both.
+The first candidate, or the one that `--of` names, is set beside each of the others. Several files may be given that
+compare with the same model on the same documents; of candidates of one name the first counts. A ratio is that of the
+mean divergences, with its 95 % interval, documents being the sample, the same ones for both.
 """
 
 from __future__ import annotations
@@ -21,12 +22,17 @@ from neoquant.evaluation.statistics import ratio_interval
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("compared", type=Path)
+    parser.add_argument("compared", type=Path, nargs="+")
+    parser.add_argument("--of", help="[the first]")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
-    compared = json.loads(args.compared.read_text("utf-8"))
-    rows = [row(candidate) for candidate in compared["candidates"]]
-    reference = compared["reference"]
+    files = [json.loads(path.read_text("utf-8")) for path in args.compared]
+    references = [compared["reference"] for compared in files]
+    reference, nats = references[0], [[unit["nats"] for unit in each["units"]] for each in references]
+    if any(each != nats[0] for each in nats):
+        raise SystemExit("the files do not compare with the same model on the same documents")
+    by_name = {row["name"]: row for compared in files[::-1] for row in map(row_of, compared["candidates"])}
+    rows = sorted(by_name.values(), key=lambda row: row["name"] != args.of)
     result = {
         "what": "several grids: loss beside the unquantized model, and the ratio of the first's KL to the others'",
         "model": {name: reference["model"][name] for name in ("name", "sha256")},
@@ -41,7 +47,7 @@ def main() -> None:
         print(f"{found['of']} / {found['to']}: {found['ratio']:.3f} [{low:.3f}, {high:.3f}]")
 
 
-def row(candidate: dict[str, Any]) -> dict[str, Any]:
+def row_of(candidate: dict[str, Any]) -> dict[str, Any]:
     """What is kept of a candidate: what it is, and its figures."""
     kept = ("name", "bits_per_weight_linears", "bits_per_weight_model", "bytes_on_disk", "recipe", "calibration")
     return {

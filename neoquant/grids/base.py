@@ -139,6 +139,10 @@ class Columns(ABC):
         """The same for the native library, as views of what `round` uses; None if it cannot be said so."""
         return None
 
+    def weigh_rows(self, weights: Tensor) -> None:
+        """Errors of rows count weights[O] against each other; nothing changes where rows are rounded on their own."""
+        assert weights.shape == (self.shape[0],)
+
     def refit(self, start: int, w: Tensor, search: bool, importance: Tensor | None) -> None:
         """Fit the parameters of the group that starts at column `start` to w[O, width or what is left]."""
         assert self.width is not None

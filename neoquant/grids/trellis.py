@@ -144,7 +144,12 @@ class _TrellisColumns(Columns):
         super().__init__(grid, params, shape)
         self.width = self.group = grid.decoding.width(shape[1])
         self.scale = self.params["scale"].float().T.contiguous()  # [G, O]: a column's lie together
-        self.importance = _importance(self.scale)
+        self.rows: Tensor | None = None  # [O], what their errors count against each other
+        self.importance = _importance(self.scale, None)
+
+    def weigh_rows(self, weights: Tensor) -> None:
+        self.rows = weights.float()
+        self.importance = _importance(self.scale, self.rows)
 
     def round(self, j: int, w: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         assert rows is None, "a trellis runs through all rows"
@@ -175,12 +180,13 @@ class _TrellisColumns(Columns):
 
     def _reload(self, group: int) -> None:
         self.scale[group] = self.params["scale"][:, group]
-        self.importance[group] = _importance(self.scale[group, None])[0]
+        self.importance[group] = _importance(self.scale[group, None], self.rows)[0]
 
 
-def _importance(scale: Tensor) -> Tensor:
-    """What a squared error of a scale costs where it is scale[G, O]: as its square, beside the span's mean."""
-    squares = scale.square()
+def _importance(scale: Tensor, rows: Tensor | None) -> Tensor:
+    """What a squared error of a scale costs where it is scale[G, O], of rows whose errors count rows[O], if they do: as
+    its square, beside the span's mean."""
+    squares = scale.square() if rows is None else scale.square() * rows
     means = [span.mean(1, keepdim=True).expand_as(span) for span in torch.split(squares, TRELLIS.span, 1)]
     relative = squares / torch.cat(means, 1).clamp(min=torch.finfo(torch.float32).tiny)
     return relative.clamp_(LEAST, MOST).mul_(PRECISION).contiguous()

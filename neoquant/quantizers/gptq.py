@@ -22,7 +22,7 @@ ORDERS = ("static", "off", "dynamic")
 SCALES = ("range", "mse", "weighted")
 OBJECTIVES = ("attention", "layer", "model")
 GRADIENT_DAMPING = 0.1  # of output Hessians from gradients, at least
-CHAINED = "objective layer, and attention, which is layer there"
+CHAINED = "objective layer, and attention, by which rows only weigh"
 PIECE = 64  # coupled rows where the native library does not run
 
 
@@ -40,7 +40,7 @@ class Report:
     error_nearest: float
     error: float
     seconds: float
-    chained: bool = False  # its rows are, so that they were not coupled for attention
+    chained: bool = False  # its rows are, so that they were weighed for attention and not coupled
 
     @property
     def remarks(self) -> list[str]:
@@ -48,7 +48,7 @@ class Report:
         found = [f"{self.dead} inputs were always zero"] if self.dead else []
         found += [f"damping was raised to {self.damping:g}"] if self.retries else []
         found += ["the inverse needed double precision"] if self.double else []
-        found += ["rows of a trellis are not coupled: rounded for the layer's own output"] if self.chained else []
+        found += ["rows of a trellis are not coupled for attention, but weighed"] if self.chained else []
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class Gptq(Quantizer):
                error is also compensated in the later rows of its head (see `hessian.OutputFactor`). layer: every layer
                for its own output, as in the paper. model: every layer for the model's loss, to second order: all its
                rows are coupled (see `calibration.loss_hessian`). A trellis chains the rows itself: there attention is
-               layer, which a remark says, and model is refused.
+               layer, but that rows' errors weigh as the output Hessian's diagonal says, and model is refused.
     correction part of the way that a weight first moves to make up for what its layer's output lacks, since earlier
                layers are quantized (see `calibration.missing_output`), with `damping` as the ridge: 0 to 1.
     """
@@ -147,7 +147,9 @@ class Gptq(Quantizer):
         refit = self._refit(hessian, order)
         params = grid.fit(weight, refit.search, refit.importance)
         nearest = grid.decode(grid.round(weight, params), params)
-        codes, params = self._round(weight, grid, params, refit, factor, hessian, output_hessian)
+        chained = given is not None and self.uses_output_hessian and output_hessian is None
+        rows = given.diagonal(dim1=1, dim2=2).flatten() if given is not None and chained else None
+        codes, params = self._round(weight, grid, params, refit, factor, hessian, output_hessian, rows)
         q = QuantizedTensor(codes, grid, params, None if order is None else order.int(), w.dtype)
         rounded = grid.decode(q.codes, q.params)
         error_nearest, error = _relative_errors(weight, (nearest, rounded), hessian, order, output_hessian)
@@ -161,7 +163,7 @@ class Gptq(Quantizer):
             error_nearest=error_nearest,
             error=error,
             seconds=time.perf_counter() - started,
-            chained=given is not None and self.uses_output_hessian and output_hessian is None,
+            chained=chained,
         )
 
     def _corrected(self, weight: Tensor, hessian: Hessian, missing: Tensor | None) -> Tensor:
@@ -195,12 +197,15 @@ class Gptq(Quantizer):
         factor: Factor,
         hessian: Hessian,
         output_hessian: Tensor | None,
+        rows: Tensor | None,
     ) -> tuple[Tensor, Params]:
         """The codes of weight[O, I], uint8[O, I], and the parameters, which, unless the order is static, are fitted on
-        the way."""
+        the way. `rows`[O] is what their errors count, where the grid chains them."""
         home = weight.device
         weight, columns = _where_rounded(weight, grid, params)
         place = weight.device
+        if rows is not None:
+            columns.weigh_rows(rows.to(place))
         output_hessian = None if output_hessian is None else output_hessian.to(place)
         if output_hessian is not None and not is_native(weight, columns):
             output_hessian = diagonal_pieces(output_hessian, PIECE)
