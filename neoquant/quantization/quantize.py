@@ -24,13 +24,14 @@ from neoquant.model.devices import device_name, resolve_device
 from neoquant.progress import SILENT, Progress
 from neoquant.quantization.calibrated import write_calibrated
 from neoquant.quantization.model_card import render_card
-from neoquant.quantization.plan import Plan, make_plan
+from neoquant.quantization.plan import Plan, PlanRow, make_plan
 from neoquant.quantization.recipe import Recipe
 from neoquant.quantization.resume import ResumableRun, has_interrupted_run
 from neoquant.quantization.reverse import gradients_record, methods_of
-from neoquant.quantization.sequential import needs_calibration, require_calibration
+from neoquant.quantization.sequential import ATTENTION_INPUTS, needs_calibration, require_calibration
 from neoquant.quantization.source_hash import join_hashes
 from neoquant.quantization.streaming import Written, write_streaming
+from neoquant.quantizers.base import LayerReport
 from neoquant.sizes import peak_rss_bytes
 
 RECORD = "neoquant.json"
@@ -257,11 +258,7 @@ def _whole_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: int, name: s
     written = [record_json(planned.config)]
     if needs_calibration(planned):
         samples = {"source": "about so long", "sha256": _NO_DIGEST, "rows": ROWS, "length": LENGTH, "seed": 0}
-        layers = {
-            row.layer: report.to_dict()
-            for row in planned.rows
-            if row.quantizer is not None and (report := row.quantizer.sample_report()) is not None
-        }
+        layers = {row.layer: report.to_dict() for row in planned.rows if (report := _sample_report(row)) is not None}
         written.append(record_json({"calibration": samples, "layers": layers}))
     written += _own_files(Written(planned, join_hashes([]), layers), name).values()
     companions = checkpoint.companion_sizes()
@@ -270,6 +267,13 @@ def _whole_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: int, name: s
     if "tokenizer.json" not in companions and not {"vocab.json", "merges.txt"} <= companions.keys():
         notes += ("no tokenizer beside these weights: the result can be loaded, but not evaluated or generated with",)
     return replace(planned, other_bytes=beside, notes=notes)
+
+
+def _sample_report(row: PlanRow) -> LayerReport | None:
+    """Of a layer, as long as the one that will be written."""
+    if row.quantizer is None or row.grid is None or row.layer is None:
+        return None
+    return row.quantizer.sample_report(row.grid, row.layer.endswith(tuple(ATTENTION_INPUTS)))
 
 
 def require_another_folder(source: str | Path | None, out: Path) -> None:

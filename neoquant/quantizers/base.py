@@ -68,8 +68,11 @@ class Quantizer(ABC):
         """Why this quantizer cannot round to `grid`, or None."""
         return None
 
-    def sample_report(self) -> LayerReport | None:
-        """A report as long as those of `quantize_with_report`, for the sizes in a plan; None if there are none."""
+    def sample_report(self, grid: Grid, before_attention: bool) -> LayerReport | None:
+        """A report as long as those of `quantize_with_report`, for the sizes in a plan; None if there are none.
+
+        `before_attention`: of a query, key or value layer.
+        """
         return None
 
     def observer(self, in_features: int, device: torch.device | str = "cpu") -> Hessian | None:

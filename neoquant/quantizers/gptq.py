@@ -111,9 +111,13 @@ class Gptq(Quantizer):
             )
         return None
 
-    def sample_report(self) -> Report:
-        error = 0.012345678901234567
-        return Report(self.objective, self.scales, self.damping, 0, False, 0, error, error, 0.0)
+    def sample_report(self, grid: Grid, before_attention: bool) -> Report:
+        error, objective = 0.012345678901234567, self.objective
+        if objective == "attention" and not before_attention:
+            objective = "layer"
+        chained = objective == "attention" and grid.decoding.trellis is not None
+        objective = "layer" if chained else objective
+        return Report(objective, self.scales, self.damping, 0, False, 0, error, error, 0.0, chained)
 
     def observer(self, in_features: int, device: torch.device | str = "cpu") -> Hessian:
         return Hessian(in_features, device)

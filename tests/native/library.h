@@ -14,11 +14,14 @@ int nq_step(
 void nq_round_blocks(const void *, int, int64_t, int64_t, const float *, const uint8_t *, uint8_t *, float *, int, int);
 void nq_round_rows(const void *, int, int64_t, int64_t, int8_t *, float *, int, int);
 int nq_affine(
-    const void *, int, int64_t, int64_t, int64_t, int, int, uint16_t *, uint8_t *, uint8_t *, int, int);
+    const void *, int, int64_t, int64_t, int64_t, int, int, uint16_t *, void *, int, uint8_t *, int, int);
 void nq_gptq_block(
     float *, const float *, const float *, int64_t, int64_t, int64_t, const int64_t *, const float *, const float *,
     const float *, int64_t, int, const float *, const uint8_t *, const float *, const float *, const int32_t *, int64_t,
     uint8_t *, float *, int, int);
+int nq_trellis_block(
+    float *, const float *, int64_t, int64_t, int64_t, const int64_t *, const float *, const float *, int64_t, const uint8_t *,
+    const float *, uint8_t *, float *, int, int);
 
 static void require(int held, const char *what) {
     if (held) return;
@@ -58,19 +61,27 @@ static uint16_t *halves(int64_t n, uint32_t seed) {
     return to;
 }
 
-static struct nq_weight weight(int kind, int bits, int64_t rows, int64_t columns) {
+/* `half_zeros`: for affine weights. */
+static struct nq_weight weight_of(int kind, int bits, int half_zeros, int64_t rows, int64_t columns) {
     const int64_t groups = nq_ceil(columns, 32);
     struct nq_weight w = {
         .kind = kind, .bits = bits, .rows = rows, .columns = columns, .groups = groups, .level_step = 1,
+        .half_zeros = half_zeros, .multiplier = 1133,
         .group_bits = kind == NQ_INT8 || kind == NQ_PLAIN ? NQ_WHOLE_ROW : 5};
     w.table = numbers(16, 7);
     w.levels = bytes_of(16, 8);
     if (kind == NQ_PLAIN) w.codes = (const uint8_t *)numbers(rows * columns, 1);
+    else if (kind == NQ_TRELLIS) w.codes = bytes_of((nq_ceil(rows, NQ_BLOCK_ROWS) + 1) * columns * 4, 2);
     else w.codes = bytes_of(rows * nq_row_bytes(&w), 2);
     if (kind == NQ_CODEBOOK) w.absmax = numbers(rows * groups, 3);
     if (kind == NQ_INT8) w.scb = numbers(rows, 4);
-    if (kind == NQ_AFFINE) w.scales = halves(rows * groups, 5), w.zeros = bytes_of(rows * groups, 6);
+    if (kind == NQ_AFFINE || kind == NQ_TRELLIS) w.scales = halves(rows * groups, 5);
+    if (kind == NQ_AFFINE) w.zeros = half_zeros ? (void *)halves(rows * groups, 6) : bytes_of(rows * groups, 6);
     return w;
+}
+
+static struct nq_weight weight(int kind, int bits, int64_t rows, int64_t columns) {
+    return weight_of(kind, bits, 0, rows, columns);
 }
 
 static void forget(struct nq_weight *w) {

@@ -19,12 +19,16 @@ static struct made m;
 static float *x, *y, *keys, *values;
 static uint16_t *scales;
 static uint8_t *codes;
+static const int64_t places[1];
 
 static int few(void) { return nq_multiply(&w, x, 1, 0, y, isa, 1); }
 static int many(void) { return nq_multiply(&w, x, MANY, 0, y, isa, 1); }
 static int few8(void) { return nq_multiply_int8(&w, x, 1, 0, y, isa, 1); }
 static int many8(void) { return nq_multiply_int8(&w, x, MANY, 0, y, isa, 1); }
-static int affine(void) { return nq_affine(x, NQ_FLOAT32, MANY, COLUMNS, 32, 4, 1, scales, 0, codes, isa, 1); }
+static int affine(void) { return nq_affine(x, NQ_FLOAT32, MANY, COLUMNS, 32, 4, 1, scales, 0, 0, codes, isa, 1); }
+static int path(void) {
+    return nq_trellis_block(keys, 0, 0, 1, 64, places, x, y, 1, codes, x, codes, 0, isa, 1);
+}
 static int block(void) {
     return nq_step(&m.block, x, SEQUENCES, POSITIONS, keys, values, 0, 0, NQ_HELD_FLOAT32, CAPACITY, 0, 0, 0, y, isa, 1);
 }
@@ -63,9 +67,10 @@ int main(void) {
     make_block(&m);
     x = numbers(MANY * COLUMNS, 1), y = room(MANY * COLUMNS * 4);
     keys = room(SEQUENCES * CAPACITY * C * 4), values = room(SEQUENCES * CAPACITY * C * 4);
-    scales = room(MANY * COLUMNS * 2), codes = room(MANY * COLUMNS);
+    scales = room(MANY * COLUMNS * 2), codes = room(4096);
     for (isa = NQ_ISA_PORTABLE; isa <= NQ_ISA_NEON; isa++) {
         if (!nq_runs(isa)) continue;
+        each_fails(path, 1, "a trellis without memory");
         each_fails(few, 2, "few rows without memory");
         each_fails(many, 3, "many rows without memory");
         each_fails(few8, 2, "few rows in int8 without memory");

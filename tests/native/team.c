@@ -8,9 +8,12 @@
 #include <unistd.h>
 
 enum { ROWS = 72, COLUMNS = 104, COUNTS = 3, MASTERS = 3, ROUNDS = 40 };
+enum { FEW = 5, LONG = 390 }; /* columns and rows on a trellis */
 static const int64_t counts[COUNTS] = {1, 5, 20};
-static const int kinds[][2] = {{NQ_CODEBOOK, 4}, {NQ_INT8, 8},   {NQ_AFFINE, 2}, {NQ_AFFINE, 3},
-                               {NQ_AFFINE, 4},   {NQ_AFFINE, 8}, {NQ_PLAIN, 32}};
+static const int kinds[][3] = {/* kind, bits, half_zeros */
+    {NQ_CODEBOOK, 4}, {NQ_INT8, 8},      {NQ_AFFINE, 2}, {NQ_AFFINE, 3},  {NQ_AFFINE, 4},
+    {NQ_AFFINE, 8},   {NQ_AFFINE, 4, 1}, {NQ_PLAIN, 32}, {NQ_TRELLIS, 2},
+};
 enum { KINDS = sizeof kinds / sizeof *kinds };
 
 static void same(const void *found, const void *expected, int64_t bytes, const char *what) {
@@ -18,10 +21,10 @@ static void same(const void *found, const void *expected, int64_t bytes, const c
 }
 
 static void products(int isa, const int *kind, int threads) {
-    struct nq_weight w = weight(kind[0], kind[1], ROWS, COLUMNS);
+    struct nq_weight w = weight_of(kind[0], kind[1], kind[2], ROWS, COLUMNS);
     float *x = numbers(20 * COLUMNS, 11), *bias = numbers(ROWS, 12);
     for (int i = 0; i < COUNTS; i++)
-        for (int int8 = 0; int8 < (kind[0] == NQ_PLAIN ? 1 : 2); int8++) {
+        for (int int8 = 0; int8 < (kind[0] == NQ_PLAIN || kind[0] == NQ_TRELLIS ? 1 : 2); int8++) {
             const int64_t n = counts[i] * ROWS;
             float *alone = room((size_t)n * 4), *together = room((size_t)n * 4);
             int (*multiply)(const struct nq_weight *, const float *, int64_t, const float *, float *, int, int) =
@@ -78,14 +81,16 @@ static void spoil(float *w, int64_t n) {
 }
 
 struct rounded {
-    uint8_t codes[4][ROWS * COLUMNS];
-    float absmax[2][ROWS * COLUMNS], errors[ROWS * COLUMNS];
+    uint8_t codes[6][ROWS * COLUMNS];
+    float absmax[2][ROWS * COLUMNS], errors[2][ROWS * COLUMNS];
 };
 
 static void round_all(int isa, int threads, struct rounded *to) {
     float *w = numbers(ROWS * COLUMNS, 31), *bounds = numbers(16, 32), *upper = numbers(ROWS * ROWS, 33);
     float *scale = numbers(COLUMNS, 34), *zero = room(COLUMNS * 4);
-    uint8_t *order = bytes_of(16, 35);
+    float *columns = numbers(FEW * LONG, 36), *scale_rows = room(LONG * 4), *importance = room(LONG * 4);
+    float *table = numbers(16, 37);
+    uint8_t *order = bytes_of(16, 35), *levels = bytes_of(4096, 38);
     uint16_t *scales = room(ROWS * 4 * 2);
     int64_t places[ROWS];
     for (int i = 0; i < ROWS; i++) places[i] = i;
@@ -93,9 +98,17 @@ static void round_all(int isa, int threads, struct rounded *to) {
     for (int i = 0; i < 16; i++) bounds[i] = (float)i / 8 - 1, order[i] &= 15;
     nq_round_blocks(w, NQ_FLOAT32, ROWS * COLUMNS, 64, bounds, order, to->codes[0], to->absmax[0], isa, threads);
     nq_round_rows(w, NQ_FLOAT32, ROWS, COLUMNS, (int8_t *)to->codes[1], to->absmax[1], isa, threads);
-    nq_affine(w, NQ_FLOAT32, ROWS, COLUMNS, 32, 4, 1, scales, 0, to->codes[2], isa, threads);
+    nq_affine(w, NQ_FLOAT32, ROWS, COLUMNS, 32, 4, 1, scales, 0, 0, to->codes[2], isa, threads);
     nq_gptq_block(w, 0, upper, ROWS, ROWS, COLUMNS, places, scale, scale, zero, ROWS, 15, 0, 0, 0, 0, 0, 0, to->codes[3],
-                  to->errors, isa, threads);
+                  to->errors[0], isa, threads);
+    for (int i = 0; i < LONG; i++) scale_rows[i] = (i % 7 + 1) * 0.125f, importance[i] = 512;
+    for (int i = 0; i < 4096; i++) levels[i] &= 15;
+    for (int fed_back = 0; fed_back < 2; fed_back++) /* rows of a ring and a half */
+        require(
+            !nq_trellis_block(columns, fed_back ? upper : 0, FEW, FEW, LONG, places, scale_rows, importance, FEW, levels, table,
+                              to->codes[4 + fed_back], fed_back ? to->errors[1] : 0, isa, threads),
+            "a trellis has no memory");
+    free(columns), free(scale_rows), free(importance), free(levels), free(table);
     free(w), free(bounds), free(upper), free(scale), free(zero), free(order), free(scales);
 }
 
@@ -105,6 +118,7 @@ static void rounding(int isa, int threads) {
     round_all(isa, threads, together);
     same(together, alone, sizeof *alone, "rounding depends on the number of threads");
     for (int64_t i = 0; i < ROWS * COLUMNS; i++) require(alone->codes[3][i] <= 15, "GPTQ gave a code that there is not");
+    for (int64_t i = 0; i < FEW * LONG; i++) require(alone->codes[5][i] <= 3, "a trellis gave a code that there is not");
     free(alone), free(together);
 }
 

@@ -29,6 +29,7 @@ from neoquant.quantization import quantize as quantization
 from neoquant.quantization import streaming
 from neoquant.quantization.quantize import quantize
 from neoquant.quantization.recipe import Recipe, recipe_names
+from neoquant.quantization.sequential import needs_calibration
 from neoquant.quantizers import Nearest
 
 NF4 = Recipe.simple(4, "nf4")
@@ -62,7 +63,7 @@ def damage(folder: Path, name: str, value: float) -> None:
 def test_predicted_size(make_model: MakeModel, tmp_path: Path, model: str, recipe: str, shard_size: int) -> None:
     source = make_model(**MODELS[model])
     planned = quantization.plan(source, Recipe.load(recipe), shard_size=shard_size)
-    shown = Calibration(torch.arange(32).view(2, 16), "made up", "0" * 64, 0) if "gptq" in recipe else None
+    shown = Calibration(torch.arange(32).view(2, 16), "made up", "0" * 64, 0) if needs_calibration(planned) else None
     result = quantize(source, tmp_path / "out", Recipe.load(recipe), shard_size=shard_size, calibration=shown)
     assert result.output_bytes == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
     assert planned.output_bytes == pytest.approx(result.output_bytes, rel=0.01)
