@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from neoquant.errors import FormatError, RequestError
+from neoquant.grids.affine import GROUP_SIZES
 from neoquant.grids.base import Columns, Grid, Params, ParamShapes, count_pieces, require_finite
 from neoquant.grids.decoding import Decoding, Scale, Trellis, tensor_of
 from neoquant.grids.viterbi import best_codes
 from neoquant.native import trellis as native
 
-GROUP_SIZES = (-1, 16, 32, 64, 128, 256)
 TRELLIS = Trellis(code_bits=2, state_bits=12, level_bits=4, multiplier=1133, span=256)
 STEP = 1 / 32
 _POSITIVE = (2, 9, 13, 21, 27, 35, 45, 68)
@@ -51,7 +51,10 @@ class TrellisGrid(Grid):
 
     def __post_init__(self) -> None:
         if not isinstance(self.group_size, int) or self.group_size not in GROUP_SIZES:
-            raise RequestError(f"group size {self.group_size!r}: legal for trellis are {_listed(GROUP_SIZES)} (a row)")
+            raise RequestError(
+                f"group size {self.group_size!r}: legal for trellis are {', '.join(map(str, GROUP_SIZES))} "
+                "(-1: a whole row)"
+            )
 
     @property
     def name(self) -> str:
@@ -190,7 +193,3 @@ def _importance(scale: Tensor, rows: Tensor | None) -> Tensor:
     means = [span.mean(1, keepdim=True).expand_as(span) for span in torch.split(squares, TRELLIS.span, 1)]
     relative = squares / torch.cat(means, 1).clamp(min=torch.finfo(torch.float32).tiny)
     return relative.clamp_(LEAST, MOST).mul_(PRECISION).contiguous()
-
-
-def _listed(values: tuple[int, ...]) -> str:
-    return ", ".join(map(str, values))

@@ -60,8 +60,6 @@ def round_columns(
     round_block = _round_block
     if is_native(weights, columns):
         round_block = _round_tall if output_factor is not None and output_factor.size > TALL else _round_native
-        if isinstance(columns.levels(), trellis.Paths):
-            round_block = _round_paths
     for start in range(0, len(weights), block):
         stop = min(start + block, len(weights))
         if refit is not None and columns.width is not None and start % width == 0:
@@ -136,28 +134,17 @@ def _round_native(
 ) -> Tensor:
     """The same in C."""
     levels = columns.levels()
+    if isinstance(levels, trellis.Paths):
+        assert heads is None, "rows that a trellis chains are not coupled otherwise"
+        errors = trellis.round_columns(weights, upper, levels, order, codes)
+        assert errors is not None
+        return errors
     assert isinstance(levels, native.Levels)
     coupled = None
     if heads is not None:
         factor, original = heads
         coupled = native.Heads(factor.unit.float(), factor.row_order.int(), original.contiguous())
     return native.round_columns(weights, upper, levels, order, coupled, codes)
-
-
-def _round_paths(
-    weights: Tensor,
-    upper: Tensor,
-    columns: Columns,
-    order: Tensor,
-    heads: tuple[OutputFactor, Tensor] | None,
-    codes: Tensor,
-) -> Tensor:
-    """The same in C, of columns whose codes are paths down a trellis."""
-    paths = columns.levels()
-    assert isinstance(paths, trellis.Paths) and heads is None, "rows that a trellis chains are not coupled otherwise"
-    errors = trellis.round_columns(weights, upper, paths, order, codes)
-    assert errors is not None
-    return errors
 
 
 def _round_tall(
