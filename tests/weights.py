@@ -6,8 +6,18 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from neoquant.grids import BLOCK_SIZES, GROUP_SIZES, Affine, Codebook
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KINDS = ("normal", "constant", "zero", "outlier", "tiny", "grid", "one block zero", "sparse")
+
+codebooks = st.builds(Codebook, st.sampled_from(["nf4", "fp4"]), st.sampled_from(BLOCK_SIZES), st.booleans())
+affine_grids = st.builds(
+    lambda bits, group, zeros: Affine(bits, group, **zeros),
+    st.sampled_from([2, 3, 4, 8]),
+    st.sampled_from(GROUP_SIZES),
+    st.sampled_from([{}, {"symmetric": True}, {"float_zero": True}]),
+)
 
 
 def make_weight(shape: tuple[int, int], dtype: torch.dtype, kind: str, seed: int = 0) -> Tensor:

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from switch import every_isa, forced
 from torch import Tensor
-from weights import make_weight
+from weights import affine_grids, codebooks, make_weight
 
-from neoquant.grids import BLOCK_SIZES, GROUP_SIZES, Affine, Codebook, Grid, Int8Rows
+from neoquant.grids import Affine, Codebook, Grid, Int8Rows
 from neoquant.kernels import Cpu, cpu
 from neoquant.kernels.native_weight import native_weight
 from neoquant.native import products
@@ -23,15 +23,7 @@ from neoquant.tensor import QuantizedTensor
 
 CPU = torch.device("cpu")
 FEW, MANY = 1, 9  # rows of activations on either side of where the library takes another way
-codebooks = st.builds(Codebook, st.sampled_from(["nf4", "fp4"]), st.sampled_from(BLOCK_SIZES), st.booleans())
-kinds = st.sampled_from([(False, False), (True, False), (False, True)])  # symmetric, float_zero
-affine = st.builds(
-    lambda bits, group, kind: Affine(bits, group, *kind),
-    st.sampled_from([2, 3, 4, 8]),
-    st.sampled_from(GROUP_SIZES),
-    kinds,
-)
-grids = st.one_of(codebooks, affine, st.just(Int8Rows()))
+grids = st.one_of(codebooks, affine_grids, st.just(Int8Rows()))
 SOME = [
     Codebook(),
     Codebook("nf4", 512, False),

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from switch import every_isa, forced
 from torch import Tensor
-from weights import make_weight
+from weights import affine_grids, codebooks, make_weight
 
 import neoquant
 from neoquant import native
 from neoquant.errors import RequestError
-from neoquant.grids import BLOCK_SIZES, GROUP_SIZES, Affine, Codebook, Grid, Int8Rows
+from neoquant.grids import Affine, Codebook, Grid, Int8Rows
 from neoquant.kernels import CpuInt8, ReferenceInt8
 from neoquant.kernels.rounded import round_activations, run_length
 from neoquant.nn.linear import QuantLinear
@@ -25,14 +25,6 @@ from neoquant.quantizers import Nearest
 from neoquant.tensor import QuantizedTensor
 
 CPU = torch.device("cpu")
-codebooks = st.builds(Codebook, st.sampled_from(["nf4", "fp4"]), st.sampled_from(BLOCK_SIZES), st.booleans())
-kinds = st.sampled_from([(False, False), (True, False), (False, True)])  # symmetric, float_zero
-affine = st.builds(
-    lambda bits, group, kind: Affine(bits, group, *kind),
-    st.sampled_from([2, 3, 4, 8]),
-    st.sampled_from(GROUP_SIZES),
-    kinds,
-)
 columns = st.one_of(st.integers(1, 200), st.sampled_from([32, 64, 96, 128, 192, 768, 1056, 2200]))
 
 
@@ -54,7 +46,7 @@ def require_near(y: Tensor, x: Tensor, q: QuantizedTensor, expected: Tensor) -> 
 @every_isa
 @settings(deadline=None, max_examples=60)
 @given(
-    grid=st.one_of(codebooks, affine, st.just(Int8Rows())), rows=st.integers(1, 70), columns=columns,
+    grid=st.one_of(codebooks, affine_grids, st.just(Int8Rows())), rows=st.integers(1, 70), columns=columns,
     count=st.sampled_from([1, 2, 5, 6, 7, 13]), threads=st.sampled_from([1, 2, 4]),
 )  # fmt: skip
 def test_every_instruction_set_does_what_the_reference_does(
