@@ -32,25 +32,29 @@ def triton_block(block: Block, x: Tensor, masks: AttentionMasks, cache: KVCache 
         attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, mlp.c_fc, mlp.c_proj,
     ]  # fmt: skip
     modules = [block.attn, attention, mlp, block.ln_1, block.ln_2, *linears]
-    if not (_is_ordinary(block, x) and all(_is_taken(layer, x) for layer in linears)) or any(map(is_hooked, modules)):
+    if not _is_ordinary(block, x) or any(map(is_hooked, modules)):
         return None
+    weights = [weight for layer in linears if (weight := _weight(layer, x)) is not None]
+    if len(weights) < len(linears):
+        return None
+    *projections, out_proj, c_fc, c_proj = weights
     flat = x.reshape(-1, x.shape[2])
-    context = _attended(attention, block.ln_1(flat), x.shape, masks, cache)
-    flat = _product(attention.out_proj, context, residual=flat)
-    inner = _product(mlp.c_fc, block.ln_2(flat), activation=mlp.activation)
-    return _product(mlp.c_proj, inner, residual=flat).view(x.shape)
+    context = _attended(attention, projections, block.ln_1(flat), x.shape, masks, cache)
+    flat = launch.multiply(context, out_proj, _bias(attention.out_proj, x), residual=flat)
+    inner = launch.multiply(block.ln_2(flat), c_fc, _bias(mlp.c_fc, x), mlp.activation)
+    return launch.multiply(inner, c_proj, _bias(mlp.c_proj, x), residual=flat).view(x.shape)
 
 
 def _attended(
     attention: SelfAttention,
+    weights: list[PackedWeight],
     x: Tensor,
     shape: torch.Size,
     masks: AttentionMasks,
     cache: KVCache | StaticCache | None,
 ) -> Tensor:
-    """What the heads give of x[B T, C], side by side: [B T, C]."""
+    """What the heads give of x[B T, C], side by side, `weights` being those of query, key and value: [B T, C]."""
     B, T, C = shape
-    weights = [_weight(layer) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
     if all(weight.is_like(weights[0]) for weight in weights):
         qkv = launch.multiply_by_three(x, weights)
     else:  # mixed precision
@@ -63,14 +67,9 @@ def _attended(
     return attention.attend(query, key, value, masks).transpose(1, 2).reshape(-1, C)
 
 
-def _product(layer: nn.Module, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+def _bias(layer: nn.Module, x: Tensor) -> Tensor | None:
     bias = layer._parameters.get("bias")
-    return launch.multiply(x, _weight(layer), None if bias is None else bias.to(x.dtype), activation, residual)
-
-
-def _weight(layer: nn.Module) -> PackedWeight:
-    assert isinstance(layer, QuantLinear)
-    return packed_weight(layer.state, layer.grid, layer.shape)
+    return None if bias is None else bias.to(x.dtype)
 
 
 def _is_ordinary(block: Block, x: Tensor) -> bool:
@@ -85,8 +84,11 @@ def _is_ordinary(block: Block, x: Tensor) -> bool:
     return known and not _has_any_global_hook()  # type: ignore[no-untyped-call]
 
 
-def _is_taken(layer: nn.Module, x: Tensor) -> bool:
-    """Whether Triton's programs run a layer on x."""
+def _weight(layer: nn.Module, x: Tensor) -> PackedWeight | None:
+    """A layer's weight, if Triton's programs run the layer on x."""
     if type(layer) is not QuantLinear or type(layer.kernel) is not Triton:
-        return False
-    return layer.compute_dtype in (None, x.dtype) and _weight(layer).arrangement.aligned and layer.qweight.is_cuda
+        return None
+    if layer.compute_dtype not in (None, x.dtype) or not layer.qweight.is_cuda:
+        return None
+    weight = packed_weight(layer.state, layer.grid, layer.shape)
+    return weight if weight.arrangement.aligned else None
