@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,7 @@ def interrupt_by_signals() -> None:
     Under torchrun both come to processes that are unwinding already, and are to let them.
     """
     signal.signal(signal.SIGTERM, _interrupt)
+    sys.unraisablehook = _send_again
     if os.environ.get("WORLD_SIZE", "1") != "1":
         signal.signal(signal.SIGINT, _interrupt)
 
@@ -81,3 +83,15 @@ def interrupt_by_signals() -> None:
 def _interrupt(number: int, _: Any) -> None:
     if not isinstance(sys.exc_info()[1], KeyboardInterrupt | LostProcessError):
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def _send_again(lost: Any) -> None:
+    """Python drops what is raised in a destructor or a weak reference's callback: an interruption that came in one, as
+    imports have them, comes once more when it has returned."""
+    if issubclass(lost.exc_type, KeyboardInterrupt):
+        number = signal.SIGTERM if issubclass(lost.exc_type, Terminated) else signal.SIGINT
+        again = threading.Timer(0.01, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
+    else:
+        sys.__unraisablehook__(lost)

@@ -377,6 +377,30 @@ def test_what_unwinds_is_let_to(monkeypatch: pytest.MonkeyPatch) -> None:
             processes._interrupt(signal.SIGTERM, None)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_interruptions_in_destructors_are_not_lost(number: signal.Signals) -> None:
+    """Python can raise nothing out of `__del__`: it prints what was raised there, and goes on."""
+    program = f"""
+import os, time
+from neoquant.cli import processes
+
+class Last:
+    def __del__(self):
+        os.kill(os.getpid(), {number})
+        time.sleep(0)
+
+processes.interrupt_by_signals()
+try:
+    Last()
+    time.sleep(60)
+except KeyboardInterrupt as error:
+    print(type(error).__name__)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)
+    assert not ended.stderr
+    assert ended.stdout.strip() == ("Terminated" if number == signal.SIGTERM else "KeyboardInterrupt")
+
+
 def test_one_process_is_no_group(cli: Cli, monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
