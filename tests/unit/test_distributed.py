@@ -381,7 +381,7 @@ def test_what_unwinds_is_let_to(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_interruptions_in_destructors_are_not_lost(number: signal.Signals) -> None:
     """Python can raise nothing out of `__del__`: it prints what was raised there, and goes on."""
     program = f"""
-import os, time
+import os, signal, time
 from neoquant.cli import processes
 
 class Last:
@@ -389,6 +389,7 @@ class Last:
         os.kill(os.getpid(), {number})
         time.sleep(0)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
 processes.interrupt_by_signals()
 try:
     Last()
