@@ -11,6 +11,7 @@ from neoquant.calibration.hidden_states import rows_of_batch
 from neoquant.calibration.loss_hessian import POSITIONS, coupled_rows
 from neoquant.errors import RequestError
 from neoquant.model.config import GPTNeoConfig
+from neoquant.triton import gptq as triton
 
 _FREE = 0.9  # of a GPU's free memory: what is allocated is not all of it in one piece
 _RESIDENT_BYTES = 300_000_000  # of a process that has imported torch and quantized tiny layers
@@ -148,7 +149,7 @@ def guess_seconds(
     processes: int = 1,
 ) -> float:
     """About how long a calibrated run will take: its multiplications, at a rate measured now; those of rounding are the
-    CPU's, also where the others are a GPU's. Processes have a GPU each, but share the CPU."""
+    CPU's where a GPU does the others but has no Triton. Processes have a GPU each, but share the CPU."""
     rounding = _multiplications_of_rounding(config)
     count = _multiplications(config, rows * length) - rounding
     if methods.reference:
@@ -156,8 +157,10 @@ def guess_seconds(
     if methods.gradients:
         count += _multiplications_of_gradients(config, gradient_rows(rows, length) * length)
     device = torch.device(device)
-    cpu = _rate(torch.device("cpu"))
-    return rounding / cpu + count / (cpu if device.type == "cpu" else processes * _rate(device))
+    if device.type == "cpu":
+        return (rounding + count) / _rate(device)
+    rate = processes * _rate(device)
+    return count / rate + rounding / (_rate(torch.device("cpu")) if triton.refuse() else rate)
 
 
 def _multiplications(config: GPTNeoConfig, tokens: int) -> float:

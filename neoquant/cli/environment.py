@@ -47,6 +47,7 @@ def facts() -> Iterator[Fact]:
             device = torch.cuda.get_device_properties(index)
             yield f"cuda:{index}", f"{device.name}, {device.total_memory / 1e9:.1f} GB"
         yield "on GPUs", UNMEASURED
+        yield "GPTQ on GPUs", _rounding()
     else:
         yield "cuda", "no device" if torch.version.cuda else "no device, and this torch is built without CUDA"
     yield "native", _native()
@@ -68,6 +69,17 @@ def _native() -> str:
     active = native.active()
     chosen_by = f"{native.SWITCH} and {native.TEAM_SWITCH} choose"
     return f"{active.reason}; {chosen_by}" if active.library is not None else f"none: {active.reason}"
+
+
+def _rounding() -> str:
+    """What rounds the columns of a weight that lies on a GPU, and why."""
+    from neoquant import native
+    from neoquant.triton import gptq
+
+    if (reason := gptq.refuse()) is None:
+        return "a launch of Triton's a block of columns; on a trellis, the native library on the CPU"
+    fallback = "torch" if native.active().library is None else "the native library on the CPU"
+    return f"columns are rounded by {fallback} (not Triton: {reason})"
 
 
 def _cpu() -> tuple[str, list[str]]:

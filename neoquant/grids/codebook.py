@@ -25,6 +25,7 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 CELLS = 1024  # cells between 0 and 1 when the nearest value is looked up
 SEARCHED = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 1.04, 1.08)  # parts of the absmax that a scale search tries
 SUMMED_ALONE = 32768  # numbers that torch adds up on one thread
+_CPU = torch.device("cpu")
 SMALLEST_SCALE = 1e-38  # what bitsandbytes divides by where a block is all zero
 
 # QLoRA, appendix E: quantiles of the normal distribution, with an exact zero, scaled to [-1, 1].
@@ -285,7 +286,7 @@ class _CodebookColumns(Columns):
     def levels(self) -> Levels | None:
         if not self.aligned:
             return None
-        bounds, order = _midpoints(self.kind)
+        bounds, order = _midpoints(self.kind, self.scales.device)
         return Levels(self.scales, 1 / self.scales, self.block, bounds=bounds, order=order, table=self.table)
 
     def _reload(self, group: int) -> None:
@@ -302,10 +303,10 @@ def nearest_codes(kind: str, scaled: Tensor) -> Tensor:
 
 
 @cache
-def _midpoints(kind: str) -> tuple[Tensor, Tensor]:
+def _midpoints(kind: str, device: torch.device = _CPU) -> tuple[Tensor, Tensor]:
     """Midpoints between neighbouring values in rising order, float32[15], and the codes of the intervals, uint8[16]."""
-    values, order = tensor_of(TABLES[kind], torch.device("cpu")).sort(stable=True)
-    return (values[:-1] + values[1:]) / 2, order.to(torch.uint8)
+    values, order = tensor_of(TABLES[kind], _CPU).sort(stable=True)
+    return ((values[:-1] + values[1:]) / 2).to(device), order.to(device, torch.uint8)
 
 
 @cache

@@ -12,6 +12,7 @@ from neoquant.errors import FormatError
 from neoquant.grids.base import TO_INTEGER, Columns, Grid, Params, ParamShapes, require_finite, row_spans
 from neoquant.grids.decoding import Decoding, Scale
 from neoquant.native import rounding
+from neoquant.native.gptq import Levels
 
 DECODING = Decoding(bits=8, scale=Scale("scb", factor=1.0 / 127.0), signed=True)
 
@@ -77,6 +78,9 @@ class _Int8Columns(Columns):
         codes = w.to(torch.float16) * inverse
         codes = codes.nan_to_num_(0).clamp_(-127, 127).round_()
         return codes.to(torch.int8).view(torch.uint8), (codes * step).to(w.dtype)
+
+    def levels(self) -> Levels:
+        return Levels(self.step[None], self.inverse[None], self.shape[1], top=127)
 
 
 def _require_half(w: Tensor, scb: Tensor) -> None:

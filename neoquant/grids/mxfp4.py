@@ -108,8 +108,8 @@ class _Mxfp4Columns(Columns):
         return codes, (_look_up(E2M1, codes) * scale).to(w.dtype)
 
     def levels(self) -> Levels:
-        bounds, order = _intervals()
-        table = tensor_of(E2M1, torch.device("cpu"))
+        bounds, order = _intervals(self.scale.device)
+        table = tensor_of(E2M1, self.scale.device)
         return Levels(self.scale, self.inverse, BLOCK, bounds=bounds, order=order, table=table)
 
     def _reload(self, group: int) -> None:
@@ -131,7 +131,7 @@ def nearest_codes(scaled: Tensor) -> Tensor:
 
 
 @cache
-def _intervals() -> tuple[Tensor, Tensor]:
+def _intervals(device: torch.device) -> tuple[Tensor, Tensor]:
     """Where the values above one begin, float32[15], and the codes of the intervals between, uint8[16].
 
     A number belongs above a bound that it is larger than: where a tie goes up, the bound is the next smaller number.
@@ -140,7 +140,8 @@ def _intervals() -> tuple[Tensor, Tensor]:
     values = tensor_of(E2M1, torch.device("cpu"))[order.long()]
     middles = (values[:-1] + values[1:]) / 2
     goes_up = order[1:] % 2 == 0  # even codes have an even mantissa
-    return torch.where(goes_up, middles.nextafter(torch.tensor(-math.inf)), middles), order
+    bounds = torch.where(goes_up, middles.nextafter(torch.tensor(-math.inf)), middles)
+    return bounds.to(device), order.to(device)
 
 
 def _blocks(w: Tensor) -> Tensor:

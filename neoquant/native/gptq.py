@@ -15,7 +15,7 @@ class Levels(NamedTuple):
 
     Even steps: value = (code - zero[groups, O]) * scale, codes up to `top`. Or a codebook of sixteen: `bounds`
     float32[15] are the midpoints between its sorted values, `order` uint8[16] the codes of the intervals, and `table`
-    float32[16] the values by code.
+    float32[16] the values by code. Or, without both, codes in two's complement from -top to top, of float16 weights.
     """
 
     scale: Tensor
@@ -26,6 +26,11 @@ class Levels(NamedTuple):
     bounds: Tensor | None = None
     order: Tensor | None = None
     table: Tensor | None = None
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether codes are in two's complement."""
+        return self.zero is None and self.bounds is None
 
     def of_rows(self, rows: Tensor) -> Levels:
         """Those of `rows`, int64[R], of every column."""
@@ -38,7 +43,7 @@ class Levels(NamedTuple):
 class Heads(NamedTuple):
     """Rows whose errors are compensated in later rows of the same attention head.
 
-    `unit` float32[heads, D, D] and `row_order` int32[heads, D] are those of `quantizers.hessian.OutputFactor`;
+    `unit` float32[heads, D, D] and `row_order` int64[heads, D] are those of `quantizers.hessian.OutputFactor`;
     `original` float32[n, O] holds the block's columns before any compensation.
     """
 
@@ -47,8 +52,10 @@ class Heads(NamedTuple):
     original: Tensor
 
 
-def refuse() -> str | None:
-    """Why the native library cannot round columns, or None."""
+def refuse(levels: Levels) -> str | None:
+    """Why the native library cannot round columns on these levels, or None."""
+    if levels.is_signed:
+        return "the native library rounds int8 rows as a whole only"
     return None if active().library is not None else active().reason
 
 
@@ -70,6 +77,7 @@ def round_columns(
     n, rows = weights.shape
     size = 0 if heads is None else heads.row_order.shape[1]
     unit, row_order, original = (None, None, None) if heads is None else heads
+    row_order = None if row_order is None else row_order.int()
     active().call(
         "nq_gptq_block", weights.data_ptr(), _address(original), upper.data_ptr(), upper.stride(0), n, rows,
         columns.data_ptr(), levels.scale.data_ptr(), levels.inverse.data_ptr(), _address(levels.zero), levels.width,

@@ -4,7 +4,9 @@ are not rounded yet, and, where rows are coupled, in the later rows too."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +15,10 @@ from neoquant.grids import Columns
 from neoquant.native import gptq as native
 from neoquant.native import trellis
 from neoquant.quantizers.hessian import OutputFactor
+from neoquant.triton import gptq as triton
+
+RoundBlock = Callable[[Tensor, Tensor, native.Levels, Tensor, native.Heads | None, Tensor], Tensor]
+"""`native.gptq.round_columns`, and what does the same elsewhere."""
 
 BLOCK = 128  # columns whose errors are gathered before the columns after them are corrected at once
 TALL = 256  # coupled rows that are corrected one by one; more are
@@ -51,15 +57,16 @@ def round_columns(
         block: columns that are rounded before those after them are corrected, as one matrix product (section 3.3,
             "lazy batch-updates"). Changes only the speed.
     """
-    original, weights = weights, weights.clone(memory_format=torch.contiguous_format)
+    original = weights if output_factor is None else weights.contiguous()
+    weights = weights.clone(memory_format=torch.contiguous_format)
     upper = upper.to(weights.dtype).contiguous()
+    if output_factor is not None:
+        output_factor = OutputFactor(output_factor.unit.to(weights.dtype), output_factor.row_order)
     codes = torch.empty(weights.shape, dtype=torch.uint8, device=weights.device)
     width = len(weights) if refit is None or columns.width is None else min(columns.width, len(weights))
     if width < len(weights):  # a group is fitted when all errors before it are compensated
         block = math.gcd(block, width)
-    round_block = _round_block
-    if is_native(weights, columns):
-        round_block = _round_tall if output_factor is not None and output_factor.size > TALL else _round_native
+    round_block = whole_block(weights, columns) or _round_block
     for start in range(0, len(weights), block):
         stop = min(start + block, len(weights))
         if refit is not None and columns.width is not None and start % width == 0:
@@ -117,64 +124,69 @@ def _round_heads(
     return values, in_place
 
 
-def is_native(weights: Tensor, columns: Columns) -> bool:
-    """Whether the native library rounds these columns, float32[I, O]."""
-    if weights.dtype != torch.float32 or weights.device.type != "cpu" or columns.levels() is None:
-        return False
-    return native.refuse() is None
-
-
-def _round_native(
-    weights: Tensor,
-    upper: Tensor,
-    columns: Columns,
-    order: Tensor,
-    heads: tuple[OutputFactor, Tensor] | None,
-    codes: Tensor,
-) -> Tensor:
-    """The same in C."""
+def whole_block(weights: Tensor, columns: Columns) -> Callable[..., Tensor] | None:
+    """What rounds a block of these columns, float32[I, O], in one call, as `_round_block`: the native library on a CPU,
+    a program of Triton on a GPU; None where neither can."""
     levels = columns.levels()
+    if weights.dtype != torch.float32 or levels is None:
+        return None
     if isinstance(levels, trellis.Paths):
-        assert heads is None, "rows that a trellis chains are not coupled otherwise"
-        errors = trellis.round_columns(weights, upper, levels, order, codes)
-        assert errors is not None
-        return errors
+        return _round_paths if weights.device.type == "cpu" and trellis.refuse() is None else None
+    if weights.device.type == "cuda":
+        return None if triton.refuse() else partial(_round_levels, triton.round_columns)
+    return None if native.refuse(levels) else partial(_round_levels, native.round_columns)
+
+
+def _round_paths(
+    weights: Tensor, upper: Tensor, columns: Columns, order: Tensor, heads: tuple[OutputFactor, Tensor] | None,
+    codes: Tensor,
+) -> Tensor:  # fmt: skip
+    """A block of columns on a trellis, in C."""
+    levels = columns.levels()
+    assert isinstance(levels, trellis.Paths) and heads is None, "rows that a trellis chains are not coupled otherwise"
+    errors = trellis.round_columns(weights, upper, levels, order, codes)
+    assert errors is not None
+    return errors
+
+
+def _round_levels(
+    round_block: RoundBlock, weights: Tensor, upper: Tensor, columns: Columns, order: Tensor,
+    heads: tuple[OutputFactor, Tensor] | None, codes: Tensor,
+) -> Tensor:  # fmt: skip
+    """A block of columns in one call; of heads with many rows, in one for some rows of each."""
+    levels = columns.levels()
     assert isinstance(levels, native.Levels)
-    coupled = None
-    if heads is not None:
-        factor, original = heads
-        coupled = native.Heads(factor.unit.float(), factor.row_order.int(), original.contiguous())
-    return native.round_columns(weights, upper, levels, order, coupled, codes)
+    if heads is None:
+        return round_block(weights, upper, levels, order, None, codes)
+    factor, original = heads
+    if factor.size > TALL:
+        return _round_tall(round_block, weights, upper, levels, order, factor, original, codes)
+    coupled = native.Heads(factor.unit, factor.row_order, original)
+    return round_block(weights, upper, levels, order, coupled, codes)
 
 
 def _round_tall(
-    weights: Tensor,
-    upper: Tensor,
-    columns: Columns,
-    order: Tensor,
-    heads: tuple[OutputFactor, Tensor] | None,
-    codes: Tensor,
-) -> Tensor:
-    """The same in C, of heads with many rows: some rows at a time, whose errors then correct the rows after them as one
+    round_block: RoundBlock, weights: Tensor, upper: Tensor, levels: native.Levels, order: Tensor,
+    factor: OutputFactor, original: Tensor, codes: Tensor,
+) -> Tensor:  # fmt: skip
+    """The same of heads with many rows: some rows at a time, whose errors then correct the rows after them as one
     matrix product."""
-    levels = columns.levels()
-    assert isinstance(levels, native.Levels) and heads is not None
-    factor, original = heads
-    size, diagonal = factor.size, upper.diagonal()[:, None]
-    first = torch.arange(len(factor.row_order))[:, None] * size
-    rows, places = (factor.row_order + first).flatten(), torch.arange(weights.shape[1])
+    device, size, diagonal = weights.device, factor.size, upper.diagonal()[:, None]
+    first = torch.arange(len(factor.row_order), device=device)[:, None] * size
+    rows, places = (factor.row_order + first).flatten(), torch.arange(weights.shape[1], device=device)
+    natural = torch.arange(ROWS, device=device)
     targets, aims = weights.index_select(1, rows), original.index_select(1, rows)  # rows as they are rounded
     levels = levels.of_rows(rows)
     found, errors = torch.empty_like(targets, dtype=torch.uint8), torch.empty_like(targets)
-    for head, unit in enumerate(factor.unit.float()):
+    for head, unit in enumerate(factor.unit):
         compensation = weights.new_zeros(len(weights), size)  # [n, D]
         for start in range(0, size, ROWS):
             stop = min(start + ROWS, size)
             part, corner = slice(head * size + start, head * size + stop), unit[start:stop, start:stop]
             target, aim = (each[:, part] + compensation[:, start:stop] for each in (targets, aims))
-            coupled = native.Heads(corner[None].contiguous(), torch.arange(stop - start, dtype=torch.int32)[None], aim)
-            rounded = torch.empty(len(codes), stop - start, dtype=torch.uint8)
-            scaled = native.round_columns(target, upper, levels.of_rows(places[part]), order, coupled, rounded)
+            coupled = native.Heads(corner[None].contiguous(), natural[None, : stop - start], aim)
+            rounded = torch.empty(len(codes), stop - start, dtype=torch.uint8, device=device)
+            scaled = round_block(target, upper, levels.of_rows(places[part]), order, coupled, rounded)
             found[:, part], errors[:, part] = rounded[order], scaled
             if stop < size:  # what each row's value lacks of what it was to be, errors before it included
                 lacking = aim.sub_(target).addcmul_(scaled, diagonal)

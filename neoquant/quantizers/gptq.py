@@ -13,7 +13,7 @@ from torch import Tensor
 from neoquant.errors import RequestError
 from neoquant.grids import Columns, Grid, Params
 from neoquant.quantizers.base import Quantizer
-from neoquant.quantizers.feedback import Refit, is_native, round_columns
+from neoquant.quantizers.feedback import TALL, Refit, round_columns, whole_block
 from neoquant.quantizers.hessian import LEGAL_DAMPING, Factor, Hessian, OutputFactor, diagonal_pieces
 from neoquant.tensor import QuantizedTensor
 
@@ -23,7 +23,7 @@ SCALES = ("range", "mse", "weighted")
 OBJECTIVES = ("attention", "layer", "model")
 GRADIENT_DAMPING = 0.1  # of output Hessians from gradients, at least
 CHAINED = "objective layer, and attention, by which rows only weigh"
-PIECE = 64  # coupled rows where the native library does not run
+PIECE = 64  # coupled rows where neither the native library nor Triton runs
 
 
 @dataclass(frozen=True)
@@ -210,10 +210,13 @@ class Gptq(Quantizer):
         place = weight.device
         if rows is not None:
             columns.weigh_rows(rows.to(place))
-        output_hessian = None if output_hessian is None else output_hessian.to(place)
-        if output_hessian is not None and not is_native(weight, columns):
-            output_hessian = diagonal_pieces(output_hessian, PIECE)
-        output_factor = None if output_hessian is None else OutputFactor.of(output_hessian, self._output_damping)
+        output_factor = None
+        if output_hessian is not None:
+            if whole_block(weight, columns) is None:
+                output_hessian = diagonal_pieces(output_hessian, PIECE)
+            # a GPU takes more launches for many small matrices than they are worth
+            output_hessian = output_hessian.to("cpu" if output_hessian.shape[1] <= TALL else place)
+            output_factor = OutputFactor.of(output_hessian, self._output_damping).to(place)
         if self.order == "static":
             order, fitted = hessian.order().to(place), None
         else:
@@ -223,15 +226,14 @@ class Gptq(Quantizer):
 
 
 def _where_rounded(weight: Tensor, grid: Grid, params: Params) -> tuple[Tensor, Columns]:
-    """weight[O, I] and its columns on the CPU, wherever it lies, if the native library rounds them: a GPU takes several
-    launches for each column, which is longer than copying all of them there and back."""
+    """weight[O, I] and its columns where they lie, or on the CPU if only there a block of them is rounded in one call:
+    a GPU then takes several launches for each column, which is longer than copying all of them there and back."""
     shape = (weight.shape[0], weight.shape[1])
-    if weight.device.type != "cpu":
-        here = weight.cpu()
-        columns = grid.columns({name: param.cpu() for name, param in params.items()}, shape)
-        if is_native(here, columns):
-            return here, columns
-    return weight, grid.columns(params, shape)
+    columns = grid.columns(params, shape)
+    if weight.device.type == "cpu" or whole_block(weight, columns) is not None:
+        return weight, columns
+    here = weight.cpu(), grid.columns({name: param.cpu() for name, param in params.items()}, shape)
+    return here if whole_block(*here) is not None else (weight, columns)
 
 
 def _relative_errors(

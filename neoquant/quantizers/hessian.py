@@ -132,6 +132,10 @@ class OutputFactor:
         """Rows of a head."""
         return self.row_order.shape[1]
 
+    def to(self, device: torch.device) -> OutputFactor:
+        """The same on another device."""
+        return OutputFactor(self.unit.to(device), self.row_order.to(device))
+
     @staticmethod
     def of(output_hessian: Tensor, damping: float) -> OutputFactor:
         """Of K, float32[heads, D, D], damped as H is."""
@@ -204,7 +208,8 @@ def _invert_triangle(upper: Tensor) -> None:
     for start in range(0, len(upper), STRIP):
         stop = min(start + STRIP, len(upper))
         corner = upper[start:stop, start:stop]
-        corner.copy_(torch.linalg.solve_triangular(corner, torch.eye(stop - start).to(corner), upper=True))
+        one = torch.eye(stop - start, dtype=corner.dtype, device=corner.device)
+        corner.copy_(torch.linalg.solve_triangular(corner, one, upper=True))
         above = upper[:start, start:stop] @ corner
         for top in range(0, start, TALL_STRIP):  # left of A's diagonal is zero
             bottom = min(top + TALL_STRIP, start)

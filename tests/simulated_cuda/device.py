@@ -32,8 +32,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 import neoquant
 from neoquant.grids import load_bitsandbytes
-from neoquant.kernels.triton import kernel as triton_kernel
-from neoquant.kernels.triton import launch
+from neoquant.triton import running
 from simulated_cuda.guard import load_guard
 
 CUDA = torch.device("cuda", 0)
@@ -422,9 +421,9 @@ def patches(counts: Counts, capability: tuple[int, int]) -> Iterator[Any]:
     library = type(load_bitsandbytes().cextension.lib)
     yield mock.patch.object(library, "compiled_with_cuda", True)
     if os.environ.get("TRITON_INTERPRET") == "1":
-        yield mock.patch.object(launch, "run", partial(interpret, counts))
+        yield mock.patch.object(running, "run", partial(interpret, counts))
     else:
-        yield mock.patch.object(triton_kernel, "lacking", lambda: "Triton compiles nothing for a simulated device")
+        yield mock.patch.object(running, "lacking", lambda: "Triton compiles nothing for a simulated device")
     yield mock.patch.object(torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor.to(CUDA))
     yield mock.patch.object(torch.Tensor, "pin_memory", lambda tensor, device=None: tensor)
 

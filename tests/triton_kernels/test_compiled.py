@@ -29,11 +29,20 @@ from neoquant.grids import Affine, Codebook, Grid, Mxfp4, make_grid
 from neoquant.kernels import Triton
 from neoquant.kernels.triton import launch
 from neoquant.kernels.triton.kernel import packed_weight
+from neoquant.native.gptq import Heads
 from neoquant.quantizers import Nearest
+from neoquant.triton import gptq, running
 
 CARDS = (80, 86, 89, 90, 100)
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # KiB that a program may have (CUDA C programming guide, 16.2)
-REGISTERS = {"multiply_few": 72, "multiply_some": 128, "decode": 40, "attend": 128, "join_parts": 48}
+REGISTERS = {
+    "multiply_few": 72,
+    "multiply_some": 128,
+    "decode": 40,
+    "attend": 128,
+    "join_parts": 48,
+    "round_columns": 64,
+}
 GRIDS: dict[str, Grid] = {
     "nf4": Codebook("nf4", 64, True), "fp4": Codebook("fp4", 64, False), "mxfp4": Mxfp4(), "int8": make_grid(8, "int8"),
     "affine-2": Affine(2, 64), "affine-3": Affine(3, 128), "affine-4": Affine(4, 64), "affine-8": Affine(8, 128, True),
@@ -64,7 +73,7 @@ def kept_launches(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any]) -> l
     kept: list[tuple[Any, Any, Any]] = []
     with monkeypatch.context() as patch:
         patch.setattr(
-            launch, "run", lambda program, grid, arguments, options: kept.append((program, arguments, options))
+            running, "run", lambda program, grid, arguments, options: kept.append((program, arguments, options))
         )
         work()
     return kept
@@ -161,3 +170,23 @@ def test_attention_fits(D: int, S: int, monkeypatch: pytest.MonkeyPatch, tmp_pat
         print(f"\n{launched[0].__name__} D={D} S={S} sm_{card}: {used} shared={made.metadata.shared}")
         assert used["stack"] == used["local"] == 0 and made.metadata.shared <= SHARED[card] << 10
         assert used["registers"] <= REGISTERS[launched[0].__name__]
+
+
+@pytest.mark.parametrize(
+    ("name", "head"), [("nf4", 0), ("nf4", 64), ("nf4", 256), ("int8", 0), ("affine-3", 0), ("affine-3", 128)]
+)
+def test_blocks_of_columns_fit(name: str, head: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    grid, n, rows = GRIDS[name], 128, 256
+    w, of_rows = torch.randn(rows, n), None
+    levels = grid.columns(grid.fit(w), (rows, n)).levels()
+    if head:
+        of_rows = Heads(torch.ones(rows // head, head, head), torch.ones(rows // head, head).long(), w.T.contiguous())
+    given = w.T.contiguous(), torch.eye(n), levels, torch.arange(n), of_rows, torch.empty(n, rows, dtype=torch.uint8)
+    (launched,) = kept_launches(monkeypatch, lambda: gptq.round_columns(*given))
+    for card in CARDS if name == "nf4" else (80, 90):
+        made = compiled(*launched, card)
+        used = resources(made.asm["cubin"], tmp_path)
+        print(f"\n{name} head={head} sm_{card}: {used} shared={made.metadata.shared}")
+        assert used["stack"] == used["local"] == 0 and made.metadata.shared <= SHARED[card] << 10
+        assert used["registers"] <= REGISTERS["round_columns"]
+        assert "fma.rn.f32" not in made.asm["ptx"], "a product and a sum are rounded once"

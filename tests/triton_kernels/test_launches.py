@@ -26,6 +26,7 @@ from neoquant.nn.block_step import block_step
 from neoquant.nn.linear import QuantLinear
 from neoquant.quantizers import Nearest
 from neoquant.tensor import QuantizedTensor
+from neoquant.triton import running
 
 WINDOW = 8
 GRIDS: list[Grid] = [
@@ -77,7 +78,7 @@ LAUNCHES = {"static": 7, "growing": 20}
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of several rows each: to interpret one takes a while."""
-    monkeypatch.setattr(launch, "few_tiles", lambda M: {"BM": launch.power_of_two(M), "BN": 32, "BK": 128})
+    monkeypatch.setattr(launch, "few_tiles", lambda M: {"BM": running.power_of_two(M), "BN": 32, "BK": 128})
 
 
 def make_model(layers: int, grid: Grid | None, **options: Any) -> GPTNeoForCausalLM:

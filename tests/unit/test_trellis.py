@@ -23,12 +23,12 @@ from neoquant.grids import TrellisGrid, make_grid
 from neoquant.grids.trellis import PRECISION, TRELLIS, VALUES
 from neoquant.grids.viterbi import best_codes
 from neoquant.kernels import KERNELS, Cpu, CpuInt8
-from neoquant.kernels.triton import kernel as triton
 from neoquant.native import trellis as library
 from neoquant.nn.linear import QuantLinear
 from neoquant.quantizers import Gptq, Nearest
 from neoquant.quantizers.feedback import round_columns
 from neoquant.tensor import QuantizedTensor
+from neoquant.triton import running
 
 needs_library = pytest.mark.skipif(library.refuse() is not None, reason=str(library.refuse()))
 
@@ -263,7 +263,7 @@ def test_requests() -> None:
         if format.name != "packed":
             assert "trellis" in str(format.refuse(grid, (64, 64)))
     assert "not trellis" in str(KERNELS["bitsandbytes"].refuse(grid, (64, 64), torch.device("cuda")))
-    if triton.lacking() is None:
+    if running.lacking() is None:
         reason = "Triton's kernels do not run trellis: its values are not decoded code by code"
         assert KERNELS["triton"].refuse(grid, (64, 64), torch.device("cuda")) == reason
     if native.active().library is not None:

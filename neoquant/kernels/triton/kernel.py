@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +14,7 @@ from neoquant.kernels.triton import launch
 from neoquant.kernels.triton.arrangement import LARGEST, arrange
 from neoquant.kernels.triton.launch import PackedWeight
 from neoquant.tensor import QuantizedTensor
+from neoquant.triton import running
 
 COMPUTED = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -32,7 +31,7 @@ class Triton(Kernel):
     def refuse(self, grid: Grid, shape: tuple[int, ...], device: torch.device, ordered: bool = False) -> str | None:
         if device.type != "cuda":
             return f"Triton's kernels run on CUDA, not on {device.type}"
-        if reason := lacking():
+        if reason := running.lacking():
             return reason
         if shape[0] * shape[1] >= LARGEST:
             return f"Triton's kernels count to {LARGEST - 1:,} weights, not {shape[0] * shape[1]:,}"
@@ -90,11 +89,3 @@ class _PackedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return grads[0] @ _decoded(ctx.weight, grads[0].dtype), None, None
-
-
-@cache
-def lacking() -> str | None:
-    """Why Triton's programs cannot be compiled here, or None."""
-    if find_spec("triton") is None:
-        return "the package triton is not installed (torch brings it with CUDA; else pip install neoquant[triton])"
-    return None

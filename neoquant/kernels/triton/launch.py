@@ -11,6 +11,7 @@ from torch import Tensor
 
 from neoquant.kernels.base import State
 from neoquant.kernels.triton.arrangement import Arrangement
+from neoquant.triton import running
 
 FEW, SOME = 4, 64  # rows of activations that `multiply_few` and `multiply_some` take; more meet a decoded weight
 ACTIVATIONS = {None: 0, "gelu_new": 1, "gelu_pytorch_tanh": 1}
@@ -86,7 +87,7 @@ def _launch_product(
         "THREE": three,
         **tiles,
     }
-    run(program, grid, arguments, {"num_warps": WARPS, "enable_fp_fusion": True})
+    running.run(program, grid, arguments, {"num_warps": WARPS, "enable_fp_fusion": True})
     return y
 
 
@@ -111,10 +112,12 @@ def decode(weight: PackedWeight, dtype: torch.dtype, rows: Tensor | None = None)
         "ORDER": "order" in state,
         "ALIGNED": arrangement.aligned,
         "CHOSEN": rows is not None,
-        "BK": min(DECODED, power_of_two(K)),
+        "BK": min(DECODED, running.power_of_two(K)),
     }
     # a product and a sum that are rounded once would differ from torch's in the last bit
-    run(programs.decode, (count, -(-K // arguments["BK"])), arguments, {"num_warps": WARPS, "enable_fp_fusion": False})
+    running.run(
+        programs.decode, (count, -(-K // arguments["BK"])), arguments, {"num_warps": WARPS, "enable_fp_fusion": False}
+    )
     return w
 
 
@@ -127,7 +130,7 @@ def attend(qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor, keep: Te
     from neoquant.kernels.triton import programs
 
     B, H, S, D = keys.shape
-    splits, BD = power_of_two(-(-S // STRETCH)), power_of_two(D)
+    splits, BD = running.power_of_two(-(-S // STRETCH)), running.power_of_two(D)
     y = torch.empty_like(qkv[0])
     parts = y if splits == 1 else torch.empty(B * H, splits, 2 + D, device=y.device)
     arguments: dict[str, Any] = {
@@ -136,21 +139,16 @@ def attend(qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor, keep: Te
         "B": B, "H": H, "D": D, "S": S, "WIDTH": 0 if keep is None else keep.shape[1], "KEEP": keep is not None,
         "SPLITS": splits, "BD": BD, "BS": max(16, ATTENDED // BD),
     }  # fmt: skip
-    run(programs.attend, (B * H, splits), arguments, {"num_warps": WARPS, "enable_fp_fusion": True})
+    running.run(programs.attend, (B * H, splits), arguments, {"num_warps": WARPS, "enable_fp_fusion": True})
     if splits > 1:
         joined = {"parts": parts, "y": y, "D": D, "SPLITS": splits, "BD": BD}
-        run(programs.join_parts, (B * H,), joined, {"num_warps": WARPS, "enable_fp_fusion": True})
+        running.run(programs.join_parts, (B * H,), joined, {"num_warps": WARPS, "enable_fp_fusion": True})
     return y
-
-
-def run(program: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, Any]) -> None:
-    """Launch a program; what stands in for a GPU intercepts here."""
-    program[grid](**arguments, **options)
 
 
 def few_tiles(M: int) -> dict[str, int]:
     """For `multiply_few`: as many inputs at once as make about 1,024 codes a program, whole groups or parts of one."""
-    BM = power_of_two(M)
+    BM = running.power_of_two(M)
     return {"BM": BM, "BN": 8 if BM == 1 else 4, "BK": 256 if BM == 1 else 128}
 
 
@@ -163,8 +161,3 @@ def some_tiles(M: int, arrangement: Arrangement, dtype: torch.dtype) -> dict[str
     if dtype == torch.float32:
         return {"BM": 16, "BN": 16, "BK": least}
     return {"BM": 16 if M <= 16 else 32 if M <= 32 else 64, "BN": 32, "BK": BK}
-
-
-def power_of_two(n: int) -> int:
-    """The smallest that is at least n."""
-    return 1 << max(0, n - 1).bit_length()
