@@ -111,6 +111,23 @@ def test_reading_a_prompt_costs_as_many_launches_as_a_token(gpu: Counts) -> None
     assert costs[0][0] <= 2 * BLOCK + REST and costs[0][1:] == (0, 0)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_longer_prompt_costs_as_many_launches(padded: bool, gpu: Counts) -> None:
+    """Also where local layers see a part of it only: their windows are one call, and no mask is as long as the text."""
+    model, costs = make_model(2, hidden=64), []
+    for T in (64, 128):
+        keep = torch.ones(2, T, dtype=torch.long)
+        keep[0, T - 3 :] = 0
+        given = {"attention_mask": keep.cuda()} if padded else {}
+        ids = torch.zeros(2, T, dtype=torch.long, device="cuda")
+        gpu.reset()
+        with torch.inference_mode():
+            model(ids, use_cache=False, **given)
+        costs.append(gpu.totals())
+    assert costs[0] == costs[1]
+    assert costs[0][0] <= (60 if padded else 50) and costs[0][1:] == (0, 0)
+
+
 def test_a_batch_of_evaluation_waits_for_its_scores_alone(gpu: Counts) -> None:
     model, costs = make_model(2, hidden=64), []
     for count in (2, 6):

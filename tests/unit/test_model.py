@@ -19,7 +19,7 @@ from neoquant.loading.pretrained import (
     GPTNeoModel,
 )
 from neoquant.model.config import GPTNeoConfig
-from neoquant.model.gpt_neo import attention_mask
+from neoquant.model.gpt_neo import AttentionMasks, SelfAttention, attention_mask
 
 SMALL: dict[str, Any] = {
     "vocab_size": 31,
@@ -234,6 +234,25 @@ def test_attention_mask_against_its_definition(T: int, past: int, window: int | 
             else:
                 row = mask[i] if keep is None else mask[b, 0, i]
                 assert row.nonzero()[:, 0].tolist() == legal
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(2, 20), st.integers(0, 9), st.sampled_from([1, 3, 4]), st.booleans(), st.integers(0, 99))
+def test_windows_side_by_side_are_one_mask_over_everything(
+    T: int, past: int, window: int, padded: bool, seed: int
+) -> None:
+    config = GPTNeoConfig(
+        vocab_size=9, max_position_embeddings=64, hidden_size=8, num_heads=2, num_layers=2, window_size=window,
+        attention_types=[[["global", "local"], 1]],
+    )  # fmt: skip
+    random, S = torch.Generator().manual_seed(seed), T + past
+    query, (key, value) = torch.randn(2, 2, T, 4, generator=random), torch.randn(2, 2, 2, S, 4, generator=random)
+    keep = torch.rand(2, S, generator=random) < 0.6 if padded else None
+    masks = AttentionMasks(T, S, window, keep, query.device)
+    found = SelfAttention(config, 1, "sdpa")._by_windows(query, key, value, masks, 0.0)
+    whole = masks.mask(True, S)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=whole, scale=1.0)
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 def test_no_output_is_nan_under_left_padding() -> None:
