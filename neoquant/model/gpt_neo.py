@@ -117,6 +117,10 @@ Step = Callable[["Block", Tensor, AttentionMasks, KVCache | None], Tensor | None
 """x[B, T, C] through a block to [B, T, C], its keys and values added to the cache; None where it does not do that."""
 
 
+Steps = Callable[[nn.ModuleList, Tensor, AttentionMasks, KVCache | None], Tensor | None]
+"""The same through all blocks, one behind the other."""
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention of one layer, global or local. No bias on q, k and v."""
 
@@ -284,6 +288,8 @@ class Decoder(Network):
     """The network without a head: token ids to hidden states."""
 
     base_model_prefix = ""
+    steps: Steps | None = None
+    """What takes new positions through all blocks in one call, where something does."""
 
     def __init__(self, config: GPTNeoConfig, attn_implementation: str = "sdpa") -> None:
         super().__init__(config, attn_implementation)
@@ -330,20 +336,22 @@ class Decoder(Network):
         x = x + self.wpe(self._positions(position_ids, past, T, x.device))
         if token_type_ids is not None:
             x = x + self.wte(token_type_ids.view(-1, T))
-        x = self.drop(x)
+        x = self.drop(x) if self.training else x
         keep = attention_mask.bool() if attention_mask is not None else None
         if keep is not None and keep.shape[1] != past + T:
             raise RequestError(f"attention_mask covers {keep.shape[1]} positions; {past} held + {T} new are {past + T}")
         masks = AttentionMasks(T, past + T, self.config.window_size, keep, x.device)
         masks.weights = self._wanted_weights(output_attentions)
         seen: tuple[Tensor, ...] = (x,)
-        for block in self.h:
+        stepped = self.steps(self.h, x, masks, past_key_values) if self.steps and not output_hidden_states else None
+        for block in self.h if stepped is None else ():
             device = block.get_parameter("ln_1.weight").device
             if x.device != device:  # the blocks are spread over devices
                 x, masks = x.to(device), masks.to(device)
             x = checkpoint(block, x, masks, use_reentrant=False) if again else block(x, masks, past_key_values)
             if output_hidden_states:
                 seen += (x,)
+        x = x if stepped is None else stepped
         x = self.ln_f(x.to(self.ln_f.weight.device))
         # transformers' convention: the last entry is after the final norm
         hidden_states = (*seen[:-1], x) if output_hidden_states else None

@@ -42,7 +42,7 @@ void nq_pool(void (*run)(void *), void *job, unsigned threads, unsigned flags);
 
 /* Memory of this thread for as long as it lives, aligned to 64 bytes; the next call with the same name may reuse it.
  * 0 where there is none: then the entry point gives NQ_NO_MEMORY, and what it has written means nothing. */
-enum nq_scratch_name { NQ_SHARED = 0, NQ_OWN = 1, NQ_STEP = 2, NQ_SCRATCHES = 3 };
+enum nq_scratch_name { NQ_SHARED = 0, NQ_OWN = 1, NQ_STEP = 2, NQ_BETWEEN = 3, NQ_SCRATCHES = 4 };
 void *nq_scratch(enum nq_scratch_name name, size_t bytes);
 enum { NQ_NO_MEMORY = -1 };
 

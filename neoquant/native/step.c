@@ -1,4 +1,4 @@
-/* New positions of each sequence through a whole block: what reading a prompt is, and generating over and over.
+/* New positions of each sequence through whole blocks: what reading a prompt is, and generating over and over.
  *
  * Between two products lie operations that take longer to be called one by one than to be done, and tensors that are
  * larger than they need to be. Here NQ_MOST_ROWS rows of them are in memory at once.
@@ -16,16 +16,22 @@ struct nq_block { /* as `_Block` in step.py */
     int32_t activation, int8; /* bits of `int8`: for which weights x is rounded to int8 */
 };
 
+struct nq_cached { /* as `_Cached` in step.py: what a cache holds of a block */
+    struct nq_states keys, values; /* [sequences, heads, capacity, C / heads], held as `stored` says */
+    int64_t capacity, held, forgotten; /* `forgotten`: positions before the `held` ones */
+    int64_t stored;
+};
+
 struct step {
     const struct nq_block *b;
+    const struct nq_cached *cached;
     const struct nq_kernels *kernels;
     const float *x; /* [rows, C], row r being new position r % positions of sequence r / positions */
     float *y;
     float *normed, *query, *key, *value, *wide; /* [rows of a piece, C] and [.., inner], those from `begin` on */
-    struct nq_states keys, values;
     const uint8_t *keep;
-    int stored, threads;
-    int64_t C, inner, size, capacity, held, positions, keep_stride, begin;
+    int threads;
+    int64_t C, inner, size, positions, keep_stride, begin;
 };
 
 static void norm_rows(void *argument, int64_t begin, int64_t end) {
@@ -70,9 +76,10 @@ static int product(const struct step *s, int which, const float *from, int64_t n
 }
 
 static void hold_rows(const struct step *s, int64_t n, const float *from, struct nq_states to) {
+    const struct nq_cached *c = s->cached;
     struct nq_holding holding = {
-        .from = from, .to = to, .first = s->begin, .positions = s->positions, .held = s->held, .heads = s->b->heads,
-        .size = s->size, .capacity = s->capacity, .stored = s->stored};
+        .from = from, .to = to, .first = s->begin, .positions = s->positions, .held = c->held, .heads = s->b->heads,
+        .size = s->size, .capacity = c->capacity, .stored = (int)c->stored};
     nq_parallel(s->threads, n, 1, n * s->C, s->kernels->hold, &holding);
 }
 
@@ -80,14 +87,16 @@ static void hold_rows(const struct step *s, int64_t n, const float *from, struct
 static int attend_rows(const struct step *s, int64_t n) {
     atomic_int starved = 0;
     const struct nq_block *b = s->b;
+    const struct nq_cached *c = s->cached;
     const int64_t together = nq_min(n, s->positions), sequence = s->begin / s->positions; /* `together` of one sequence */
     struct nq_attention attention = {
-        .query = s->query, .keys = s->keys, .values = s->values, .keep = s->keep, .y = s->normed, .begin = s->begin,
-        .end = s->begin + n, .positions = s->positions, .held = s->held, .heads = b->heads, .size = s->size,
-        .capacity = s->capacity, .window = b->window, .keep_stride = s->keep_stride, .stored = s->stored,
+        .query = s->query, .keys = c->keys, .values = c->values, .keep = s->keep ? s->keep + c->forgotten : 0,
+        .y = s->normed, .begin = s->begin, .end = s->begin + n, .positions = s->positions, .held = c->held,
+        .heads = b->heads, .size = s->size, .capacity = c->capacity, .window = b->window,
+        .keep_stride = s->keep_stride, .stored = (int)c->stored,
         .panels = nq_ceil(together, s->kernels->panel), .starved = &starved};
     const int64_t items = (nq_ceil(s->begin + n, s->positions) - sequence) * b->heads * attention.panels;
-    const int64_t numbers = nq_min(together, s->kernels->panel) * (s->held + s->positions) * s->size;
+    const int64_t numbers = nq_min(together, s->kernels->panel) * (c->held + s->positions) * s->size;
     nq_parallel(s->threads, items, 1, items * numbers / 8, s->kernels->attend, &attention);
     return starved ? NQ_NO_MEMORY : 0;
 }
@@ -99,8 +108,8 @@ static int step_rows(const struct step *s, int64_t n) {
     const struct nq_linear seen[] = {linear(s, QUERY, s->query), linear(s, KEY, s->key), linear(s, VALUE, s->value)};
     nq_parallel(threads, n, 1, numbers / 2, norm_rows, (void *)s);
     if (nq_products(s->kernels, seen, 3, s->normed, n, threads)) return NQ_NO_MEMORY;
-    hold_rows(s, n, s->key, s->keys);
-    hold_rows(s, n, s->value, s->values);
+    hold_rows(s, n, s->key, s->cached->keys);
+    hold_rows(s, n, s->value, s->cached->values);
     if (attend_rows(s, n) || product(s, OUT, s->normed, n, s->y + s->begin * s->C)) return NQ_NO_MEMORY;
     nq_parallel(threads, n, 1, numbers, add_and_norm_rows, (void *)s);
     if (product(s, FC, s->normed, n, s->wide)) return NQ_NO_MEMORY;
@@ -110,22 +119,36 @@ static int step_rows(const struct step *s, int64_t n) {
     return 0;
 }
 
-/* x[sequences, positions, C] through the block: y of the same shape. Keys and values of the new positions are added
- * behind the `held` ones, to keys and values [sequences, heads, capacity, C / heads], held as `stored` says. keep[sequences, keep_stride] is 0
- * on padding; or 0: there is none. Gives 0, or NQ_NO_MEMORY. */
-NQ_EXPORT int nq_step(
-    const struct nq_block *b, const float *x, int64_t sequences, int64_t positions, void *keys, void *values,
-    float *key_scale, float *value_scale, int stored, int64_t capacity, int64_t held, const uint8_t *keep, int64_t keep_stride, float *y, int isa, int threads) {
-    const int64_t C = b->weights[QUERY]->columns, inner = b->weights[FC]->rows, rows = sequences * positions;
+/* All rows of x through the block, NQ_MOST_ROWS at a time. */
+static int step_block(struct step *s, int64_t rows) {
     const int64_t most = nq_min(NQ_MOST_ROWS, rows);
-    float *scratch = nq_scratch(NQ_STEP, (size_t)(most * (4 * C + inner)) * sizeof(float));
-    if (!scratch) return NQ_NO_MEMORY;
+    s->C = s->b->weights[QUERY]->columns, s->inner = s->b->weights[FC]->rows, s->size = s->C / s->b->heads;
+    s->normed = nq_scratch(NQ_STEP, (size_t)(most * (4 * s->C + s->inner)) * sizeof(float));
+    if (!s->normed) return NQ_NO_MEMORY;
+    s->query = s->normed + most * s->C, s->key = s->query + most * s->C, s->value = s->key + most * s->C;
+    s->wide = s->value + most * s->C;
+    for (s->begin = 0; s->begin < rows; s->begin += most)
+        if (step_rows(s, nq_min(most, rows - s->begin))) return NQ_NO_MEMORY;
+    return 0;
+}
+
+/* x[sequences, positions, C] through `n` blocks, one after the other: y of the same shape, not where x is. Keys and values
+ * of the new positions are added to `cached`, which is each block's, behind the held ones. keep[sequences, keep_stride] is
+ * 0 on padding, or 0: there is none; it begins with what has been forgotten. Gives 0, or NQ_NO_MEMORY. */
+NQ_EXPORT int nq_steps(
+    const struct nq_block *const *blocks, const struct nq_cached *cached, int64_t n, const float *x, int64_t sequences,
+    int64_t positions, const uint8_t *keep, int64_t keep_stride, float *y, int isa, int threads) {
+    const int64_t rows = sequences * positions, numbers = rows * blocks[0]->weights[QUERY]->columns;
+    float *between = n > 1 ? nq_scratch(NQ_BETWEEN, (size_t)numbers * sizeof(float)) : y;
+    if (!between) return NQ_NO_MEMORY;
     struct step s = {
-        .b = b, .kernels = nq_kernels_of(isa), .x = x, .y = y, .normed = scratch, .query = scratch + most * C,
-        .key = scratch + 2 * most * C, .value = scratch + 3 * most * C, .wide = scratch + 4 * most * C, .stored = stored,
-        .keys = {keys, key_scale}, .values = {values, value_scale}, .C = C, .inner = inner, .size = C / b->heads, .capacity = capacity, .held = held,
-        .positions = positions, .keep = keep, .keep_stride = keep_stride, .threads = threads};
-    for (; s.begin < rows; s.begin += most)
-        if (step_rows(&s, nq_min(most, rows - s.begin))) return NQ_NO_MEMORY;
+        .kernels = nq_kernels_of(isa), .keep = keep, .threads = threads, .positions = positions,
+        .keep_stride = keep_stride};
+    for (int64_t i = 0; i < n; i++) {
+        s.b = blocks[i], s.cached = &cached[i];
+        s.x = i > 0 ? s.y : x;
+        s.y = (n - i) % 2 ? y : between; /* the last one's is y */
+        if (step_block(&s, rows)) return NQ_NO_MEMORY;
+    }
     return 0;
 }

@@ -1,4 +1,4 @@
-"""New positions of sequences through a whole block, in C. All is float32 on the CPU; the caller sees to shapes."""
+"""New positions of sequences through whole blocks, in C. All is float32 on the CPU; the caller sees to shapes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def rows_alike() -> int:
     return 8 if ISAS[active().isa].startswith("avx512") else 4
 
 
-class _Stored(Protocol):
+class StateBuffer(Protocol):
     """`data` [B, H, capacity, D], and with bytes `scale` float32 [B, H, capacity]."""
 
     data: Tensor
@@ -51,6 +51,15 @@ class _Block(ctypes.Structure):
         ("epsilons", ctypes.c_float * 2),
         ("activation", ctypes.c_int32),
         ("int8", ctypes.c_int32),
+    )
+
+
+class _Cached(ctypes.Structure):
+    """`struct nq_cached`."""
+
+    _fields_ = (
+        *((name, _Pointer) for name in ("keys", "key_scale", "values", "value_scale")),
+        *((name, ctypes.c_int64) for name in ("capacity", "held", "forgotten", "stored")),
     )
 
 
@@ -91,18 +100,45 @@ class NativeBlock:
         )
         self.address = ctypes.addressof(self.struct)
 
-    def step(self, x: Tensor, keys: _Stored, values: _Stored, held: int, keep: Tensor | None) -> Tensor:
-        """x[B, T, C] to [B, T, C]; keys and values of the positions are added from `held` on.
 
-        Buffers of `keys` and `values` [B, H, capacity, D] are contiguous; `keep` bool[B, held + T] is False on padding,
-        and its rows are contiguous.
+class CachedStates:
+    """What a cache holds of blocks one behind the other, as the library sees it. It is one caller's at a time."""
+
+    def __init__(self, blocks: int) -> None:
+        self.array = (_Cached * blocks)()
+        self._each = list(self.array)  # views of the same memory, which take a while to make
+
+    def hold(self, number: int, keys: StateBuffer, values: StateBuffer) -> None:
+        """Where the keys and values of a block lie: contiguous buffers [B, H, capacity, D], which the caller keeps."""
+        one = self._each[number]
+        one.keys, one.key_scale = keys.data.data_ptr(), _address(keys.scale)
+        one.values, one.value_scale = values.data.data_ptr(), _address(values.scale)
+        one.capacity, one.stored = keys.data.shape[2], STORED[keys.data.dtype]
+
+    def count(self, number: int, held: int, forgotten: int) -> None:
+        """So many positions of a block are held, behind so many that are no longer."""
+        one = self._each[number]
+        one.held, one.forgotten = held, forgotten
+
+
+class NativeBlocks:
+    """Blocks one behind the other."""
+
+    def __init__(self, blocks: Sequence[NativeBlock]) -> None:
+        self.blocks = blocks  # their descriptions are pointed to
+        self._addresses = (_Pointer * len(blocks))(*[block.address for block in blocks])
+
+    def step(self, x: Tensor, cached: CachedStates, keep: Tensor | None) -> Tensor:
+        """x[B, T, C] to [B, T, C]; keys and values of the positions are added to `cached`, behind those held.
+
+        `keep` bool[B, forgotten + held + T] is False on padding, and its rows are contiguous.
         """
         x = x.contiguous()
         y = torch.empty_like(x)
         native = active()
+        rows, positions, _ = x.shape
         native.call(
-            "nq_step", self.address, x.data_ptr(), *x.shape[:2], keys.data.data_ptr(), values.data.data_ptr(),
-            _address(keys.scale), _address(values.scale), STORED[keys.data.dtype], keys.data.shape[2], held,
+            "nq_steps", self._addresses, cached.array, len(self.blocks), x.data_ptr(), rows, positions,
             _address(keep), 0 if keep is None else keep.stride(0), y.data_ptr(), native.isa, threads(),
         )  # fmt: skip
         return y

@@ -21,7 +21,15 @@ from neoquant.model.cache import KVCache
 from neoquant.model.gpt_neo import AttentionMasks, Block
 from neoquant.model.stored_states import StoredStates
 from neoquant.native import products
-from neoquant.native.step import ACTIVATIONS, STORED, NativeBlock, NativeLinear, outruns_torch
+from neoquant.native.step import (
+    ACTIVATIONS,
+    STORED,
+    CachedStates,
+    NativeBlock,
+    NativeBlocks,
+    NativeLinear,
+    outruns_torch,
+)
 from neoquant.nn.linear import QuantLinear, StoredLinear, is_hooked, is_native, is_traced
 
 
@@ -38,21 +46,35 @@ def fused_block(block: Block, x: Tensor, masks: AttentionMasks, cache: KVCache |
         return None
     rows, positions, _ = x.shape
     shape = prepared.states_of(x)
-    if not _belongs(masks, rows, positions, 0 if cache is None else cache.length):
+    if not belongs(masks, rows, positions, 0 if cache is None else cache.length):
         return None
     if cache is None:
         keys, values = (StoredStates(x.new_empty(shape)) for _ in range(2))
         held = 0
     else:
         keys, values, held = cache.room(prepared.layer, shape, x)
-        if not (_has_room(keys, shape) and _has_room(values, shape)):
+        if not (has_room(keys, shape) and has_room(values, shape)):
             return None
     keep = masks.kept(held + positions)
-    y = prepared.native.step(x, keys, values, held, None if keep is None else _by_rows(keep.expand(rows, -1)))
+    y = prepared.step(x, keys, values, held, None if keep is None else by_rows(keep.expand(rows, -1)))
     if cache is None:
         return y
     cache.advance(prepared.layer, positions)
     return y
+
+
+class Parts(NamedTuple):
+    """The modules of a block that its settings are read from."""
+
+    attn: Any
+    attention: Any
+    mlp: Any
+    ln_1: Any
+    ln_2: Any
+
+    @classmethod
+    def of(cls, block: Any) -> Parts:
+        return cls(block.attn, block.attn.attention, block.mlp, block.ln_1, block.ln_2)
 
 
 class Anatomy(NamedTuple):
@@ -67,39 +89,43 @@ class Anatomy(NamedTuple):
     """Whether attention is computed in the ordinary way."""
 
 
-def anatomy(block: Block) -> Anatomy:
+def anatomy(parts: Parts) -> Anatomy:
     """That of the network's own block."""
-    attention = block.attn.attention
+    attention = parts.attention
     window = attention.window_size if attention.local else None
-    epsilons = (block.ln_1.eps, block.ln_2.eps)
+    epsilons = (parts.ln_1.eps, parts.ln_2.eps)
     plain = attention.implementation == "sdpa"
-    return Anatomy(attention.layer, attention.num_heads, window, block.mlp.activation, epsilons, plain)
+    return Anatomy(attention.layer, attention.num_heads, window, parts.mlp.activation, epsilons, plain)
 
 
 def prepared_block(
-    block: Any, x: Tensor, keep: Tensor | None, anatomy: Callable[[Any], Anatomy]
+    block: Any, x: Tensor, keep: Tensor | None, anatomy: Callable[[Parts], Anatomy]
 ) -> PreparedBlock | None:
     """The block as the library takes it, where it may take x[B, T, C] through it; else None.
 
     `block` is GPT-Neo's with its modules' usual names, its settings read by `anatomy`; `keep` is False on padding.
     """
-    if not _is_ordinary(block, x, keep):
+    prepared = described(block, anatomy) if is_ordinary(x, keep) else None
+    if prepared is None:
         _PREPARED.pop(block, None)  # it may be all that keeps weights in memory that were replaced
         return None
-    prepared = _PREPARED.get(block)
-    if prepared is None or not prepared.holds(block, anatomy(block)):
-        _PREPARED.pop(block, None)
-        prepared = _prepare(block, anatomy(block))
-        if prepared is None:
-            return None
-        _PREPARED[block] = prepared
     rows, positions, width = x.shape
     if width != prepared.width or (prepared.plain and rows * positions > FEW and not outruns_torch()):
         return None
     return prepared
 
 
-def _belongs(masks: AttentionMasks, rows: int, positions: int, held: int) -> bool:
+def described(block: Any, anatomy: Callable[[Parts], Anatomy]) -> PreparedBlock | None:
+    """The block as the library takes it, described anew where anything has changed; or None."""
+    prepared = _PREPARED.get(block)
+    if prepared is None or not prepared.holds(block):
+        prepared = _prepare(block, anatomy)
+        if prepared is not None:
+            _PREPARED[block] = prepared
+    return prepared
+
+
+def belongs(masks: AttentionMasks, rows: int, positions: int, held: int) -> bool:
     """Whether the masks are of so many new positions behind so many held ones, of which there are some."""
     if rows == 0 or positions == 0 or (positions, held + positions) != (masks.T, masks.S):
         return False
@@ -108,20 +134,18 @@ def _belongs(masks: AttentionMasks, rows: int, positions: int, held: int) -> boo
     )
 
 
-def _is_ordinary(block: Any, x: Tensor, keep: Tensor | None) -> bool:
-    """Whether the block is asked for a result and nothing else, in float32 on the CPU."""
+def is_ordinary(x: Tensor, keep: Tensor | None) -> bool:
+    """Whether a block is asked for a result and nothing else, in float32 on the CPU."""
     if type(x) is not Tensor or x.ndim != 3 or _has_any_global_hook():  # type: ignore[no-untyped-call]
         return False
-    if block.attn.attention.training or block.mlp.training:
-        return False
-    if x.dtype != torch.float32 or x.device.type != "cpu" or block.training or torch.is_grad_enabled():
+    if x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_grad_enabled():
         return False
     if is_traced() or torch.is_autocast_enabled("cpu"):
         return False
     return keep is None or keep.device.type == "cpu"
 
 
-def _has_room(stored: StoredStates, shape: tuple[int, ...]) -> bool:
+def has_room(stored: StoredStates, shape: tuple[int, ...]) -> bool:
     """Whether a cache's buffer [B, H, capacity, D] is as the library takes it: it may be another model's, or type's."""
     buffer = stored.data
     fits = buffer.dtype in STORED and buffer.device.type == "cpu" and buffer.is_contiguous()
@@ -135,12 +159,17 @@ class PreparedBlock:
     Asking each tensor where it lies takes a microsecond; describing the block takes as long as computing with it.
     """
 
-    def __init__(self, block: Any, anatomy: Anatomy, native: NativeBlock, modules: list[nn.Module]) -> None:
-        self.anatomy, self.layer, self.native = anatomy, anatomy.layer, native
+    def __init__(
+        self, block: Any, anatomy: Callable[[Parts], Anatomy], native: NativeBlock, modules: list[nn.Module]
+    ) -> None:
+        self._parts, self._read = Parts.of(block), anatomy
+        self.anatomy = anatomy(self._parts)
+        self.layer, self.native = self.anatomy.layer, native
         self.width = native.layers[0].weight.columns
         self.plain = not any(isinstance(module, QuantLinear) for module in modules)
+        self._alone = NativeBlocks([native])
         self._modules = [
-            (parent._modules, name, module)
+            (parent._modules, name, module, module.__dict__)
             for parent in (block, *modules)
             for name, module in parent._modules.items()
             if module in modules
@@ -149,7 +178,7 @@ class PreparedBlock:
             (layer, layer.kernel, layer.compute_dtype) for layer in modules if isinstance(layer, QuantLinear)
         ]
         held = [tensors for module in modules for tensors in (module._parameters, module._buffers)]
-        self._counts = [(tensors, len(tensors)) for tensors in held]
+        self._held, self._counts = held, list(map(len, held))
         self._tensors = [
             (tensors, name, tensor, None if tensor is None else tensor.data_ptr())
             for tensors in held
@@ -162,23 +191,39 @@ class PreparedBlock:
         heads = self.anatomy.heads
         return rows, heads, positions, self.width // heads
 
-    def holds(self, block: Any, anatomy: Anatomy) -> bool:
-        """Whether nothing has changed."""
-        if self.anatomy != anatomy:
-            return False
-        for modules, name, module in self._modules:
-            if modules.get(name) is not module or is_hooked(module):
+    def step(self, x: Tensor, keys: StoredStates, values: StoredStates, held: int, keep: Tensor | None) -> Tensor:
+        """x[B, T, C] to [B, T, C]; keys and values of the positions are added from `held` on.
+
+        Buffers of `keys` and `values` [B, H, capacity, D] are contiguous; `keep` bool[B, held + T] is False on padding,
+        and its rows are contiguous.
+        """
+        cached = CachedStates(1)
+        cached.hold(0, keys, values)
+        cached.count(0, held, 0)
+        return self._alone.step(x, cached, keep)
+
+    def holds(self, block: Any) -> bool:
+        """Whether nothing has changed, and nothing is trained."""
+        for modules, name, module, own in self._modules:
+            hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own  # is_hooked, thrice as fast
+            if hooked or modules.get(name) is not module:
                 return False
+        if _is_training(block, self._parts) or self._read(self._parts) != self.anatomy:
+            return False
         for layer, kernel, dtype in self._kernels:
             if layer.kernel is not kernel or layer.compute_dtype != dtype:
                 return False
-        for tensors, count in self._counts:
-            if len(tensors) != count:
-                return False
+        if list(map(len, self._held)) != self._counts:
+            return False
         for tensors, name, tensor, address in self._tensors:
             if tensors.get(name) is not tensor or (tensor is not None and tensor.data_ptr() != address):
                 return False
         return True
+
+
+def _is_training(block: Any, parts: Parts) -> bool:
+    training: bool = block.training or parts.attention.training or parts.mlp.training
+    return training
 
 
 FEW = 8  # rows that meet a plain weight faster here than in torch, whatever the instruction set
@@ -187,30 +232,31 @@ FEW = 8  # rows that meet a plain weight faster here than in torch, whatever the
 _PREPARED: WeakKeyDictionary[nn.Module, PreparedBlock] = WeakKeyDictionary()
 
 
-def _prepare(block: Any, anatomy: Anatomy) -> PreparedBlock | None:
+def _prepare(block: Any, anatomy: Callable[[Parts], Anatomy]) -> PreparedBlock | None:
     """See prepared_block; None where the block is not one that the library takes."""
-    attention, mlp = block.attn.attention, block.mlp
+    parts = Parts.of(block)
+    attention, mlp, found = parts.attention, parts.mlp, anatomy(parts)
     linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, mlp.c_fc, mlp.c_proj]
-    norms = [block.ln_1, block.ln_2]
-    modules = [block.attn, attention, mlp, *linears, *norms]
-    activation = ACTIVATIONS.get(anatomy.activation)
-    if activation is None or not anatomy.is_plain or any(map(is_hooked, modules)):
+    norms = [parts.ln_1, parts.ln_2]
+    modules = [parts.attn, attention, mlp, *linears, *norms]
+    activation = ACTIVATIONS.get(found.activation)
+    if activation is None or not found.is_plain or _is_training(block, parts) or any(map(is_hooked, modules)):
         return None
     if not all(map(_is_taken, linears)):
         return None
     layers = [_packed(linear) for linear in linears]
     width, inner = layers[0].weight.columns, layers[4].weight.rows
     shapes = [(layer.weight.rows, layer.weight.columns) for layer in layers]
-    if shapes != [(width, width)] * 4 + [(inner, width), (width, inner)] or width % anatomy.heads:
+    if shapes != [(width, width)] * 4 + [(inner, width), (width, inner)] or width % found.heads:
         return None
     if not all(_is_plain(norm, width) for norm in norms):
         return None
     native = NativeBlock(
         layers,
         [tensor for norm in norms for tensor in (norm.weight, norm.bias)],
-        anatomy.epsilons,
-        heads=anatomy.heads,
-        window=anatomy.window,
+        found.epsilons,
+        heads=found.heads,
+        window=found.window,
         activation=activation,
     )
     return PreparedBlock(block, anatomy, native, modules)
@@ -247,6 +293,6 @@ def _is_vector(tensor: Tensor | None, length: int) -> bool:
     return tensor.shape == (length,) and tensor.is_contiguous()
 
 
-def _by_rows(keep: Tensor) -> Tensor:
+def by_rows(keep: Tensor) -> Tensor:
     """A mask whose rows are contiguous."""
     return keep if keep.stride(1) == 1 else keep.contiguous()

@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.models.gpt_neo import modeling_gpt_neo
 
 from neoquant.model.stored_states import StoredStates
-from neoquant.nn.fused_block import Anatomy, PreparedBlock, prepared_block
+from neoquant.nn.fused_block import Anatomy, Parts, PreparedBlock, prepared_block
 from neoquant.nn.linear import is_hooked, is_traced
 
 
@@ -70,30 +70,30 @@ def _step(block: GPTNeoBlock, x: Tensor, cache: Any, mask: Tensor | None) -> Ten
     if not known:
         return None
     if cache is None:
-        return prepared.native.step(x, StoredStates(x.new_empty(shape)), StoredStates(x.new_empty(shape)), 0, keep)
+        return prepared.step(x, StoredStates(x.new_empty(shape)), StoredStates(x.new_empty(shape)), 0, keep)
     layer = _layer_of(cache, prepared, x)
     if layer is None:
         return None
     buffers = _with_room(layer, shape, held)
     if buffers is None:
         return None
-    y = prepared.native.step(x, StoredStates(buffers.keys), StoredStates(buffers.values), held, keep)
+    y = prepared.step(x, StoredStates(buffers.keys), StoredStates(buffers.values), held, keep)
     end = held + shape[2]
     layer.keys, layer.values = buffers.keys[:, :, :end], buffers.values[:, :, :end]
     _BUFFERS[layer] = buffers._replace(left=(ref(layer.keys), ref(layer.values)))
     return y
 
 
-def anatomy(block: Any) -> Anatomy:
+def anatomy(parts: Parts) -> Anatomy:
     """What the library is told of transformers' block."""
-    attention = block.attn.attention
+    attention = parts.attention
     config = attention.config
     return Anatomy(
         layer=attention.layer_id,
         heads=attention.num_heads,
-        window=config.window_size if block.attn.attention_type == "local" else None,
+        window=config.window_size if parts.attn.attention_type == "local" else None,
         activation=config.activation_function,
-        epsilons=(block.ln_1.eps, block.ln_2.eps),
+        epsilons=(parts.ln_1.eps, parts.ln_2.eps),
         is_plain=type(attention) is modeling_gpt_neo.GPTNeoSelfAttention,
     )
 

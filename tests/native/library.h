@@ -8,9 +8,8 @@ int nq_runs(int);
 int nq_multiply(const struct nq_weight *, const float *, int64_t, const float *, float *, int, int);
 int nq_multiply_int8(const struct nq_weight *, const float *, int64_t, const float *, float *, int, int);
 void nq_decode(const struct nq_weight *, const int64_t *, int64_t, int64_t, float *, int);
-int nq_step(
-    const void *, const float *, int64_t, int64_t, void *, void *, float *, float *, int, int64_t, int64_t, const uint8_t *,
-    int64_t, float *, int, int);
+int nq_steps(
+    const void *const *, const void *, int64_t, const float *, int64_t, int64_t, const uint8_t *, int64_t, float *, int, int);
 void nq_round_blocks(const void *, int, int64_t, int64_t, const float *, const uint8_t *, uint8_t *, float *, int, int);
 void nq_round_rows(const void *, int, int64_t, int64_t, int8_t *, float *, int, int);
 int nq_affine(
@@ -97,6 +96,11 @@ struct block { /* as in step.c */
     int64_t heads, window;
     float epsilons[2];
     int32_t activation, int8;
+};
+
+struct cached { /* as in step.c */
+    struct nq_states keys, values;
+    int64_t capacity, held, forgotten, stored;
 };
 
 /* A block that holds its weights, some of which round activations; q and v want x laid out alike, and k does not. */

@@ -29,9 +29,14 @@ static int affine(void) { return nq_affine(x, NQ_FLOAT32, MANY, COLUMNS, 32, 4, 
 static int path(void) {
     return nq_trellis_block(keys, 0, 0, 1, 64, places, x, y, 1, codes, x, codes, 0, isa, 1);
 }
-static int block(void) {
-    return nq_step(&m.block, x, SEQUENCES, POSITIONS, keys, values, 0, 0, NQ_HELD_FLOAT32, CAPACITY, 0, 0, 0, y, isa, 1);
+static int steps(int n) {
+    const struct cached cached = {.keys = {keys, 0}, .values = {values, 0}, .capacity = CAPACITY, .stored = NQ_HELD_FLOAT32};
+    const struct cached both[] = {cached, cached};
+    const void *blocks[] = {&m.block, &m.block};
+    return nq_steps(blocks, both, n, x, SEQUENCES, POSITIONS, 0, 0, y, isa, 1);
 }
+static int block(void) { return steps(1); }
+static int two_blocks(void) { return steps(2); }
 
 struct attempt {
     int (*call)(void);
@@ -77,6 +82,7 @@ int main(void) {
         each_fails(many8, 3, "many rows in int8 without memory");
         each_fails(affine, 2, "affine groups without memory");
         each_fails(block, 4, "a block without memory");
+        each_fails(two_blocks, 5, "two blocks without memory");
     }
     forget(&w), forget_block(&m);
     free(x), free(y), free(keys), free(values), free(scales), free(codes);

@@ -43,21 +43,24 @@ static void products(int isa, const int *kind, int threads) {
 
 /* A block -------------------------------------------------------------------------------------------------------------- */
 
+/* The same block twice, each with keys and values of its own. */
 static void step(const struct block *b, int stored, int isa, int threads, float *y) {
     const int64_t states = SEQUENCES * CAPACITY * C;
-    void *keys = room((size_t)states * 4), *values = room((size_t)states * 4);
-    float *scales[2] = {room((size_t)states * 4), room((size_t)states * 4)};
-    float *x = numbers(SEQUENCES * CAPACITY * C, 21);
-    int64_t held = 0;
+    float *x = numbers(SEQUENCES * CAPACITY * C, 21), *held[2][4];
+    const void *both[] = {b, b};
+    struct cached cached[2];
+    for (int i = 0; i < 2; i++) {
+        for (int j = 0; j < 4; j++) held[i][j] = room((size_t)states * 4);
+        cached[i] = (struct cached){{held[i][0], held[i][1]}, {held[i][2], held[i][3]}, CAPACITY, 0, 0, stored};
+    }
     for (int i = 0; i < 3; i++) { /* many positions, some, one */
         const int64_t positions = i == 0 ? 18 : i == 1 ? 4 : 1;
-        require(
-            !nq_step(b, x, SEQUENCES, positions, keys, values, scales[0], scales[1], stored, CAPACITY, held, 0, 0, y, isa,
-                     threads),
-            "a block has no memory");
-        y += SEQUENCES * positions * C, held += positions;
+        require(!nq_steps(both, cached, 2, x, SEQUENCES, positions, 0, 0, y, isa, threads), "blocks have no memory");
+        y += SEQUENCES * positions * C;
+        for (int j = 0; j < 2; j++) cached[j].held += positions;
     }
-    free(keys), free(values), free(scales[0]), free(scales[1]), free(x);
+    for (int i = 0; i < 8; i++) free(held[i / 4][i % 4]);
+    free(x);
 }
 
 static void blocks(int isa, int threads) {
