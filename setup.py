@@ -1,8 +1,8 @@
 """The native library, which pyproject.toml cannot describe yet without being experimental.
 
 It is a plain C library that ctypes loads, built as if it were an extension module so that wheels and editable
-installs carry it. It is optional: without a compiler, the package installs and works without it. Set
-NEOQUANT_NO_EXTENSION=1 to leave it out on purpose.
+installs carry it; it calls nothing of Python, so one wheel serves every version. It is optional: without a compiler,
+the package installs and works without it. Set NEOQUANT_NO_EXTENSION=1 to leave it out on purpose.
 """
 
 import os
@@ -58,8 +58,13 @@ native = Extension(
     extra_compile_args=FLAGS,
     extra_link_args=["-pthread"],
     libraries=["m"],
+    py_limited_api=True,
     optional=True,
 )
 
 skipped = os.environ.get("NEOQUANT_NO_EXTENSION", "") not in ("", "0")
-setup(ext_modules=[] if skipped else [native], cmdclass={"build_ext": BuildNative})
+setup(
+    ext_modules=[] if skipped else [native],
+    cmdclass={"build_ext": BuildNative},
+    options={} if skipped else {"bdist_wheel": {"py_limited_api": "cp310"}},
+)

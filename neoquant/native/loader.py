@@ -173,16 +173,17 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     found = [path for suffix in EXTENSION_SUFFIXES if (path := FOLDER / f"_cpu{suffix}").exists()]
     if not found:
         return None, "not compiled when neoquant was installed (no C compiler, or NEOQUANT_NO_EXTENSION was set)"
+    newest = max(found, key=lambda path: path.stat().st_mtime)  # earlier releases gave it a name for each Python
     try:
-        library = ctypes.CDLL(str(found[0]))
+        library = ctypes.CDLL(str(newest))
         version = library.nq_version()
         if version != VERSION:
-            return None, _unusable(f"{found[0].name} is of version {version}, not {VERSION}: install neoquant again")
+            return None, _unusable(f"{newest.name} is of version {version}, not {VERSION}: install neoquant again")
         for name, types in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = types, _RESULTS.get(name)
     except (OSError, AttributeError) as error:
-        return None, _unusable(f"{found[0].name} cannot be used: {error}")
+        return None, _unusable(f"{newest.name} cannot be used: {error}")
     return library, ""
 
 

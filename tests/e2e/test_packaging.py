@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -60,6 +61,14 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: tuple[zipfile.ZipFi
         assert held == sources(suffix), suffix
     assert sources(".py") and sources(".safetensors") and sources(".toml")
     assert built[0].filename is not None and Path(built[0].filename).stat().st_size < 16 * MEGABYTE
+
+
+def test_one_wheel_serves_every_python(built: tuple[zipfile.ZipFile, tarfile.TarFile]) -> None:
+    libraries = [name for name in built[0].namelist() if name.endswith(".so")]
+    (tags,) = (name for name in built[0].namelist() if name.endswith(".dist-info/WHEEL"))
+    assert ("Tag: cp310-abi3-" if libraries else "Tag: py3-none-any") in built[0].read(tags).decode()
+    for library in libraries:
+        assert not re.search(rb"\0_?Py[A-Z]\w+\0", built[0].read(library)), "a name of Python's that would be called"
 
 
 def test_the_source_distribution_can_be_built(built: tuple[zipfile.ZipFile, tarfile.TarFile]) -> None:
