@@ -10,10 +10,10 @@ from neoquant.kernels.bnb import Bitsandbytes
 from neoquant.kernels.cpu import Cpu
 from neoquant.kernels.reference import Reference
 from neoquant.kernels.rounded import CpuInt8, ReferenceInt8
-from neoquant.kernels.triton import Triton
+from neoquant.kernels.triton import Triton, TritonInt8
 
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (Cpu(), Triton(), Bitsandbytes(), Reference())}
-ROUNDING: dict[str, Kernel] = {kernel.name: kernel for kernel in (CpuInt8(), ReferenceInt8())}
+ROUNDING: dict[str, Kernel] = {kernel.name: kernel for kernel in (CpuInt8(), TritonInt8(), ReferenceInt8())}
 """Kernels that are not exact, and are taken only where somebody asks for it."""
 
 ACTIVATIONS = ("exact", *dict.fromkeys(kernel.activations for kernel in ROUNDING.values()))
@@ -30,6 +30,7 @@ __all__ = [
     "ReferenceInt8",
     "State",
     "Triton",
+    "TritonInt8",
     "choose",
 ]
 

@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 
 from neoquant.grids import Affine, Codebook, Grid, Mxfp4, make_grid
 from neoquant.kernels import Triton
-from neoquant.kernels.triton import launch
+from neoquant.kernels.triton import launch, rounded
 from neoquant.kernels.triton.kernel import packed_weight
 from neoquant.native.gptq import Heads
 from neoquant.quantizers import Nearest
@@ -42,6 +42,8 @@ REGISTERS = {
     "attend": 128,
     "join_parts": 48,
     "round_columns": 64,
+    "round_rows": 64,
+    "multiply_rounded": 128,
 }
 GRIDS: dict[str, Grid] = {
     "nf4": Codebook("nf4", 64, True), "fp4": Codebook("fp4", 64, False), "mxfp4": Mxfp4(), "int8": make_grid(8, "int8"),
@@ -190,3 +192,17 @@ def test_blocks_of_columns_fit(name: str, head: int, monkeypatch: pytest.MonkeyP
         assert used["stack"] == used["local"] == 0 and made.metadata.shared <= SHARED[card] << 10
         assert used["registers"] <= REGISTERS["round_columns"]
         assert "fma.rn.f32" not in made.asm["ptx"], "a product and a sum are rounded once"
+
+
+@pytest.mark.parametrize(("name", "rows"), [("nf4", 1), ("nf4", 64), ("int8", 64), ("affine-3", 64), ("affine-16", 64)])
+def test_products_in_integers_fit(name: str, rows: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    grid, shape = GRIDS.get(name, Affine(4, 16)), (256, 1024)
+    weight = packed_weight(Triton().pack(Nearest().quantize(torch.randn(shape), grid)), grid, shape)
+    x = torch.empty(rows, shape[1], dtype=torch.bfloat16)
+    launches = kept_launches(monkeypatch, lambda: rounded.multiply(x, weight, grid, torch.empty(shape[0])))
+    for launched, card in itertools.product(launches, CARDS if name == "affine-16" else (80, 90)):
+        made = compiled(*launched, card)
+        used = resources(made.asm["cubin"], tmp_path)
+        print(f"\n{launched[0].__name__} {name} rows={rows} sm_{card}: {used} shared={made.metadata.shared}")
+        assert used["stack"] == used["local"] == 0 and made.metadata.shared <= SHARED[card] << 10
+        assert used["registers"] <= REGISTERS[launched[0].__name__]

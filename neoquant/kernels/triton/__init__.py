@@ -5,5 +5,6 @@ Kernel. Triton is imported when the first program is launched.
 """
 
 from neoquant.kernels.triton.kernel import Triton
+from neoquant.kernels.triton.rounded import TritonInt8
 
-__all__ = ["Triton"]
+__all__ = ["Triton", "TritonInt8"]

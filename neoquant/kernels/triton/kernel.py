@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -50,11 +52,18 @@ class Triton(Kernel):
 
     def linear(self, x: Tensor, state: State, grid: Grid, shape: tuple[int, ...], bias: Tensor | None) -> Tensor:
         weight, rows = packed_weight(state, grid, shape), x.reshape(-1, shape[1])
+        product = partial(self._product, weight=weight, grid=grid, bias=bias)
         if torch.is_grad_enabled() and x.requires_grad:
-            y: Tensor = _PackedProduct.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
+            y: Tensor = _PackedProduct.apply(rows, weight, product)  # type: ignore[no-untyped-call]
         else:
-            y = _product(rows, weight, bias)
+            y = product(rows)
         return y.view(*x.shape[:-1], shape[0])
+
+    def _product(self, x: Tensor, weight: PackedWeight, grid: Grid, bias: Tensor | None) -> Tensor:
+        """x[M, K] times the weight's transpose, plus bias: [M, N]."""
+        if weight.arrangement.aligned and 0 < x.shape[0] <= launch.SOME and x.dtype in COMPUTED:
+            return launch.multiply(x, weight, bias)
+        return torch.nn.functional.linear(x, _decoded(weight, x.dtype), bias)
 
     def embedding(self, ids: Tensor, state: State, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         require_ids(ids, shape[0])
@@ -68,12 +77,6 @@ def packed_weight(state: State, grid: Grid, shape: tuple[int, ...]) -> PackedWei
     return PackedWeight(state, arrange(grid, shape, native_weight.codes_name(grid, shape)), shape)
 
 
-def _product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    if weight.arrangement.aligned and 0 < x.shape[0] <= launch.SOME and x.dtype in COMPUTED:
-        return launch.multiply(x, weight, bias)
-    return torch.nn.functional.linear(x, _decoded(weight, x.dtype), bias)
-
-
 def _decoded(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     return launch.decode(weight, dtype if dtype in COMPUTED else torch.float32).to(dtype)
 
@@ -82,9 +85,9 @@ class _PackedProduct(torch.autograd.Function):
     """The product, with the gradient of x; the weight has none."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: PackedWeight, product: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.weight = weight
-        return _product(x, weight, bias)
+        return product(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
