@@ -27,9 +27,9 @@ class GenerationConfig:
     `max_length` and `min_length` count the prompt, `max_new_tokens` and `min_new_tokens` do not and have precedence;
     without either maximum, 20 new tokens.
     `do_sample=False` takes the likeliest token; `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`,
-    `no_repeat_ngram_size` and `seed` are `Sampling`'s. `num_return_sequences` rows come of each prompt. Rows end at
-    `eos_token_id` and are filled up with `pad_token_id`; they also end behind one of `stop_strings`. Without a prompt,
-    a text begins with `bos_token_id`.
+    `no_repeat_ngram_size`, `bad_words_ids`, `suppress_tokens` and `seed` are `Sampling`'s. `num_return_sequences` rows
+    come of each prompt. Rows end at `eos_token_id` and are filled up with `pad_token_id`; they also end behind one of
+    `stop_strings`. Without a prompt, a text begins with `bos_token_id`.
     `cache_dtype` is what keys and values are held in: "float32", "float16", "int8", or None, as they come.
     `cache_implementation="static"` holds them in buffers of fixed size, so that a GPU replays each new token's work as
     one CUDA graph; nothing else that transformers takes there changes anything.
@@ -61,6 +61,8 @@ class GenerationConfig:
     prompt_lookup_num_tokens: int | None = None
     min_p: float | None = None
     no_repeat_ngram_size: int | None = None
+    bad_words_ids: Sequence[Sequence[int]] | None = None
+    suppress_tokens: int | Sequence[int] | None = None
     return_dict_in_generate: bool | None = None
     output_scores: bool | None = None
     output_logits: bool | None = None
@@ -203,16 +205,19 @@ class GenerationConfig:
             if stated["temperature"] <= 0:
                 raise RequestError(f"temperature is {self.temperature}; legal with do_sample=True is above 0")
         top_k = 50 if self.top_k is None else self.top_k
-        return Sampling(top_k=top_k, eos_token_ids=self.ends(), **stated)
+        ends = self.ends()
+        words = tuple(tuple(word) for word in self.bad_words_ids or ())
+        return Sampling(
+            top_k=top_k,
+            eos_token_ids=ends,
+            bad_words_ids=tuple(word for word in words if len(word) > 1 or word[0] not in ends),
+            suppress_tokens=_ids(self.suppress_tokens),
+            **stated,
+        )
 
     def ends(self) -> tuple[int, ...]:
         """The tokens that end a row."""
-        ends: Any = self.eos_token_id
-        if ends is None:
-            return ()
-        if hasattr(ends, "tolist"):
-            ends = ends.tolist()
-        return (ends,) if isinstance(ends, int) else tuple(int(end) for end in ends)
+        return _ids(self.eos_token_id)
 
     def stops(self) -> tuple[str, ...]:
         """The texts behind which a row ends."""
@@ -227,6 +232,15 @@ _SAMPLING = (
 _NAMES = tuple(each.name for each in fields(GenerationConfig) if each.name != "others")
 _WORDS = {*_NAMES, *ONLY} - {"seed", "cache_dtype", "output_attentions", "output_hidden_states"}
 """Transformers' words for generating, without those that a model configuration has for its own forward pass."""
+
+
+def _ids(stated: Any) -> tuple[int, ...]:
+    """Ids in any usual form: none, one, a list, a tensor."""
+    if stated is None:
+        return ()
+    if hasattr(stated, "tolist"):
+        stated = stated.tolist()
+    return (stated,) if isinstance(stated, int) else tuple(int(each) for each in stated)
 
 
 def _hint(name: str) -> str:

@@ -48,7 +48,8 @@ class Sampling:
     whose probabilities reach p (1: all); both after the temperature. `repetition_penalty` divides the positive
     logits of tokens already there and multiplies the negative ones (Keskar et al., 2019, section 4.1; 1: none).
     `min_p` keeps what has at least that part of the likeliest token's probability, after all these (Nguyen et al.,
-    2024; 0: all). No `no_repeat_ngram_size` tokens come twice in that order (0: they may).
+    2024; 0: all). No `no_repeat_ngram_size` tokens come twice in that order (0: they may). None of `suppress_tokens`
+    comes at all, and none of `bad_words_ids`, each one token or more in that order, becomes complete.
     `seed` makes the draw repeatable; None draws from torch's own generator, which `torch.manual_seed` sets.
     A row that has reached one of `eos_token_ids` is filled up with `pad_token_id`, or with the first of them; none is
     reached within the first `min_new_tokens`. None is for the caller to fill in; while generating it is no token.
@@ -64,6 +65,8 @@ class Sampling:
     min_new_tokens: int = 0
     min_p: float = 0.0
     no_repeat_ngram_size: int = 0
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    suppress_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name, legal, what in (
@@ -125,6 +128,17 @@ def without_repeats(logits: Tensor, seen: Tensor, size: int) -> Tensor:
     return logits.masked_fill(marked[:, :V], -torch.inf)
 
 
+def without_words(logits: Tensor, seen: Tensor, words: Sequence[Sequence[int]]) -> Tensor:
+    """`logits[B, V]` without the tokens that would complete one of `words` behind `seen[B, S]`."""
+    B, V = logits.shape
+    marked = torch.zeros(B, V, dtype=torch.bool, device=logits.device)
+    for *before, last in words:
+        if len(before) <= seen.shape[1] and 0 <= last < V:
+            there = seen[:, seen.shape[1] - len(before) :] == torch.tensor(before, dtype=seen.dtype, device=seen.device)
+            marked[:, last] |= there.all(1)
+    return logits.masked_fill(marked, -torch.inf)
+
+
 class NextToken(NamedTuple):
     """The next `token` `[B]`; whether there was one to choose, bool `[B]`: not where a logit is NaN or the largest
     infinite; and the logits `[B, V]` by which it was chosen."""
@@ -167,6 +181,9 @@ def _penalized(
         logits = penalize(logits, _tokens(seen), sampling.repetition_penalty)
     if sampling.no_repeat_ngram_size:
         logits = without_repeats(logits, seen, sampling.no_repeat_ngram_size)
+    if sampling.bad_words_ids or sampling.suppress_tokens:
+        words = [*sampling.bad_words_ids, *([token] for token in sampling.suppress_tokens)]
+        logits = without_words(logits, seen, words)
     if processor is not None:
         logits = processor(_tokens(seen), logits)
     largest, likeliest = logits.max(-1)
@@ -209,7 +226,16 @@ class _Inputs:
         self.types = None if self.types is None else self.types.gather(1, order)
         counted = (keep.cumsum(1) - 1).clamp_(min=0)
         self.positions = counted if self.positions is None else self.positions.gather(1, order)
+        self._in_order = torch.equal(order, torch.arange(ids.shape[1], device=ids.device).expand_as(order))
         self.keep = torch.cat([keep, keep.new_ones(len(ids), new)], dim=1)
+
+    def leave_out(self, positions: int) -> None:
+        """The first positions are in the cache already. Raises RequestError where padding stands behind tokens."""
+        if self.keep is not None and not self._in_order:
+            raise RequestError("with past_key_values, padding stands before the tokens (padding_side='left')")
+        self.ids = self.ids[:, positions:]
+        self.positions = None if self.positions is None else self.positions[:, positions:]
+        self.types = None if self.types is None else self.types[:, positions:]
 
     def logits(self, model: CausalLM, cache: KVCache) -> Tensor:
         """Of the token that follows, `[B, V]`."""
@@ -314,6 +340,7 @@ def stream(
     processor: Processor | None = None,
     record: Recorder | None = None,
     static_cache: bool = False,
+    cache: KVCache | None = None,
 ) -> Iterator[Tensor]:
     """Yield the next ids `[B]` of `input_ids[B, T]`, on the CPU, one position at a time, until all rows have ended.
 
@@ -327,6 +354,8 @@ def stream(
     buffers of fixed size, so that a GPU replays each token's work as one CUDA graph (on a CPU it changes nothing); rows
     that have ended are then computed to the end. `processor` may change the logits before a token is chosen by them;
     `record` is told of them, which are 0 in rows that have ended.
+    `cache` holds the keys and values of the first positions of `input_ids`, perhaps none, and in the end those of all
+    but the last one yielded; every row is then computed to the end, and `static_cache` and `cache_dtype` go without.
 
     Raises ContextError before anything is generated where prompt and new tokens do not fit into the model's context,
     CheckpointError where the model's predictions are not finite, RequestError for a model whose work cannot be replayed
@@ -335,7 +364,7 @@ def stream(
     sampling = sampling or Sampling()
     B, T = input_ids.shape
     check_room(model, T, max_new_tokens)
-    static_cache = static_cache and model.device.type != "cpu"
+    static_cache = static_cache and model.device.type != "cpu" and cache is None
     if static_cache and (reason := refuse(model, cache_dtype)):
         raise RequestError(f"a static cache needs a model whose work can be recorded on one GPU: {reason}")
     device = model.device
@@ -351,7 +380,12 @@ def stream(
     outcomes = seen.new_empty(B, max_new_tokens)
     eos = [e for e in sampling.eos_token_ids or () if 0 <= e < model.config.vocab_size]
     reachable = torch.tensor(eos, dtype=seen.dtype, device=device)
-    cache = KVCache.of(model.config, max(1, T if static_cache else T + max_new_tokens), cache_dtype)
+    given = cache
+    if given is None:
+        cache = KVCache.of(model.config, max(1, T if static_cache else T + max_new_tokens), cache_dtype)
+    else:
+        cache = require_beginning(given, inputs.ids)
+        inputs.leave_out(cache.length)
     looked = 0
     for new in range(max_new_tokens):
         if static_cache and new == 1:
@@ -371,9 +405,29 @@ def stream(
                     raise not_finite(model, looked)
                 yield chosen
                 if is_last:
+                    if given is not None:
+                        cache.crop(T + looked - 1)  # a GPU may have gone on
                     return
-            inputs.leave(endings.going_on(), cache)
+            if given is None:
+                inputs.leave(endings.going_on(), cache)
         inputs.follow(drawn)
+
+
+def require_beginning(cache: KVCache, ids: Tensor) -> KVCache:
+    """Raise RequestError unless a cache holds the beginnings of `ids[B, T]`, less than all of them."""
+    if not isinstance(cache, KVCache):
+        raise RequestError(
+            f"past_key_values is a {type(cache).__name__}; generate takes the KVCache that it, or the model, gave "
+            "before (in Python, model.to_transformers().generate takes transformers' own)"
+        )
+    if cache.length >= ids.shape[1]:
+        raise RequestError(
+            f"past_key_values holds {cache.length} positions, input_ids has {ids.shape[1]}: give all ids, those that "
+            "the cache holds included, and at least one more"
+        )
+    if cache.length and (rows := cache.states(0)[0].shape[0]) != len(ids):
+        raise RequestError(f"past_key_values is of {rows} rows, input_ids has {len(ids)}")
+    return cache
 
 
 def not_finite(model: CausalLM, number: int) -> CheckpointError:
@@ -435,6 +489,7 @@ def generate(
     processor: Processor | None = None,
     record: Recorder | None = None,
     static_cache: bool = False,
+    cache: KVCache | None = None,
     streamer: Streamer | None = None,
 ) -> Tensor:
     """`input_ids[B, T]` with up to `max_new_tokens` more: `[B, T + new]`; the other arguments are `stream`'s.
@@ -456,6 +511,7 @@ def generate(
         processor=processor,
         record=record,
         static_cache=static_cache,
+        cache=cache,
     )
     return collect(input_ids.to(model.device), made, streamer)
 

@@ -8,7 +8,14 @@ from typing import Any
 
 from neoquant.model.stored_states import STORAGES
 
-CACHES = ("dynamic", "static", "hybrid", "offloaded", "offloaded_static")  # only static is another than dynamic here
+CACHES = (
+    "dynamic",
+    "dynamic_full",
+    "static",
+    "hybrid",
+    "offloaded",
+    "offloaded_static",
+)  # only static is another than dynamic here
 MAX = sys.float_info.max
 
 # What transformers also takes and neoquant does in these ways only; None, which is legal for all, leaves it to them.
@@ -23,12 +30,10 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
     "top_h": (),
     "epsilon_cutoff": (0,),
     "eta_cutoff": (0,),
-    "bad_words_ids": ([],),
     "force_words_ids": ([],),
     "forced_bos_token_id": (),
     "forced_eos_token_id": (),
     "forced_decoder_ids": ([],),
-    "suppress_tokens": ([],),
     "begin_suppress_tokens": ([],),
     "sequence_bias": ({}, []),
     "exponential_decay_length_penalty": (),
@@ -44,7 +49,6 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
     "output_attentions": (False,),
     "output_hidden_states": (False,),
     "inputs_embeds": (),
-    "past_key_values": (),
     "prefix_allowed_tokens_fn": (),
     "negative_prompt_ids": (),
     "negative_prompt_attention_mask": (),
@@ -58,6 +62,7 @@ WITHOUT_EFFECT = (
     "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind",
     "target_lookbehind", "max_matching_ngram_size", "continuous_batching_config", "decoder_start_token_id",
     "transformers_version", "eos_token", "generation_kwargs", "synced_gpus", "use_model_defaults", "trust_remote_code",
+    "logits_to_keep",
 )  # fmt: skip
 
 
@@ -74,6 +79,10 @@ def _are_ids(value: Any) -> bool:
     return _is_count(value) or (isinstance(value, Sequence) and all(map(_is_count, value)))
 
 
+def _are_words(value: Any) -> bool:
+    return isinstance(value, Sequence) and all(isinstance(each, Sequence) and each and _are_ids(each) for each in value)
+
+
 def _are_texts(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, Sequence) and all(isinstance(each, str) for each in value))
 
@@ -88,6 +97,8 @@ LEGAL: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), _NUMBER),
     **dict.fromkeys(("do_sample", "return_dict_in_generate", "output_scores", "output_logits"), _SWITCH),
     "eos_token_id": (_are_ids, "an integer of 64 bits or a list of them"),
+    "suppress_tokens": (_are_ids, "an integer of 64 bits or a list of them"),
+    "bad_words_ids": (_are_words, "a list of lists of integers, none of them empty"),
     "stop_strings": (_are_texts, "a text or a list of them"),
     "cache_implementation": (lambda value: value in CACHES, " or ".join(CACHES)),
     "cache_dtype": (lambda value: value in STORAGES, " or ".join(STORAGES)),

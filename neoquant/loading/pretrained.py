@@ -26,6 +26,7 @@ from neoquant.loading.load import folder_of, load_model, read_model
 from neoquant.loading.methods import ModelMethods
 from neoquant.loading.save import push_model, save_model
 from neoquant.model.base import Network
+from neoquant.model.cache import KVCache
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.gpt_neo import CausalLM, Decoder
 from neoquant.model.heads import QuestionAnswerer, SequenceClassifier, TokenClassifier
@@ -206,6 +207,7 @@ class GPTNeoForCausalLM(PreTrainedModel, CausalLM):
         assistant_model: CausalLM | None = None,
         logits_processor: Sequence[Processor] | None = None,
         stopping_criteria: Sequence[Callable[..., Any]] | None = None,
+        past_key_values: KVCache | None = None,
         **asked: Any,
     ) -> Any:
         """`input_ids[B, T]` continued to `[B, T + new]`: greedy, or sampled with `do_sample=True`.
@@ -230,6 +232,9 @@ class GPTNeoForCausalLM(PreTrainedModel, CausalLM):
                 others; transformers' serve. They come behind penalties and before the temperature.
             stopping_criteria: called with all ids and None, and say whether all rows, or which, have ended;
                 transformers' serve.
+            past_key_values: what an earlier call with `return_dict_in_generate=True` gave beside its ids, which
+                `input_ids` begins with: what is in it is not computed again, and it grows with the text; a new
+                `KVCache` serves, too.
 
         Returns a GenerateDecoderOnlyOutput with `return_dict_in_generate=True`.
 
@@ -253,6 +258,7 @@ class GPTNeoForCausalLM(PreTrainedModel, CausalLM):
             assistant_model=assistant_model,
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
+            past_key_values=past_key_values,
         )
 
     def generate_as(
@@ -266,6 +272,7 @@ class GPTNeoForCausalLM(PreTrainedModel, CausalLM):
         assistant_model: CausalLM | None = None,
         logits_processor: Sequence[Processor] | None = None,
         stopping_criteria: Sequence[Callable[..., Any]] | None = None,
+        past_key_values: KVCache | None = None,
     ) -> Any:
         """`generate` with these settings alone; `given` are its other tensors of the shape of `ids[B, T]`, by name."""
         given = dict(given)
@@ -287,12 +294,17 @@ class GPTNeoForCausalLM(PreTrainedModel, CausalLM):
         }
         asked_for = bool(config.output_scores), bool(config.output_logits)
         scores = KeptScores(*asked_for) if config.return_dict_in_generate else None
+        cache = past_key_values
+        if cache is None and scores is not None and (len(ids) == 1 or not config.ends()):
+            cache = KVCache.of(self.config, ids.shape[1] + options["max_new_tokens"], config.cache_dtype)
         if assistant_model is None and not config.prompt_lookup_num_tokens:
-            options |= {"processor": in_turn(logits_processor), "record": scores, "streamer": streamer}
+            options |= {"processor": in_turn(logits_processor), "record": scores, "streamer": streamer, "cache": cache}
             made = generate(self, ids, **{**given, **options})
-            return made if scores is None else scores.beside(made, made.shape[1] - ids.shape[1])
-        if logits_processor or scores is not None:
-            raise RequestError("drafts are checked together: logits_processor and return_dict_in_generate go without")
+            return made if scores is None else scores.beside(made, made.shape[1] - ids.shape[1], cache)
+        if logits_processor or scores is not None or cache is not None:
+            raise RequestError(
+                "drafts are checked together: logits_processor, return_dict_in_generate and past_key_values go without"
+            )
         drafter = drafter_of(self, assistant_model, config.prompt_lookup_num_tokens, options["sampling"])
         mask = given.pop("attention_mask")
         if any(each is not None for each in given.values()) or not (mask is None or bool(mask.all())):

@@ -42,6 +42,7 @@ class GPTNeoConfig:
     """
 
     model_type: ClassVar[str] = "gpt_neo"
+    is_encoder_decoder: ClassVar[bool] = False
 
     vocab_size: int = 50257
     max_position_embeddings: int = 2048
@@ -106,6 +107,10 @@ class GPTNeoConfig:
             super().__setattr__(name, value)
         else:  # what is set is saved
             self.extra[name] = value
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> GPTNeoConfig:
+        """Itself: there is nothing but text (programs for models of several kinds ask)."""
+        return self
 
     @property
     def num_hidden_layers(self) -> int:

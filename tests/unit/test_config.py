@@ -117,6 +117,8 @@ def test_attributes_are_transformers(tmp_path: Path, named: dict[str, Any]) -> N
         config.num_attention_heads = 8
     assert [getattr(ours, name) for name in names] == [getattr(theirs, name) for name in names]
     assert (ours.num_heads, ours.later) == (8, "set") and not hasattr(ours, "nothing")
+    assert ours.get_text_config() is ours and theirs.get_text_config() is theirs
+    assert ours.is_encoder_decoder is theirs.is_encoder_decoder is False
     for config in (ours, theirs):
         config.num_labels = 5
     assert GPTNeoConfig.from_dict(ours.to_dict()).id2label == ours.id2label

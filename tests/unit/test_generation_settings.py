@@ -148,7 +148,7 @@ def test_options_of_the_command_line_count_before_the_folder(make_model: Callabl
 
 BEAMS: list[dict[str, Any]] = [
     {"num_beams": 4},
-    {"suppress_tokens": [3]},
+    {"begin_suppress_tokens": [3]},
     {"penalty_alpha": 0.6, "top_k": 4},
 ]
 

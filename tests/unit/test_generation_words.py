@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 
 import neoquant
 from neoquant.errors import RequestError
-from neoquant.generation.generate import NOTHING, Sampling, filter_logits, without_repeats
+from neoquant.generation.generate import (
+    NOTHING,
+    Sampling,
+    filter_logits,
+    stream,
+    without_repeats,
+    without_words,
+)
+from neoquant.model.cache import KVCache
 
 transformers = pytest.importorskip("transformers")
 
@@ -103,8 +111,8 @@ def test_scores_and_logits_are_transformers(pair: tuple[Any, Any], sample: bool)
     assert len(ours.scores) == len(ours.logits) == 12
     for name in ("scores", "logits"):
         torch.testing.assert_close(torch.stack(ours[name]), torch.stack(theirs[name]), rtol=1e-4, atol=1e-4)
-    plain, _ = generated(pair, return_dict_in_generate=True)
-    assert list(plain) == ["sequences"]
+    plain, whole = generated(pair, return_dict_in_generate=True)
+    assert list(plain) == list(whole) == ["sequences", "past_key_values"]
 
 
 def test_scores_end_with_the_text(pair: tuple[Any, Any]) -> None:
@@ -187,3 +195,97 @@ def test_what_only_transformers_does_it_does_with_the_same_tensors(pair: tuple[A
         for model in (pair[0].to_transformers(), pair[1])
     ]
     assert made[0].tolist() == made[1].tolist()
+
+
+@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"suppress_tokens": [3, 9, 5]},
+        {"bad_words_ids": [[5, 9], [3], [9, 5, 9], [0]]},
+        {"bad_words_ids": [[5], [28, 28, 28, 28, 28]], "suppress_tokens": [1], "no_repeat_ngram_size": 2},
+    ],
+    ids=str,
+)
+def test_words_that_may_not_come_are_transformers(pair: tuple[Any, Any], sample: bool, asked: dict[str, Any]) -> None:
+    whole = {"attention_mask": torch.ones_like(IDS), "eos_token_id": 0, "do_sample": sample}
+    ours, theirs = generated(pair, **whole, **asked)
+    assert ours.tolist() == theirs.tolist()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seen=st.lists(st.integers(0, 3), min_size=1, max_size=6),
+    words=st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=4), max_size=4),
+)
+def test_no_word_becomes_complete(seen: list[int], words: list[list[int]]) -> None:
+    kept = without_words(torch.zeros(1, 4), torch.tensor([seen]), words)[0]
+    for token in range(4):
+        text = [*seen, token]
+        assert bool(kept[token] == 0) != any(text[-len(word) :] == word for word in words)
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_a_text_goes_on_from_what_was_computed(pair: tuple[Any, Any], sample: bool) -> None:
+    """The same ids as from the beginning, and what the cache holds is not computed again."""
+    model, asked = pair[0], {"max_new_tokens": 6, "eos_token_id": None, "do_sample": sample}
+    first = model.generate(IDS[:1], return_dict_in_generate=True, seed=1, **asked)
+    assert first.past_key_values.length == first.sequences.shape[1] - 1
+    longer = torch.cat([first.sequences, torch.tensor([[7, 2]])], dim=1)
+    computed = []
+    hook = model.transformer.wte.register_forward_hook(lambda module, inputs, rows: computed.append(rows.shape[1]))
+    on = model.generate(longer, past_key_values=first.past_key_values, seed=2, **asked)
+    hook.remove()
+    assert on.tolist() == model.generate(longer, seed=2, **asked).tolist()
+    assert computed == [3, 1, 1, 1, 1, 1]
+    assert first.past_key_values.length == on.shape[1] - 1
+
+
+def test_what_was_computed_is_given_where_no_row_ended_before_the_others(pair: tuple[Any, Any]) -> None:
+    asked = {"max_new_tokens": 4, "return_dict_in_generate": True, "attention_mask": MASK}
+    whole = pair[0].generate(IDS, **asked, eos_token_id=None)
+    longer = torch.cat([whole.sequences, torch.tensor([[7], [2]])], dim=1)
+    mask = torch.cat([MASK, MASK.new_ones(2, 5)], dim=1)
+    again = {"attention_mask": mask, "max_new_tokens": 3, "eos_token_id": None}
+    on = pair[0].generate(longer, past_key_values=whole.past_key_values, **again)
+    assert on.tolist() == pair[0].generate(longer, **again).tolist()
+    assert pair[0].generate(IDS, **asked, eos_token_id=0).past_key_values is None
+
+
+@pytest.mark.parametrize("look_every", [1, 5])
+def test_rows_of_a_given_cache_go_on_together(pair: tuple[Any, Any], look_every: int) -> None:
+    """Padding on the left, one row that ends before the other, and more that was computed than is kept."""
+    model = pair[0]
+    cache = KVCache.of(model.config)
+    alone = list(stream(model, IDS, attention_mask=MASK, max_new_tokens=12, sampling=Sampling(), look_every=1))
+    end = int(alone[4][0])
+    ends = Sampling(eos_token_ids=(end, int(alone[7][1])), pad_token_id=0)
+    plain = list(stream(model, IDS, attention_mask=MASK, max_new_tokens=12, sampling=ends))
+    ids = list(
+        stream(model, IDS, attention_mask=MASK, max_new_tokens=12, sampling=ends, cache=cache, look_every=look_every)
+    )
+    assert [each.tolist() for each in ids] == [each.tolist() for each in plain]
+    assert cache.length == IDS.shape[1] + len(ids) - 1
+    longer = torch.cat([IDS, torch.stack(ids, 1), torch.tensor([[4], [6]])], dim=1)
+    mask = torch.cat([MASK, MASK.new_ones(2, len(ids) + 1)], dim=1)
+    again = model.generate(longer, attention_mask=mask, max_new_tokens=4, eos_token_id=None)
+    on = model.generate(longer, attention_mask=mask, max_new_tokens=4, eos_token_id=None, past_key_values=cache)
+    assert on.tolist() == again.tolist()
+
+
+def test_caches_that_do_not_fit_are_refused(pair: tuple[Any, Any]) -> None:
+    model = pair[0]
+    cache = model.generate(IDS[:1], max_new_tokens=3, return_dict_in_generate=True).past_key_values
+    for ids, kept, words in (
+        (IDS[:1], cache, "holds 7 positions, input_ids has 5"),
+        (IDS.repeat(1, 2), cache, "is of 1 rows, input_ids has 2"),
+        (IDS, transformers.DynamicCache(), "past_key_values is a DynamicCache"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            model.generate(ids, past_key_values=kept, max_new_tokens=2)
+    mask = torch.tensor([[1, 1, 1, 0]])
+    with pytest.raises(RequestError, match="padding stands before"):
+        empty = KVCache.of(model.config)
+        model.generate(IDS[:1, :4], attention_mask=mask, past_key_values=empty, max_new_tokens=2)
+    with pytest.raises(RequestError, match="go without"):
+        model.generate(IDS[:1].repeat(1, 2), past_key_values=cache, prompt_lookup_num_tokens=2, max_new_tokens=2)
