@@ -84,8 +84,8 @@ class GraphedSteps:
         x = decoder.wte(self._ids) + decoder.wpe(at[None] if self._next is None else self._next)
         if self.types is not None:
             x = x + decoder.wte(self.types)
-        self.cache.find_places()
-        self.masks.look()
+        self.cache.begin()
+        self.masks.begin()
         for block in decoder.h:
             x = block(x, self.masks, self.cache)
         self._logits = self.model.lm_head(decoder.ln_f(x))[:, -1]

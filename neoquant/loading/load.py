@@ -20,9 +20,10 @@ from neoquant.model.attention import require_possible
 from neoquant.model.base import Network
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.dtypes import resolve_dtype
-from neoquant.model.gpt_neo import Block
+from neoquant.model.gpt_neo import Block, Decoder
 from neoquant.model.names import BASE_PREFIX, in_block
 from neoquant.nn.block_step import block_step
+from neoquant.nn.fused_blocks import fused_blocks
 from neoquant.nn.linear import QuantLinear
 from neoquant.progress import SILENT, Progress
 
@@ -160,6 +161,8 @@ def _arrange(model: Network, activations: str) -> None:
             module.set_activations(activations)
         if isinstance(module, Block):
             module.step = block_step
+        if isinstance(module, Decoder):
+            module.steps = fused_blocks
 
 
 def require_fit(config: GPTNeoConfig, names: Iterable[str]) -> None:

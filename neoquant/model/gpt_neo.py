@@ -65,6 +65,7 @@ class AttentionMasks:
         self.T, self.S, self.window, self.keep, self.device = T, S, window, keep, device
         self._made: dict[bool, tuple[int, Tensor | None]] = {}
         self._windows: dict[tuple[int, int], Tensor | None] = {}
+        self._by_window: dict[tuple[int, int], Tensor] = {}
         self.weights: list[Tensor] | None = None
         """Where each layer leaves its weights `[B, H, T, S]`; None where nobody wants them."""
 
@@ -92,6 +93,21 @@ class AttentionMasks:
             self._windows[T, S] = attention_mask(T, S, self.window, None, self.device)
         return self._windows[T, S]
 
+    def windows(self, B: int, keys: int) -> Tensor:
+        """Of a local layer: what each query of a window's length may see of the two windows that end with its own, the
+        last of n that cover the T queries ending with the last: bool `[B * n, 1, W, 2 W]`."""
+        W, n = self.window, -(-self.T // self.window)
+        if (B, keys) not in self._by_window:
+            there = self.kept(keys)
+            if there is None:
+                there = torch.ones(1, keys, dtype=torch.bool, device=self.device)
+            there = F.pad(there, ((n + 1) * W - keys, 0), value=False).unfold(1, 2 * W, W)[:, :, None, None]
+            ahead = torch.arange(2 * W, device=self.device) - torch.arange(W, device=self.device)[:, None]
+            mask = there & (ahead > 0) & (ahead <= W)  # [B or 1, n, 1, W, 2 W]
+            mask = mask | (~mask.any(-1, keepdim=True) & (ahead == W))
+            self._by_window[B, keys] = mask.expand(B, -1, -1, -1, -1).flatten(0, 1)
+        return self._by_window[B, keys]
+
     def is_plain_causal(self, local: bool) -> bool:
         """Whether the mask is the lower triangle and nothing else, which needs no tensor."""
         return self.keep is None and self.T == self.S and (not local or self.window >= self.S)
@@ -99,6 +115,10 @@ class AttentionMasks:
 
 Step = Callable[["Block", Tensor, AttentionMasks, KVCache | None], Tensor | None]
 """x[B, T, C] through a block to [B, T, C], its keys and values added to the cache; None where it does not do that."""
+
+
+Steps = Callable[[nn.ModuleList, Tensor, AttentionMasks, KVCache | None], Tensor | None]
+"""The same through all blocks, one behind the other."""
 
 
 class SelfAttention(nn.Module):
@@ -155,8 +175,11 @@ class SelfAttention(nn.Module):
             # One new position sees exactly the last `window_size`: a slice does what a mask would.
             key, value = key[:, :, -self.window_size :], value[:, :, -self.window_size :]
             return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=1.0)
-        if masks.keep is None and self.local and not compiled and self.window_size < masks.T:
-            return self._by_stretches(query, key, value, masks, dropout)
+        if self.local and not compiled and self.window_size < masks.T:
+            if query.device.type == "cuda":
+                return self._by_windows(query, key, value, masks, dropout)
+            if masks.keep is None:
+                return self._by_stretches(query, key, value, masks, dropout)
         mask = masks.mask(self.local, key.shape[2])
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=1.0)
 
@@ -172,6 +195,22 @@ class SelfAttention(nn.Module):
             )  # fmt: skip
             parts.append(part)
         return torch.cat(parts, dim=2)
+
+    def _by_windows(self, query: Tensor, key: Tensor, value: Tensor, masks: AttentionMasks, dropout: float) -> Tensor:
+        """The same as one call, since small ones do not fill a GPU: windows lie side by side as a batch's rows do, each
+        with its keys and those of the window before."""
+        (B, H, T, D), W, keys = query.shape, self.window_size, key.shape[2]
+        n = -(-T // W)
+        query = F.pad(query, (0, 0, n * W - T, 0)).reshape(B, H, n, W, D).transpose(1, 2)
+        key, value = (
+            F.pad(states, (0, 0, (n + 1) * W - keys, 0)).unfold(2, 2 * W, W).permute(0, 2, 1, 4, 3)
+            for states in (key, value)
+        )  # [B, n, H, 2 W, D]
+        y = F.scaled_dot_product_attention(
+            query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1),
+            attn_mask=masks.windows(B, keys), dropout_p=dropout, scale=1.0,
+        )  # fmt: skip
+        return y.view(B, n, H, W, D).transpose(1, 2).flatten(2, 3)[:, :, -T:]
 
     def _eager(self, query: Tensor, key: Tensor, value: Tensor, masks: AttentionMasks) -> Tensor:
         scores = query.float() @ key.float().transpose(-1, -2)  # [B, H, T, S]; float32, since half overflows
@@ -249,6 +288,8 @@ class Decoder(Network):
     """The network without a head: token ids to hidden states."""
 
     base_model_prefix = ""
+    steps: Steps | None = None
+    """What takes new positions through all blocks in one call, where something does."""
 
     def __init__(self, config: GPTNeoConfig, attn_implementation: str = "sdpa") -> None:
         super().__init__(config, attn_implementation)
@@ -295,20 +336,22 @@ class Decoder(Network):
         x = x + self.wpe(self._positions(position_ids, past, T, x.device))
         if token_type_ids is not None:
             x = x + self.wte(token_type_ids.view(-1, T))
-        x = self.drop(x)
+        x = self.drop(x) if self.training else x
         keep = attention_mask.bool() if attention_mask is not None else None
         if keep is not None and keep.shape[1] != past + T:
             raise RequestError(f"attention_mask covers {keep.shape[1]} positions; {past} held + {T} new are {past + T}")
         masks = AttentionMasks(T, past + T, self.config.window_size, keep, x.device)
         masks.weights = self._wanted_weights(output_attentions)
         seen: tuple[Tensor, ...] = (x,)
-        for block in self.h:
+        stepped = self.steps(self.h, x, masks, past_key_values) if self.steps and not output_hidden_states else None
+        for block in self.h if stepped is None else ():
             device = block.get_parameter("ln_1.weight").device
             if x.device != device:  # the blocks are spread over devices
                 x, masks = x.to(device), masks.to(device)
             x = checkpoint(block, x, masks, use_reentrant=False) if again else block(x, masks, past_key_values)
             if output_hidden_states:
                 seen += (x,)
+        x = x if stepped is None else stepped
         x = self.ln_f(x.to(self.ln_f.weight.device))
         # transformers' convention: the last entry is after the final norm
         hidden_states = (*seen[:-1], x) if output_hidden_states else None

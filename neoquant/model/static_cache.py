@@ -33,14 +33,17 @@ class StaticCache:
         ]
         self._places: dict[int | None, Tensor] = {}
 
-    def find_places(self) -> None:
-        """Where the position that comes next lies in the buffers of each kind: before the first layer is asked."""
-        self._places = {window: self.at % (window or self.capacity) for window in {*self._windows}}
+    def begin(self) -> None:
+        """The position that comes next is another one: before the first layer is asked."""
+        self._places.clear()
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write `key` and `value` `[B, H, 1, D]` of the position that comes next; the layer's whole buffers."""
         keys, values = self._states[layer]
-        place = self._places[self._windows[layer]]
+        window = self._windows[layer]
+        if window not in self._places:  # in this token; layers of a kind share it
+            self._places[window] = self.at % (window or self.capacity)
+        place = self._places[window]
         keys.index_copy_(2, place, key)
         values.index_copy_(2, place, value)
         return keys, values
@@ -68,20 +71,25 @@ class StaticMasks(AttentionMasks):
         self._at, self._places, self.padding = cache.at, places, keep
         self._seen: dict[bool, Tensor] = {}
 
-    def look(self) -> None:
-        """For the position that comes next: before the first layer asks."""
-        places = self._places[: self.S]
-        mask = (places <= self._at)[None]  # [B or 1, capacity]
-        self._seen[False] = (mask if self.padding is None else mask & self.padding)[:, None, None]
-        ring = self._places[: self.window]
-        position = self._at - (self._at - ring) % self.window  # that lies at each place
-        mask = (position >= 0)[None]
-        if self.padding is not None:
-            mask = mask & self.padding.index_select(1, position.clamp(min=0))
-        self._seen[True] = mask[:, None, None]
+    def begin(self) -> None:
+        """The position that comes next is another one: before the first layer asks."""
+        self._seen.clear()
 
     def mask(self, local: bool, keys: int) -> Tensor:
+        if local not in self._seen:
+            self._seen[local] = (self._of_ring() if local else self._of_all())[:, None, None]
         return self._seen[local]
+
+    def _of_all(self) -> Tensor:
+        """Of a global layer's buffer, [B or 1, capacity]."""
+        mask = (self._places[: self.S] <= self._at)[None]
+        return mask if self.padding is None else mask & self.padding
+
+    def _of_ring(self) -> Tensor:
+        """Of a local layer's, [B or 1, window]."""
+        position = self._at - (self._at - self._places[: self.window]) % self.window  # that lies at each place
+        mask = (position >= 0)[None]
+        return mask if self.padding is None else mask & self.padding.index_select(1, position.clamp(min=0))
 
     def is_plain_causal(self, local: bool) -> bool:
         return False
