@@ -226,12 +226,12 @@ class _Inputs:
         self.types = None if self.types is None else self.types.gather(1, order)
         counted = (keep.cumsum(1) - 1).clamp_(min=0)
         self.positions = counted if self.positions is None else self.positions.gather(1, order)
-        self._in_order = torch.equal(order, torch.arange(ids.shape[1], device=ids.device).expand_as(order))
+        self._order = order
         self.keep = torch.cat([keep, keep.new_ones(len(ids), new)], dim=1)
 
     def leave_out(self, positions: int) -> None:
         """The first positions are in the cache already. Raises RequestError where padding stands behind tokens."""
-        if self.keep is not None and not self._in_order:
+        if self.keep is not None and (self._order.diff(dim=1) < 0).any():
             raise RequestError("with past_key_values, padding stands before the tokens (padding_side='left')")
         self.ids = self.ids[:, positions:]
         self.positions = None if self.positions is None else self.positions[:, positions:]
