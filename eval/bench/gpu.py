@@ -2,13 +2,15 @@
 
     python eval/bench/gpu.py                                   # 1.3b; within ten minutes on an H100
     python eval/bench/gpu.py --shapes 125m 1.3b 2.7b --parts kernels decode
-    python eval/bench/gpu.py --device cpu --shapes tiny --parts kernels decode prefill evaluate gptq    # does it run?
+    python eval/bench/gpu.py --device cpu --shapes tiny --parts columns decode prefill evaluate gptq    # does it run?
 
 Needs no network. Weights are random, of the models' exact shapes. Every part is written to the result as soon as it is
 measured, with the card's name; a part that fails is recorded with its error, and the others run. Contestants take
 turns, `--repeats` times; figures are medians. The bandwidth is that of copying on the card within this run. In the
 table of kernels every product takes another copy of the weight, so many that they lie beyond the card's cache.
-transformers, with plain bfloat16 weights and with bitsandbytes' NF4, runs the same folders, where it is installed.
+`columns` times GPTQ's loop alone, one block of 128 columns. `goals` says what the figures are to reach on an H100 or
+H200, and which did. transformers, with plain bfloat16 weights and with bitsandbytes' NF4, runs the same folders, where
+it is installed.
 """
 
 from __future__ import annotations
@@ -33,9 +35,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import gpu_goals
 from provenance import ROOT, provenance
 
-PARTS = ("tests", "kernels", "decode", "prefill", "evaluate", "gptq")
+PARTS = ("tests", "kernels", "columns", "decode", "prefill", "evaluate", "gptq")
 SHAPES |= {"2.7b": (32, 2560, 20), "tiny": (2, 128, 2)}
 RECIPES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "nf4": (4, "nf4", {}),
@@ -76,6 +79,7 @@ def main() -> None:
             traceback.print_exc()
             found = {"error": f"{type(error).__name__}: {error}"}
         result["parts"][name] = {"seconds": round(time.perf_counter() - started, 1), "found": found}
+        result["goals"] = gpu_goals.reached(result)
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(name, json.dumps(found, indent=1), flush=True)
 
@@ -84,8 +88,11 @@ def main() -> None:
     for shape in args.shapes:
         if "kernels" in args.parts:
             record(f"{shape} kernels", lambda shape=shape: kernels(shape, device, args.repeats))
+        if "columns" in args.parts:
+            record(f"{shape} columns", lambda shape=shape: columns(shape, device, args.repeats))
         with tempfile.TemporaryDirectory(prefix="neoquant-bench-", dir=args.temp) as temp:
             run_models(shape, Path(temp), device, args, record)
+    print(gpu_goals.table(result["goals"]))
     print(f"written to {args.json}")
 
 
@@ -99,7 +106,7 @@ def run_tests() -> dict[str, Any]:
 def kernels(shape: str, device: torch.device, repeats: int) -> dict[str, Any]:
     """{weight: {rows: {grid kernel: microseconds, share of the bandwidth}}} of every kernel that runs there."""
     from neoquant.grids import make_grid
-    from neoquant.kernels import KERNELS
+    from neoquant.kernels import KERNELS, ROUNDING
     from neoquant.quantizers import Nearest
 
     hidden, peak, found = SHAPES[shape][1], bandwidth(device), {}
@@ -111,7 +118,7 @@ def kernels(shape: str, device: torch.device, repeats: int) -> dict[str, Any]:
         for name, (bits, kind, options) in GRIDS.items():
             grid = make_grid(bits, kind, **options)
             q = Nearest().quantize(w, grid).to(device)
-            for kernel in KERNELS.values():
+            for kernel in (*KERNELS.values(), *ROUNDING.values()):
                 if kernel.refuse(grid, size, device) is None:
                     states = copies(kernel.pack(q))
                     products = [partial(_product, kernel, s, grid, size) for s in states]
@@ -119,6 +126,30 @@ def kernels(shape: str, device: torch.device, repeats: int) -> dict[str, Any]:
         found["x".join(map(str, size))] = {
             str(rows): _turns(contestants, rows, size[1], device, repeats, peak) for rows in ROWS
         }
+    return found
+
+
+def columns(shape: str, device: torch.device, repeats: int) -> dict[str, Any]:
+    """{grid: {rows: microseconds of a block of 128 columns}}, of rows on their own and of those of heads, coupled; and
+    what rounds them."""
+    from neoquant.grids import make_grid
+    from neoquant.quantizers.feedback import BLOCK, round_columns, whole_block
+    from neoquant.quantizers.hessian import OutputFactor
+
+    _, hidden, heads = SHAPES[shape]
+    found: dict[str, Any] = {}
+    upper, order = torch.eye(BLOCK, device=device), torch.arange(BLOCK, device=device)
+    factor = OutputFactor.of(torch.eye(hidden // heads).expand(heads, -1, -1), 0.01).to(device)
+    w = torch.randn(hidden, BLOCK, generator=torch.Generator().manual_seed(0)).to(device)
+    for name, (bits, kind, options) in GRIDS.items():
+        grid = make_grid(bits, kind, **options)
+        on_grid = grid.columns(grid.fit(w), (hidden, BLOCK))
+        in_one_call = whole_block(w, on_grid) is not None
+        found[name] = {"rounded_by": "one call" if in_one_call else "a loop in torch"}
+        for rows, coupled in (("alone", None), ("coupled", factor))[: 2 if in_one_call else 1]:  # it would take minutes
+            step = partial(round_columns, w.T, upper, on_grid, order, None, coupled)
+            took = [seconds(step, device, 1) for _ in range(repeats + 1)][1:]
+            found[name][rows] = round(statistics.median(took) * 1e6, 1)
     return found
 
 
@@ -177,6 +208,7 @@ def run_models(
         for name, (bits, kind, options) in RECIPES.items():
             quantize(temp / "plain", temp / name, Recipe.simple(bits, kind, **options))
         models = load_models(temp, device)
+        record(f"{shape} bytes a token", lambda: {n: read_by_a_token(m) for n, m in models.items() if "neoquant" in n})
         vocabulary = 50257
         steps = {"decode": decode_steps, "prefill": prefill_steps, "evaluate": evaluate_steps}
         for part in wanted:
@@ -213,6 +245,12 @@ def load_models(temp: Path, device: torch.device) -> dict[str, Any]:
         except Exception as error:
             print(f"transformers {name} is left out: {type(error).__name__}: {error}", flush=True)
     return models
+
+
+def read_by_a_token(model: Any) -> int:
+    """Bytes of all weights, but of positions, of which a token reads one."""
+    held = {id(t): (name, t.nbytes) for name, t in (*model.named_parameters(), *model.named_buffers())}
+    return sum(size for name, size in held.values() if ".wpe." not in name)
 
 
 def decode_steps(
