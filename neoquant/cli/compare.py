@@ -75,6 +75,8 @@ def compare(
     written. A field is of the total, or with any: before it of any subset. Fields of one model: nll,
     perplexity, bits_per_byte. Of the change: delta_nll, delta_nll_low, delta_nll_high, delta_bits_per_byte,
     perplexity_ratio. Of both predictions: agreement, kl, kl_median, kl_99, kl_99.9, kl_max, probability_rms.
+    With --task, a metric or its change, or an end of its interval, of the mean over tasks, or with any: of
+    any task: acc, delta_acc, delta_acc_low, delta_acc_high, delta_acc_norm, ...
 
     \b
     Examples:
@@ -93,13 +95,13 @@ def compare(
         raise RequestError(
             "give models or saved results, not both: evaluate the model first, with neoquant eval --json FILE"
         )
-    # from saved evaluations nothing that needs both models side by side can be had, from comparisons it can
-    conditions = conditions_of(fail_if, side_by_side=True)
     if all(saved):
         if asked is not None:
             raise RequestError("--task runs models: saved results on tasks are compared without it")
-        if compared_tasks([base, *models], json, force, conditions, terminal):
+        if compared_tasks([base, *models], json, force, fail_if, terminal):
             return
+        # from saved evaluations nothing that needs both models side by side can be had, from comparisons it can
+        conditions = conditions_of(fail_if, side_by_side=True)
         check_output_file(json, json_kind("comparison"), terminal, inputs=[base, *models], force=force)
         _show(_compare_saved([base, *models], terminal), conditions, json, terminal)
         return
@@ -108,6 +110,7 @@ def compare(
     if asked is not None:
         run_tasks(asked, [base, *models], loading, terminal)
         return
+    conditions = conditions_of(fail_if, side_by_side=True)
     chosen = choose_suite(SuiteOptions.of(ctx.params), base)
     inputs = inputs_of(chosen, suite, base, *models)
     check_output_file(json, json_kind("comparison"), terminal, inputs=inputs, force=force)

@@ -52,7 +52,8 @@ def eval_(
     To measure the accuracy loss of quantization, use `neoquant compare`: it needs fewer documents.
 
     With --json, an interrupted run resumes when the same command is given again. Under torchrun, several
-    processes share the work, with the same result. --fail-if takes nll, perplexity and bits_per_byte.
+    processes share the work, with the same result. --fail-if takes nll, perplexity and bits_per_byte; with --task,
+    metrics (acc, any:acc_low, ...).
 
     \b
     Examples:

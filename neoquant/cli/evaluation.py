@@ -171,10 +171,14 @@ def fail_where(conditions: list[Condition], result: Evaluation | Comparison, ter
     """Exit with FAILED, saying why, where a condition holds."""
     from neoquant.evaluation.thresholds import failures
 
-    found = failures(conditions, result)
-    for line in found:
+    fail_with(failures(conditions, result), terminal)
+
+
+def fail_with(lines: list[str], terminal: Terminal) -> None:
+    """Exit with FAILED and these lines, if there are any: a condition holds in each."""
+    for line in lines:
         terminal.say_last(f"failed: {line}")
-    if found:
+    if lines:
         raise typer.Exit(FAILED)
 
 

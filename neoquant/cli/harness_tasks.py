@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from neoquant.cli.evaluation import (
     LoadOptions,
+    fail_with,
     keeping_progress,
     load_compared_models,
     load_evaluated_model,
@@ -22,8 +23,9 @@ from neoquant.errors import RequestError
 
 if TYPE_CHECKING:
     from neoquant.evaluation.task_result import TaskComparison, TaskEvaluation
+    from neoquant.evaluation.task_thresholds import TaskCondition
 
-_OF_TEXT = ("suite", "data", "subset", "protocol", "stride", "exclude_calibrated", "fail_if")
+_OF_TEXT = ("suite", "data", "subset", "protocol", "stride", "exclude_calibrated")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,7 @@ class TaskOptions:
     fewshot: int | None
     documents: int | None
     context: int | None
+    fail_if: list[str] | None
     json: Path | None
     force: bool
     revision: str | None
@@ -61,7 +64,10 @@ def task_options(params: Mapping[str, Any]) -> TaskOptions | None:
 
 def run_tasks(asked: TaskOptions, names: Sequence[str | None], loading: LoadOptions, terminal: Terminal) -> None:
     """Evaluate the model, or compare the first of several with the others; every refusal before any is opened."""
+    from neoquant.evaluation.task_thresholds import parse_task_condition, require_figures
+
     base, *others = names
+    conditions = [parse_task_condition(text) for text in asked.fail_if or ()]
     kind = json_kind("task-comparison" if others else "task-evaluation")
     check_output_file(asked.json, kind, terminal, inputs=[asked.task_path, *names], force=asked.force)
 
@@ -69,6 +75,7 @@ def run_tasks(asked: TaskOptions, names: Sequence[str | None], loading: LoadOpti
     from neoquant.evaluation.task_scores import compare_tasks, evaluate_tasks
 
     tasks = read_tasks(list(dict.fromkeys(asked.task)), asked.task_path, asked.fewshot, terminal.progress)
+    require_figures(conditions, dict.fromkeys(metric for task in tasks for metric in task.metrics), bool(others))
     with keeping_progress(asked.json) as journal:
         if others:
             models = [str(name) for name in others]
@@ -85,11 +92,11 @@ def run_tasks(asked: TaskOptions, names: Sequence[str | None], loading: LoadOpti
             progress=terminal.progress,
             journal=journal,
         )
-    _show(compare_tasks(results) if others else results[0], asked.json, terminal)
+    _show(compare_tasks(results) if others else results[0], conditions, asked.json, terminal)
 
 
 def compared_tasks(
-    files: Sequence[str], json: Path | None, force: bool, conditions: Sequence[object], terminal: Terminal
+    files: Sequence[str], json: Path | None, force: bool, fail_if: Sequence[str] | None, terminal: Terminal
 ) -> bool:
     """Compare saved results on tasks; False, and nothing is done, where the first file holds another kind of result.
 
@@ -100,18 +107,24 @@ def compared_tasks(
 
     if not is_task_result(files[0]):
         return False
-    if conditions:
-        raise RequestError("--fail-if is for results on text: these are of tasks")
     check_output_file(json, json_kind("task-comparison"), terminal, inputs=list(files), force=force)
 
     from neoquant.evaluation.task_scores import compare_tasks
+    from neoquant.evaluation.task_thresholds import parse_task_condition, require_figures
 
-    _show(compare_tasks([read_task_result(file) for file in files], files), json, terminal)
+    conditions = [parse_task_condition(text) for text in fail_if or ()]
+    results = [read_task_result(file) for file in files]
+    metrics = [metric.name.partition(",")[0] for score in results[0].tasks for metric in score.metrics]
+    require_figures(conditions, dict.fromkeys(metrics), compared=True)
+    _show(compare_tasks(results, files), conditions, json, terminal)
     return True
 
 
-def _show(result: TaskEvaluation | TaskComparison, json: Path | None, terminal: Terminal) -> None:
+def _show(
+    result: TaskEvaluation | TaskComparison, conditions: list[TaskCondition], json: Path | None, terminal: Terminal
+) -> None:
     from neoquant.evaluation.task_result import TaskComparison
+    from neoquant.evaluation.task_thresholds import task_failures
     from neoquant.report.tasks import task_comparison_table, task_evaluation_table
 
     if isinstance(result, TaskComparison):
@@ -119,6 +132,7 @@ def _show(result: TaskEvaluation | TaskComparison, json: Path | None, terminal: 
         publish(result, task_comparison_table(result), notes, json, terminal)
     else:
         publish(result, task_evaluation_table(result), result.notes, json, terminal)
+    fail_with(task_failures(conditions, result), terminal)
 
 
 def _option(name: str) -> str:

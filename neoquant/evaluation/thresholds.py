@@ -11,7 +11,7 @@ from typing import NamedTuple
 from neoquant.errors import RequestError
 from neoquant.evaluation.result import Candidate, Change, Comparison, Evaluation, Score
 
-_OPERATORS: dict[str, Callable[[float, float], bool]] = {
+OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
     ">=": operator.ge,
     "<": operator.lt,
@@ -69,7 +69,7 @@ class Condition(NamedTuple):
         for subset, value in values:
             if value is None:
                 raise RequestError(f"{self}: this result has no {self.field} of {subset}")
-            if _OPERATORS[self.symbol](value, self.limit):
+            if OPERATORS[self.symbol](value, self.limit):
                 lines.append(
                     f"{evaluation.model.name}, {subset}: {self.field} {value:.6g} {self.symbol} {self.limit:g}"
                 )

@@ -15,6 +15,7 @@ from neoquant.evaluation.answers import Answers, digest
 from neoquant.evaluation.proportions import mean_score_interval, paired_interval
 from neoquant.evaluation.task_result import MetricScore, TaskComparison, TaskEvaluation, TaskScore
 from neoquant.evaluation.task_scores import _means, compare_tasks
+from neoquant.evaluation.task_thresholds import parse_task_condition, require_figures
 from neoquant.report.gather import Gathered
 from neoquant.report.markdown import markdown_report
 from neoquant.report.page import render_page
@@ -110,7 +111,11 @@ def test_what_is_not_compared(cli: Cli) -> None:
     for words, says in (
         (("base.json", "tasks.json"), "it is a neoquant.task-comparison/1"),
         (("base.json", "loss.json"), "it is a neoquant.comparison/2"),
-        (("base.json", "base.json", "--fail-if", "kl > 1"), "--fail-if is for results on text"),
+        (
+            ("base.json", "base.json", "--fail-if", "kl > 1"),
+            "these tasks have acc, delta_acc; each also with _low and _high",
+        ),
+        (("base.json", "base.json", "--fail-if", "delta_acc = 1"), "write it like 'delta_acc < -0.02'"),
         (("base.json", "base.json", "--task", "piqa"), "--task runs models"),
     ):
         assert says in cli("compare", *words).error
@@ -118,12 +123,56 @@ def test_what_is_not_compared(cli: Cli) -> None:
     assert "of one model" in cli("report", "loss.json", "base.json").error
 
 
+def test_conditions_end_with_3_where_they_hold(cli: Cli) -> None:
+    """Of the mean over tasks, or of any task; of a metric, its change, or an end of an interval."""
+    for name, values in {"base": BASE, "nf4": OTHER}.items():
+        Path(f"{name}.json").write_text(make_tasks(name, values).to_json())
+    (candidate,) = compare_tasks([make_tasks("base", BASE), make_tasks("nf4", OTHER)]).candidates
+    (mean,), arc = candidate.means, candidate.changes[1]
+    assert mean.high is not None and arc.high is not None
+    for condition, holds in {
+        "delta_acc < -0.3": True,
+        "delta_acc < -0.34": False,
+        "any:delta_acc < -0.6": True,
+        "any:delta_acc > 0": False,
+        "acc <= 0.3": True,
+        "any:acc > 0.7": False,
+        f"delta_acc_high >= {mean.high}": True,
+        f"any:delta_acc_high < {arc.high}": False,
+    }.items():
+        result = cli("compare", "base.json", "nf4.json", "--fail-if", condition)
+        assert result.code == (3 if holds else 0), condition
+        assert ("failed: nf4, " in result.err) == holds
+    both = cli("compare", "base.json", "nf4.json", "--fail-if", "any:delta_acc < 1", "--fail-if", "delta_acc_low < 1")
+    assert [line.split(": ")[1] for line in both.err.splitlines() if line.startswith("failed")] == [
+        "nf4, piqa", "nf4, arc_easy", "nf4, mean of 2 tasks",
+    ]  # fmt: skip
+
+
+def test_conditions_on_what_no_task_has_come_before_the_work() -> None:
+    for figure, compared, legal in (
+        ("acc", False, True),
+        ("acc_norm_low", False, True),
+        ("delta_acc", False, False),
+        ("delta_acc_high", True, True),
+        ("acc,strict_low", False, True),
+        ("f1", True, False),
+        ("low", True, False),
+    ):
+        conditions = [parse_task_condition(f"any:{figure} < 0.5")]
+        if legal:
+            require_figures(conditions, ["acc", "acc_norm"], compared)
+        else:
+            with pytest.raises(RequestError, match="these tasks have acc, acc_norm"):
+                require_figures(conditions, ["acc", "acc_norm"], compared)
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (("--task", "piqa", "--suite", "demo"), "--suite is for text and --task for tasks"),
         (("--task", "piqa", "--exclude-calibrated"), "--exclude-calibrated is for text"),
-        (("--task", "piqa", "--fail-if", "nll > 1"), "--fail-if is for text"),
+        (("--task", "piqa", "--fail-if", "any:acc"), "write it like 'delta_acc < -0.02'"),
         (("--task-path", "x"), "--task-path is for tasks: name one with --task"),
         (("--fewshot", "0"), "--fewshot is for tasks"),
     ],
