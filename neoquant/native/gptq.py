@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from neoquant.native.loader import active, threads
+from neoquant.native.loader import active, address, threads
 
 
 class Levels(NamedTuple):
@@ -79,13 +79,9 @@ def round_columns(
     unit, row_order, original = (None, None, None) if heads is None else heads
     row_order = None if row_order is None else row_order.int()
     active().call(
-        "nq_gptq_block", weights.data_ptr(), _address(original), upper.data_ptr(), upper.stride(0), n, rows,
-        columns.data_ptr(), levels.scale.data_ptr(), levels.inverse.data_ptr(), _address(levels.zero), levels.width,
-        levels.top, _address(levels.bounds), _address(levels.order), _address(levels.table), _address(unit),
-        _address(row_order), size, codes.data_ptr(), errors.data_ptr(), active().isa, threads(),
+        "nq_gptq_block", weights.data_ptr(), address(original), upper.data_ptr(), upper.stride(0), n, rows,
+        columns.data_ptr(), levels.scale.data_ptr(), levels.inverse.data_ptr(), address(levels.zero), levels.width,
+        levels.top, address(levels.bounds), address(levels.order), address(levels.table), address(unit),
+        address(row_order), size, codes.data_ptr(), errors.data_ptr(), active().isa, threads(),
     )  # fmt: skip
     return errors
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from neoquant.native.loader import ISAS, active, threads
+from neoquant.native.loader import ISAS, active, address, threads
 from neoquant.native.products import Weight
 
 ACTIVATIONS = {"gelu_new": 0, "gelu_pytorch_tanh": 0, "relu": 1}  # by their number in weight.h
@@ -111,8 +111,8 @@ class CachedStates:
     def hold(self, number: int, keys: StateBuffer, values: StateBuffer) -> None:
         """Where the keys and values of a block lie: contiguous buffers [B, H, capacity, D], which the caller keeps."""
         one = self._each[number]
-        one.keys, one.key_scale = keys.data.data_ptr(), _address(keys.scale)
-        one.values, one.value_scale = values.data.data_ptr(), _address(values.scale)
+        one.keys, one.key_scale = keys.data.data_ptr(), address(keys.scale)
+        one.values, one.value_scale = values.data.data_ptr(), address(values.scale)
         one.capacity, one.stored = keys.data.shape[2], STORED[keys.data.dtype]
 
     def count(self, number: int, held: int, forgotten: int) -> None:
@@ -139,10 +139,6 @@ class NativeBlocks:
         rows, positions, _ = x.shape
         native.call(
             "nq_steps", self._addresses, cached.array, len(self.blocks), x.data_ptr(), rows, positions,
-            _address(keep), 0 if keep is None else keep.stride(0), y.data_ptr(), native.isa, threads(),
+            address(keep), 0 if keep is None else keep.stride(0), y.data_ptr(), native.isa, threads(),
         )  # fmt: skip
         return y
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

@@ -5,6 +5,11 @@
  * the least squared error, its costs being whole numbers: so every machine finds the same ones.
  *
  * Error feedback runs from column to column as in gptq.c. Spans are independent of each other.
+ *
+ * Rows of a span may be coupled: then the error of a row is also compensated in the later ones. What is to be compensated
+ * depends on all of a path, so that it is not enough to know the best one to each state. A beam search takes its place: of all
+ * paths to a row it keeps the best ones to different states, each with its own compensation (the M-algorithm: Anderson and
+ * Mohan, 1984; per-survivor processing: Raheli et al., 1995).
  */
 #include "cpu.h"
 
@@ -19,6 +24,7 @@ enum {
     SPAN = 256,
     AROUND = 32,               /* rows on either side of a span's beginning that are searched for the state there */
     UNREACHED = 0xffff,
+    PATHS = 64,                /* that the beam search keeps */
 };
 
 struct trellis {
@@ -33,6 +39,9 @@ struct trellis {
     const float *table;      /* [LEVELS] values */
     uint8_t *codes;          /* [columns of the weight, rows] */
     float *errors;           /* [n, rows], or 0 without feedback */
+    const float *original;   /* [n, rows]: the weights before any compensation; with `unit` only */
+    const float *unit;       /* [spans, SPAN, SPAN] unit upper triangular; 0: rows are not coupled */
+    const float *price;      /* [rows]: what a squared error costs, what follows from it in later rows being compensated */
     int isa;
     atomic_int *starved;
     uint8_t turned[STATES];  /* `levels`, as step_avx2 reads them */
@@ -42,6 +51,22 @@ struct trellis {
 struct search {
     uint16_t cost[2][STATES];
     uint8_t back[SPAN][KEPT]; /* which of four states was the best that comes to what is kept */
+};
+
+/* The end of a path that comes to a row. */
+struct end {
+    float cost, value;
+    int16_t state;
+    uint8_t parent; /* which of the paths to the row above it continues */
+};
+
+/* What one thread searches in where rows are coupled. */
+struct beam {
+    struct search search; /* for the state that a span begins from */
+    float compensation[2][PATHS][SPAN];
+    struct end ends[DIGIT * PATHS];
+    int16_t place[STATES]; /* of a state in `ends`, or -1 */
+    uint8_t parent[SPAN][PATHS], code[SPAN][PATHS];
 };
 
 /* What each value costs above the cheapest, for a row whose weight is `wanted` times its scale. */
@@ -211,21 +236,151 @@ static void search_span(
     }
 }
 
-/* Rows [begin, end) of one column, a span or the shorter last one. */
-static void round_span(const struct trellis *t, struct search *s, int64_t column, int64_t begin, int64_t end) {
+/* One column of a span with coupled rows. */
+struct span {
+    const float *w, *original, *scale, *unit, *price;
+    int64_t n;
+};
+
+/* Let the `count` ends of the least cost stand first. */
+static void put_least_first(struct end *ends, int64_t n, int64_t count) {
+    int64_t low = 0, high = n - 1;
+    while (low < high) {
+        const float pivot = ends[(low + high) / 2].cost;
+        int64_t i = low, j = high;
+        while (i <= j) {
+            while (ends[i].cost < pivot) i++;
+            while (ends[j].cost > pivot) j--;
+            if (i <= j) {
+                const struct end moved = ends[i];
+                ends[i++] = ends[j];
+                ends[j--] = moved;
+            }
+        }
+        if (count - 1 <= j) high = j;
+        else if (count - 1 >= i) low = i;
+        else return;
+    }
+}
+
+/* The best ends at a row of a span, at most PATHS, that continue `count` paths in `before`. Returns how many. */
+static int64_t continue_paths(
+    const struct trellis *t, struct beam *b, const struct span *p, int64_t row, int64_t kept, const struct end *before,
+    int64_t count) {
+    const int64_t left = p->n - 1 - row; /* the last codes are those that the span's first ones follow */
+    const int forced = left < MEMORY - 1 ? (int)(kept >> 2 * left) & (DIGIT - 1) : -1;
+    int64_t found = 0;
+    for (int64_t path = 0; path < count; path++) {
+        const float target = p->w[row] + b->compensation[row & 1][path][row];
+        for (int code = forced < 0 ? 0 : forced; code < (forced < 0 ? DIGIT : forced + 1); code++) {
+            const int state = (before[path].state * DIGIT + code) % STATES, place = b->place[state];
+            const float value = t->table[t->levels[state]] * p->scale[row], apart = target - value;
+            const struct end end = {before[path].cost + apart * apart * p->price[row], value, (int16_t)state, (uint8_t)path};
+            if (place >= 0 && b->ends[place].cost <= end.cost) continue;
+            if (place < 0) b->place[state] = (int16_t)found;
+            b->ends[place < 0 ? found++ : place] = end;
+        }
+    }
+    for (int64_t i = 0; i < found; i++) b->place[b->ends[i].state] = -1;
+    if (found <= PATHS) return found;
+    put_least_first(b->ends, found, PATHS);
+    return PATHS;
+}
+
+/* What the error of a row asks of the later ones, `from` being what those before it do. */
+NQ_INLINE void compensate(const struct span *p, int64_t row, float value, const float *from, float *to) {
+    const float error = p->original[row] + from[row] - value, *unit = p->unit + row * SPAN;
+    for (int64_t later = row + 1; later < p->n; later++) to[later] = from[later] - error * unit[later];
+}
+
+NQ_INLINE void compensate_all(struct beam *b, const struct span *p, int64_t row, int64_t count) {
+    for (int64_t path = 0; path < count; path++) {
+        const struct end *end = b->ends + path;
+        compensate(p, row, end->value, b->compensation[row & 1][end->parent], b->compensation[~row & 1][path]);
+    }
+}
+
+#ifdef NQ_X86
+NQ_AVX512 static void compensate_avx512(struct beam *b, const struct span *p, int64_t row, int64_t count) {
+    compensate_all(b, p, row, count);
+}
+NQ_AVX2 static void compensate_avx2(struct beam *b, const struct span *p, int64_t row, int64_t count) {
+    compensate_all(b, p, row, count);
+}
+#endif
+
+static void compensate_paths(const struct trellis *t, struct beam *b, const struct span *p, int64_t row, int64_t count) {
+#ifdef NQ_X86
+    if (t->isa == NQ_ISA_AVX512 || t->isa == NQ_ISA_AVX512VNNI) compensate_avx512(b, p, row, count);
+    else if (t->isa == NQ_ISA_AVX2) compensate_avx2(b, p, row, count);
+    else
+#endif
+        compensate_all(b, p, row, count);
+}
+
+/* The codes of a column whose rows are coupled, from the state that the search without coupling begins from. */
+static void search_coupled(
+    const struct trellis *t, struct beam *b, const struct span *p, const float *wanted, const float *importance,
+    uint8_t *codes) {
+    struct end before[PATHS];
+    const int64_t kept = find_beginning(t, &b->search, wanted, importance, p->n);
+    int64_t count = 1, best = 0;
+    before[0] = (struct end){0, 0, (int16_t)kept, 0};
+    memset(b->compensation[0][0], 0, sizeof b->compensation[0][0]);
+    memset(b->place, 0xff, sizeof b->place);
+    for (int64_t row = 0; row < p->n; row++) {
+        count = continue_paths(t, b, p, row, kept, before, count);
+        compensate_paths(t, b, p, row, count);
+        memcpy(before, b->ends, (size_t)count * sizeof *before);
+        for (int64_t path = 0; path < count; path++) {
+            b->parent[row][path] = before[path].parent;
+            b->code[row][path] = (uint8_t)(before[path].state % DIGIT);
+        }
+    }
+    for (int64_t path = 1; path < count; path++)
+        if (before[path].cost < before[best].cost) best = path;
+    for (int64_t row = p->n - 1; row >= 0; row--) {
+        codes[row] = b->code[row][best];
+        best = b->parent[row][best];
+    }
+}
+
+/* What each row of a column lacks, the rows before it being compensated where they are coupled. Returns what that costs. */
+static float errors_of(const struct trellis *t, const struct span *p, const uint8_t *codes, float *errors) {
+    float added[SPAN] = {0}, cost = 0;
+    for (int64_t row = 0; row < p->n; row++) {
+        const float value = t->table[t->levels[state_at(codes, row, p->n)]] * p->scale[row];
+        errors[row] = p->w[row] + added[row] - value;
+        if (!p->unit) continue;
+        cost += errors[row] * errors[row] * p->price[row];
+        compensate(p, row, value, added, added);
+    }
+    return cost;
+}
+
+/* Rows [begin, end) of one column, a span or the shorter last one; `b` where rows are coupled. */
+static void round_span(
+    const struct trellis *t, struct search *s, struct beam *b, int64_t column, int64_t begin, int64_t end) {
     const int64_t place = t->places[column], scales = place / t->width * t->rows + begin, n = end - begin;
-    const float *w = t->weights + column * t->rows + begin, *scale = t->scale + scales;
-    uint8_t *codes = t->codes + place * t->rows + begin;
-    float wanted[SPAN];
+    const float *w = t->weights + column * t->rows + begin, *scale = t->scale + scales, *importance = t->importance + scales;
+    uint8_t *codes = t->codes + place * t->rows + begin, other_codes[SPAN];
+    float wanted[SPAN], other_errors[SPAN];
     for (int64_t r = 0; r < n; r++) wanted[r] = scale[r] > 0 ? w[r] / scale[r] : 0;
-    search_span(t, s, wanted, t->importance + scales, n, codes);
+    search_span(t, s, wanted, importance, n, codes);
     if (!t->upper) return;
+    const struct span p = {
+        w, b ? t->original + column * t->rows + begin : 0, scale, b ? t->unit + begin * SPAN : 0, b ? t->price + begin : 0, n};
     float *errors = t->errors + column * t->rows + begin;
     const float *upper = t->upper + column * t->stride, diagonal = upper[column];
-    for (int64_t r = 0; r < n; r++) {
-        const float value = t->table[t->levels[state_at(codes, r, n)]] * scale[r];
-        errors[r] = (w[r] - value) / diagonal;
+    const float cost = errors_of(t, &p, codes, errors);
+    if (b && n > MEMORY) { /* where rows hardly hang together, all paths without compensation are more than few with it */
+        search_coupled(t, b, &p, wanted, importance, other_codes);
+        if (errors_of(t, &p, other_codes, other_errors) < cost) {
+            memcpy(codes, other_codes, (size_t)n);
+            memcpy(errors, other_errors, (size_t)n * sizeof *errors);
+        }
     }
+    for (int64_t r = 0; r < n; r++) errors[r] /= diagonal;
     for (int64_t later = column + 1; later < t->n; later++) {
         float *to = t->weights + later * t->rows + begin, part = upper[later];
         for (int64_t r = 0; r < n; r++) to[r] -= part * errors[r];
@@ -235,30 +390,31 @@ static void round_span(const struct trellis *t, struct search *s, int64_t column
 /* Items are spans; without feedback, spans of each column. */
 static void run(void *job, int64_t begin, int64_t end) {
     const struct trellis *t = job;
-    struct search *s = nq_scratch(NQ_OWN, sizeof *s);
-    if (!s) {
+    struct beam *b = nq_scratch(NQ_OWN, t->unit ? sizeof *b : sizeof b->search); /* of which the search is the beginning */
+    if (!b) {
         *t->starved = 1;
         return;
     }
     for (int64_t item = begin; item < end; item++) {
         const int64_t first = (t->upper ? item : item / t->n) * SPAN, last = nq_min(first + SPAN, t->rows);
         for (int64_t column = t->upper ? 0 : item % t->n; column < t->n; column += t->upper ? 1 : t->n)
-            round_span(t, s, column, first, last);
+            round_span(t, &b->search, t->unit ? b : 0, column, first, last);
     }
 }
 
+/* With `unit`, errors are fed back: `upper` is given. */
 NQ_EXPORT int nq_trellis_block(
     float *weights, const float *upper, int64_t stride, int64_t n, int64_t rows, const int64_t *places, const float *scale,
     const float *importance, int64_t width, const uint8_t *levels, const float *table, uint8_t *codes, float *errors,
-    int isa, int threads) {
+    const float *original, const float *unit, const float *price, int isa, int threads) {
     atomic_int starved = 0;
-    struct trellis t = {weights, upper, stride, n, rows, places, scale, importance, width, levels, table, codes, errors, isa,
-                        &starved, {0}};
+    struct trellis t = {weights, upper, stride, n, rows, places, scale, importance, width, levels, table, codes, errors,
+                        original, unit, price, isa, &starved, {0}};
     for (int state = 0; state < STATES; state++) { /* bytes 8 to 15 of 32 and 16 to 23 change places */
         const int eight = state >> 3 & 3;
         t.turned[state] = levels[(state & ~24) | (eight == 1 ? 2 : eight == 2 ? 1 : eight) << 3];
     }
     const int64_t items = (rows + SPAN - 1) / SPAN * (upper ? 1 : n);
-    nq_parallel(threads, items, 1, rows * n * 500, run, &t);
+    nq_parallel(threads, items, 1, rows * n * (unit ? 3000 : 500), run, &t);
     return starved ? NQ_NO_MEMORY : 0;
 }

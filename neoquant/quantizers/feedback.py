@@ -14,8 +14,11 @@ from torch import Tensor
 from neoquant.grids import Columns
 from neoquant.native import gptq as native
 from neoquant.native import trellis
-from neoquant.quantizers.hessian import OutputFactor
+from neoquant.quantizers.hessian import OutputFactor, SpanFactor
 from neoquant.triton import gptq as triton
+
+Coupling = tuple[OutputFactor | SpanFactor, Tensor]
+"""The output factor, and a block's columns before any compensation, [n, O]."""
 
 RoundBlock = Callable[[Tensor, Tensor, native.Levels, Tensor, native.Heads | None, Tensor], Tensor]
 """`native.gptq.round_columns`, and what does the same elsewhere."""
@@ -43,7 +46,7 @@ def round_columns(
     columns: Columns,
     order: Tensor,
     refit: Refit | None = None,
-    output_factor: OutputFactor | None = None,
+    output_factor: OutputFactor | SpanFactor | None = None,
     block: int = BLOCK,
 ) -> Tensor:
     """Round one column after the other, compensating errors in those that follow: codes uint8[O, I] in natural order.
@@ -53,14 +56,15 @@ def round_columns(
         upper: the factor of the inverse Hessian in that order, [I, I].
         columns: the grid; its parameters are fitted on the way if `refit` is given, where columns are grouped.
         order: int64[I], which column of the weight stands in each row of `weights`; natural if `refit` is given.
-        output_factor: how errors are compensated within the rows of a head, if they are.
+        output_factor: how errors are compensated within the rows of a head, if they are; of a span on a trellis, which
+            the native library rounds.
         block: columns that are rounded before those after them are corrected, as one matrix product (section 3.3,
             "lazy batch-updates"). Changes only the speed.
     """
     original = weights if output_factor is None else weights.contiguous()
     weights = weights.clone(memory_format=torch.contiguous_format)
     upper = upper.to(weights.dtype).contiguous()
-    if output_factor is not None:
+    if isinstance(output_factor, OutputFactor):
         output_factor = OutputFactor(output_factor.unit.to(weights.dtype), output_factor.row_order)
     codes = torch.empty(weights.shape, dtype=torch.uint8, device=weights.device)
     width = len(weights) if refit is None or columns.width is None else min(columns.width, len(weights))
@@ -86,19 +90,17 @@ def _round_block(
     upper: Tensor,
     columns: Columns,
     order: Tensor,
-    heads: tuple[OutputFactor, Tensor] | None,
+    heads: Coupling | None,
     codes: Tensor,
 ) -> Tensor:
-    """A block of `round_columns` in torch: writes codes[I, O], returns the errors over the diagonal, [n, O].
-
-    `heads` are the output factor and the block's columns before any compensation, [n, O].
-    """
+    """A block of `round_columns` in torch: writes codes[I, O], returns the errors over the diagonal, [n, O]."""
     errors = torch.empty_like(weights)
     diagonal = upper.diagonal().tolist()
     for i, column in enumerate(order.tolist()):
         if heads is None:
             codes[column], values = columns.round(column, weights[i])
         else:
+            assert isinstance(heads[0], OutputFactor)
             values, compensation = _round_heads(weights[i], heads[0], heads[1][i], columns, column, codes[column])
             weights[i] += compensation
         torch.sub(weights[i], values, out=errors[i]).div_(diagonal[i])
@@ -138,20 +140,25 @@ def whole_block(weights: Tensor, columns: Columns) -> Callable[..., Tensor] | No
 
 
 def _round_paths(
-    weights: Tensor, upper: Tensor, columns: Columns, order: Tensor, heads: tuple[OutputFactor, Tensor] | None,
+    weights: Tensor, upper: Tensor, columns: Columns, order: Tensor, heads: Coupling | None,
     codes: Tensor,
 ) -> Tensor:  # fmt: skip
     """A block of columns on a trellis, in C."""
     levels = columns.levels()
-    assert isinstance(levels, trellis.Paths) and heads is None, "rows that a trellis chains are not coupled otherwise"
-    errors = trellis.round_columns(weights, upper, levels, order, codes)
+    assert isinstance(levels, trellis.Paths)
+    coupled = None
+    if heads is not None:
+        factor, original = heads
+        assert isinstance(factor, SpanFactor)
+        coupled = trellis.Coupled(factor.unit, factor.price, original.contiguous())
+    errors = trellis.round_columns(weights, upper, levels, order, codes, coupled)
     assert errors is not None
     return errors
 
 
 def _round_levels(
     round_block: RoundBlock, weights: Tensor, upper: Tensor, columns: Columns, order: Tensor,
-    heads: tuple[OutputFactor, Tensor] | None, codes: Tensor,
+    heads: Coupling | None, codes: Tensor,
 ) -> Tensor:  # fmt: skip
     """A block of columns in one call; of heads with many rows, in one for some rows of each."""
     levels = columns.levels()
@@ -159,6 +166,7 @@ def _round_levels(
     if heads is None:
         return round_block(weights, upper, levels, order, None, codes)
     factor, original = heads
+    assert isinstance(factor, OutputFactor)
     if factor.size > TALL:
         return _round_tall(round_block, weights, upper, levels, order, factor, original, codes)
     coupled = native.Heads(factor.unit, factor.row_order, original)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from neoquant.errors import RequestError
 from neoquant.grids import Columns, Grid, Params
+from neoquant.native import trellis
 from neoquant.quantizers.base import Quantizer
 from neoquant.quantizers.feedback import TALL, Refit, round_columns, whole_block
-from neoquant.quantizers.hessian import LEGAL_DAMPING, Factor, Hessian, OutputFactor, diagonal_pieces
+from neoquant.quantizers.hessian import LEGAL_DAMPING, Factor, Hessian, OutputFactor, SpanFactor, diagonal_pieces
 from neoquant.tensor import QuantizedTensor
 
 REPORTED_ROWS = 256  # of a weight, whose part of its errors is reported: measuring all takes as long as rounding
@@ -22,7 +23,6 @@ ORDERS = ("static", "off", "dynamic")
 SCALES = ("range", "mse", "weighted")
 OBJECTIVES = ("attention", "layer", "model")
 GRADIENT_DAMPING = 0.1  # of output Hessians from gradients, at least
-CHAINED = "objective layer, and attention, by which rows only weigh"
 PIECE = 64  # coupled rows where neither the native library nor Triton runs
 
 
@@ -40,7 +40,7 @@ class Report:
     error_nearest: float
     error: float
     seconds: float
-    chained: bool = False  # its rows are, so that they were weighed for attention and not coupled
+    chained: bool = False  # its rows are, so that they were weighed and not coupled
 
     @property
     def remarks(self) -> list[str]:
@@ -48,7 +48,7 @@ class Report:
         found = [f"{self.dead} inputs were always zero"] if self.dead else []
         found += [f"damping was raised to {self.damping:g}"] if self.retries else []
         found += ["the inverse needed double precision"] if self.double else []
-        found += ["rows of a trellis are not coupled for attention, but weighed"] if self.chained else []
+        found += ["rows of a trellis are not coupled, but weighed"] if self.chained else []
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,8 +72,9 @@ class Gptq(Quantizer):
     objective  attention: queries, keys and values are rounded for the output of attention, not for their own: a row's
                error is also compensated in the later rows of its head (see `hessian.OutputFactor`). layer: every layer
                for its own output, as in the paper. model: every layer for the model's loss, to second order: all its
-               rows are coupled (see `calibration.loss_hessian`). A trellis chains the rows itself: there attention is
-               layer, but that rows' errors weigh as the output Hessian's diagonal says, and model is refused.
+               rows are coupled (see `calibration.loss_hessian`). A trellis chains the rows itself: for
+               attention their errors only weigh there, as the output Hessian's diagonal says; for the model the native
+               library searches it with their compensation, and where that does not run, they only weigh as well.
     correction part of the way that a weight first moves to make up for what its layer's output lacks, since earlier
                layers are quantized (see `calibration.missing_output`), with `damping` as the ridge: 0 to 1.
     """
@@ -104,18 +105,11 @@ class Gptq(Quantizer):
         if not 0 <= self.correction <= 1:
             raise RequestError(f"correction {self.correction}: legal is 0 (none) to 1")
 
-    def refuse(self, grid: Grid) -> str | None:
-        if self.objective == "model" and grid.decoding.trellis is not None:
-            return (
-                f"gptq minimizes the model's loss by coupling rows, which {grid.name} chains: legal there are {CHAINED}"
-            )
-        return None
-
     def sample_report(self, grid: Grid, before_attention: bool) -> Report:
         error, objective = 0.012345678901234567, self.objective
         if objective == "attention" and not before_attention:
             objective = "layer"
-        chained = objective == "attention" and grid.decoding.trellis is not None
+        chained = objective != "layer" and not self._couples(grid)
         objective = "layer" if chained else objective
         return Report(objective, self.scales, self.damping, 0, False, 0, error, error, 0.0, chained)
 
@@ -152,7 +146,8 @@ class Gptq(Quantizer):
         params = grid.fit(weight, refit.search, refit.importance)
         nearest = grid.decode(grid.round(weight, params), params)
         chained = given is not None and self.uses_output_hessian and output_hessian is None
-        rows = given.diagonal(dim1=1, dim2=2).flatten() if given is not None and chained else None
+        by_rows = self.uses_output_hessian and grid.decoding.trellis is not None
+        rows = given.diagonal(dim1=1, dim2=2).flatten() if given is not None and by_rows else None
         codes, params = self._round(weight, grid, params, refit, factor, hessian, output_hessian, rows)
         q = QuantizedTensor(codes, grid, params, None if order is None else order.int(), w.dtype)
         rounded = grid.decode(q.codes, q.params)
@@ -178,13 +173,29 @@ class Gptq(Quantizer):
             raise RequestError(f"missing output {list(missing.shape)} is not that of a weight {list(weight.shape)}")
         return weight + self.correction * hessian.solve(missing, self.order != "off", self.damping)
 
+    def _couples(self, grid: Grid) -> bool:
+        """Whether errors are compensated in other rows of a column. Of a trellis only few paths are searched then: too
+        few for what the rows of an attention head have in common."""
+        return grid.decoding.trellis is None or (self.needs_gradients and trellis.refuse() is None)
+
     def _used_output_hessian(self, output_hessian: Tensor | None, rows: int, grid: Grid) -> Tensor | None:
         """`output_hessian` where it is used. Raises RequestError if it is not that of so many rows."""
         if output_hessian is None:
             return None
         if output_hessian.dim() != 3 or len(output_hessian) * output_hessian.shape[1] != rows:
             raise RequestError(f"output Hessian {list(output_hessian.shape)} is not that of {rows} rows")
-        return output_hessian if self.uses_output_hessian and grid.decoding.trellis is None else None
+        return output_hessian if self.uses_output_hessian and self._couples(grid) else None
+
+    def _output_factor(self, output_hessian: Tensor, weight: Tensor, columns: Columns) -> OutputFactor | SpanFactor:
+        """By what errors are compensated in other rows of weight[O, I]."""
+        place, chain = weight.device, columns.grid.decoding.trellis
+        if chain is not None:
+            return SpanFactor.of(output_hessian.to(place), chain.span, self._output_damping)
+        if whole_block(weight, columns) is None:
+            output_hessian = diagonal_pieces(output_hessian, PIECE)
+        # a GPU takes more launches for many small matrices than they are worth
+        output_hessian = output_hessian.to("cpu" if output_hessian.shape[1] <= TALL else place)
+        return OutputFactor.of(output_hessian, self._output_damping).to(place)
 
     def _refit(self, hessian: Hessian, order: Tensor | None) -> Refit:
         """How groups are fitted, with the inputs in `order`."""
@@ -210,13 +221,7 @@ class Gptq(Quantizer):
         place = weight.device
         if rows is not None:
             columns.weigh_rows(rows.to(place))
-        output_factor = None
-        if output_hessian is not None:
-            if whole_block(weight, columns) is None:
-                output_hessian = diagonal_pieces(output_hessian, PIECE)
-            # a GPU takes more launches for many small matrices than they are worth
-            output_hessian = output_hessian.to("cpu" if output_hessian.shape[1] <= TALL else place)
-            output_factor = OutputFactor.of(output_hessian, self._output_damping).to(place)
+        output_factor = None if output_hessian is None else self._output_factor(output_hessian, weight, columns)
         if self.order == "static":
             order, fitted = hessian.order().to(place), None
         else:

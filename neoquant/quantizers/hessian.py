@@ -141,15 +141,51 @@ class OutputFactor:
         """Of K, float32[heads, D, D], damped as H is."""
         units, orders = [], []
         for K in output_hessian:
-            diagonal = K.diagonal()
-            mean = float(diagonal.mean()) or 1.0
-            order = diagonal.argsort(descending=True, stable=True)
-            filled, reverse = K.clone(), order.flip(0)
-            filled.diagonal()[diagonal == 0] = mean
-            upper = _factor(filled[reverse[:, None], reverse], mean, damping).upper
+            order = K.diagonal().argsort(descending=True, stable=True)
+            upper = _output_factor(K, order, damping)
             units.append(upper / upper.diagonal()[:, None])
             orders.append(order)
         return OutputFactor(torch.stack(units), torch.stack(orders))
+
+
+@dataclass(frozen=True)
+class SpanFactor:
+    """The same where rows must be rounded in their natural order, `span` of them together, as on a trellis. What rows
+    of different spans have in common is left out.
+
+    unit   [spans, span, span]: an error in row i of a span subtracts unit[i, k] of it from row k > i; zeros beyond O.
+    price  [O]: what a row's squared error costs when all that it leads to in later rows of its span is compensated.
+    """
+
+    unit: Tensor
+    price: Tensor
+
+    @staticmethod
+    def of(output_hessian: Tensor, span: int, damping: float) -> SpanFactor:
+        """Of K, float32[heads, D, D] with heads * D = O, damped as H is."""
+        heads, D, _ = output_hessian.shape
+        units, prices = [], []
+        for start in range(0, heads * D, span):
+            stop = min(start + span, heads * D)
+            K = output_hessian.new_zeros(stop - start, stop - start)
+            for head in range(start // D, (stop - 1) // D + 1):
+                low, high = max(start, head * D), min(stop, (head + 1) * D)
+                here, there = slice(low - start, high - start), slice(low - head * D, high - head * D)
+                K[here, here] = output_hessian[head, there, there]
+            upper = _output_factor(K, torch.arange(len(K), device=K.device), damping)
+            unit = K.new_zeros(span, span)
+            unit[: len(K), : len(K)] = upper / upper.diagonal()[:, None]
+            units.append(unit)
+            prices.append(upper.diagonal().square().reciprocal())
+        return SpanFactor(torch.stack(units), torch.cat(prices))
+
+
+def _output_factor(K: Tensor, order: Tensor, damping: float) -> Tensor:
+    """Upper triangular U[D, D] with K**-1 = Uᵀ U, for K[D, D] damped, its rows and columns in `order`."""
+    filled, reverse, diagonal = K.clone(), order.flip(0), K.diagonal()
+    mean = float(diagonal.mean()) or 1.0
+    filled.diagonal()[diagonal == 0] = mean
+    return _factor(filled[reverse[:, None], reverse], mean, damping).upper
 
 
 def diagonal_pieces(output_hessian: Tensor, size: int) -> Tensor:

@@ -20,7 +20,7 @@ void nq_gptq_block(
     uint8_t *, float *, int, int);
 int nq_trellis_block(
     float *, const float *, int64_t, int64_t, int64_t, const int64_t *, const float *, const float *, int64_t, const uint8_t *,
-    const float *, uint8_t *, float *, int, int);
+    const float *, uint8_t *, float *, const float *, const float *, const float *, int, int);
 
 static void require(int held, const char *what) {
     if (held) return;

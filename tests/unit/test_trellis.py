@@ -27,6 +27,8 @@ from neoquant.native import trellis as library
 from neoquant.nn.linear import QuantLinear
 from neoquant.quantizers import Gptq, Nearest
 from neoquant.quantizers.feedback import round_columns
+from neoquant.quantizers.gptq import Report
+from neoquant.quantizers.hessian import SpanFactor
 from neoquant.tensor import QuantizedTensor
 from neoquant.triton import running
 
@@ -196,28 +198,107 @@ def test_feedback_is_that_of_torch() -> None:
     assert max(lost) < 0.7 * float((x @ (nearest - w).T).norm())
 
 
-def test_rows_are_not_coupled() -> None:
-    """By the objective of attention, rows weigh as the output Hessian's diagonal says; the model's is refused."""
-    w, x, grid = make_weight((32, 24), torch.float32, "normal"), inputs(24), TrellisGrid(16)
-    spread = torch.logspace(-1, 1, 16) * torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(2))
-    coupled = torch.stack([part.T @ part for part in spread])
-    results = []
-    for objective in ("attention", "layer"):
-        chosen = Gptq(objective=objective)
-        hessian = chosen.observer(24)
-        hessian.add(x)
-        results.append(chosen.quantize_with_report(w, grid, hessian, coupled))
-    (q, report), (plain, other) = results
-    assert report is not None and other is not None
-    apart = [(x @ (each.dequantize(torch.float32) - w).T).square().sum(0) for each in (q, plain)]
-    rows = coupled.diagonal(dim1=1, dim2=2).flatten()
-    assert (apart[0] * rows).sum() < (apart[1] * rows).sum() and apart[0].sum() > apart[1].sum()
-    assert report.objective == other.objective == "layer"
-    assert report.remarks == ["rows of a trellis are not coupled for attention, but weighed"]
-    assert other.remarks == [] and report.to_dict()["remarks"] == report.remarks
-    reason = "gptq minimizes the model's loss by coupling rows, which trellis chains: legal there are objective layer"
-    assert str(Gptq(objective="model").refuse(grid)).startswith(reason)
-    assert Gptq(objective="model").refuse(make_grid(2, "affine")) is None
+def output_hessian(heads: int, rows: int) -> Tensor:
+    """K[heads, rows, rows] of rows that count the more the later they come, and hang together."""
+    random = torch.Generator().manual_seed(2)
+    common = torch.randn(heads, rows // 4 + 1, rows, generator=random)
+    spread = torch.logspace(-0.5, 0.5, rows) * torch.randn(heads, rows, rows, generator=random)
+    return common.mT @ common + spread.mT @ spread / rows
+
+
+def by_objective(objective: str, w: Tensor, K: Tensor, isa: str) -> tuple[QuantizedTensor, Report]:
+    chosen = Gptq(objective=objective)
+    hessian = chosen.observer(w.shape[1])
+    hessian.add(inputs(w.shape[1]))
+    with forced(isa):
+        q, report = chosen.quantize_with_report(w, TrellisGrid(16), hessian, K)
+    assert isinstance(report, Report)
+    return q, report
+
+
+def test_rows_only_weigh_for_attention_and_without_the_library() -> None:
+    """As the output Hessian's diagonal says."""
+    w, x, K = make_weight((32, 24), torch.float32, "normal"), inputs(24), output_hessian(2, 16)
+    plain, other = by_objective("layer", w, K, "off")
+    rows = K.diagonal(dim1=1, dim2=2).flatten()
+    for objective, isa in (("attention", native.ISAS[native.active().isa]), ("model", "off")):
+        q, report = by_objective(objective, w, K, isa)
+        apart = [(x @ (each.dequantize(torch.float32) - w).T).square().sum(0) for each in (q, plain)]
+        assert (apart[0] * rows).sum() < (apart[1] * rows).sum() and apart[0].sum() > apart[1].sum()
+        assert report.objective == other.objective == "layer"
+        assert report.remarks == ["rows of a trellis are not coupled, but weighed"]
+        assert other.remarks == [] and report.to_dict()["remarks"] == report.remarks
+
+
+@needs_library
+@pytest.mark.parametrize(("rows", "heads"), [(280, 2), (300, 1)])
+def test_coupled_rows_lose_less(rows: int, heads: int) -> None:
+    """Of the model's loss, tr(K E H E'), also where spans cut pieces of coupled rows."""
+    w, x, K = make_weight((rows, 12), torch.float32, "normal"), inputs(12), output_hessian(heads, rows // heads)
+    isa = native.ISAS[native.active().isa]
+    results = {
+        "coupled": by_objective("model", w, K, isa), "weighed": by_objective("model", w, K, "off"),
+        "layer": by_objective("layer", w, K, isa),
+    }  # fmt: skip
+    lost = {}
+    for name, (q, _) in results.items():
+        error = ((q.dequantize(torch.float32) - w) @ x.T).view(heads, rows // heads, -1)
+        lost[name] = float((error * (K @ error)).sum())
+    assert lost["coupled"] < 0.8 * lost["weighed"] and lost["coupled"] < 0.8 * lost["layer"]
+    report = results["coupled"][1]
+    assert report.objective == "model" and report.remarks == []
+
+
+@pytest.mark.parametrize(("heads", "rows", "span"), [(3, 5, 4), (4, 2, 8), (1, 7, 16)])
+def test_a_span_is_as_much_of_the_output_hessian(heads: int, rows: int, span: int) -> None:
+    """What rows cost one after the other, the earlier errors being compensated, is what their errors cost together."""
+    K = output_hessian(heads, rows)
+    factor, whole = SpanFactor.of(K, span, 1e-5), torch.block_diag(*K)
+    for number, rest in enumerate(torch.split(torch.arange(heads * rows), span)):
+        error = torch.randn(len(rest), generator=torch.Generator().manual_seed(number))
+        added, cost = torch.zeros(len(rest)), 0.0
+        for row, place in enumerate(rest):
+            lacking = error[row] + added[row]
+            cost += float(factor.price[place] * lacking**2)
+            added -= lacking * factor.unit[number, row, : len(rest)]
+            added[: row + 1] = 0
+        assert cost == pytest.approx(float(error @ whole[rest][:, rest] @ error), rel=1e-3)
+
+
+def search_coupled(w: Tensor, original: Tensor, K: Tensor, isa: str) -> tuple[Tensor, Tensor, SpanFactor]:
+    """The codes uint8[O] of one column whose rows are coupled, and its errors [O]."""
+    factor, codes = SpanFactor.of(K, TRELLIS.span, 1e-5), torch.zeros(1, len(w), dtype=torch.uint8)
+    paths = TrellisGrid().columns({"scale": torch.ones(len(w), 1, dtype=torch.float16)}, (len(w), 1)).levels()
+    assert isinstance(paths, library.Paths)
+    coupled = library.Coupled(factor.unit, factor.price, original[None].contiguous())
+    with forced(isa):
+        errors = library.round_columns(w[None].clone(), torch.ones(1, 1), paths, torch.zeros(1).long(), codes, coupled)
+    assert errors is not None
+    return codes[0], errors[0], factor
+
+
+@every_isa
+@pytest.mark.parametrize("seed", range(3))
+def test_no_path_of_coupled_rows_is_better(isa: str, seed: int) -> None:
+    """Of seven rows, whose last five codes are what the ring begins from."""
+    random, K = torch.Generator().manual_seed(seed), output_hessian(1, 7)
+    w = torch.randn(7, generator=random)
+    codes, errors, factor = search_coupled(w, w, K, isa)
+    assert float((factor.price * errors.square()).sum()) == pytest.approx(
+        best := float((apart := w - torch.tensor(values_of(codes.tolist()))) @ K[0] @ apart), rel=1e-3
+    )
+    for first in itertools.product(range(4), repeat=2):
+        apart = w - torch.tensor(values_of([*first, *codes.tolist()[2:]]))
+        assert best <= float(apart @ K[0] @ apart) * (1 + 1e-4)
+
+
+@every_isa
+@pytest.mark.parametrize("rows", [1, 5, 6, 7, 20, 256, 259])
+def test_every_way_finds_the_same_codes_of_coupled_rows(isa: str, rows: int) -> None:
+    random, K = torch.Generator().manual_seed(rows), output_hessian(1, rows)
+    w, original = torch.randn(2, rows, generator=random)
+    (codes, errors, _), (portable, others, _) = (search_coupled(w, original, K, each) for each in (isa, "portable"))
+    assert torch.equal(codes, portable) and torch.equal(errors, others)
 
 
 def drawn(shape: tuple[int, int], group: int, seed: int = 0) -> QuantizedTensor:
