@@ -25,13 +25,9 @@ from neoquant.quantizers.hessian import OutputFactor
 from neoquant.triton import running
 
 GRIDS: list[Grid] = [
-    *(Affine(bits, 16, symmetric) for bits in (2, 3, 4, 8) for symmetric in (False, True)),
-    Affine(4, -1),
-    Affine(3, 16, float_zero=True),
-    *(Codebook(kind, 32, double) for kind in ("nf4", "fp4") for double in (False, True)),
-    Mxfp4(),
-    Int8Rows(),
-]
+    Affine(2, 16), Affine(4, -1), Affine(8, 16, True), Affine(3, 16, float_zero=True), Codebook("nf4", 32, False),
+    Codebook("fp4", 32, True), Mxfp4(), Int8Rows(),
+]  # fmt: skip
 COUPLED: list[tuple[Grid, int, int]] = [
     (Affine(3, 16), 2, 5), (Affine(4, -1, True), 1, 9), (Codebook("nf4", 32, True), 2, 5), (Mxfp4(), 3, 2),
     (Int8Rows(), 2, 4),
@@ -124,7 +120,7 @@ def test_many_coupled_rows_are_rounded_some_at_a_time(grid: Grid, gpu: Counts, m
     assert (found != expected).float().mean() < 3e-3  # a value within 1e-6 of the middle may go either way
 
 
-@pytest.mark.parametrize("case", range(8))
+@pytest.mark.parametrize("case", range(6))
 def test_ragged_and_tiny_shapes(case: int, in_order: None, gpu: Counts) -> None:
     draw = random.Random(case)
     heads, size = draw.randint(0, 3), draw.randint(1, 6)
