@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from neoquant.errors import CheckpointError, ContextError, RequestError
-from neoquant.generation.cuda_graph import GraphedSteps, refuse
+from neoquant.generation.cuda_graph import Choose, GraphedSteps, refuse
 from neoquant.generation.padding import left_padded
 from neoquant.model.cache import KVCache
 from neoquant.model.gpt_neo import CausalLM
@@ -160,7 +160,14 @@ def choose(
     if sampling.temperature == 0:
         return NextToken(likeliest, finite, logits)
     kept = _kept(logits, finite, sampling)
-    return NextToken(torch.multinomial(kept.softmax(-1), 1, generator=generator)[:, 0], finite, kept)
+    return NextToken(draw(kept.softmax(-1), generator), finite, kept)
+
+
+def draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One of each row of `probabilities[B, V]`, `[B]`: the same as torch.multinomial, whose checks wait for a GPU in
+    versions of torch that are still in use, so that no CUDA graph may hold it."""
+    noise = torch.empty_like(probabilities).exponential_(generator=generator)
+    return (probabilities / noise).argmax(-1)
 
 
 def distribution(logits: Tensor, seen: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
@@ -261,9 +268,20 @@ class _Inputs:
         logits: Tensor = output.logits[:, -1]
         return logits
 
-    def use_graph(self, model: CausalLM, cache: KVCache) -> None:
-        """From here on a CUDA graph computes the rows that go on, all of them to the end; `cache` is no longer used."""
-        self._graphed = GraphedSteps(model, cache, self.keep, self.positions, self.types)
+    def use_graph(
+        self, model: CausalLM, cache: KVCache, choose: Choose | None, generator: torch.Generator | None
+    ) -> None:
+        """From here on a CUDA graph computes the rows that go on, all of them to the end; `cache` is no longer used.
+        By `choose` it chooses their tokens too, unless rows have ended, which draw as well."""
+        choose = choose if self._index is None else None
+        drawn = None if choose is None else generator
+        self._graphed = GraphedSteps(model, cache, self.keep, self.positions, self.types, choose, drawn)
+
+    def chosen(self) -> Tensor | None:
+        """The token that follows, `[B]`, NOTHING where none could be chosen; None where no graph chooses it."""
+        if self._graphed is None or self._graphed.choose is None:
+            return None
+        return self._graphed.chosen(self.ids)
 
     def leave(self, rows: list[int], cache: KVCache) -> None:
         """Only these rows go on, of those that did."""
@@ -389,28 +407,47 @@ def stream(
     looked = 0
     for new in range(max_new_tokens):
         if static_cache and new == 1:
-            inputs.use_graph(model, cache)
-        raw = inputs.logits(model, cache)
-        logits = raw if new >= sampling.min_new_tokens else raw.index_fill(-1, reachable, -torch.inf)
-        drawn, finite, scores = choose(logits, seen[:, : T + new], sampling, generator, processor)
-        if record is not None:
-            record(raw, scores)
-        seen[:, T + new] = drawn
-        outcomes[:, new] = drawn.where(finite, NOTHING)
+            alone = processor is None and record is None
+            inputs.use_graph(model, cache, _by_logits(sampling, generator) if alone else None, generator)
+        if (chosen := inputs.chosen()) is not None:
+            outcomes[:, new] = chosen
+        else:
+            raw = inputs.logits(model, cache)
+            logits = raw if new >= sampling.min_new_tokens else raw.index_fill(-1, reachable, -torch.inf)
+            drawn, finite, scores = choose(logits, seen[:, : T + new], sampling, generator, processor)
+            if record is not None:
+                record(raw, scores)
+            seen[:, T + new] = drawn
+            outcomes[:, new] = drawn.where(finite, NOTHING)
         if (new + 1 - looked) % every == 0 or new + 1 == max_new_tokens:
             for ids in outcomes[:, looked : new + 1].cpu().unbind(1):
                 looked += 1
-                chosen, is_usable, is_last = endings.take(ids)
+                row, is_usable, is_last = endings.take(ids)
                 if not is_usable:
                     raise not_finite(model, looked)
-                yield chosen
+                yield row
                 if is_last:
                     if given is not None:
                         cache.crop(T + looked - 1)  # a GPU may have gone on
                     return
             if given is None:
                 inputs.leave(endings.going_on(), cache)
-        inputs.follow(drawn)
+        if chosen is None:
+            inputs.follow(drawn)
+
+
+def _by_logits(sampling: Sampling, generator: torch.Generator | None) -> Choose | None:
+    """`choose` for a token behind the first, by its logits `[B, V]` alone: `[B]`, NOTHING where there is none; None
+    where more than the logits decides, or numbers come from torch's own generator, from which others draw as well."""
+    by_what_is_there = sampling.repetition_penalty != 1 or sampling.no_repeat_ngram_size or sampling.min_new_tokens > 1
+    if by_what_is_there or (sampling.temperature > 0 and generator is None):
+        return None
+
+    def chosen(logits: Tensor) -> Tensor:
+        drawn, finite, _ = choose(logits, Tensor(), sampling, generator)
+        return drawn.where(finite, NOTHING)
+
+    return chosen
 
 
 def require_beginning(cache: KVCache, ids: Tensor) -> KVCache:

@@ -45,7 +45,7 @@ WAITING = {
     for name in (
         "item", "_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "unique_dim", "_unique",
         "_unique2", "unique_consecutive", "bincount", "linalg_cholesky", "cholesky", "linalg_inv", "linalg_solve",
-        "inverse", "linalg_eigh", "linalg_lstsq",
+        "inverse", "linalg_eigh", "linalg_lstsq", "multinomial",
     )
 }  # fmt: skip
 ALLOCATING = {f"aten::{name}" for name in ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided")}
@@ -135,10 +135,15 @@ class Graph:
 
     def __init__(self) -> None:
         self.work: list[Callable[[], None]] = []
+        self.generators: list[torch.Generator] = []
         self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    def register_generator_state(self, generator: torch.Generator) -> None:
+        self.generators.append(generator)
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
+        states = [generator.get_state() for generator in self.generators]
         self.counts.recording = self
         try:
             yield
@@ -146,6 +151,8 @@ class Graph:
             self.counts.recording = None
         for memory, before in self._before.values():
             memory.copy_(before)  # what is recorded is not done
+        for generator, state in zip(self.generators, states, strict=True):
+            generator.set_state(state)
 
     def will_write(self, tree: Any) -> None:
         """An operation is about to write to some of these."""
@@ -257,6 +264,9 @@ class Dispatch(TorchDispatchMode):
         generator = kwargs.get("generator")
         if generator is not None and not is_cuda(PLACES.get(generator._cdata, "cpu")):
             raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
+        graph = self.counts.recording
+        if graph is not None and generator is not None and generator._cdata not in {g._cdata for g in graph.generators}:
+            raise RuntimeError("a generator that is not registered with the graph draws while it is recorded")
         if name == "aten::copy_":
             to = args[0]
             if not isinstance(to, OnDevice):

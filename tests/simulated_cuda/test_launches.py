@@ -83,7 +83,8 @@ def test_one_wait_in_eight_tokens_finds_the_end(watched: str, gpu: Counts) -> No
     }[watched]
     launches, waits, copies = cost_of_a_token(make_model(2, hidden=64), gpu, **options)
     assert (waits, copies) == (1 / 8, 0)
-    assert launches <= 2 * BLOCK + REST + (20 if watched == "sampling" else 0)
+    drawing = 20 + 2  # of three launches: torch.multinomial counted as one, for what waits twice in some versions
+    assert launches <= 2 * BLOCK + REST + (drawing if watched == "sampling" else 0)
 
 
 def test_padded_rows_wait_no_more(gpu: Counts) -> None:
