@@ -22,6 +22,9 @@ _GRADIENT_TOKENS = 32_768  # that pass through the unquantized model, and back: 
 _ACTIVATIONS = 14  # of a piece's hidden states, and
 _INNER_ACTIVATIONS = 5  # of its inner activations, that are alive at once while gradients run through a block
 
+_CHAINED_SECONDS = 3e-7  # that the search on a trellis takes for a weight: measured, one thread
+_COUPLED_SECONDS = 4e-6  # and where rows are coupled
+
 
 @dataclass(frozen=True)
 class Methods:
@@ -161,6 +164,11 @@ def guess_seconds(
         return (rounding + count) / _rate(device)
     rate = processes * _rate(device)
     return count / rate + rounding / (_rate(torch.device("cpu")) if triton.refuse() else rate)
+
+
+def guess_search_seconds(weights: int, methods: Methods) -> float:
+    """About how long the search for the paths of so many weights on a trellis will take, beside `guess_seconds`."""
+    return weights * (_COUPLED_SECONDS if methods.gradients else _CHAINED_SECONDS) / torch.get_num_threads()
 
 
 def _multiplications(config: GPTNeoConfig, tokens: int) -> float:

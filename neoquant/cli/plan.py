@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -134,12 +135,14 @@ def _of_each(plan: Plan) -> str:
 def _calibrating_facts(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.calibrating is None:
         return
-    from neoquant.calibration.memory import guess_seconds
+    from neoquant.calibration.memory import guess_search_seconds, guess_seconds
     from neoquant.model.config import GPTNeoConfig
 
     need = plan.calibrating
     config = GPTNeoConfig.from_dict(dict(plan.config))
     guessed = guess_seconds(config, need.rows, need.length, need.methods, need.device, need.processes)
+    chained = (row.source for row in plan.rows if row.grid is not None and row.grid.decoding.trellis is not None)
+    guessed += guess_search_seconds(sum(math.prod(source.shape) for source in chained), need.methods)
     where = "this machine's CPU" if need.device == "cpu" else need.device
     samples = f"{plural(need.rows, 'sample')} of {plural(need.length, 'token')}"
     if need.processes > 1:

@@ -12,7 +12,7 @@ import pytest
 import neoquant
 from neoquant import Recipe, demo
 from neoquant.calibration import memory as costs
-from neoquant.calibration.memory import estimate_memory, guess_seconds
+from neoquant.calibration.memory import Methods, estimate_memory, guess_search_seconds, guess_seconds
 from neoquant.errors import RequestError
 from neoquant.model.config import GPTNeoConfig
 
@@ -42,6 +42,8 @@ def test_grows_with_the_text_and_not_with_it_in_files() -> None:
 def test_time_follows_the_multiplications(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costs, "_rate", lambda device: 1e9)
     assert guess_seconds(CONFIG, 16, 512) < guess_seconds(CONFIG, 32, 512) < 2 * guess_seconds(CONFIG, 16, 512)
+    coupled, plain = (guess_search_seconds(10**9, Methods(gradients=each)) for each in (True, False))
+    assert coupled > 10 * plain > 0 == guess_search_seconds(0, Methods())
     monkeypatch.undo()
     assert 0 < guess_seconds(CONFIG, 16, 512) < 3600
 
