@@ -12,6 +12,7 @@ Module names are Hugging Face's, so that tensor names are, too. Shapes: B batch,
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
 
@@ -27,6 +28,7 @@ from neoquant.model.cache import KVCache, windows_of
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.outputs import BaseModelOutput, CausalLMOutput
 from neoquant.model.tying import share_names
+from neoquant.native import TorchAlone
 
 ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": partial(F.gelu, approximate="tanh"),
@@ -325,7 +327,8 @@ class Decoder(Network):
 
         Raises ContextError beyond `max_position_embeddings`, RequestError for weights that are not written out.
         """
-        x = self._embed(input_ids, inputs_embeds, attention_mask)  # [B, T, C]
+        with self._torch_alone():
+            x = self._embed(input_ids, inputs_embeds, attention_mask)  # [B, T, C]
         T = x.shape[1]
         again = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and past_key_values is None
         if not again and past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
@@ -333,9 +336,10 @@ class Decoder(Network):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         past = past_key_values.length if past_key_values is not None else 0
-        x = x + self.wpe(self._positions(position_ids, past, T, x.device))
-        if token_type_ids is not None:
-            x = x + self.wte(token_type_ids.view(-1, T))
+        with self._torch_alone():
+            x = x + self.wpe(self._positions(position_ids, past, T, x.device))
+            if token_type_ids is not None:
+                x = x + self.wte(token_type_ids.view(-1, T))
         x = self.drop(x) if self.training else x
         keep = attention_mask.bool() if attention_mask is not None else None
         if keep is not None and keep.shape[1] != past + T:
@@ -352,11 +356,17 @@ class Decoder(Network):
             if output_hidden_states:
                 seen += (x,)
         x = x if stepped is None else stepped
-        x = self.ln_f(x.to(self.ln_f.weight.device))
+        with self._torch_alone():
+            x = self.ln_f(x.to(self.ln_f.weight.device))
         # transformers' convention: the last entry is after the final norm
         hidden_states = (*seen[:-1], x) if output_hidden_states else None
         attentions = None if masks.weights is None else tuple(masks.weights)
         return self.output(BaseModelOutput(x, past_key_values, hidden_states, attentions), return_dict)
+
+    def _torch_alone(self) -> AbstractContextManager[None]:
+        """For what is small beside the blocks, where the library computes these."""
+        taken = self.steps is not None and not self.training and not torch.compiler.is_compiling()
+        return TorchAlone() if taken else nullcontext()
 
     def _wanted_weights(self, output_attentions: bool | None) -> list[Tensor] | None:
         if not (self.config.output_attentions if output_attentions is None else output_attentions):

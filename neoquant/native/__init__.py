@@ -7,6 +7,16 @@ for one position. loader.py finds the library, the other modules give it tensors
 
 from __future__ import annotations
 
-from neoquant.native.loader import ISAS, SWITCH, TEAM_SWITCH, Native, active, leaving_cores, runnable, team_size
+from neoquant.native.loader import (
+    ISAS,
+    SWITCH,
+    TEAM_SWITCH,
+    Native,
+    TorchAlone,
+    active,
+    leaving_cores,
+    runnable,
+    team_size,
+)
 
-__all__ = ["ISAS", "SWITCH", "TEAM_SWITCH", "Native", "active", "leaving_cores", "runnable", "team_size"]
+__all__ = ["ISAS", "SWITCH", "TEAM_SWITCH", "Native", "TorchAlone", "active", "leaving_cores", "runnable", "team_size"]

@@ -158,6 +158,21 @@ def leaving_cores(count: int) -> Iterator[None]:
         _whole = outer
 
 
+class TorchAlone:
+    """Inside, torch computes on the calling thread.
+
+    Those of its team that one operation wakes stay awake for milliseconds (GOMP_SPINCOUNT), and take the cores from the
+    library's threads. So operations that are small beside what the library does next are not worth waking it.
+    """
+
+    def __enter__(self) -> None:
+        self._before = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def __exit__(self, *error: object) -> None:
+        torch.set_num_threads(self._before)
+
+
 def team_size() -> int:
     """How many threads torch has, or had outside `leaving_cores`."""
     return torch.get_num_threads() if _whole is None else _whole

@@ -20,7 +20,7 @@ from neoquant.kernels import Cpu
 from neoquant.model.cache import KVCache
 from neoquant.model.gpt_neo import AttentionMasks, Block
 from neoquant.model.stored_states import StoredStates
-from neoquant.native import products
+from neoquant.native import TorchAlone, products
 from neoquant.native.step import (
     ACTIVATIONS,
     STORED,
@@ -59,7 +59,8 @@ def fused_block(block: Block, x: Tensor, masks: AttentionMasks, cache: KVCache |
     y = prepared.step(x, keys, values, held, None if keep is None else by_rows(keep.expand(rows, -1)))
     if cache is None:
         return y
-    cache.advance(prepared.layer, positions)
+    with TorchAlone():  # where buffers slide
+        cache.advance(prepared.layer, positions)
     return y
 
 

@@ -179,3 +179,23 @@ def test_loaded_models_take_all_blocks_at_once(monkeypatch: pytest.MonkeyPatch) 
     model, _ = load()
     model.generate([[1, 2, 3]], max_new_tokens=3)
     assert taken == [True] * 3
+
+
+@needs_native
+def test_torch_computes_alone_beside_the_library_and_has_its_threads_again() -> None:
+    """Behind an error as well."""
+    model, taken = made()
+    found: list[int] = []
+    for part in (model.wte, model.wpe, model.ln_f):
+        part.register_forward_hook(lambda *_: found.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with torch.inference_mode():
+            model(IDS)
+        assert found == [1, 1, 1] and taken == [True] and torch.get_num_threads() == 3
+        with torch.inference_mode(), pytest.raises(IndexError):
+            model(IDS + 17)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
