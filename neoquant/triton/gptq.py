@@ -43,7 +43,8 @@ def round_columns(
         "head": head, "KIND": 0 if levels.zero is not None else 1 if levels.bounds is not None else 2,
         "TOP": float(levels.top), "COUPLED": coupled, "LANES": lanes,
     }  # fmt: skip
-    # a product and a difference that are rounded once would differ from the CPU's in the last bit
+    # A thread has one lane, and reads what it wrote itself; coupled rows read each other's, and wait for each other.
+    # A product and a difference that are rounded once would differ from the CPU's in the last bit.
     options = {"num_warps": min(8, max(1, lanes // 32)), "enable_fp_fusion": False}
     running.run(gptq_program.round_columns, (-(-rows // head),), arguments, options)
     return errors

@@ -15,6 +15,7 @@ from switch import forced
 import neoquant
 from neoquant import Recipe
 from neoquant.calibration.dataset import Calibration
+from neoquant.cli.environment import facts
 from neoquant.data.fingerprints import hash_texts
 from neoquant.errors import RequestError
 from neoquant.grids import make_grid
@@ -112,6 +113,14 @@ def test_a_model_quantized_as_it_is_loaded_is_calibrated_where_it_will_lie(model
     for name, tensor in here.state_dict().items():
         if tensor.dtype == torch.int32:
             assert torch.equal(there.state_dict()[name].memory, tensor)
+
+
+def test_info_says_what_rounds_columns() -> None:
+    assert "GPTQ on GPUs" not in dict(facts())
+    with simulate():
+        assert "rounded by the native library on the CPU (not Triton" in dict(facts())["GPTQ on GPUs"]
+        with forced("off"):
+            assert "rounded by torch (not Triton" in dict(facts())["GPTQ on GPUs"]
 
 
 def cost_of_a_layer(columns: int, rows: int, heads: int, gpu: Counts, grid: Any) -> tuple[int, int, int]:

@@ -43,7 +43,7 @@ REGISTERS = {
     "join_parts": 48,
     "round_columns": 64,
     "round_rows": 64,
-    "multiply_rounded": 128,
+    "multiply_rounded": 160,
 }
 GRIDS: dict[str, Grid] = {
     "nf4": Codebook("nf4", 64, True), "fp4": Codebook("fp4", 64, False), "mxfp4": Mxfp4(), "int8": make_grid(8, "int8"),
