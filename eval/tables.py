@@ -514,8 +514,9 @@ def hqq(path: Path) -> str:
     rows = {(row["bits"], row["group_size"], row["tool"]): row for row in result["rows"]}
     of_library = {(r["bits"], r["group_size"], r["ours"]): r for r in result["ratios"] if r["tool"] == "library"}
     lines = [
-        "| grid | zeros | bits/weight | round-to-nearest | HQQ library | neoquant | of the library [95 %] |",
-        "| --- | --- | --: | --: | --: | --: | --: |",
+        "| grid | zeros | bits/weight | round-to-nearest | HQQ library | neoquant "
+        "| of the library [95 %] | orders | median document |",
+        "| --- | --- | --: | --: | --: | --: | --: | --: | --: |",
     ]
     for (bits, group_size, tool), ratio in of_library.items():
         ours, nearest, library = (rows[bits, group_size, name] for name in (tool, "nearest", "library"))
@@ -525,15 +526,16 @@ def hqq(path: Path) -> str:
             f"| {bits} bits, groups of {group_size} | {'float16' if alike else 'integers'} "
             f"| {ours['bits_per_weight']:.3f} | {'' if alike else f'{1e4 * _kl(nearest):.2f}'} "
             f"| {f'{1e4 * _kl(library):.2f}' if alike else ''} | {1e4 * _kl(ours):.2f} "
-            f"| {ratio['ratio']:.3f} [{low:.3f}, {high:.3f}] |"
+            f"| {ratio['ratio']:.3f} [{low:.3f}, {high:.3f}] | {min(ratio['draws']):.2f} to {max(ratio['draws']):.2f} "
+            f"| {ratio['median_document']:.3f} |"
         )
     tokens = sum(result["text"]["tokens"])
     return "\n".join(
         [
             *lines,
             "",
-            f"Mean KL divergence from {result['model']['name']}, in 1e-4 nats a token, on {tokens:,} tokens; "
-            f"hqq {result['peer']['hqq']}.",
+            f"Mean KL divergence from {result['model']['name']}, in 1e-4 nats a token, on {tokens:,} tokens, "
+            f"of {result['draws']} orders of its units; hqq {result['peer']['hqq']}.",
         ]
     )
 

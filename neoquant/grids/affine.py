@@ -121,23 +121,23 @@ class Affine(Grid):
         if not search and rounding.refuse(w) is None and self._fit_natively(w, params, None):
             return params
 
-        def solve(groups: Tensor, columns: slice) -> Params:
+        def solve(groups: Tensor, rows: slice, columns: slice) -> Params:
             weights = None if importance is None else importance[columns].view(1, -1, groups.shape[-1]).float()
             return self.search_range(groups, weights) if search else self.cover_range(groups)
 
         return self.fit_groups(w, solve)
 
-    def fit_groups(self, w: Tensor, solve: Callable[[Tensor, slice], Params]) -> Params:
+    def fit_groups(self, w: Tensor, solve: Callable[[Tensor, slice, slice], Params]) -> Params:
         """Parameters for w[O, I], solved a piece at a time.
 
-        `solve` is given groups, float32[R, G, width], and which columns of w these are; it returns their stored
-        parameters {name: [R, G]}.
+        `solve` is given groups, float32[R, G, width], and which rows and columns of w these are; it returns their
+        stored parameters {name: [R, G]}.
         """
         width, params = self.width(w.shape[1]), self._empty(w)
         for rows in row_spans(w):
             for columns, groups in self._split(w[rows].detach(), width):
                 at = slice(columns.start // width, count_pieces(columns.stop, width))
-                for name, fitted in solve(groups.float(), columns).items():
+                for name, fitted in solve(groups.float(), rows, columns).items():
                     params[name][rows, at] = fitted
         return params
 

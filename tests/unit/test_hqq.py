@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -20,6 +21,8 @@ from neoquant.tensor import QuantizedTensor
 KINDS: tuple[dict[str, bool], ...] = ({}, {"symmetric": True}, {"float_zero": True})
 GRIDS = [Affine(bits, 32, **kind) for bits in (2, 3, 4, 8) for kind in KINDS]
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
+LEAST = functools.partial(Hqq, unit_gain=False)
+"""With least error, as groups are before they are stored at their size."""
 
 
 def group_errors(q: QuantizedTensor, w: Tensor, norm: float = 3) -> Tensor:
@@ -38,17 +41,47 @@ def nearest(w: Tensor, grid: Affine) -> QuantizedTensor:
 @settings(deadline=None, max_examples=40)
 @given(w=weights(), grid=st.sampled_from(GRIDS), norm=st.sampled_from([0.5, 0.7, 1]))
 def test_no_group_is_worse_than_nearest(w: Tensor, grid: Affine, norm: float) -> None:
-    found, limit = group_errors(Hqq(norm=norm).quantize(w, grid), w), group_errors(nearest(w, grid), w)
+    found, limit = group_errors(LEAST(norm=norm).quantize(w, grid), w), group_errors(nearest(w, grid), w)
     assert (found <= limit * (1 + 1e-5) + 1e-30).all(), "float32 sums order nearly equal errors either way"
 
 
 @every_grid
 @pytest.mark.parametrize("norm", [0.5, 0.7, 1.0])
-def test_better_than_nearest_on_the_whole(grid: Affine, norm: float) -> None:
+@pytest.mark.parametrize("unit_gain", [True, False])
+def test_better_than_nearest_on_the_whole(grid: Affine, norm: float, unit_gain: bool) -> None:
     w = make_weight((64, 256), torch.float32, "normal")
-    q, plain = Hqq(norm=norm).quantize(w, grid), nearest(w, grid)
+    q, plain = Hqq(norm=norm, unit_gain=unit_gain).quantize(w, grid), nearest(w, grid)
     for power in (norm, 2, 3):
         assert group_errors(q, w, power).sum() < group_errors(plain, w, power).sum(), power
+
+
+@settings(deadline=None, max_examples=40)
+@given(w=weights(), bits=st.sampled_from([2, 3, 4, 8]))
+def test_groups_with_float_zeros_keep_their_size(w: Tensor, bits: int) -> None:
+    """Values have the weights' mean, and <w, value> = <w, w> about it: as far as float16 scales and zeros say it."""
+    q = Hqq().quantize(w, Affine(bits, 32, float_zero=True))
+    scale, zero = (q.params[name].double() for name in ("scale", "zero"))
+    pairs = zip(w.double().split(32, 1), q.dequantize(torch.float32).double().split(32, 1), strict=True)
+    for group, (weight, value) in enumerate(pairs):
+        size, step = weight.square().sum(1), scale[:, group]
+        off_by = 2.0**-11 * zero[:, group].abs().clamp(min=2.0**-14) * step + 1e-5 * weight.abs().amax(1)
+        same_mean = (weight - value).mean(1).abs() <= off_by
+        weight, value = (each - each.mean(1, keepdim=True) for each in (weight, value))
+        square, along = weight.square().sum(1), (weight * value).sum(1)
+        rounding = 1e-4 + 2.0**-11 + 2.0**-25 / step.clamp(min=2.0**-25)  # subnormal scales are coarser
+        flat = along <= 2e-6 * size  # one weight, or one code
+        assert ((same_mean & ((along - square).abs() <= rounding * square)) | flat).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_least_error_is_too_small(bits: int) -> None:
+    """What unit gain is for."""
+    random = torch.Generator().manual_seed(bits)
+    w, grid = torch.randn(64, 256, generator=random), Affine(bits, 32, float_zero=True)
+    least, ours = (quantizer.quantize(w, grid).dequantize().double() for quantizer in (LEAST(), Hqq()))
+    size = w.double().square().sum()
+    assert (w * least).sum() < 0.998 * size and abs(float((w * ours).sum() / size) - 1) < 2e-4
+    assert (ours - w).square().sum() < 1.1 * (least - w).square().sum(), "it costs little of the error"
 
 
 def least_error(w: Tensor, grid: Affine) -> float:
@@ -68,7 +101,7 @@ def least_error(w: Tensor, grid: Affine) -> float:
 def test_between_nearest_and_brute_force(grid: Affine) -> None:
     w = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
     best = torch.tensor([[least_error(row, grid)] for row in w], dtype=torch.float64)
-    found, start = group_errors(Hqq().quantize(w, grid), w), group_errors(nearest(w, grid), w)
+    found, start = group_errors(LEAST().quantize(w, grid), w), group_errors(nearest(w, grid), w)
     assert (found >= best * (1 - 2e-3)).all(), "the mesh is a little coarser than float16"
     gained, possible = (start - found).sum(), (start - best).sum()
     assert gained > 0.25 * possible
@@ -85,7 +118,7 @@ def test_float_zeros_gain_most_of_what_a_mesh_of_scales_and_zeros_does(bits: int
         values = (codes - zero)[:, None] * scales
         errors = (values[:, :, None, None] - w.double()).abs().amin(0) ** 3
         least = torch.minimum(least, errors.sum(2).amin(0)[:, None])
-    found, start = group_errors(Hqq().quantize(w, grid), w), group_errors(nearest(w, grid), w)
+    found, start = group_errors(LEAST().quantize(w, grid), w), group_errors(nearest(w, grid), w)
     assert (start - found).sum() > 0.5 * (start - least).sum() > 0
 
 
@@ -120,12 +153,14 @@ def test_float_zeros_lose_less_than_the_source_that_solves_for_them_alone(bits: 
 
 @every_grid
 def test_codes_are_the_nearest_of_their_parameters(grid: Affine) -> None:
+    """And with unit gain the same codes."""
     w = make_weight((8, 80), torch.float32, "normal")
-    q = Hqq().quantize(w, grid)
+    q = LEAST().quantize(w, grid)
     errors = torch.stack(
         [(grid.decode(torch.full_like(q.codes, code), q.params) - w).abs() for code in range(grid.top + 1)]
     )
     assert torch.allclose((q.dequantize() - w).abs(), errors.amin(0), atol=1e-6)
+    assert torch.equal(q.codes, Hqq().quantize(w, grid).codes)
 
 
 @every_grid
@@ -163,6 +198,7 @@ def test_what_cannot_be_is_refused() -> None:
         ({"norm": 0}, "norm 0: legal is more than 0, at most 1"),
         ({"norm": 1.5}, "norm 1.5"),
         ({"iterations": 0}, "iterations 0: legal is 1 or more"),
+        ({"unit_gain": 1}, "unit_gain is true or false, got 1"),
     ):
         with pytest.raises(RequestError, match=words):
             Hqq(**options)
