@@ -1,4 +1,4 @@
-"""Draw the README's charts from the committed results.
+"""Draw the charts of the README and of docs/choosing.md from the committed results.
 
     python eval/charts.py            # draw docs/charts/*.svg anew
     python eval/charts.py --check    # exit 1 where a chart does not show what the results say
@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
+from choices import WAYS, Choice, choices
+
 from neoquant.evaluation import Comparison
 from neoquant.report import charts
+from neoquant.report.chart_labels import name_points, plain_log
 from neoquant.report.formatting import divergence
-from neoquant.report.svg import standalone
+from neoquant.report.svg import ACCENT, INK, PAPER, drawing, standalone
 from neoquant.report.verdict import DIVERGENCE, TOLERANCE, percent_change, percent_interval, recommended, short_names
 
 ROOT = Path(__file__).parents[1]
@@ -46,6 +49,7 @@ def drawn() -> dict[Path, Drawn]:
         rows.append(charts.Interval.of_change(name, change, chosen))
         sizes.append(f"{name} {megabytes:.1f} MB, KL {divergence(change.kl)}")
         changes.append(f"{name} {percent_change(change)} ({percent_interval(change)})")
+    offered = choices()
     base = f"{result.reference.model.name} on suite {result.reference.suite.name}"
     made = {
         "demo-size": (
@@ -58,6 +62,11 @@ def drawn() -> dict[Path, Drawn]:
             changes,
             charts.interval_chart(rows, "change", "Change of perplexity", "change of perplexity, %", 100 * TOLERANCE),
         ),
+        "demo-bits": (
+            "Bits a weight against KL divergence",
+            [f"{c.grid} {c.bits:.2f} bits: {_losses(c)}" for c in offered],
+            bits_chart(offered),
+        ),
     }
     return {
         FOLDER / f"{name}.svg": Drawn(
@@ -65,6 +74,37 @@ def drawn() -> dict[Path, Drawn]:
         )
         for name, (title, figures, svg) in made.items()
     }
+
+
+MARKS = dict(zip(WAYS, ("o", "s", "^", "D"), strict=True))
+
+
+def bits_chart(offered: list[Choice]) -> str:
+    """KL over the bits of a weight, both logarithmic: a mark for each way of rounding, grids named at the least."""
+    with drawing(380, "bits", "Bits a weight against KL divergence") as (axes, done):
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        for way, mark in MARKS.items():
+            points = [(choice.bits, choice.losses[way]) for choice in offered if way in choice.losses]
+            ink = ACCENT if way == WAYS[-1] else INK
+            axes.plot(*zip(*points, strict=True), mark, color=ink, markerfacecolor=ink if ink == ACCENT else PAPER,
+                      markersize=6, label=way)  # fmt: skip
+        axes.set_xlim(2, 10.5)
+        axes.set_ylim(2e-4, 0.6)
+        axes.set_xticks([2, 3, 4, 6, 8], ["2", "3", "4", "6", "8"])
+        axes.minorticks_off()
+        axes.grid(axis="y")
+        axes.set_xlabel("bits a weight, linear layers")
+        axes.set_ylabel("KL divergence, nats a token")
+        plain_log(axes, "y")
+        axes.legend(frameon=False, fontsize=10.5, loc="lower left")
+        least = [charts.Point(c.grid, c.bits, min(c.losses.values()), None, None, False) for c in offered]
+        name_points(axes, least)
+    return done.svg
+
+
+def _losses(choice: Choice) -> str:
+    return ", ".join(f"{way} {divergence(kl)}" for way, kl in choice.losses.items())
 
 
 def is_current(path: Path, chart: Drawn) -> bool:

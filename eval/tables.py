@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from choices import WAYS, choices
+
 from neoquant.evaluation import Comparison, Inspection
 from neoquant.model.names import BLOCK_LINEARS
 
@@ -135,6 +137,17 @@ def demo_totals() -> str:
             f"{environment.dtype} on {environment.device}, torch {environment.torch}.",
         ]
     )
+
+
+def choosing() -> str:
+    """Every grid's bits, and its loss by each way of rounding to it; the least of each grid stands out."""
+    lines = [f"| grid | bits/weight | {' | '.join(WAYS)} |", f"| --- | --: |{' --: |' * len(WAYS)}"]
+    for grid, bits, losses in choices():
+        least = min(losses.values())
+        cells = [f"{losses[way]:.2g}" if way in losses else "" for way in WAYS]
+        marked = [f"**{cell}**" if losses.get(way) == least else cell for way, cell in zip(WAYS, cells, strict=True)]
+        lines.append(f"| {grid} | {bits:.2f} | {' | '.join(marked)} |")
+    return "\n".join(lines)
 
 
 def demo_subsets() -> str:
@@ -557,6 +570,7 @@ def cross_load() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "why": why,
     "demo-totals": demo_totals,
+    "choosing": choosing,
     "demo-subsets": demo_subsets,
     "demo-layers": demo_layers,
     "bench-1p3b": bench_1p3b,
