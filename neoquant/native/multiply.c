@@ -43,6 +43,15 @@ static const struct nq_way *way_of(const struct nq_kernels *kernels, const struc
 
 /* Multiplications in a nanosecond, about: few rows also wait for the weight, and in pieces of many rows x is read again. */
 enum { FEW_SPEED = 48, MANY_SPEED = 96 };
+enum { MOST_ROWS_A_PIECE = 128, PIECES_A_THREAD = 4 };
+
+/* Rows of the weight in a piece: as many as kernels decode into cache together, for all of which x is read once, where each
+ * thread has several such pieces. */
+static int64_t grain_of(const struct nq_way *way, int64_t rows, int threads) {
+    int64_t grain = way->panel;
+    while (way->tile > 1 && grain < MOST_ROWS_A_PIECE && rows >= 2 * grain * threads * PIECES_A_THREAD) grain *= 2;
+    return grain;
+}
 
 /* NQ_MOST_ROWS of x at a time; the weights are decoded once for each. */
 static int multiply(
@@ -56,11 +65,12 @@ static int multiply(
         for (int i = 0; i < n; rows += linears[i++].w->rows)
             t.parts[i] = (struct nq_product){linears[i].w, x + m * columns, linears[i].bias,
                                              linears[i].y + m * linears[i].w->rows, some, 0, &starved};
+        const int64_t grain = grain_of(way, rows, threads);
         void *laid = nq_scratch(NQ_SHARED, way->size(&t.parts[0]));
         if (!laid) return NQ_NO_MEMORY;
         for (int i = 0; i < n; i++) t.parts[i].laid = laid;
         nq_parallel(threads, nq_ceil(some, way->tile), 1, some * columns, way->lay, &t.parts[0]);
-        nq_parallel(threads, rows, way->panel, rows * columns * (some + 4) / speed, run_together, &t);
+        nq_parallel(threads, rows, grain, rows * columns * (some + 4) / speed, run_together, &t);
     }
     return starved ? NQ_NO_MEMORY : 0;
 }
