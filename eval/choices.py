@@ -13,18 +13,18 @@ from neoquant.evaluation import Comparison
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "eval" / "results" / "demo.json"
-TRELLIS = ROOT / "eval" / "results" / "trellis-demo.json"
+ON_TRELLIS = [ROOT / "eval" / "results" / f"{name}-demo.json" for name in ("trellis", "by-loss")]
 OBJECTIVES = ROOT / "eval" / "results" / "objectives-demo.json"
 
 WAYS = ("round-to-nearest", "HQQ", "GPTQ", "GPTQ, by the model's loss")
-GRIDS = {  # in words, and the candidates of DEMO and TRELLIS in the order of WAYS
+GRIDS = {  # in words, and the candidates of DEMO and ON_TRELLIS in the order of WAYS
     "int8 rows": ("int8", None, None, None),
     "4 bits, groups of 64": ("affine4-g64", "hqq4-g64", "gptq4-g64", None),
     "MXFP4": ("mxfp4", None, "mxfp4-gptq", None),
     "NF4": ("nf4", None, "nf4-gptq", None),
     "3 bits, groups of 64": ("affine3-g64", "hqq3-g64", "gptq3-g64", None),
     "2 bits, groups of 32": (None, None, "gptq2-g32", None),
-    "trellis, 2 bits": (None, None, "tr64d", None),
+    "trellis, 2 bits": (None, None, "tr64d", "trellis2-model"),
 }
 SEEDS = {  # the same grids in OBJECTIVES, and the tools there
     "4 bits, groups of 64": "4 bits, groups of 64, asymmetric",
@@ -62,6 +62,6 @@ def _measured() -> dict[str, tuple[float, float]]:
         model, kl = candidate.evaluation.model, candidate.total.kl
         assert model.bits_per_weight_linears is not None and kl is not None
         found[model.name.removeprefix("neoquant-demo-")] = model.bits_per_weight_linears, kl
-    for row in json.loads(TRELLIS.read_text("utf-8"))["rows"]:
+    for row in (row for path in ON_TRELLIS for row in json.loads(path.read_text("utf-8"))["rows"]):
         found[row["name"]] = row["bits_per_weight_linears"], row["loss"]["kl"]
     return found
