@@ -14,7 +14,10 @@ from neoquant.model.config import GPTNeoConfig
 from neoquant.triton import gptq as triton
 
 _FREE = 0.9  # of a GPU's free memory: what is allocated is not all of it in one piece
-_RESIDENT_BYTES = 300_000_000  # of a process that has imported torch and quantized tiny layers
+CUDA_LIBRARIES = 290_000_000 if torch.version.cuda else 0
+"""Resident bytes by which a torch built for CUDA is larger than one for the CPU, once imported (2.13 and 2.14)."""
+
+_RESIDENT_BYTES = 300_000_000 + CUDA_LIBRARIES  # of a process that has imported torch and quantized tiny layers
 _WIDEST_KEPT = 512_000_000  # inner activations are kept up to here: it saves a tenth of the time
 _SQUARES = 8  # matrices [I, I] alive at once while a Hessian is inverted: measured, itself included
 _WEIGHTS = 4  # and of a weight's size [O, I] while that is rounded

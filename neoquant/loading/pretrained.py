@@ -26,7 +26,7 @@ from neoquant.loading.load import folder_of, load_model, read_model
 from neoquant.loading.methods import ModelMethods
 from neoquant.loading.save import push_model, save_model
 from neoquant.model.base import Network
-from neoquant.model.cache import KVCache
+from neoquant.model.cache import KVCache, given_cache
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.gpt_neo import CausalLM, Decoder
 from neoquant.model.heads import QuestionAnswerer, SequenceClassifier, TokenClassifier
@@ -208,6 +208,7 @@ class GPTNeoForCausalLM(PreTrainedModel, CausalLM):
         logits_processor: Sequence[Processor] | None = None,
         stopping_criteria: Sequence[Callable[..., Any]] | None = None,
         past_key_values: KVCache | None = None,
+        cache: KVCache | None = None,
         **asked: Any,
     ) -> Any:
         """`input_ids[B, T]` continued to `[B, T + new]`: greedy, or sampled with `do_sample=True`.
@@ -235,6 +236,7 @@ class GPTNeoForCausalLM(PreTrainedModel, CausalLM):
             past_key_values: what an earlier call with `return_dict_in_generate=True` gave beside its ids, which
                 `input_ids` begins with: what is in it is not computed again, and it grows with the text; a new
                 `KVCache` serves, too.
+            cache: transformers' other name for `past_key_values`, since its version 5.24.
 
         Returns a GenerateDecoderOnlyOutput with `return_dict_in_generate=True`.
 
@@ -258,7 +260,7 @@ class GPTNeoForCausalLM(PreTrainedModel, CausalLM):
             assistant_model=assistant_model,
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
-            past_key_values=past_key_values,
+            past_key_values=given_cache(past_key_values, cache),
         )
 
     def generate_as(

@@ -175,6 +175,13 @@ def require_storage(storage: str | None) -> None:
         raise RequestError(f"a cache is held in {', '.join(STORAGES)}, not {storage!r}")
 
 
+def given_cache(past_key_values: KVCache | None, cache: KVCache | None) -> KVCache | None:
+    """The one that was given under either of its names. Raises RequestError where both were."""
+    if past_key_values is not None and cache is not None:
+        raise RequestError("past_key_values and cache are two names of the same: give one of them")
+    return cache if past_key_values is None else past_key_values
+
+
 def windows_of(config: GPTNeoConfig) -> list[int | None]:
     """How many positions each layer sees; None: all."""
     return [config.window_size if kind == "local" else None for kind in config.attention_layers]

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from neoquant.errors import ContextError, RequestError
 from neoquant.model import attention
 from neoquant.model.base import Network
-from neoquant.model.cache import KVCache, windows_of
+from neoquant.model.cache import KVCache, given_cache, windows_of
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.outputs import BaseModelOutput, CausalLMOutput
 from neoquant.model.tying import share_names
@@ -308,6 +308,7 @@ class Decoder(Network):
         attention_mask: Tensor | None = None,
         *,
         past_key_values: KVCache | None = None,
+        cache: KVCache | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
@@ -319,14 +320,16 @@ class Decoder(Network):
         """Hidden states of `input_ids[B, T]` (or `inputs_embeds[B, T, C]`).
 
         `attention_mask[B, S]` is 0 on padding, which belongs on the right: positions are absolute, unless
-        `position_ids[B, T]` says otherwise. With `past_key_values`, the T ids follow the positions it holds, and
-        S = held + T. `use_cache` gives a cache to continue with. `token_type_ids[B, T]` are embedded by the token
-        embedding, and added. `return_dict=False` gives a tuple. None is what the configuration says.
-        `output_attentions` gives each block's attention weights, which only `attn_implementation="eager"` writes out.
+        `position_ids[B, T]` says otherwise. With `past_key_values`, which transformers calls `cache` since 5.24, the T
+        ids follow the positions it holds, and S = held + T. `use_cache` gives a cache to continue with.
+        `token_type_ids[B, T]` are embedded by the token embedding, and added. `return_dict=False` gives a tuple. None
+        is what the configuration says. `output_attentions` gives each block's attention weights, which only
+        `attn_implementation="eager"` writes out.
         While it trains with `gradient_checkpointing`, blocks are computed again for their gradients, without a cache.
 
         Raises ContextError beyond `max_position_embeddings`, RequestError for weights that are not written out.
         """
+        past_key_values = given_cache(past_key_values, cache)
         with self._torch_alone():
             x = self._embed(input_ids, inputs_embeds, attention_mask)  # [B, T, C]
         T = x.shape[1]
@@ -434,6 +437,7 @@ class CausalLM(Network):
         attention_mask: Tensor | None = None,
         *,
         past_key_values: KVCache | None = None,
+        cache: KVCache | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
@@ -455,6 +459,7 @@ class CausalLM(Network):
             input_ids,
             attention_mask,
             past_key_values=past_key_values,
+            cache=cache,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,

@@ -10,9 +10,18 @@ from torch import Tensor
 
 from neoquant.model.cache import KVCache
 
+RENAMED = {"cache": "past_key_values"}
+"""transformers' names of fields since its version 5.24, which are found here as well."""
+
 
 class ModelOutput(Mapping[str, Any]):
     """A record that is also a mapping of its fields, in order, without those that are None; numbers count the same."""
+
+    @property
+    def cache(self) -> KVCache | None:
+        """What `past_key_values` is called since transformers 5.24."""
+        cache: KVCache | None = getattr(self, RENAMED["cache"])
+        return cache
 
     def __iter__(self) -> Iterator[str]:
         names = (f.name for f in fields(self))  # type: ignore[arg-type]  # subclasses are dataclasses
@@ -24,11 +33,13 @@ class ModelOutput(Mapping[str, Any]):
     def __getitem__(self, key: int | slice | str) -> Any:
         if not isinstance(key, str):
             return self.to_tuple()[key]
+        key = RENAMED.get(key, key)
         if key not in list(self):
             raise KeyError(key)
         return getattr(self, key)
 
     def __setitem__(self, key: str, value: Any) -> None:
+        key = RENAMED.get(key, key)
         if key not in [f.name for f in fields(self)]:  # type: ignore[arg-type]
             raise KeyError(key)
         setattr(self, key, value)

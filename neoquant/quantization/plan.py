@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from neoquant.calibration.memory import CalibrationMemory
+from neoquant.calibration.memory import CUDA_LIBRARIES, CalibrationMemory
 from neoquant.checkpoint import SHARD_SIZE, Checkpoint, TensorHeader, expected_size
 from neoquant.errors import RecipeError
 from neoquant.formats import NAMED, Format, first_that_holds
@@ -47,9 +47,8 @@ DEFAULT_EMBEDDINGS = "int8"
 """What `embeddings = "auto"` is in a format that holds it: on the bundled model int8 adds a six-hundredth of what NF4
 linears lose, and nf4 a quarter (recipes/README.md)."""
 
-# Of a process that has imported torch and bitsandbytes and dealt with tiny tensors, measured on Linux with torch for
-# the CPU.
-_RESIDENT_BYTES = 400_000_000
+# Of a process that has imported torch and bitsandbytes and dealt with tiny tensors, measured on Linux.
+_RESIDENT_BYTES = 400_000_000 + CUDA_LIBRARIES
 
 IN_FLIGHT_BYTES = 1 << 26
 """Bytes of the source that may wait to be hashed and written while a tensor is quantized, beside the one before it."""

@@ -16,6 +16,7 @@ from neoquant.hf.auto import AutoModelForCausalLM
 from neoquant.loading.pretrained import GPTNeoForCausalLM, GPTNeoForSequenceClassification, GPTNeoModel
 from neoquant.model.cache import KVCache
 from neoquant.model.config import GPTNeoConfig
+from neoquant.model.outputs import TokenClassifierOutput
 
 transformers = pytest.importorskip("transformers")
 
@@ -94,7 +95,10 @@ def test_an_output_is_a_mapping_as_transformers_is(cls: type, labelled: bool) ->
         labels = {"labels": IDS}
     expected, found = theirs(IDS, **labels), ours(IDS, **labels)
     assert isinstance(found, Mapping)
-    assert list(found) == list(found.keys()) == list(expected.keys()) and len(found) == len(expected)
+    names = ["past_key_values" if name == "cache" else name for name in expected]  # its name since transformers 5.24
+    assert list(found) == list(found.keys()) == names and len(found) == len(expected)
+    if "past_key_values" in names:
+        assert "cache" in found and found["cache"] is found.cache is found["past_key_values"]
     for number, (name, value) in enumerate(found.items()):
         assert name in found and found[name] is found[number] is getattr(found, name) is value is found.get(name)
         if isinstance(value, torch.Tensor):
@@ -109,6 +113,24 @@ def test_an_output_is_a_mapping_as_transformers_is(cls: type, labelled: bool) ->
     assert "hidden_states" not in found and len(found) == len(expected) - 1
     with pytest.raises(KeyError):
         found["nothing"] = 1
+
+
+@pytest.mark.parametrize("cls", [GPTNeoModel, GPTNeoForCausalLM, GPTNeoForSequenceClassification])
+def test_a_cache_has_either_of_its_names(cls: type) -> None:
+    """transformers 5.24 calls `cache` what was `past_key_values`."""
+    _, ours = pair(VALUES, cls, "sdpa", 2)
+    with torch.no_grad():
+        first = [ours(IDS[:, :-1], use_cache=True).cache for _ in range(3)]
+        expected = ours(IDS[:, -1:], past_key_values=first[0]).to_tuple()[0]
+        assert ours(IDS[:, -1:], cache=first[1]).to_tuple()[0].equal(expected)
+        with pytest.raises(RequestError, match="past_key_values and cache are two names of the same"):
+            ours(IDS[:, -1:], cache=first[1], past_key_values=first[2])
+    assert not hasattr(TokenClassifierOutput(), "cache")
+    if cls is GPTNeoForCausalLM:
+        made = ours.generate(IDS[:1], max_new_tokens=3, return_dict_in_generate=True)
+        longer = torch.cat([made.sequences, IDS[:1, :2]], 1)
+        ids = [ours.generate(longer, max_new_tokens=2, **given).tolist() for given in ({}, {"cache": made.cache})]
+        assert ids[0] == ids[1]
 
 
 @pytest.mark.parametrize("cls", [GPTNeoModel, GPTNeoForCausalLM, GPTNeoForSequenceClassification])
