@@ -61,14 +61,24 @@ def mask_on_the_cpu(T: int, S: int, window: int | None, keep: object, device: to
     return torch.ones(T, S, dtype=torch.bool).tril(S - T)
 
 
-def test_a_mask_on_the_cpu_is_caught(gpu: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
+def windows_on_the_cpu(self: gpt_neo.AttentionMasks, B: int, keys: int) -> torch.Tensor:
+    W, n = self.window, -(-self.T // self.window)
+    return torch.ones(B * n, 1, W, 2 * W, dtype=torch.bool).tril(W)
+
+
+@pytest.mark.parametrize("local", [False, True], ids=["global", "local"])
+def test_a_mask_on_the_cpu_is_caught(gpu: Counts, monkeypatch: pytest.MonkeyPatch, local: bool) -> None:
     model = GPTNeoForCausalLM(CONFIG).init_weights(seed=0).eval().to("cuda")
     ids = torch.zeros(1, 9, dtype=torch.long, device="cuda")
+    keep = torch.arange(9, device="cuda")[None] > 0  # padding: all layers have masks
     with torch.inference_mode():
-        assert model(ids).logits.device == CUDA
-        monkeypatch.setattr(gpt_neo, "attention_mask", mask_on_the_cpu)
+        assert model(ids, keep).logits.device == CUDA
+        if local:
+            monkeypatch.setattr(gpt_neo.AttentionMasks, "windows", windows_on_the_cpu)
+        else:
+            monkeypatch.setattr(gpt_neo, "attention_mask", mask_on_the_cpu)
         with pytest.raises(RuntimeError, match="attn_mask on the same device"):
-            model(ids)
+            model(ids, keep)
 
 
 def test_a_table_on_the_cpu_is_caught(gpu: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
