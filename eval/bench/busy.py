@@ -240,15 +240,18 @@ def transformers(folder: str, task: str) -> Callable[[], int]:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from neoquant.benchmark.worker import cache_name
+
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.train(False)
+    name = cache_name(model)
 
     @torch.inference_mode()
     def decode() -> int:
         ids, past = torch.arange(16)[None], None
         for _ in range(BURST):
-            out = model(ids, past_key_values=past, use_cache=True, logits_to_keep=1)
-            ids, past = out.logits[:, -1].argmax(-1)[:, None], out.past_key_values
+            out = model(ids, use_cache=True, logits_to_keep=1, **{name: past})
+            ids, past = out.logits[:, -1].argmax(-1)[:, None], getattr(out, name)
         return BURST
 
     return decode if task == "decode" else evaluation(model)

@@ -12,6 +12,7 @@ and on a GPU that of the device.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import sys
 import time
@@ -171,16 +172,23 @@ def _greedy(model: Any, **options: Any) -> Generate:
     """The plain loop over a model with transformers' interface; transformers' own `generate` is slower."""
     import torch
 
+    name = cache_name(model)
+
     @torch.inference_mode()
     def generate(ids: Any, new: int) -> Iterator[None]:
         past, length = None, ids.shape[1]
         for _ in range(new):
             mask = torch.ones(len(ids), length, dtype=torch.int64, device=ids.device)
-            out = model(input_ids=ids, attention_mask=mask, past_key_values=past, use_cache=True, **options)
-            ids, past, length = out.logits[:, -1].argmax(-1)[:, None], out.past_key_values, length + 1
+            out = model(input_ids=ids, attention_mask=mask, use_cache=True, **{name: past}, **options)
+            ids, past, length = out.logits[:, -1].argmax(-1)[:, None], getattr(out, name), length + 1
             yield None
 
     return generate
+
+
+def cache_name(model: Any) -> str:
+    """What a model with transformers' interface calls its cache: versions from 5.24 on warn of the older name."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _exists(name: str) -> bool:

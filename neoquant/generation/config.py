@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from neoquant.errors import ConfigError, RequestError, locate
 from neoquant.files.reading import read_json
 from neoquant.generation.generate import Sampling
@@ -156,7 +158,8 @@ class GenerationConfig:
             only = ONLY[name]
             if value not in only:
                 instead = " or ".join(map(repr, only)) or "None"
-                faults.append(f"{name} is {value!r:.80}; neoquant generates with {instead} only")
+                given = f"a {type(value).__name__}" if isinstance(value, Tensor) else f"{value!r:.80}"
+                faults.append(f"{name} is {given}; neoquant generates with {instead} only")
         if faults:
             raise RequestError("; ".join(faults) + " (in Python, model.to_transformers().generate takes it)")
 

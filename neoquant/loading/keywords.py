@@ -37,18 +37,31 @@ ANSWERED: Answers = {
     "load_in_4bit": ((None, False), 'quantization_config={"load_in_4bit": True} asks for it'),
     "load_in_8bit": ((None, False), 'quantization_config={"load_in_8bit": True} asks for it'),
     "ignore_mismatched_sizes": ((None, False), f"a head of another size is drawn anew by a fresh model; {_INSIDE}"),
-    "label2id": ((None,), "it follows from id2label"),
     **dict.fromkeys(_THEIRS, ((None,), f"it is made for what only transformers does; {_INSIDE}")),
     "adapter_name": ((None, "default"), "neoquant.load_peft_model loads adapters"),
     "disable_mmap": ((None, False), "mmap=False copies weights into memory"),
 }  # fmt: skip
 """Keyword -> values that ask for nothing, and how what the others ask for is done."""
 
+OVERRIDES = (
+    "use_cache", "return_dict", "output_attentions", "output_hidden_states", "resid_dropout", "embed_dropout",
+    "attention_dropout", "classifier_dropout", "pad_token_id",
+)  # fmt: skip
+"""Settings of config.json that leave what the weights compute as it is."""
+
 _SETTINGS = {field.name for field in fields(GPTNeoConfig)} - {"extra"}
 
 
-def require_nothing(others: Mapping[str, Any]) -> None:
-    """Raise RequestError for a keyword that asks for what is not done here, or that there is not."""
+def overrides(others: Mapping[str, Any]) -> dict[str, Any]:
+    """What of these keywords counts before config.json; None leaves that as it is.
+
+    Raises RequestError for a keyword that asks for what is not done here, or that there is not.
+    """
+    _require_nothing({name: value for name, value in others.items() if name not in OVERRIDES})
+    return {name: others[name] for name in OVERRIDES if others.get(name) is not None}
+
+
+def _require_nothing(others: Mapping[str, Any]) -> None:
     for name, value in others.items():
         if name in WITHOUT_EFFECT:
             continue

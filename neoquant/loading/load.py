@@ -41,7 +41,7 @@ def load_model(
     attn_implementation: str = "sdpa",
     activations: str = "exact",
     mmap: bool = True,
-    labels: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
     progress: Progress = SILENT,
 ) -> ModelT:
     """A model of class `cls`, in evaluation mode.
@@ -58,7 +58,8 @@ def load_model(
             for many tokens, and loses a little.
         mmap: weights that stay as they are stored lie in the file's own memory; False copies them, so that the model
             outlives a file that is cut short or rewritten.
-        labels: what counts before config.json: `num_labels`, `id2label` and so on, of a head that is to be trained.
+        settings: what counts before config.json: `num_labels`, `id2label` and so on, of a head that is to be trained;
+            `use_cache`, `resid_dropout` and other settings that change no weight.
         progress: told of every tensor.
 
     Raises:
@@ -80,7 +81,7 @@ def load_model(
             max_memory=max_memory,
             attn_implementation=attn_implementation,
             activations=activations,
-            labels=labels,
+            settings=settings,
             progress=progress,
         )
 
@@ -95,12 +96,12 @@ def read_model(
     attn_implementation: str = "sdpa",
     activations: str = "exact",
     compute_dtype: torch.dtype | None = None,
-    labels: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
     progress: Progress = SILENT,
 ) -> ModelT:
     """`load_model` on a checkpoint that is open; `compute_dtype` instead of the one it states for quantized weights."""
     with locate(f"{checkpoint.source}/config.json"):
-        config = GPTNeoConfig.from_dict(_labelled(checkpoint.config, labels or {}))
+        config = GPTNeoConfig.from_dict(_overridden(checkpoint.config, settings or {}))
     if activations not in ACTIVATIONS:
         raise RequestError(f"activations are {activations!r}; legal are {' and '.join(ACTIVATIONS)}")
     with locate(str(checkpoint.source)):
@@ -134,11 +135,11 @@ def read_model(
     return model.eval()
 
 
-def _labelled(config: Mapping[str, Any], labels: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with other labels: what it says of their number and names goes with one of them."""
+def _overridden(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with other settings: what it says of labels' number and names goes with one of them."""
     replaced = ("num_labels", "id2label", "label2id")
-    kept = {key: value for key, value in config.items() if key not in replaced or not set(replaced) & labels.keys()}
-    return {**kept, **labels}
+    kept = {key: value for key, value in config.items() if key not in replaced or not set(replaced) & settings.keys()}
+    return {**kept, **settings}
 
 
 def _assign_devices(

@@ -21,7 +21,7 @@ from neoquant.generation.outputs import KeptScores
 from neoquant.generation.padding import inferred_mask
 from neoquant.generation.speculative import stream_with_drafts
 from neoquant.generation.stopping import ends_by, ends_with
-from neoquant.loading.keywords import require_nothing
+from neoquant.loading.keywords import overrides
 from neoquant.loading.load import folder_of, load_model, read_model
 from neoquant.loading.methods import ModelMethods
 from neoquant.loading.save import push_model, save_model
@@ -56,6 +56,7 @@ class PreTrainedModel(ModelMethods):
         torch_dtype: torch.dtype | str | None = None,
         num_labels: int | None = None,
         id2label: Mapping[int | str, str] | None = None,
+        label2id: Mapping[str, int | str] | None = None,
         problem_type: str | None = None,
         output_loading_info: bool = False,
         pretrained_model_name_or_path: str | Path | None = None,
@@ -70,18 +71,19 @@ class PreTrainedModel(ModelMethods):
         Recipe (or the name of one), a plain checkpoint is quantized on the way.
         `mmap=False` copies weights that would lie in their file's own memory, which must not be cut short.
         `torch_dtype` is transformers 4's name of `dtype`, `pretrained_model_name_or_path` its name of `source`.
-        `num_labels` or `id2label`, and `problem_type`, are of a head that is to be trained. With `output_loading_info`,
-        the model comes in a pair with what its `load_report` says, by transformers' names. `others` are transformers'
-        other keywords: `loading.keywords` says which change nothing, and answers the rest.
+        `num_labels` or `id2label` (or its inverse, `label2id`), and `problem_type`, are of a head that is to be
+        trained. With `output_loading_info`, the model comes in a pair with what its `load_report` says, by
+        transformers' names. `others` are transformers' other keywords: `loading.keywords` says which change nothing or
+        count before config.json, and answers the rest.
 
         Raises CheckpointError, HubError or RequestError; a tensor that is missing or unexpected is one of the first.
         """
-        require_nothing(others)
+        settings = overrides(others)
         source = pretrained_model_name_or_path if source is None else source
         if dtype is not None and torch_dtype is not None:
             raise RequestError("dtype and torch_dtype are two names of the same: give one of them")
         options: dict[str, Any] = {
-            "labels": _labels(num_labels, id2label, problem_type),
+            "settings": settings | _labels(num_labels, _names(id2label, label2id), problem_type),
             "dtype": torch_dtype if dtype is None else dtype,
             "device": device_map,
             "max_memory": max_memory,
@@ -146,16 +148,23 @@ def _loading_info(model: Network) -> dict[str, Any]:
     return {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": set(), "error_msgs": []}
 
 
-def _labels(
-    num_labels: int | None, id2label: Mapping[int | str, str] | None, problem_type: str | None
-) -> dict[str, Any]:
+def _names(id2label: Mapping[int | str, str] | None, label2id: Mapping[str, int | str] | None) -> dict[int, str] | None:
+    """Number of a label -> its name, by either mapping. Raises RequestError where they disagree."""
+    names = None if id2label is None else {int(number): name for number, name in id2label.items()}
+    numbers = None if label2id is None else {int(number): name for name, number in label2id.items()}
+    if numbers is not None and (len(numbers) != len(label2id or ()) or names not in (None, numbers)):
+        raise RequestError(f"label2id is {label2id!r:.100}, which is not the inverse of id2label: {names!r:.100}")
+    return numbers if names is None else names
+
+
+def _labels(num_labels: int | None, id2label: Mapping[int, str] | None, problem_type: str | None) -> dict[str, Any]:
     """What is said of a head's labels, as config.json has it. Raises RequestError where names and number disagree."""
     labels: dict[str, Any] = {"problem_type": problem_type} if problem_type is not None else {}
     if id2label is not None:
         if num_labels not in (None, len(id2label)):
             raise RequestError(f"num_labels is {num_labels}, and id2label names {len(id2label)} labels")
         labels["id2label"] = {str(number): name for number, name in id2label.items()}
-        labels["label2id"] = {name: int(number) for number, name in id2label.items()}
+        labels["label2id"] = {name: number for number, name in id2label.items()}
         num_labels = len(id2label)
     return labels if num_labels is None else {**labels, "num_labels": num_labels}
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import neoquant
 from neoquant import native
+from neoquant.benchmark.worker import cache_name
 from neoquant.errors import RequestError
 from neoquant.quantization.recipe import Recipe
 
@@ -168,13 +169,14 @@ def test_one_cache_may_be_continued_in_two_ways(folder: Callable[[str], Path]) -
     """Views of the cache's tensors stay what they were, whoever holds them."""
     model = inside.from_pretrained(folder("own, 4 bits"))
     with torch.no_grad():
-        past = model(IDS[:, :6], use_cache=True).past_key_values
-        model(IDS[:, 6:7], past_key_values=past)
+        name = cache_name(model)
+        past = model(IDS[:, :6], use_cache=True)[name]
+        model(IDS[:, 6:7], **{name: past})
         held = past.layers[1].keys
         before = held.clone()
         branch = copy.deepcopy(past)
         for cache, ids in ((past, IDS[:, 7:9]), (branch, IDS[:, 7:9] + 1)):
-            found = model(ids.clamp(max=258), past_key_values=cache).logits
+            found = model(ids.clamp(max=258), **{name: cache}).logits
             whole = torch.cat([IDS[:, :7], ids.clamp(max=258)], 1)
             assert (found - model(whole).logits[:, 7:]).abs().max() <= 1e-5 * found.abs().max()
         assert torch.equal(held, before)

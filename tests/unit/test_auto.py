@@ -144,12 +144,13 @@ def test_labels_of_a_head_to_be_trained(make_model: Callable[..., Path], head: s
         {"num_labels": 5},
         {"id2label": {0: "a", 1: "b", 2: "c", 3: "d"}, "problem_type": "multi_label_classification"},
         {"torch_dtype": torch.float32, "num_labels": 1, "problem_type": "regression"},
+        {"num_labels": 2, "id2label": {0: "NEGATIVE", 1: "POSITIVE"}, "label2id": {"NEGATIVE": 0, "POSITIVE": 1}},
     ):
         ours, theirs = (
             getattr(library, f"AutoModelFor{head}").from_pretrained(folder, **said)
             for library in (neoquant, transformers)
         )
-        for name in ("num_labels", "id2label", "problem_type"):
+        for name in {"num_labels", "id2label", "problem_type", *said} - {"torch_dtype"}:
             assert getattr(ours.config, name) == getattr(theirs.config, name)
         found = {name: value.shape for name, value in ours.state_dict().items()}
         assert found == {name: value.shape for name, value in theirs.state_dict().items()}
@@ -161,6 +162,11 @@ def test_labels_of_a_head_to_be_trained(make_model: Callable[..., Path], head: s
     assert quantized.config.num_labels == 7
     with pytest.raises(RequestError, match="num_labels is 2, and id2label names 1 labels"):
         getattr(neoquant, f"AutoModelFor{head}").from_pretrained(folder, num_labels=2, id2label={0: "a"})
+    from_numbers = getattr(neoquant, f"AutoModelFor{head}").from_pretrained(folder, label2id={"b": 1, "a": "0"})
+    assert from_numbers.config.id2label == {0: "a", 1: "b"}
+    for label2id in ({"a": 1}, {"a": 0, "b": 0}, {}):
+        with pytest.raises(RequestError, match=r"label2id is .*, which is not the inverse of id2label"):
+            getattr(neoquant, f"AutoModelFor{head}").from_pretrained(folder, id2label={0: "a"}, label2id=label2id)
     with pytest.raises(RequestError, match="dtype and torch_dtype are two names of the same"):
         getattr(neoquant, f"AutoModelFor{head}").from_pretrained(folder, dtype="float32", torch_dtype="float32")
 

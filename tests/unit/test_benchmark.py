@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -135,6 +136,28 @@ def test_the_peers_loop_generates_greedily(tiny_model: Path) -> None:
     assert len(list(worker._greedy(theirs, logits_to_keep=1)(ids, 7))) == 7
     ours = GPTNeoForCausalLM.from_pretrained(tiny_model)
     assert chosen == ours.generate(ids, max_new_tokens=7, eos_token_id=[])[0, 3:].tolist()
+
+
+class Newer(torch.nn.Module):
+    """Its next token is how many it has seen; it knows its cache by transformers' name since 5.24."""
+
+    def forward(self, input_ids: Any, attention_mask: Any, use_cache: bool, cache: int | None = None) -> Any:
+        seen = (cache or 0) + input_ids.shape[1]
+        assert attention_mask.shape[1] == seen and use_cache
+        return SimpleNamespace(logits=torch.eye(16)[None, seen, None], cache=seen)
+
+
+class Older(Newer):
+    """The same under the older name, which optimum's models keep."""
+
+    def forward(self, input_ids: Any, attention_mask: Any, use_cache: bool, past_key_values: int | None = None) -> Any:
+        out = super().forward(input_ids, attention_mask, use_cache, past_key_values)
+        return SimpleNamespace(logits=out.logits, past_key_values=out.cache)
+
+
+@pytest.mark.parametrize("peer", [Newer, Older])
+def test_the_peers_loop_names_the_cache_as_the_peer_does(peer: type[torch.nn.Module]) -> None:
+    assert len(list(worker._greedy(peer())(torch.tensor([[5, 9, 2]]), 7))) == 7
 
 
 @pytest.mark.parametrize(

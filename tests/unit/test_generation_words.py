@@ -188,7 +188,7 @@ def test_illegal_values_are_named(pair: tuple[Any, Any], name: str) -> None:
 def test_what_only_transformers_does_it_does_with_the_same_tensors(pair: tuple[Any, Any]) -> None:
     with pytest.raises(RequestError, match=r"num_beams is 3; .*model\.to_transformers\(\)\.generate takes it"):
         pair[0].generate(IDS, num_beams=3)
-    with pytest.raises(RequestError, match="inputs_embeds is tensor"):
+    with pytest.raises(RequestError, match="inputs_embeds is a Tensor; "):
         pair[0].generate(IDS, inputs_embeds=torch.zeros(2, 5, 16))
     made = [
         model.generate(IDS, attention_mask=MASK, num_beams=3, max_new_tokens=6, pad_token_id=0)

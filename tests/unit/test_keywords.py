@@ -12,7 +12,7 @@ import torch
 
 import neoquant
 from neoquant.errors import RequestError
-from neoquant.loading.keywords import ANSWERED, WITHOUT_EFFECT
+from neoquant.loading.keywords import ANSWERED, OVERRIDES, WITHOUT_EFFECT
 
 AutoModel = neoquant.AutoModelForCausalLM
 NOT_THEIRS = {"_commit_hash", "_from_auto", "_from_pipeline", "commit_message", "create_pr", "repo_id"}
@@ -39,6 +39,31 @@ def test_words_that_are_none_are_refused(tiny_model: Path) -> None:
         AutoModel.from_pretrained(tiny_model, dtpye="float16")
     with pytest.raises(RequestError, match=r"window_size is a setting of config\.json"):
         AutoModel.from_pretrained(tiny_model, window_size=3)
+
+
+@pytest.mark.filterwarnings("ignore::neoquant.LoadWarning")
+def test_settings_that_change_no_weight_are_transformers(tiny_model: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    said = {"use_cache": False, "return_dict": False, "output_attentions": True, "output_hidden_states": True,
+            "resid_dropout": 0.1, "embed_dropout": 0.2, "attention_dropout": 0.3, "classifier_dropout": 0.4,
+            "pad_token_id": 3}  # fmt: skip
+    assert said.keys() == set(OVERRIDES)
+    name = "AutoModelForTokenClassification"
+    plain, *found = (
+        getattr(library, name).from_pretrained(tiny_model, attn_implementation="eager", **options)
+        for library, options in ((neoquant, {}), (neoquant, said), (transformers, said))
+    )
+    for model in found:
+        assert {key: getattr(model.config, key) for key in said} == said
+        assert model.transformer.drop.p == 0.2 and model.dropout.p == 0.4
+    _, hidden, attentions = found[0](torch.tensor([[1, 2, 3]]))  # a tuple, without a cache
+    assert (len(hidden), len(attentions)) == (3, 2)
+    found[0].save_pretrained(tmp_path / "out")
+    assert neoquant.AutoConfig.from_pretrained(tmp_path / "out").embed_dropout == 0.2
+    unsaid = getattr(neoquant, name).from_pretrained(tiny_model, **dict.fromkeys(OVERRIDES))
+    assert unsaid.config == plain.config
+    with pytest.raises(neoquant.errors.ConfigError, match="resid_dropout is 2"):
+        AutoModel.from_pretrained(tiny_model, resid_dropout=2)
 
 
 def test_every_keyword_of_transformers_has_an_answer(tiny_model: Path) -> None:

@@ -14,6 +14,7 @@ from model_folders import QUANTIZED, WHOLE_BLOCKS, models
 from transformers_4 import skip_if_otherwise
 
 import neoquant
+from neoquant.benchmark.worker import cache_name
 from neoquant.errors import CheckpointError, NeoquantError
 
 transformers = pytest.importorskip("transformers")
@@ -105,8 +106,8 @@ def test_a_loop_with_a_cache_gives_transformers_ids(name: str, folder_of: Callab
         ids, past, chosen = IDS[:1], None, []
         with torch.no_grad():
             for _ in range(4):
-                out = model(ids, past_key_values=past)
-                past = out.past_key_values
+                out = model(ids, **{cache_name(model): past})
+                past = getattr(out, cache_name(model))
                 ids = out.logits[:, -1:].argmax(-1)
                 chosen.append(int(ids))
         found.append((chosen, past is None, out.hidden_states is None))
