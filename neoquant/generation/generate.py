@@ -440,7 +440,12 @@ def _by_logits(sampling: Sampling, generator: torch.Generator | None) -> Choose 
     """`choose` for a token behind the first, by its logits `[B, V]` alone: `[B]`, NOTHING where there is none; None
     where more than the logits decides, or numbers come from torch's own generator, from which others draw as well."""
     by_what_is_there = sampling.repetition_penalty != 1 or sampling.no_repeat_ngram_size or sampling.min_new_tokens > 1
-    if by_what_is_there or (sampling.temperature > 0 and generator is None):
+    if (
+        by_what_is_there
+        or sampling.bad_words_ids
+        or sampling.suppress_tokens
+        or (sampling.temperature > 0 and generator is None)
+    ):
         return None
 
     def chosen(logits: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ class QuantLinear(nn.Module):
     """x[..., I] -> [..., O], computed in x's type or in `compute_dtype`, like the `nn.Linear` it stands for.
 
     The weight's tensors are buffers in the kernel's arrangement. They move with `.to(device)` but are never cast:
-    `.half()` and `.to(dtype)` leave them as they are stored. Gradients flow to x, not to the weight.
+    `.half()` and `.to(dtype)` leave them as they are stored. A layer that is moved to another kind of device takes the
+    fastest kernel there. Gradients flow to x, not to the weight.
     """
 
     def __init__(
@@ -91,19 +92,21 @@ class QuantLinear(nn.Module):
         return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        stored = self.state
+        stored, former = self.state, self.qweight.device
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own is not typed
         for name, tensor in self.state.items():
             if tensor.dtype != stored[name].dtype:  # fn casts: move the stored bits instead
                 self._buffers[name] = stored[name].to(tensor.device)
-        self._choose_again()
+        self._choose_again(former)
         return self
 
-    def _choose_again(self) -> None:
-        """Where the kernel cannot run on the device the layer has moved to, take one that can."""
-        state = self.state
-        device = next(iter(state.values())).device
-        if device.type == "meta" or self.kernel.refuse(self.grid, self.shape, device, self.ordered) is None:
+    def _choose_again(self, former: torch.device) -> None:
+        """Behind a move from `former`: take the fastest kernel of another kind of device, which is not the one held
+        even where that runs there too; elsewhere, one that can run where the one held cannot."""
+        device = self.qweight.device
+        moved = former.type not in ("meta", device.type)
+        refused = self.kernel.refuse(self.grid, self.shape, device, self.ordered)
+        if device.type == "meta" or not (moved or refused):
             return
         self._take(choose(self.grid, self.shape, device, self.ordered, self.kernel.activations))
 

@@ -91,6 +91,8 @@ SAMPLINGS = {
     "torch's generator": Sampling(temperature=0.8),
     "repetition": Sampling(repetition_penalty=1.3),
     "no repeats": Sampling(no_repeat_ngram_size=2),
+    "forbidden words": Sampling(bad_words_ids=((8, 7), (6,))),
+    "forbidden tokens": Sampling(suppress_tokens=(7,)),
     "least length": Sampling(eos_token_ids=(7,), min_new_tokens=9),
 }
 

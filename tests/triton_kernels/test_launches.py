@@ -18,6 +18,7 @@ from simulated_cuda.device import Counts
 from neoquant.generation import cuda_graph
 from neoquant.generation.generate import stream
 from neoquant.grids import Affine, Codebook, Grid, Mxfp4, make_grid
+from neoquant.kernels import Bitsandbytes, Kernel, Reference, ReferenceInt8, choose
 from neoquant.kernels.triton import launch
 from neoquant.loading.pretrained import GPTNeoForCausalLM
 from neoquant.model.config import GPTNeoConfig
@@ -53,6 +54,22 @@ def test_a_layer_is_one_launch_and_two_for_many_rows(grid: Grid, gpu: Counts) ->
             y = layer(x.to("cuda"))
             assert gpu.totals() == (launches, 0, 1)  # x is copied
             assert torch.allclose(y.cpu(), here(x), atol=2e-4)
+
+
+@pytest.mark.parametrize("kernel", [Reference(), ReferenceInt8(), Bitsandbytes()], ids=lambda kernel: kernel.name)
+def test_a_layer_that_moves_takes_the_fastest_kernel_there(kernel: Kernel, gpu: Counts) -> None:
+    """Also from one that would run there as well, as a layer has where the native library does not run."""
+    q = Nearest().quantize(torch.randn(12, 128), Codebook())
+    here = torch.device("cpu")
+    if reason := kernel.refuse(q.grid, q.shape, here):
+        pytest.skip(reason)
+    layer = QuantLinear(q, kernel=kernel)
+    assert layer.half().kernel is kernel
+    there = layer.to("cuda")
+    assert there.kernel.name == {"exact": "triton", "int8": "triton-int8"}[kernel.activations]
+    assert there.quantized.equals(q.to("cuda"))
+    back = there.to("cpu")
+    assert back.kernel is choose(q.grid, q.shape, here, False, kernel.activations) and back.quantized.equals(q)
 
 
 def test_an_order_costs_nothing_and_a_row_five(gpu: Counts) -> None:
