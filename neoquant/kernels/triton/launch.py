@@ -19,6 +19,7 @@ DECODED = 1024  # columns of a row that a program decodes
 WARPS = 4
 STRETCH = 256  # positions that one program attends to, at most
 ATTENDED = 8192  # numbers of keys that it holds at once
+MOST_REGISTERS = 128  # of a thread that attends: left to itself, an older assembler takes fewer and spills two
 OF_EACH = ("order", "packed", "scale", "coarse", "offset", "zero")  # of three weights that are multiplied at once
 
 
@@ -139,7 +140,8 @@ def attend(qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor, keep: Te
         "B": B, "H": H, "D": D, "S": S, "WIDTH": 0 if keep is None else keep.shape[1], "KEEP": keep is not None,
         "SPLITS": splits, "BD": BD, "BS": max(16, ATTENDED // BD),
     }  # fmt: skip
-    running.run(programs.attend, (B * H, splits), arguments, {"num_warps": WARPS, "enable_fp_fusion": True})
+    options = {"num_warps": WARPS, "enable_fp_fusion": True, "maxnreg": MOST_REGISTERS}
+    running.run(programs.attend, (B * H, splits), arguments, options)
     if splits > 1:
         joined = {"parts": parts, "y": y, "D": D, "SPLITS": splits, "BD": BD}
         running.run(programs.join_parts, (B * H,), joined, {"num_warps": WARPS, "enable_fp_fusion": True})

@@ -268,8 +268,8 @@ def attend(
     d = tl.arange(0, BD)
     inside = d < D
     query = tl.load(qkv + row * D + d, mask=inside, other=0.0).to(tl.float32)
-    at = tl.load(position)
-    place = (at % S).to(tl.int32)
+    at = tl.load(position).to(tl.int32)
+    place = at % S
     base = row.to(tl.int64) * S * D
     greatest = float("-inf")
     total = 0.0
@@ -282,7 +282,7 @@ def attend(
         greatest = tl.sum(query * key.to(tl.float32), axis=0)
         total = 1.0
         weighted = value.to(tl.float32)
-    count = tl.minimum(at + 1, S).to(tl.int32)  # places that hold something, or will
+    count = tl.minimum(at + 1, S)  # places that hold something, or will
     stretch = tl.cdiv(tl.cdiv(count, BS), SPLITS) * BS
     for start in range(split * stretch, tl.minimum((split + 1) * stretch, count), BS):
         s = start + tl.arange(0, BS)
