@@ -16,9 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def provenance(packages: tuple[str, ...]) -> dict[str, Any]:
     """Date, commit, machine, and versions of `packages`."""
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "neoquant"], capture_output=True, text=True).stdout.strip()
+    commit, changed = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "neoquant")
     models = [line for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines() if line.startswith("model name")]
     versions = {}
     for package in packages:
@@ -36,6 +34,14 @@ def provenance(packages: tuple[str, ...]) -> dict[str, Any]:
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "versions": versions,
     }
+
+
+def _git(*words: str) -> str:
+    """What git says of this project; nothing where there is no git."""
+    try:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def versions_in(python: Path | str, packages: tuple[str, ...]) -> dict[str, str]:

@@ -98,7 +98,10 @@ def _cuda_linear(x: Tensor, state: State, grid: Codebook, shape: tuple[int, ...]
 @cache
 def _lacking(device: str) -> str | None:
     """What bitsandbytes lacks to run there with its compiled library; without it, it falls back to torch graphs."""
-    extension = load_bitsandbytes().cextension
+    try:
+        extension = load_bitsandbytes().cextension
+    except ModuleNotFoundError:
+        return "bitsandbytes is not installed"
     if isinstance(extension.lib, extension.ErrorHandlerMockBNBNativeLibrary):
         return "bitsandbytes' library is not available on this machine"
     if device == "cuda" and torch.cuda.is_available() and not extension.lib.compiled_with_cuda:
