@@ -19,6 +19,7 @@ ANSWERED: Answers = {
     "local_files_only": ((None, False), "set HF_HUB_OFFLINE=1, or give the folder"),
     "force_download": ((None, False), "remove the model from the hub's cache, with `hf cache rm`"),
     "proxies": ((None,), "set HTTPS_PROXY"),
+    "mirror": ((None,), "set HF_ENDPOINT"),
     "subfolder": ((None, ""), "give the folder that the model is in"),
     "variant": ((None,), "give a folder that holds that variant's files alone"),
     "config": ((None,), "the config.json beside the weights counts: change it there"),

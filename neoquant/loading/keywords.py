@@ -18,7 +18,7 @@ from neoquant.model.config import GPTNeoConfig
 
 WITHOUT_EFFECT = (
     *HUB_WITHOUT_EFFECT, "low_cpu_mem_usage", "use_safetensors", "use_kernels", "offload_folder",
-    "offload_state_dict", "offload_buffers", "experts_implementation",
+    "offload_state_dict", "offload_buffers", "experts_implementation", "_fast_init",
 )  # fmt: skip
 """How transformers looks for code, reads files and shows progress."""
 
@@ -68,8 +68,6 @@ def _require_nothing(others: Mapping[str, Any]) -> None:
         if name in ANSWERED:
             require_neutral(name, value, ANSWERED)
         elif name in _SETTINGS:
-            raise RequestError(
-                f"{name} is a setting of config.json: change it there, or in the loaded model's `config`"
-            )
+            raise RequestError(f"{name} is a setting of config.json: change it there; {_INSIDE}")
         else:
             raise RequestError(f"from_pretrained has no keyword {name!r}; those of transformers' own: {_INSIDE}")

@@ -31,6 +31,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "own, 4 bits": {"bits": 4, "kind": "affine", "group_size": 16, "format": "neoquant"},
     "own, 3 bits": {"bits": 3, "kind": "affine", "group_size": 32, "format": "neoquant"},
     "own, mxfp4": {"bits": 4, "kind": "mxfp4", "format": "neoquant"},
+    "own, trellis": {"bits": 2, "kind": "trellis", "format": "neoquant"},
     "nf4": {"bits": 4, "kind": "nf4", "format": "bitsandbytes"},
     "fp4": {"bits": 4, "kind": "fp4", "double_quant": False, "format": "bitsandbytes"},
     "int8": {"bits": 8, "kind": "int8", "format": "bitsandbytes"},
@@ -336,6 +337,15 @@ def test_the_hub_gets_the_same_bits(folder: Callable[[str], Path], bare_hub: Sta
     for name, content in bare_hub.repos["user/other"].items():
         (tmp_path / name).write_bytes(content)
     assert same(tensors(tmp_path), tensors(folder("own, 4 bits")))
+
+
+def test_settings_of_config_json_are_taken(folder: Callable[[str], Path]) -> None:
+    """The oracle is transformers' own block with layers that hold the same values."""
+    model = inside.from_pretrained(folder("own, 4 bits"), window_size=2, layer_norm_epsilon=0.5)
+    with torch.no_grad():
+        found, expected = model(IDS).logits, copy.deepcopy(model).dequantize()(IDS).logits
+        assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
+        assert (found - inside.from_pretrained(folder("own, 4 bits"))(IDS).logits).abs().max() > 1e-2
 
 
 def test_disks_are_refused(folder: Callable[[str], Path]) -> None:

@@ -15,7 +15,15 @@ from neoquant.errors import RequestError
 from neoquant.loading.keywords import ANSWERED, OVERRIDES, WITHOUT_EFFECT
 
 AutoModel = neoquant.AutoModelForCausalLM
-NOT_THEIRS = {"_commit_hash", "_from_auto", "_from_pipeline", "commit_message", "create_pr", "repo_id"}
+NOT_THEIRS = {
+    "_adapter_model_path",
+    "_commit_hash",
+    "_from_auto",
+    "_from_pipeline",
+    "commit_message",
+    "create_pr",
+    "repo_id",
+}
 
 
 @pytest.mark.parametrize("name", WITHOUT_EFFECT)
@@ -37,7 +45,10 @@ def test_keywords_that_ask_for_nothing_are_taken_and_others_answered(tiny_model:
 def test_words_that_are_none_are_refused(tiny_model: Path) -> None:
     with pytest.raises(RequestError, match="has no keyword 'dtpye'"):
         AutoModel.from_pretrained(tiny_model, dtpye="float16")
-    with pytest.raises(RequestError, match=r"window_size is a setting of config\.json"):
+    with pytest.raises(
+        RequestError,
+        match=r"window_size is a setting of config\.json: .*neoquant\.transformers\.from_pretrained takes it",
+    ):
         AutoModel.from_pretrained(tiny_model, window_size=3)
 
 
