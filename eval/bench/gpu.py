@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -35,6 +36,7 @@ import time
 import traceback
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,7 @@ RECIPES: dict[str, tuple[int, str, dict[str, Any]]] = {
 GRIDS = {**RECIPES, "affine3": (3, "affine", {"group_size": 64}), "mxfp4": (4, "mxfp4", {})}
 CONTEXT, PROMPT, WINDOWS = 128, 2048, 8
 ROWS = (1, 4, 16, 64, 512)
+TESTING = 240  # seconds
 Step = Callable[[], object]
 
 
@@ -107,11 +110,19 @@ def main() -> None:
 
 
 def run_tests() -> dict[str, Any]:
-    """The tests marked `gpu`: pytest's last lines."""
+    """The tests marked `gpu`: pytest's last lines, also of what was stopped when its time was over."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--continue-on-collection-errors"]
+    if find_spec("xdist"):
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
     command += ["tests/contract", "tests/unit"]  # of which some need packages that a bare machine may lack
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    return {"code": done.returncode, "last": done.stdout.strip().splitlines()[-12:]}
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
+        try:
+            code = subprocess.run(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT, timeout=TESTING).returncode
+            found: dict[str, Any] = {"code": code}
+        except subprocess.TimeoutExpired:
+            found = {"error": f"not done in {TESTING} seconds"}
+        said.seek(0)
+        return {**found, "last": said.read().strip().splitlines()[-12:]}
 
 
 def kernels(shape: str, device: torch.device, repeats: int) -> dict[str, Any]:

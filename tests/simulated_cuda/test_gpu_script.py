@@ -53,6 +53,12 @@ def test_every_part_runs(script: ModuleType, gpu: Counts, tmp_path: Path, monkey
     assert result["goals"] == {}  # which are those of larger shapes
 
 
+def test_tests_that_take_too_long_are_stopped_and_said(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "find_spec", lambda name: None)
+    monkeypatch.setattr(script, "TESTING", 0.01)
+    assert script.run_tests() == {"error": "not done in 0.01 seconds", "last": []}
+
+
 def test_goals_are_compared_with_what_was_measured(script: ModuleType) -> None:
     goals = importlib.import_module("gpu_goals")
 
