@@ -13,6 +13,7 @@ import torch
 import neoquant
 from neoquant.demo import MODEL
 from neoquant.evaluation import ModelInfo, Suite, evaluate
+from neoquant.quantization.recipe import Recipe
 
 harness = pytest.importorskip("lm_eval.models.huggingface")
 instances = pytest.importorskip("lm_eval.api.instance")
@@ -36,9 +37,17 @@ def every_method() -> Iterator[None]:
         table.update(entries)
 
 
-@pytest.mark.parametrize("recipe", ["mxfp4", "nf4"])  # neoquant's own format, bitsandbytes'
-def test_bits_per_byte_are_neoquants(tmp_path: Path, every_method: None, recipe: str) -> None:
-    neoquant.quantize(MODEL, tmp_path / "q", recipe)
+RECIPES: dict[str, str | Recipe] = {
+    "neoquant": "mxfp4",
+    "bitsandbytes": "nf4",
+    "gptq": Recipe.simple(4, "affine", group_size=64, format="gptq"),
+    "compressed-tensors": Recipe.simple(4, "affine", group_size=64, format="compressed-tensors"),
+}
+
+
+@pytest.mark.parametrize("format", RECIPES)
+def test_bits_per_byte_are_neoquants(tmp_path: Path, every_method: None, format: str) -> None:
+    neoquant.quantize(MODEL, tmp_path / "q", RECIPES[format])
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     model, tokenizer = neoquant.load(tmp_path / "q", dtype=torch.float32)
