@@ -104,6 +104,31 @@ class ModelMethods(Network):
         """Whether blocks are computed again for their gradients."""
         return self._decoder().gradient_checkpointing
 
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """`gradient_checkpointing_enable` by its name in newer versions of transformers, whose Trainer calls it.
+
+        Raises RequestError for some blocks only, or what they are given held elsewhere.
+        """
+        if every_n_layers != 1:
+            raise RequestError(f"every_n_layers is {every_n_layers!r}; legal is 1: every block is computed again")
+        if offload:
+            raise RequestError(f"offload is {offload!r}; legal is False: what blocks are given stays on their device")
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keep what is inside the blocks again."""
+        self.gradient_checkpointing_disable()
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether blocks are computed again for their gradients."""
+        return self.is_gradient_checkpointing
+
     def enable_input_require_grads(self) -> None:
         """Give what the embedding gives gradients, as adapters behind frozen weights need where blocks are computed
         again."""

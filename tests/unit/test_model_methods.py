@@ -148,6 +148,13 @@ def test_gradients_of_blocks_that_are_computed_again_are_the_same(tiny_model: Pa
     assert len(inside) == 1
     with pytest.raises(RequestError, match="legal is use_reentrant"):
         model.gradient_checkpointing_enable({"determinism": 1})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs=None, every_n_layers=1, offload=False)
+    assert model.is_activation_checkpointing and model.is_gradient_checkpointing
+    model.activation_checkpointing_disable()
+    assert not model.is_activation_checkpointing
+    for asked in ({"every_n_layers": 2}, {"offload": True}):
+        with pytest.raises(RequestError, match=f"{next(iter(asked))} is .*; legal is"):
+            model.activation_checkpointing_enable(**asked)
 
 
 def test_inputs_can_be_given_gradients(tiny_model: Path) -> None:
@@ -223,6 +230,13 @@ def test_transformers_trainer_has_the_losses_that_it_has_with_its_own(tiny_model
         torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-4)
     again = neoquant.GPTNeoForCausalLM.from_pretrained(tmp_path / "saved" / "checkpoint-3", dtype=torch.float32)
     assert all(torch.equal(*pair) for pair in zip(again.parameters(), given.parameters(), strict=True))
+
+
+def test_transformers_trainer_has_blocks_computed_again(tiny_model: Path, tmp_path: Path) -> None:
+    plain, again = both(tiny_model)[0], both(tiny_model)[0]
+    losses = train(plain, tmp_path / "plain", 2, save="no")
+    assert train(again, tmp_path / "again", 2, save="no", gradient_checkpointing=True) == losses
+    assert again.is_activation_checkpointing and not plain.is_activation_checkpointing
 
 
 @pytest.mark.parametrize("best", [False, True])
