@@ -130,12 +130,13 @@ def without_repeats(logits: Tensor, seen: Tensor, size: int) -> Tensor:
 
 def without_words(logits: Tensor, seen: Tensor, words: Sequence[Sequence[int]]) -> Tensor:
     """`logits[B, V]` without the tokens that would complete one of `words` behind `seen[B, S]`."""
-    B, V = logits.shape
+    (B, V), S = logits.shape, seen.shape[1]
     marked = torch.zeros(B, V, dtype=torch.bool, device=logits.device)
     for *before, last in words:
-        if len(before) <= seen.shape[1] and 0 <= last < V:
-            there = seen[:, seen.shape[1] - len(before) :] == torch.tensor(before, dtype=seen.dtype, device=seen.device)
-            marked[:, last] |= there.all(1)
+        if len(before) <= S and 0 <= last < V:
+            # token by token: a tensor of them would be copied to a GPU, which waits for it
+            there = [seen[:, place] == token for place, token in enumerate(before, S - len(before))]
+            marked[:, last] |= torch.stack(there).all(0) if there else True
     return logits.masked_fill(marked, -torch.inf)
 
 
