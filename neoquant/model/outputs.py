@@ -17,6 +17,15 @@ RENAMED = {"cache": "past_key_values"}
 class ModelOutput(Mapping[str, Any]):
     """A record that is also a mapping of its fields, in order, without those that are None; numbers count the same."""
 
+    def __post_init__(self) -> None:
+        """A mapping in the first place stands for all fields: so accelerate makes an output of another's items."""
+        first = fields(self)[0].name  # type: ignore[arg-type]  # subclasses are dataclasses
+        given = getattr(self, first)
+        if isinstance(given, Mapping):
+            setattr(self, first, None)
+            for name, value in given.items():
+                self[name] = value
+
     @property
     def cache(self) -> KVCache | None:
         """What `past_key_values` is called since transformers 5.24."""

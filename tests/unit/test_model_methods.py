@@ -232,6 +232,16 @@ def test_transformers_trainer_has_the_losses_that_it_has_with_its_own(tiny_model
     assert all(torch.equal(*pair) for pair in zip(again.parameters(), given.parameters(), strict=True))
 
 
+def test_transformers_trainer_takes_bfloat16(tiny_model: Path, tmp_path: Path) -> None:
+    """accelerate makes outputs anew, in float32, of what the model gives in bfloat16."""
+    ours, theirs = both(tiny_model)
+    losses = train(ours, tmp_path / "ours", 2, save="no", bf16=True)
+    assert losses == pytest.approx(train(theirs, tmp_path / "theirs", 2, save="no", bf16=True), rel=1e-2)
+    output = ours(IDS)
+    again = type(output)(dict(output))
+    assert list(again) == list(output) and all(again[name] is output[name] for name in output)
+
+
 def test_transformers_trainer_has_blocks_computed_again(tiny_model: Path, tmp_path: Path) -> None:
     plain, again = both(tiny_model)[0], both(tiny_model)[0]
     losses = train(plain, tmp_path / "plain", 2, save="no")
