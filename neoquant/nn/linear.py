@@ -18,9 +18,11 @@ class QuantLinear(nn.Module):
     """x[..., I] -> [..., O], computed in x's type or in `compute_dtype`, like the `nn.Linear` it stands for.
 
     The weight's tensors are buffers in the kernel's arrangement. They move with `.to(device)` but are never cast:
-    `.half()` and `.to(dtype)` leave them as they are stored. A layer that is moved to another kind of device takes the
-    fastest kernel there. Gradients flow to x, not to the weight.
+    `.half()` and `.to(dtype)` leave them as they are stored. A layer that was given no kernel takes the fastest of
+    another kind of device that it is moved to. Gradients flow to x, not to the weight.
     """
+
+    is_given_kernel = False
 
     def __init__(
         self,
@@ -37,6 +39,7 @@ class QuantLinear(nn.Module):
         self.compute_dtype = compute_dtype
         self.out_features, self.in_features = q.shape
         self.grid, self.dtype = q.grid, q.dtype
+        self.is_given_kernel = kernel is not None
         self.kernel = kernel or choose(q.grid, q.shape, q.codes.device, q.order is not None)
         for name, tensor in self.kernel.pack(q).items():
             self.register_buffer(name, tensor)
@@ -101,10 +104,10 @@ class QuantLinear(nn.Module):
         return self
 
     def _choose_again(self, former: torch.device) -> None:
-        """Behind a move from `former`: take the fastest kernel of another kind of device, which is not the one held
-        even where that runs there too; elsewhere, one that can run where the one held cannot."""
+        """Behind a move from `former`: take the fastest kernel of another kind of device, unless one was given that
+        runs there too; elsewhere, one that can run where the one held cannot."""
         device = self.qweight.device
-        moved = former.type not in ("meta", device.type)
+        moved = former.type not in ("meta", device.type) and not self.is_given_kernel
         refused = self.kernel.refuse(self.grid, self.shape, device, self.ordered)
         if device.type == "meta" or not (moved or refused):
             return

@@ -57,14 +57,20 @@ def test_a_layer_is_one_launch_and_two_for_many_rows(grid: Grid, gpu: Counts) ->
 
 
 @pytest.mark.parametrize("kernel", [Reference(), ReferenceInt8(), Bitsandbytes()], ids=lambda kernel: kernel.name)
-def test_a_layer_that_moves_takes_the_fastest_kernel_there(kernel: Kernel, gpu: Counts) -> None:
-    """Also from one that would run there as well, as a layer has where the native library does not run."""
+def test_a_layer_that_moves_takes_the_fastest_kernel_there(
+    kernel: Kernel, gpu: Counts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also from one that would run there as well, as a layer has where the native library does not run; not one that
+    was given its kernel."""
     q = Nearest().quantize(torch.randn(12, 128), Codebook())
     here = torch.device("cpu")
     if reason := kernel.refuse(q.grid, q.shape, here):
         pytest.skip(reason)
-    layer = QuantLinear(q, kernel=kernel)
-    assert layer.half().kernel is kernel
+    given = QuantLinear(q, kernel=kernel)
+    with monkeypatch.context() as patch:
+        patch.setattr("neoquant.nn.linear.choose", lambda *asked: kernel)
+        layer = QuantLinear(q)
+    assert given.to("cuda").kernel is layer.half().kernel is kernel
     there = layer.to("cuda")
     assert there.kernel.name == {"exact": "triton", "int8": "triton-int8"}[kernel.activations]
     assert there.quantized.equals(q.to("cuda"))
