@@ -13,7 +13,8 @@ from neoquant.kernels import Bitsandbytes, bnb, choose
 
 def test_without_bitsandbytes_its_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setattr(bnb, "_lacking", bnb._lacking.__wrapped__)
+    for name in ("_lacking", "load_bitsandbytes"):  # which remember what earlier tests found
+        monkeypatch.setattr(bnb, name, getattr(bnb, name).__wrapped__)
     for device in map(torch.device, ("cpu", "cuda")):
         assert Bitsandbytes().refuse(Codebook(), (8, 64), device) == "bitsandbytes is not installed"
         assert choose(Codebook(), (8, 64), device).name != "bitsandbytes"
