@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 from neoquant.errors import RequestError
 from neoquant.evaluation.task_result import MeanScore, MetricScore, TaskChange, TaskComparison, TaskEvaluation
-from neoquant.evaluation.thresholds import ANY, OPERATORS
+from neoquant.evaluation.thresholds import ANY, OPERATORS, split_condition
 
 CHANGE = "delta_"
 """Before a metric: how far it lies above the reference's."""
@@ -32,12 +31,9 @@ class TaskCondition(NamedTuple):
 
 def parse_task_condition(text: str) -> TaskCondition:
     """Raises RequestError for what is not a condition, with what would be one."""
-    match = re.fullmatch(rf"\s*({ANY})?\s*([\w.,-]+)\s*(>=|<=|>|<)\s*(\S+)\s*", text)
-    try:
-        if match and not math.isnan(limit := float(match[4])):
-            return TaskCondition(match[2], match[3], limit, match[1] is not None)
-    except ValueError:
-        pass
+    parts = split_condition(text, r"[\w.,-]+")
+    if parts is not None:
+        return TaskCondition(*parts)
     raise RequestError(f"--fail-if {text!r}: write it like '{CHANGE}acc < -0.02' or '{ANY}{CHANGE}acc_high < 0'")
 
 

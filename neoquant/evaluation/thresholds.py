@@ -76,14 +76,23 @@ class Condition(NamedTuple):
         return lines
 
 
-def parse(text: str) -> Condition:
-    """Raises RequestError for what is not a condition, with what would be one."""
-    match = re.fullmatch(rf"\s*({ANY})?\s*([\w.]+)\s*(>=|<=|>|<)\s*(\S+)\s*", text)
+def split_condition(text: str, name: str) -> tuple[str, str, float, bool] | None:
+    """What is compared, which the regular expression `name` matches, how, with which number, and whether any will do;
+    None for what is not written like that."""
+    match = re.fullmatch(rf"\s*({ANY})?\s*({name})\s*(>=|<=|>|<)\s*(\S+)\s*", text)
     try:
-        if match and match[2] in FIELDS and not math.isnan(limit := float(match[4])):
-            return Condition(match[2], match[3], limit, match[1] is not None)
+        if match and not math.isnan(limit := float(match[4])):
+            return match[2], match[3], limit, match[1] is not None
     except ValueError:
         pass
+    return None
+
+
+def parse(text: str) -> Condition:
+    """Raises RequestError for what is not a condition, with what would be one."""
+    parts = split_condition(text, r"[\w.]+")
+    if parts is not None and parts[0] in FIELDS:
+        return Condition(*parts)
     raise RequestError(
         f"--fail-if {text!r}: write it like 'delta_nll > 0.05' or '{ANY}kl >= 0.1', with one of {', '.join(FIELDS)}"
     )
