@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from neoquant.quantization.recipe import Recipe
     from neoquant.tokenizer.tokenizer import Tokenizer
     from neoquant.tokenizer.tokenizer import Tokenizer as GPT2Tokenizer
+    from neoquant.tuning.tune import tune
 
 __version__ = "0.1.0"
 
@@ -99,6 +100,7 @@ _HOMES = {
     "plan": "neoquant.quantization.quantize",
     "push": "neoquant.checkpoint.upload",
     "quantize": "neoquant.quantization.quantize",
+    "tune": "neoquant.tuning.tune",
 }
 
 __all__ = [
@@ -148,6 +150,7 @@ __all__ = [
     "plan",
     "push",
     "quantize",
+    "tune",
 ]
 
 

@@ -33,6 +33,7 @@ from neoquant.cli import (
     quantize,
     report,
     sweep,
+    tune,
 )
 from neoquant.cli.options import Debug, Quiet
 from neoquant.cli.processes import Terminated, interrupt_by_signals, say_last
@@ -50,6 +51,7 @@ app = typer.Typer(
 for name, verb, purpose in (
     ("plan", plan.plan, "Show what quantizing would do, from headers alone."),
     ("quantize", quantize.quantize, "Quantize a model into a new folder."),
+    ("tune", tune.tune, "Train scales, biases and norms of a quantized model."),
     ("convert", convert.convert, "Convert a model to another format, without rounding."),
     ("eval", eval.eval_, "Measure perplexity and bits per byte."),
     ("compare", compare.compare, "Measure the accuracy loss of quantized models."),

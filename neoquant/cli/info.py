@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -92,6 +93,21 @@ def _facts(checkpoint: Checkpoint, found: Description) -> list[tuple[str, str]]:
         before = record.get("converted_from", {}).get("format")
         how = f"converted from {made_from}, format {before}" if before else f"from {made_from} with the recipe {recipe}"
         facts.append(("made by", f"neoquant {by} {how}"))
+    if tuned := _tuning(record):
+        facts.append(("tuned", tuned))
     library = LIBRARIES.get(found.format.family)
     others = f" and transformers with {library}" if library else " only"
     return [*facts, ("read by", f"neoquant{others}")]
+
+
+def _tuning(record: Mapping[str, Any]) -> str | None:
+    """What was trained after quantizing, as the record says; None where nothing was."""
+    from neoquant.quantization.model_card import tuning_facts
+
+    tuned = record.get("tuned")
+    if tuned is None:
+        return None
+    try:
+        return tuning_facts(tuned)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return "not stated: the record is damaged"

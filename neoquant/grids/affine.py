@@ -161,6 +161,9 @@ class Affine(Grid):
     def columns(self, params: Params, shape: tuple[int, int]) -> Columns:
         return _AffineColumns(self, params, shape)
 
+    def with_scales(self, params: Params, scale: Tensor) -> Params | None:
+        return {**params, "scale": scale.to(torch.float16)}
+
     def scale_and_zero(self, params: Params) -> tuple[Tensor, Tensor]:
         """Both as float32[O, G]."""
         scale = params["scale"].float()

@@ -83,6 +83,11 @@ class Grid(ABC):
     def columns(self, params: Params, shape: tuple[int, int]) -> Columns:
         """A weight [O, I] on this grid, one column at a time."""
 
+    def with_scales(self, params: Params, scale: Tensor) -> Params | None:
+        """`params` with the scales float32, in the shape in which `decoding.scale` gives them, as they are stored; None
+        where scales are no numbers that may be any."""
+        return None
+
     def remark(self, shape: tuple[int, ...]) -> str | None:
         """What a user should know about a weight [O, I] on this grid, or None."""
         return None

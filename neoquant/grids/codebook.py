@@ -130,6 +130,9 @@ class Codebook(Grid):
         """The absmax of every block as float32[blocks], double quantization undone."""
         return self.decoding.scale.of(params)
 
+    def with_scales(self, params: Params, scale: Tensor) -> Params | None:
+        return self._store(scale)
+
     def _absmax(self, w: Tensor) -> Tensor:
         """The largest magnitude of every block, float32[blocks]."""
         flat = w.detach().reshape(-1)

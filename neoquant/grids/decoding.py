@@ -183,6 +183,24 @@ class Decoding:
             values.sub_(params[self.zero][groups].float())
         return values.mul_(self.scale.of(params, groups)).to(dtype)
 
+    def by_groups(self, codes: Tensor, params: Mapping[str, Tensor]) -> Tensor:
+        """What the scales multiply: the number of each of `codes`, uint8[O, I], less its group's zero, by groups,
+        float32[R, G, width].
+
+        R is O, or 1 where groups run through the flattened weight. What the last group of a row is short of is 0.
+        """
+        places = codes if self.trellis is None else self.trellis.numbers(codes)
+        laid = places.reshape(1, -1) if self.flat else places
+        rows, columns = laid.shape
+        width = self.width(columns)
+        groups = -(columns // -width)
+        numbers = torch.zeros(rows, groups * width, device=codes.device)
+        numbers[:, :columns] = self._numbers(laid, False)
+        if self.zero is not None:
+            zero = params[self.zero].float().view(rows, groups)
+            numbers[:, :columns] -= zero.repeat_interleave(width, 1)[:, :columns]
+        return numbers.view(rows, groups, width)
+
     def _numbers(self, codes: Tensor, whole_steps: bool) -> Tensor:
         """The numbers of codes uint8[R, C], less the zero that all of them share: float32[R, C], or int8[R, C]."""
         if self.table is not None:

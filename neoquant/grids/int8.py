@@ -63,6 +63,9 @@ class Int8Rows(Grid):
             codes[rows] = steps.add_(TO_INTEGER).sub_(TO_INTEGER)
         return codes.view(torch.uint8)
 
+    def with_scales(self, params: Params, scale: Tensor) -> Params | None:
+        return {"scb": scale * 127.0}
+
     def columns(self, params: Params, shape: tuple[int, int]) -> Columns:
         return _Int8Columns(self, params, shape)
 

@@ -103,6 +103,9 @@ class TrellisGrid(Grid):
     def columns(self, params: Params, shape: tuple[int, int]) -> Columns:
         return self._columns(params["scale"], shape)
 
+    def with_scales(self, params: Params, scale: Tensor) -> Params | None:
+        return {"scale": scale.to(torch.float16)}
+
     def _columns(self, scale: Tensor, shape: torch.Size | tuple[int, int]) -> _TrellisColumns:
         return _TrellisColumns(self, {"scale": scale}, (shape[0], shape[1]))
 

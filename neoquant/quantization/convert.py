@@ -15,8 +15,8 @@ import torch
 
 from neoquant.checkpoint import SHARD_SIZE, Checkpoint, CheckpointWriter, TensorHeader, open_checkpoint
 from neoquant.checkpoint.headers import float_type
-from neoquant.errors import CheckpointError, RequestError, locate
-from neoquant.files.reading import MAX_LARGE_BYTES, read_json, read_text
+from neoquant.errors import RequestError, locate
+from neoquant.files.reading import read_text
 from neoquant.formats import FORMATS, Format, detect_checked
 from neoquant.formats.base import dtype_name
 from neoquant.grids import Grid
@@ -35,7 +35,7 @@ from neoquant.quantization.model_card import measured_in, render_conversion_card
 from neoquant.quantization.plan_checks import require_tensors
 from neoquant.quantization.plan_notes import dropped_notes
 from neoquant.quantization.plan_rows import is_linear_weight
-from neoquant.quantization.quantize import CALIBRATION, CARD, RECORD, record_json, require_another_folder
+from neoquant.quantization.quantize import CALIBRATION, CARD, RECORD, read_record, record_json, require_another_folder
 from neoquant.quantization.streaming import converted
 from neoquant.sizes import peak_rss_bytes
 from neoquant.tensor import QuantizedTensor
@@ -279,7 +279,7 @@ def _files(checkpoint: Checkpoint, job: _Conversion, result: ConvertResult) -> d
     calibration, card = checkpoint.folder / CALIBRATION, checkpoint.folder / CARD
     if job.target is not None and calibration.is_file():
         files[CALIBRATION] = calibration
-    before = _record(checkpoint.folder)
+    before = read_record(checkpoint.folder)
     measured = measured_in(read_text(card)) if job.target is not None and card.is_file() else None
     made_by = {key: before[key] for key in ("neoquant", "source") if key in before}
     record: dict[str, Any] = {
@@ -305,12 +305,3 @@ def _files(checkpoint: Checkpoint, job: _Conversion, result: ConvertResult) -> d
         measured,
     )
     return files
-
-
-def _record(folder: Path) -> dict[str, Any]:
-    """neoquant's own record of the source, empty where there is none that can be read."""
-    try:
-        record = read_json(folder / RECORD, limit=MAX_LARGE_BYTES)
-    except CheckpointError:
-        return {}
-    return record if isinstance(record, dict) else {}

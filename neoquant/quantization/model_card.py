@@ -84,6 +84,54 @@ def render_conversion_card(
     return "\n\n".join(parts) + "\n"
 
 
+def render_tuned_card(
+    name: str, source: str, config: Mapping[str, Any], family: str, tuning: Mapping[str, Any], card: str
+) -> str:
+    """The card of a checkpoint called `name`, for whose floating-point part was trained as `tuning` says; `card` is
+    that of the quantized one before, called `source`: what it says of recipe, sizes and layers is still so."""
+    front = re.match(r"---\n.*?\n---", card, re.DOTALL)
+    kept = re.search(r"^## Recipe\n.*?(?=^## (?:Tuning|Measured)\b|\Z)", card, re.DOTALL | re.MULTILINE)
+    parts = [
+        front[0] if front else _front_matter("", None, config, (), family),
+        f"# {name}",
+        f"`{source}`, whose scales, biases and norms were then trained by neoquant; codes and format are as they were.",
+        "## Loading",
+        _loading(config, family, name),
+        *([kept[0].rstrip()] if kept else []),
+        "## Tuning",
+        _tuning(tuning),
+        _measured(f"{NOT_MEASURED}: run `neoquant compare {tuning['base']} {name}`"),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def tuning_facts(tuning: Mapping[str, Any]) -> str:
+    """What tuning did, in a line: of its record."""
+    trained = ", ".join(f"{count:,} {kind}" for kind, count in tuning["trained"].items() if count)
+    samples, loss = tuning["calibration"], tuning["loss"]
+    done = "" if tuning["changed"] else "; the loss did not fall, and nothing was changed"
+    return (
+        f"{trained}; {tuning['steps']} steps on {samples['rows']} samples of {samples['length']} tokens of "
+        f"{samples['source']}, seed {samples['seed']}; KL divergence from {tuning['base']} on these "
+        f"{loss['before']:.3g} before, {loss['after']:.3g} after{done}"
+    )
+
+
+def _tuning(tuning: Mapping[str, Any]) -> str:
+    trained, samples, loss = tuning["trained"], tuning["calibration"], tuning["loss"]
+    lines = [
+        f"Trained against the predictions of `{tuning['base']}`: {trained['scales']:,} scales, {trained['biases']:,} "
+        f"numbers in biases, {trained['norms']:,} in norms, by {tuning['steps']} steps of Adam (learning rate "
+        f"{tuning['learning_rate']:g}) on {samples['rows']} samples of {samples['length']} tokens of "
+        f"{samples['source']} (seed {samples['seed']}). That text is training text: do not evaluate on it.",
+        "",
+        f"Mean KL divergence on these samples, nats a token: {loss['before']:.4g} before, {loss['after']:.4g} after.",
+    ]
+    if not tuning["changed"]:
+        lines += ["", "It did not fall: all weights are as they came."]
+    return "\n".join(lines)
+
+
 def render_saved_card(name: str, config: Mapping[str, Any], grids: Collection[Grid]) -> str:
     """The card of a model called `name` that was saved from memory with this `config.json`, its layers on `grids`."""
     family = (config.get("quantization_config") or {}).get("quant_method")

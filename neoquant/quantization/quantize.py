@@ -17,7 +17,8 @@ from neoquant.calibration.dataset import LENGTH, ROWS, Calibration
 from neoquant.calibration.memory import CalibrationMemory, estimate_memory
 from neoquant.checkpoint import SHARD_SIZE, Checkpoint, CheckpointWriter, check_output, free_bytes, open_checkpoint
 from neoquant.distributed import SINGLE_PROCESS, ProcessGroup
-from neoquant.errors import OutputError, RequestError
+from neoquant.errors import CheckpointError, OutputError, RequestError
+from neoquant.files.reading import MAX_LARGE_BYTES, read_json
 from neoquant.files.writing import as_bytes
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.devices import device_name, resolve_device
@@ -338,3 +339,12 @@ def _own_files(
 def record_json(value: Any) -> str:
     """How `neoquant.json` and `calibration.json` are written."""
     return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def read_record(folder: Path, name: str = RECORD) -> dict[str, Any]:
+    """One of these of a folder; empty where there is none that can be read."""
+    try:
+        record = read_json(folder / name, limit=MAX_LARGE_BYTES)
+    except CheckpointError:
+        return {}
+    return record if isinstance(record, dict) else {}

@@ -76,7 +76,11 @@ def require_calibration(plan: Plan, calibration: Calibration | None) -> None:
             f"{' and '.join(sorted(given))} needs no calibration: leave it out, or "
             f"ask for {' or '.join(calibrated_quantizers())}"
         )
-    config = GPTNeoConfig.from_dict(dict(plan.config))
+    require_samples_fit(calibration, GPTNeoConfig.from_dict(dict(plan.config)))
+
+
+def require_samples_fit(calibration: Calibration, config: GPTNeoConfig) -> None:
+    """Raise RequestError where samples are longer than the model's context, or hold tokens that it does not have."""
     length, largest = calibration.ids.shape[1], int(calibration.ids.max())
     if length > config.max_position_embeddings:
         raise RequestError(

@@ -17,7 +17,7 @@ from neoquant.errors import RequestError
 from neoquant.sizes import parse_size
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-VERBS = ("plan", "quantize", "eval", "compare", "inspect", "report", "generate", "bench", "info")
+VERBS = ("plan", "quantize", "eval", "compare", "inspect", "report", "generate", "bench", "info", "tune")
 
 
 @pytest.mark.parametrize("verb", VERBS)
