@@ -112,8 +112,8 @@ def tuning_facts(tuning: Mapping[str, Any]) -> str:
     done = "" if tuning["changed"] else "; the loss did not fall, and nothing was changed"
     return (
         f"{trained}; {tuning['steps']} steps on {samples['rows']} samples of {samples['length']} tokens of "
-        f"{samples['source']}, seed {samples['seed']}; KL divergence from {tuning['base']} on these "
-        f"{loss['before']:.3g} before, {loss['after']:.3g} after{done}"
+        f"{samples['source']}, seed {samples['seed']}; KL divergence from {tuning['base']} on "
+        f"{loss['samples']} held out {loss['before']:.3g} before, {loss['after']:.3g} after{done}"
     )
 
 
@@ -125,7 +125,8 @@ def _tuning(tuning: Mapping[str, Any]) -> str:
         f"{tuning['learning_rate']:g}) on {samples['rows']} samples of {samples['length']} tokens of "
         f"{samples['source']} (seed {samples['seed']}). That text is training text: do not evaluate on it.",
         "",
-        f"Mean KL divergence on these samples, nats a token: {loss['before']:.4g} before, {loss['after']:.4g} after.",
+        f"Mean KL divergence on {loss['samples']} of them that were held out, in nats a token: {loss['before']:.4g} "
+        f"before, {loss['after']:.4g} after.",
     ]
     if not tuning["changed"]:
         lines += ["", "It did not fall: all weights are as they came."]

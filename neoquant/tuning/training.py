@@ -17,6 +17,7 @@ from neoquant.nn.linear import QuantLinear
 from neoquant.tuning.prediction_loss import prediction_loss
 
 TOKENS = 2048  # of a step, about
+HELD = 8  # of so many samples one is held out
 WARM_UP = 0.1  # of all steps: over these the learning rate rises
 BETAS = (0.9, 0.99)  # there are few steps
 _HELD = 1 << 29  # bytes of activations; a step with more computes them again for its gradients
@@ -71,32 +72,35 @@ class Predictor:
 
 
 class Samples:
-    """Calibration samples, ids[R, T], and what the unquantized model predicts from them."""
+    """Calibration samples, ids[R, T], and what the unquantized model predicts from them.
+
+    The last eighth is held out: no step sees it, and on it the loss is measured. A single sample is both.
+    """
 
     def __init__(self, ids: Tensor, original: Predictor, advance: Advance) -> None:
         """`advance` is told of every sample."""
         self.ids, self.head = ids, original.head
         self.batch = max(1, TOKENS // ids.shape[1])
+        self.held = max(1, len(ids) // HELD)
+        self.trained = max(1, len(ids) - self.held)
         config = original.model.config
         self.states = torch.empty(*ids.shape, config.hidden_size)
         with torch.no_grad():
-            for some in self.batches():
+            for some in self._batches(0):
                 self.states[some] = original.states(ids[some])
                 advance(len(ids[some]))
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def batches(self) -> Iterator[slice]:
-        return (slice(start, start + self.batch) for start in range(0, len(self.ids), self.batch))
+    def passes(self, times: int) -> int:
+        """Steps that see every sample so many times, about."""
+        return max(1, times * self.trained // self.batch)
 
     def order(self, seed: int) -> Iterator[Tensor]:
-        """Numbers of samples, a batch a step: all of them, then all of them again in another order."""
+        """Numbers of samples, a batch a step: all that are trained on, then all of them again in another order."""
         generator, waiting = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.int64)
-        batch = min(self.batch, len(self))
+        batch = min(self.batch, self.trained)
         while True:
             while len(waiting) < batch:
-                waiting = torch.cat([waiting, torch.randperm(len(self), generator=generator)])
+                waiting = torch.cat([waiting, torch.randperm(self.trained, generator=generator)])
             yield waiting[:batch]
             waiting = waiting[batch:]
 
@@ -105,14 +109,18 @@ class Samples:
         return prediction_loss(predictor.states(self.ids[some]), predictor.head, self.states[some], self.head)
 
     @torch.no_grad()
-    def mean_loss(self, predictor: Predictor, advance: Advance) -> float:
-        """Of all samples."""
+    def held_loss(self, predictor: Predictor, advance: Advance) -> float:
+        """Of the samples that are held out."""
         total = 0.0
-        for some in self.batches():
+        for some in self._batches(len(self.ids) - self.held):
             rows = len(self.ids[some])
-            total += rows * float(self.loss(predictor, some))
+            total += rows * self.loss(predictor, some).item()
             advance(rows)
-        return total / len(self)
+        return total / self.held
+
+    def _batches(self, first: int) -> Iterator[slice]:
+        """Of the samples from number `first` on."""
+        return (slice(start, start + self.batch) for start in range(first, len(self.ids), self.batch))
 
 
 def train(

@@ -7,6 +7,7 @@ distillation (Hinton et al., arXiv:1503.02531) at a temperature of 1. Codes stay
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -34,8 +35,8 @@ from neoquant.tuning.layers import Tunable
 from neoquant.tuning.records import tuned_files
 from neoquant.tuning.training import Predictor, Samples, Schedule, train
 
-STEPS, LEARNING_RATE = 128, 1e-3
-"""Where nothing else is asked for."""
+PASSES, LEARNING_RATE = 2, 1e-3
+"""Where nothing else is asked for; passes of steps over the samples."""
 
 _PARTS = 32  # of a run, whose mean losses are recorded
 _COMPARED = (  # what of config.json must be the same in both models
@@ -57,9 +58,11 @@ class TuneResult:
     schedule: Schedule
     trained: Mapping[str, int]
     """How many scales, biases and numbers in norms could change."""
+    held: int
+    """Samples of these, the last ones, that no step saw."""
     before: float
     after: float
-    """On all samples, by what was stored before, and by what would be stored now."""
+    """On the samples that were held out, by what was stored before, and by what would be stored now."""
     curve: tuple[tuple[int, float], ...] = field(repr=False)
     """Steps done, and the mean loss of those since the last entry, each on its own samples."""
     notes: tuple[str, ...]
@@ -79,7 +82,7 @@ class TuneResult:
             "steps": self.schedule.steps,
             "learning_rate": self.schedule.learning_rate,
             "trained": dict(self.trained),
-            "loss": {"before": self.before, "after": self.after},
+            "loss": {"samples": self.held, "before": self.before, "after": self.after},
             "changed": self.changed,
             "curve": [list(point) for point in self.curve],
         }
@@ -103,7 +106,7 @@ def tune(
     *,
     base: str | Path,
     calibration: Calibration,
-    steps: int = STEPS,
+    steps: int | None = None,
     learning_rate: float = LEARNING_RATE,
     revision: str | None = None,
     base_revision: str | None = None,
@@ -114,14 +117,15 @@ def tune(
     """Train what a quantized checkpoint holds in floating point, and write it into the folder `out`, in its format.
 
     Trained are the grids' scales, rounded to the type in which they are stored, the biases of linear layers, and the
-    norms. The loss on the samples never rises: where it has not fallen in the end, `out` holds what `source` does.
+    norms. An eighth of the samples is held out, and the loss on it never rises: where it has not fallen in the end,
+    `out` holds what `source` does.
 
     Args:
         source: a quantized folder, or an id on the hub at `revision`.
         out: the folder to make; it must not exist, unless `force` may replace a model.
         base: the model that `source` was quantized from, not quantized, whose predictions are aimed at.
         calibration: the samples, and the seed by which they are taken in some order.
-        steps: of Adam, each on about 2,048 tokens.
+        steps: of Adam, each on about 2,048 tokens; None is as many as see each sample twice.
         learning_rate: at its highest; of scales, relative to what they were.
         shard_size: bytes of tensors in one output file.
         progress: told of every sample, and of every step.
@@ -133,7 +137,7 @@ def tune(
         OutputError: `out` cannot be written.
     """
     started = time.perf_counter()
-    schedule = _schedule(steps, learning_rate, calibration.seed)
+    _require_legal(steps, learning_rate)
     folder = Path(out).expanduser().resolve()
     for each in (source, base):
         require_another_folder(each, folder)
@@ -146,6 +150,8 @@ def tune(
         require_samples_fit(calibration, GPTNeoConfig.from_dict(checkpoint.config))
         with CheckpointWriter(folder, tensors=len(checkpoint.headers), force=force, shard_size=shard_size) as sink:
             job = _Tuning(checkpoint, format, original, calibration, progress)
+            chosen = job.samples.passes(PASSES) if steps is None else steps
+            schedule = Schedule(chosen, learning_rate, calibration.seed)
             before, after, curve, replaced = job.run(schedule, progress)
             for name in checkpoint.headers:
                 sink.put(name, replaced[name] if name in replaced else checkpoint.view(name))
@@ -160,6 +166,7 @@ def tune(
                 calibration=calibration.describe(),
                 schedule=schedule,
                 trained=job.tunable.counts(),
+                held=job.samples.held,
                 before=before,
                 after=after,
                 curve=curve,
@@ -206,9 +213,9 @@ class _Tuning:
         return before, after, _curve(losses), replaced
 
     def _measure(self, label: str, progress: Progress) -> float:
-        with progress.task(label, total=len(self.samples)) as advance:
-            loss = self.samples.mean_loss(self.predictor, advance)
-        if loss != loss or loss in (float("inf"), float("-inf")):
+        with progress.task(label, total=self.samples.held) as advance:
+            loss = self.samples.held_loss(self.predictor, advance)
+        if not math.isfinite(loss):
             raise CheckpointError(f"{self.checkpoint.source}: the predictions {label} tuning are not finite")
         return loss
 
@@ -225,12 +232,11 @@ class _Tuning:
         return replaced
 
 
-def _schedule(steps: int, learning_rate: float, seed: int) -> Schedule:
-    if steps < 1:
+def _require_legal(steps: int | None, learning_rate: float) -> None:
+    if steps is not None and steps < 1:
         raise RequestError(f"{steps} steps: at least one is needed")
     if not 0 < learning_rate <= 1:
         raise RequestError(f"learning rate {learning_rate:g}: legal is above 0, up to 1")
-    return Schedule(steps, learning_rate, seed)
 
 
 def _require_pair(checkpoint: Checkpoint, original: Checkpoint) -> Format:

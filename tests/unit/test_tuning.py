@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ from neoquant.tensor import QuantizedTensor
 from neoquant.tuning import training
 from neoquant.tuning.layers import TunableLinear
 from neoquant.tuning.prediction_loss import POSITIONS, prediction_loss
+from neoquant.tuning.training import Predictor, Samples
 from neoquant.tuning.tune import tune
 
 WIDE = {"hidden_size": 32, "num_heads": 2, "vocab_size": 259}
@@ -85,7 +87,9 @@ def samples(rows: int = 6, length: int = 24, seed: int = 3) -> Calibration:
 
 
 def measured(folder: Path, original: Path, ids: Tensor) -> float:
-    """The mean divergence of a folder's predictions from the original's, by the library's own logits, in float64."""
+    """The mean divergence of a folder's predictions from the original's on the samples that are held out, by the
+    library's own logits, in float64."""
+    ids = ids[-max(1, len(ids) // 8) :]
     models = [neoquant.GPTNeoForCausalLM.from_pretrained(each, dtype=torch.float32) for each in (original, folder)]
     with torch.no_grad():
         aim, predicted = (model(ids).logits.double().log_softmax(-1) for model in models)
@@ -168,8 +172,9 @@ def test_settling_keeps_codes_and_rounds_scales_as_the_grid_stores_them(
 def test_every_format_is_tuned_and_says_the_truth(
     recipe: str, quantized: Callable[[str], Path], original: Path, tmp_path: Path
 ) -> None:
-    source, shown = quantized(recipe), samples()
-    made = tune(source, tmp_path / "out", base=original, calibration=shown, steps=12, learning_rate=3e-3)
+    source, shown = quantized(recipe), samples(16)
+    rate = 1e-4 if recipe == "int8" else 3e-3  # there is next to nothing to be gained
+    made = tune(source, tmp_path / "out", base=original, calibration=shown, steps=12, learning_rate=rate)
     assert made.changed and made.after < made.before
     assert made.before == pytest.approx(measured(source, original, shown.ids), rel=2e-3)
     assert made.after == pytest.approx(measured(tmp_path / "out", original, shown.ids), rel=2e-3)
@@ -200,6 +205,17 @@ def test_the_loss_on_the_samples_never_rises(
         assert made.after >= made.before
         assert (out / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
         assert "as they came" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("rows", "held"), [(1, 1), (2, 1), (7, 1), (8, 1), (17, 2)])
+def test_samples_that_are_held_out_are_never_trained_on(rows: int, held: int, original: Path) -> None:
+    model = neoquant.GPTNeoForCausalLM.from_pretrained(original, dtype=torch.float32)
+    shown = Samples(samples(rows).ids, Predictor(model), lambda amount: None)
+    assert shown.held == held
+    taken = torch.cat(list(itertools.islice(shown.order(1), 3 * rows)))
+    counts = taken.bincount(minlength=rows)
+    assert rows == 1 or counts[rows - held :].sum() == 0
+    assert counts[: max(1, rows - held)].min() >= 1  # and all others are
 
 
 def test_a_rate_that_is_too_high_changes_nothing(
@@ -372,9 +388,10 @@ def test_a_format_that_can_only_be_read_is_refused_before_the_work(
 ) -> None:
     from neoquant.formats import CompressedTensors
 
+    source = quantized("compressed-tensors")
     monkeypatch.setattr(CompressedTensors, "refuse_tensor", lambda self, q: "an order is read, but not written")
     with pytest.raises(RequestError, match="could be read, but not written: an order"):
-        tune(quantized("compressed-tensors"), tmp_path / "out", base=original, calibration=samples(), steps=2)
+        tune(source, tmp_path / "out", base=original, calibration=samples(), steps=2)
 
 
 def test_scales_beyond_their_type_are_refused_naming_the_layer() -> None:
