@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from neoquant.errors import OutputError
+from neoquant.model.transfers import on_host, to_device
 
 CPU = torch.device("cpu")
 TOKENS = 4096  # of a piece, about: large enough for whole matrix products, small beside a block
@@ -59,8 +60,8 @@ class HiddenStates(ABC):
 
     def _digest(self) -> str:
         digest = hashlib.sha256()
-        for piece in self.batches():
-            digest.update(_bytes_of(piece))
+        for content in _contents(self.batches()):
+            digest.update(content)
         return digest.hexdigest()
 
 
@@ -83,7 +84,7 @@ class HiddenStatesInMemory(HiddenStates):
 
     def replace(self, batches: Iterable[Tensor]) -> None:
         for number, piece in enumerate(batches):
-            self._pieces[number : number + 1] = [piece.to(self.device)]
+            self._pieces[number : number + 1] = [to_device(piece, self.device)]
 
     def empty_like(self) -> HiddenStates:
         return HiddenStatesInMemory(self.shape, self.batch, self.device)
@@ -91,8 +92,7 @@ class HiddenStatesInMemory(HiddenStates):
     def save(self, path: Path) -> str:
         digest = hashlib.sha256()
         with writing(path), path.open("wb") as file:
-            for piece in self._pieces:
-                content = _bytes_of(piece)
+            for content in _contents(self._pieces):
                 file.write(content)
                 digest.update(content)
             file.flush()
@@ -129,7 +129,7 @@ class HiddenStatesOnDisk(HiddenStates):
                 if not count:
                     raise OutputError(f"{self.folder}: hidden states end {len(view)} bytes too early")
                 view, place = view[count:], place + count
-            yield piece.to(self.device)
+            yield to_device(piece, self.device)
 
     def replace(self, batches: Iterable[Tensor]) -> None:
         other = HiddenStatesOnDisk(self.shape, self.batch, self.folder, device=self.device)
@@ -138,8 +138,8 @@ class HiddenStatesOnDisk(HiddenStates):
             other._scratch = Path(name)
             try:
                 with os.fdopen(os.dup(other._file), "wb") as file:
-                    for piece in batches:
-                        file.write(_bytes_of(piece))
+                    for content in _contents(batches):
+                        file.write(content)
             except BaseException:
                 other.close()
                 raise
@@ -200,5 +200,10 @@ def writing(path: Path) -> Iterator[None]:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
+def _contents(pieces: Iterable[Tensor]) -> Iterator[memoryview]:
+    """The bytes of each piece; of a GPU's while the next piece is made there."""
+    return (_bytes_of(piece) for (piece,) in on_host((piece,) for piece in pieces))
+
+
 def _bytes_of(piece: Tensor) -> memoryview:
-    return piece.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+    return piece.contiguous().view(-1).view(torch.uint8).numpy().data

@@ -11,7 +11,7 @@ from lm_eval.api.model import TemplateLM
 from neoquant.errors import DataError, RequestError
 from neoquant.evaluation.answers import Answer, Answers, digest
 from neoquant.evaluation.corpus import Window
-from neoquant.evaluation.scoring import Model, batch_limits, batches, score_batch
+from neoquant.evaluation.scoring import Model, batch_limits, batches, score_batches
 from neoquant.progress import Progress
 
 
@@ -92,10 +92,11 @@ class HarnessModel(TemplateLM):
             return
         limits = batch_limits(self.model.device)
         with self.progress.task("scoring", total=sum(window.scored for window in windows)) as advance:
-            for batch in batches(windows, limits.positions):
-                chosen = [windows[number] for number in batch]
-                (scores,) = score_batch([self.model], chosen, limits.rows, advance)
-                lengths = [window.scored for window in chosen]
+            work = list(batches(windows, limits.positions))
+            chosen = ([windows[number] for number in batch] for batch in work)
+            found = score_batches([self.model], chosen, limits.rows, advance)
+            for batch, (scores,) in zip(work, found, strict=True):
+                lengths = [windows[number].scored for number in batch]
                 nats, hits = torch.split(scores.nats, lengths), torch.split(scores.hit, lengths)
                 answers: dict[str, Answer] = {
                     keys[number]: (float(loss.sum()), bool(hit.all()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -12,6 +12,7 @@ from neoquant.errors import CheckpointError, RequestError
 from neoquant.evaluation.accumulator import Accumulator, TokenScores
 from neoquant.evaluation.corpus import Corpus, Window
 from neoquant.evaluation.journal import Journal
+from neoquant.model.transfers import on_host, to_device
 from neoquant.progress import Progress
 
 
@@ -59,7 +60,7 @@ class Model(Protocol):
 def last_hidden_state(model: Model, ids: torch.Tensor) -> torch.Tensor:
     """What `model` gives for `ids[B, T]` before its head, [B, T, C]; no keys and values are kept."""
     alone = {"use_cache": False, "output_attentions": False, "output_hidden_states": False}
-    output = model.transformer(ids.to(model.device), **alone, return_dict=True)
+    output = model.transformer(to_device(ids, model.device), **alone, return_dict=True)
     state: torch.Tensor = output.last_hidden_state
     return state
 
@@ -91,9 +92,9 @@ def score(
     done = resumed if process_group.rank == 0 else set()
     try:
         with progress.task("scoring", total=sum(corpus.windows[w].scored for n in mine for w in work[n])) as advance:
-            for number in mine:
+            chosen = ([corpus.windows[w] for w in work[number]] for number in mine)
+            for number, scores in zip(mine, score_batches(models, chosen, limits.rows, advance), strict=True):
                 windows = work[number]
-                scores = score_batch(models, [corpus.windows[w] for w in windows], limits.rows, advance)
                 _check_finite(scores, windows, corpus, names)
                 accumulator.add(windows, scores)
                 done.add(number)
@@ -120,14 +121,30 @@ def _merge_all(accumulator: Accumulator, group: ProcessGroup) -> None:
             accumulator.merge(Accumulator.from_state(state))
 
 
-def score_batch(
+def score_batches(
+    models: Sequence[Model], work: Iterable[Sequence[Window]], rows: int, advance: Callable[[float], None]
+) -> Iterator[list[TokenScores]]:
+    """Each model's scores of the scored tokens of each batch of windows, one after the other, on the CPU.
+
+    On a GPU a batch's are yielded while the next batch is computed.
+    """
+    launched = (
+        [part for scores in _score_batch(models, windows, rows, advance) for part in scores] for windows in work
+    )
+    fields = len(TokenScores._fields)
+    for parts in on_host(launched):
+        yield [TokenScores(*parts[start : start + fields]) for start in range(0, len(parts), fields)]
+
+
+def _score_batch(
     models: Sequence[Model], windows: Sequence[Window], rows: int, advance: Callable[[float], None]
 ) -> list[TokenScores]:
-    """Each model's scores of the scored tokens of `windows`, one after the other."""
+    """Each model's scores of the scored tokens of `windows`, one after the other, where the first model computes."""
     ids, scored, targets, _ = pad_windows(windows)
-    hidden = [last_hidden_state(model, ids) for model in models]  # [B, T, C]
     places = scored.flatten().nonzero()[:, 0]  # counted on the CPU: to count them on a GPU is to wait for it
-    hidden = [h.flatten(0, 1).index_select(0, places.to(h.device)) for h in hidden]  # [N, C]
+    ids, places, targets = (to_device(tensor, models[0].device) for tensor in (ids, places, targets))
+    hidden = [last_hidden_state(model, ids) for model in models]  # [B, T, C]
+    hidden = [h.flatten(0, 1).index_select(0, to_device(places, h.device)) for h in hidden]  # [N, C]
     pieces: list[list[TokenScores]] = [[] for _ in models]
     for start in range(0, len(targets), rows):
         piece = slice(start, start + rows)
@@ -135,7 +152,7 @@ def score_batch(
         for collected, scores in zip(pieces, score_tokens(logits, targets[piece]), strict=True):
             collected.append(scores)
         advance(len(targets[piece]))
-    return [TokenScores(*(torch.cat(parts).cpu() for parts in zip(*collected, strict=True))) for collected in pieces]
+    return [TokenScores(*map(torch.cat, zip(*collected, strict=True))) for collected in pieces]
 
 
 def batches(windows: Sequence[Window], tokens: int) -> Iterator[list[int]]:

@@ -3,7 +3,8 @@
 - What mixes them with tensors on the CPU raises what CUDA raises; 0-dimensional ones may be mixed, as there.
 - Their address and their numpy view cannot be had; a generator must lie where it draws.
 - Counted, with the line of neoquant that asks for them: launches, points at which the host waits for the device, and
-  copies from the host, which a stream of launches stumbles over.
+  copies from the host, which wait for what was launched before them. Copies between pinned memory and the device need
+  not, and then count as transfers: see `transfers`.
 
 An operation counts as one launch, unless all that it gives lies in memory that it was given (a view) or is not yet
 written (an allocation). In inference mode torch hands composite operations over in one piece: they count once.
@@ -34,6 +35,7 @@ import neoquant
 from neoquant.grids import load_bitsandbytes
 from neoquant.triton import running
 from simulated_cuda.guard import load_guard
+from simulated_cuda.transfers import Event, Transfers
 
 CUDA = torch.device("cuda", 0)
 MEMORY = 80 << 30
@@ -103,21 +105,42 @@ class Counts:
         self.waits: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()
         """From the host's memory."""
+        self.transfers: Counter[str] = Counter()
+        """Either way, which the host does not wait for."""
+        self.under_way = Transfers()
         self.recording: Graph | None = None
 
     def reset(self) -> None:
-        for counter in (self.launches, self.waits, self.copies):
+        for counter in (self.launches, self.waits, self.copies, self.transfers):
             counter.clear()
 
     def wait(self, what: str) -> None:
-        """The host waits for the device."""
+        """The host waits for all that the device was asked for."""
+        self.wait_for(what)
+        self.under_way.finish()
+
+    def wait_for(self, what: str) -> None:
+        """The host waits for a part of it."""
         self._refuse_in_graphs(what)
         self.waits[f"{where()} ({what})"] += 1
 
     def copy(self) -> None:
-        """Something comes from the host's memory."""
+        """Something comes from the host's memory, and the host waits until it is there."""
         self._refuse_in_graphs("copy from the host")
         self.copies[where()] += 1
+        self.under_way.finish()
+
+    def send(self, source: torch.Tensor) -> None:
+        """Something comes from the host's pinned memory, perhaps later."""
+        self._refuse_in_graphs("transfer from the host")
+        self.transfers[where()] += 1
+        self.under_way.from_host(source, where())
+
+    def fetch(self, target: torch.Tensor, values: torch.Tensor) -> None:
+        """Values of the device's come into the host's pinned memory, perhaps later."""
+        self._refuse_in_graphs("transfer to the host")
+        self.transfers[where()] += 1
+        self.under_way.to_host(target, values)
 
     def _refuse_in_graphs(self, what: str) -> None:
         if self.recording is not None:
@@ -206,6 +229,10 @@ class Dispatch(TorchDispatchMode):
             return self._convert(func, args, kwargs)
         if name == "aten::_to_copy" and wanted is not None:
             return self._transfer(func, args, kwargs)
+        if name == "aten::copy_" and isinstance(args[0], OnDevice) != isinstance(args[1], OnDevice):
+            return self._copy_across(func, args[0], args[1], bool((*args, kwargs.get("non_blocking"))[2]))
+        if kwargs.get("pin_memory"):
+            return self.counts.under_way.pin(func(*args, **{**kwargs, "pin_memory": False}))
         if wanted is not None and not is_cuda(wanted):
             return func(*bare(args), **bare(kwargs))
         if is_cuda(wanted):
@@ -246,7 +273,9 @@ class Dispatch(TorchDispatchMode):
         (source,) = args
         made = func(*bare(args), **{**kwargs, "device": torch.device("cpu")})
         if not is_cuda(kwargs["device"]):
-            if isinstance(source, OnDevice) and not kwargs.get("non_blocking"):
+            if isinstance(source, OnDevice) and kwargs.get("non_blocking"):
+                self.counts.fetch(self.counts.under_way.pin(made), made)  # torch makes it pinned
+            elif isinstance(source, OnDevice):
                 self.counts.wait("to the CPU")
             return made
         if isinstance(source, OnDevice):
@@ -254,9 +283,25 @@ class Dispatch(TorchDispatchMode):
             if self.counts.recording is not None:
                 options = {**kwargs, "device": torch.device("cpu")}
                 self.counts.recording.note(func, bare(args), options, made, False)
+        elif kwargs.get("non_blocking") and self.counts.under_way.is_pinned(source):
+            self.counts.send(source)
         else:
             self.counts.copy()
         return OnDevice(made)
+
+    def _copy_across(self, func: Any, to: Any, source: Any, non_blocking: bool) -> Any:
+        """aten::copy_ between the host and the device."""
+        from_host = isinstance(to, OnDevice)
+        pinned = non_blocking and self.counts.under_way.is_pinned(source if from_host else to)
+        if not pinned:
+            self.counts.copy() if from_host else self.counts.wait("copy_ to the CPU")
+        elif from_host:
+            self.counts.send(source)
+        self.counts.launches[where()] += 1
+        func(bare(to), bare(source))
+        if pinned and not from_host:
+            self.counts.fetch(to, to)
+        return to
 
     def _check(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> None:
         """Raise what CUDA raises for tensors of two devices, and count what waits."""
@@ -267,13 +312,7 @@ class Dispatch(TorchDispatchMode):
         graph = self.counts.recording
         if graph is not None and generator is not None and generator._cdata not in {g._cdata for g in graph.generators}:
             raise RuntimeError("a generator that is not registered with the graph draws while it is recorded")
-        if name == "aten::copy_":
-            to = args[0]
-            if not isinstance(to, OnDevice):
-                self.counts.wait("copy_ to the CPU")
-            elif strangers:
-                self.counts.copy()
-        elif name in INDEXING:
+        if name in INDEXING:
             if not isinstance(args[0], OnDevice):
                 raise RuntimeError("indices should be on the same device as the indexed tensor (cpu)")
             indices = [index for index in args[1] if index is not None]
@@ -420,6 +459,7 @@ def patches(counts: Counts, capability: tuple[int, int]) -> Iterator[Any]:
         "max_memory_allocated": lambda device=None: MEMORY // 2,
         "synchronize": lambda device=None: counts.wait("synchronize"),
         "Stream": Stream,
+        "Event": type("Event", (Event,), {"transfers": counts.under_way, "wait_for": staticmethod(counts.wait_for)}),
         "current_stream": Stream,
         "stream": lambda stream: nullcontext(),
         "CUDAGraph": type("CUDAGraph", (Graph,), {"counts": counts}),
@@ -435,7 +475,13 @@ def patches(counts: Counts, capability: tuple[int, int]) -> Iterator[Any]:
     else:
         yield mock.patch.object(running, "lacking", lambda: "Triton compiles nothing for a simulated device")
     yield mock.patch.object(torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor.to(CUDA))
-    yield mock.patch.object(torch.Tensor, "pin_memory", lambda tensor, device=None: tensor)
+    pinned = counts.under_way
+    yield mock.patch.object(torch.Tensor, "is_pinned", lambda tensor, device=None: pinned.is_pinned(tensor))
+    yield mock.patch.object(
+        torch.Tensor,
+        "pin_memory",
+        lambda tensor, device=None: tensor if pinned.is_pinned(tensor) else pinned.pin(tensor.clone()),
+    )
 
 
 def interpret(counts: Counts, program: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: Any) -> None:
@@ -471,3 +517,4 @@ def simulate(capability: tuple[int, int] = (9, 0)) -> Iterator[Counts]:
         stack.enter_context(Dispatch(counts))
         stack.enter_context(Functions(counts))
         yield counts
+        counts.under_way.finish()

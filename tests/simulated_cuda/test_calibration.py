@@ -25,6 +25,7 @@ from simulated_cuda.device import Counts, simulate
 
 pytestmark = pytest.mark.usefixtures("can_be_simulated")
 
+LENGTH = 24
 METHODS: dict[str, dict[str, Any]] = {
     "attention": {"objective": "attention", "correction": 0.0},
     "model": {"objective": "model", "correction": 0.5},
@@ -35,13 +36,15 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def calibration(rows: int = 5) -> Calibration:
-    ids = torch.randint(0, 200, (rows, 24), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 200, (rows, LENGTH), generator=torch.Generator().manual_seed(0))
     return Calibration(ids, "made up", hash_texts(["made up"]), 0)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model") / "plain", hidden_size=32, num_heads=4)
+    """Whose local layers see all: behind their window, a GPU sums in another order than a CPU."""
+    folder = tmp_path_factory.mktemp("model") / "plain"
+    return write_tiny_model(folder, hidden_size=32, num_heads=4, window_size=LENGTH)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -60,15 +63,27 @@ def test_the_weights_are_the_cpus(method: str, type: str, model: Path, tmp_path:
     assert record.pop("device") == "simulated" and record == json.loads((here.folder / "calibration.json").read_text())
 
 
+def test_local_layers_change_what_rounding_makes_of_the_last_bits_alone(tmp_path: Path) -> None:
+    """A code here and there, where a weight lies between two."""
+    model = write_tiny_model(tmp_path / "plain", hidden_size=32, num_heads=4)
+    recipe = Recipe.simple(4, "affine", quantizer="gptq", group_size=16, objective="layer")
+    here = quantize(model, tmp_path / "here", recipe, calibration=calibration())
+    with simulate():
+        there = quantize(model, tmp_path / "there", recipe, calibration=calibration(), device="cuda")
+    expected, found = (load_file(made.folder / "model.safetensors") for made in (here, there))
+    differing = [(found[name] != expected[name]).double().mean() for name in expected if name.endswith("qweight")]
+    assert sum(differing) / len(differing) < 0.01
+
+
 def test_hidden_states_in_files_give_the_same(model: Path, tmp_path: Path) -> None:
     recipe = Recipe.simple(4, "affine", group_size=16, quantizer="gptq")
     samples = calibration(12)
     with simulate():
         plenty = quantize(model, tmp_path / "a", recipe, calibration=samples, device="cuda")
-        need = plan(model, recipe, calibration_rows=12, calibration_length=24, device="cuda").calibrating
+        need = plan(model, recipe, calibration_rows=12, calibration_length=LENGTH, device="cuda").calibrating
         assert need is not None and need.device == "cuda:0" and not need.spilled
         limit = need.memory - 1
-        spilled = plan(model, recipe, calibration_rows=12, calibration_length=24, max_memory=limit, device="cuda")
+        spilled = plan(model, recipe, calibration_rows=12, calibration_length=LENGTH, max_memory=limit, device="cuda")
         assert spilled.calibrating is not None and spilled.calibrating.spilled
         little = quantize(model, tmp_path / "b", recipe, calibration=samples, max_memory=limit, device="cuda")
     a, b = (load_file(made.folder / "model.safetensors") for made in (plenty, little))

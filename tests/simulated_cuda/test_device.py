@@ -90,3 +90,51 @@ def test_a_table_on_the_cpu_is_caught(gpu: Counts, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(decoding, "tensor_of", lambda table, device: torch.tensor(table))
     with pytest.raises(RuntimeError, match=TWO):
         q.dequantize(torch.float32)
+
+
+def test_what_is_fetched_without_waiting_is_there_when_the_host_has_waited(gpu: Counts) -> None:
+    x, event = torch.arange(3, device="cuda"), torch.cuda.Event()
+    gpu.reset()
+    first = (2 * x).to("cpu", non_blocking=True)
+    event.record()
+    second = torch.zeros(3, dtype=torch.long, pin_memory=True).copy_(x, non_blocking=True)
+    assert first.is_pinned() and gpu.waits.total() == 0 and gpu.transfers.total() == 2
+    assert not event.query() and min(first) < 0 and min(second) < 0  # nobody knows what
+    event.synchronize()
+    assert event.query() and first.tolist() == [0, 2, 4] and min(second) < 0
+    bool(x.any())  # the host waits for all that was asked before
+    assert second.tolist() == [0, 1, 2] and gpu.waits.total() == 2
+
+
+def test_memory_that_is_not_pinned_is_waited_for(gpu: Counts) -> None:
+    x = torch.arange(3, device="cuda")
+    gpu.reset()
+    assert torch.zeros(3, dtype=torch.long).copy_(x, non_blocking=True).tolist() == [0, 1, 2]
+    torch.ones(3).to("cuda", non_blocking=True)
+    assert (gpu.waits.total(), gpu.copies.total(), gpu.transfers.total()) == (1, 1, 0)
+    torch.ones(3).pin_memory().to("cuda")
+    assert gpu.copies.total() == 2
+    with pytest.raises(RuntimeError, match="cannot pin"):
+        x.pin_memory()
+
+
+def test_pinned_memory_may_be_used_again_when_its_copy_is_through(gpu: Counts) -> None:
+    buffer, event = torch.tensor([1.0, torch.nan]).pin_memory(), torch.cuda.Event()
+    sent = buffer.to("cuda", non_blocking=True)
+    event.record()
+    event.synchronize()
+    buffer.zero_()
+    assert sent.cpu()[0] == 1
+    buffer.to("cuda", non_blocking=True)
+    buffer[1] = 3
+    with pytest.raises(AssertionError, match="written while it was copied"):
+        torch.cuda.synchronize()
+    torch.ones(5).pin_memory().to("cuda", non_blocking=True)  # whose memory nobody else has
+    torch.cuda.synchronize()
+
+
+def test_what_a_recording_would_have_to_repeat_is_refused(gpu: Counts) -> None:
+    x, memory = torch.ones(3, device="cuda"), torch.ones(3).pin_memory()
+    for work in (lambda: x.to("cpu", non_blocking=True), lambda: memory.to("cuda", non_blocking=True)):
+        with pytest.raises(RuntimeError, match="transfer"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            work()

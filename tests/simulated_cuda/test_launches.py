@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from neoquant.evaluation.accumulator import TokenScores
+from neoquant.evaluation import scoring
 from neoquant.evaluation.corpus import Window
-from neoquant.evaluation.scoring import score_batch
+from neoquant.evaluation.scoring import score_batches
 from neoquant.generation.generate import Sampling, stream
 from neoquant.grids import Grid, make_grid
 from neoquant.loading.pretrained import GPTNeoForCausalLM
+from neoquant.model import transfers
 from neoquant.model.config import GPTNeoConfig
 from neoquant.nn.linear import QuantLinear
 from neoquant.quantizers import Nearest
@@ -130,17 +132,69 @@ def test_a_longer_prompt_costs_as_many_launches(padded: bool, gpu: Counts) -> No
     assert costs[0][0] <= (60 if padded else 50) and costs[0][1:] == (0, 0)
 
 
-def test_a_batch_of_evaluation_waits_for_its_scores_alone(gpu: Counts) -> None:
-    model, costs = make_model(2, hidden=64), []
-    for count in (2, 6):
+@pytest.mark.parametrize("models", [1, 2])
+def test_a_batch_of_evaluation_waits_once_and_while_the_next_is_computed(models: int, gpu: Counts) -> None:
+    """However many models, windows and pieces of logits there are; its ids come without a wait."""
+    contestants, costs = [make_model(2, hidden=64) for _ in range(models)], []
+    for count, rows in ((2, 1024), (6, 1024), (6, 8)):
         windows = [Window(0, torch.arange(30 - i, dtype=torch.int32), 20 - i) for i in range(count)]
+        launches = []
         with torch.inference_mode():
             gpu.reset()
-            (scores,) = score_batch([model], windows, 1024, lambda tokens: None)
-            costs.append(gpu.totals())
-    assert len(scores.nats) == 20 + 19 + 18 + 17 + 16 + 15 and scores.nats.device.type == "cpu"
-    assert costs[0] == costs[1]
-    assert costs[0][1] <= len(TokenScores._fields) and costs[0][2] <= 4
+            for scores in score_batches(contestants, [windows] * 4, rows, lambda tokens: None):
+                launches.append(gpu.launches.total())
+                assert gpu.waits.total() == len(launches) and len(scores) == models
+                assert len(scores[0].nats) == sum(window.scored for window in windows)
+                assert all(part.device.type == "cpu" and part.isfinite().all() for part in scores[-1])
+        of_one = launches[-1] // 4
+        assert launches == [2 * of_one, 3 * of_one, 4 * of_one, 4 * of_one]
+        costs.append((gpu.waits.total(), gpu.copies.total(), gpu.transfers.total()))
+    assert costs == [(4, 0, 4 * (3 + 5 * models))] * 3
+
+
+def losses_of_batches(model: Any) -> torch.Tensor:
+    """Of four batches of five tokens, each read when it is given."""
+    work = [[Window(0, torch.arange(9 + i, dtype=torch.int32) + i, 5)] for i in range(4)]
+    with torch.inference_mode():
+        return torch.stack(
+            [scores.nats.clone() for (scores,) in score_batches([model], work, 1024, lambda tokens: None)]
+        )
+
+
+def test_scores_are_read_when_they_are_there(gpu: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(2, hidden=64)
+    assert torch.equal(losses_of_batches(model), losses_of_batches(copy.deepcopy(model).to("cpu")))
+    monkeypatch.setattr(torch.cuda.Event, "synchronize", lambda event: None)
+    assert losses_of_batches(model).isnan().all()  # who does not wait reads what is not there
+
+
+def test_an_event_that_comes_too_early_is_caught(gpu: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As is one that is recorded before the copies, and waits for none of them."""
+    begin = transfers._UnderWay.__init__
+
+    def recorded_first(self: Any, tensors: Any) -> None:
+        event = torch.cuda.Event()
+        event.record()
+        begin(self, tensors)
+        self._event = event
+
+    monkeypatch.setattr(transfers._UnderWay, "__init__", recorded_first)
+    assert losses_of_batches(make_model(2, hidden=64)).isnan().all()
+
+
+def test_pinned_memory_that_is_used_again_too_early_is_caught(gpu: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffers: dict[Any, torch.Tensor] = {}
+
+    def through_one_buffer(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        if tensor.device.type != "cpu":
+            return tensor
+        buffer = buffers.setdefault(tensor.dtype, torch.empty(64, dtype=tensor.dtype, pin_memory=True))
+        part = buffer[: tensor.numel()].view(tensor.shape).copy_(tensor)
+        return part.to(device, non_blocking=True)
+
+    monkeypatch.setattr(scoring, "to_device", through_one_buffer)
+    with pytest.raises(AssertionError, match="pinned memory was written while it was copied"):
+        losses_of_batches(make_model(2, hidden=64))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "affine", "int8"])
