@@ -117,9 +117,18 @@ def model_info(source: str | Path, revision: str | None, name: str, progress: Pr
             parameters=found.parameters,
             format=found.format.name if found.format else None,
             recipe=found.record.get("recipe"),
-            calibration=calibration_record(checkpoint).get("calibration"),
+            calibration=_seen(calibration_record(checkpoint)),
             sha256=hash_weights(checkpoint, progress),
         )
+
+
+def _seen(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The samples of calibration and what tuning did, by `calibration.json`; None where there were none."""
+    samples, tuned = record.get("calibration"), record.get("tuned")
+    if samples is None or tuned is None:
+        return samples
+    kept = ("base", "calibration", "steps", "learning_rate", "loss", "changed")
+    return {**samples, "tuned": {key: tuned[key] for key in kept if key in tuned}}
 
 
 def calibrated_on(source: str | Path, revision: str | None, progress: Progress) -> frozenset[str]:
@@ -153,7 +162,7 @@ def _is_part_of_record(key: str, value: Any) -> bool:
         return isinstance(value, list) and all(
             isinstance(row, dict) and isinstance(row.get("grid", {}), dict) for row in value
         )
-    return isinstance(value, dict) or key not in ("recipe", "converted_from", "layers", "calibration")
+    return isinstance(value, dict) or key not in ("recipe", "converted_from", "layers", "calibration", "tuned")
 
 
 def hash_weights(checkpoint: Checkpoint, progress: Progress) -> str:

@@ -291,8 +291,8 @@ def _files(checkpoint: Checkpoint, job: _Conversion, result: ConvertResult) -> d
         "notes": list(result.notes),
         "tensors": list(result.tensors),
     }
-    if job.target is not None and "recipe" in before:
-        record["recipe"] = before["recipe"]
+    if job.target is not None:
+        record |= {key: before[key] for key in ("recipe", "tuned") if key in before}
     files[RECORD] = record_json(record)
     files[CARD] = render_conversion_card(
         result.folder.name,

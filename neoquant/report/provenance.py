@@ -76,7 +76,13 @@ def _model_facts(model: ModelInfo) -> str:
 
 
 def _calibrated(calibration: dict[str, Any]) -> str:
+    said = f"calibrated on {_samples(calibration)}"
+    tuned = calibration.get("tuned")
+    if isinstance(tuned, dict) and tuned.get("changed"):
+        said += f", tuned by {tuned.get('steps')} steps on {_samples(tuned.get('calibration') or {})}"
+    return said
+
+
+def _samples(calibration: dict[str, Any]) -> str:
     rows, length = calibration.get("rows"), calibration.get("length")
-    return (
-        f"calibrated on {calibration.get('source')}, {rows} samples of {length} tokens, seed {calibration.get('seed')}"
-    )
+    return f"{calibration.get('source')}, {rows} samples of {length} tokens, seed {calibration.get('seed')}"

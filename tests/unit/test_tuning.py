@@ -22,7 +22,7 @@ from weights import affine_grids, codebooks
 
 import neoquant
 from neoquant.calibration.dataset import Calibration
-from neoquant.cli.describe import calibrated_on
+from neoquant.cli.describe import calibrated_on, model_info
 from neoquant.errors import CheckpointError, FormatError, NeoquantError, OutputError, RequestError
 from neoquant.grids import Grid
 from neoquant.grids.int8 import Int8Rows
@@ -31,6 +31,7 @@ from neoquant.grids.trellis import TrellisGrid
 from neoquant.nn.linear import QuantLinear
 from neoquant.progress import SILENT, Progress
 from neoquant.quantization.recipe import Recipe
+from neoquant.report.provenance import _calibrated
 from neoquant.tensor import QuantizedTensor
 from neoquant.tuning import training
 from neoquant.tuning.layers import TunableLinear
@@ -267,17 +268,25 @@ def test_records_card_and_overlap_say_that_it_was_trained(
     quantized: Callable[[str], Path], original: Path, tmp_path: Path, cli: Cli
 ) -> None:
     out = tmp_path / "out"
-    made = tune(quantized("gptq"), out, base=original, calibration=samples(), steps=7, learning_rate=2e-3)
+    made = tune(quantized("gptq"), out, base=original, calibration=samples(16), steps=7, learning_rate=2e-3)
+    assert made.changed
     tuned = json.loads((out / "neoquant.json").read_text())["tuned"]
     assert tuned["steps"] == 7 and tuned["base"] == "original" and tuned["loss"]["after"] == made.after
     assert json.loads((out / "neoquant.json").read_text())["recipe"]["name"] == "a"  # what was known stays known
     assert [point[0] for point in tuned["curve"]] == list(range(1, 8))
     assert calibrated_on(out, None, SILENT) == {"one", "two"}
     card = (out / "README.md").read_text()
-    assert "# out\n" in card and "7 steps of Adam (learning rate 0.002) on 6 samples of 24 tokens of dice" in card
+    assert "# out\n" in card and "7 steps of Adam (learning rate 0.002) on 16 samples of 24 tokens of dice" in card
     assert "Not measured yet" in card and "## Recipe" in card
     line = next(line for line in cli("info", out).out.splitlines() if line.startswith("tuned"))
     assert "7 steps" in line and "dice" in line and f"{made.after:.3g} after" in line
+    said = model_info(out, None, "out", SILENT).calibration
+    assert said is not None and said["tuned"]["steps"] == 7 and said["tuned"]["loss"]["after"] == made.after
+    facts = _calibrated(said)
+    assert facts.endswith("tuned by 7 steps on dice, 16 samples of 24 tokens, seed 3")
+    neoquant.convert(out, tmp_path / "own", "neoquant")
+    assert "7 steps" in cli("info", tmp_path / "own").out
+    assert calibrated_on(tmp_path / "own", None, SILENT) == {"one", "two"}
     again = tune(out, tmp_path / "again", base=original, calibration=samples(seed=4), steps=2)
     assert again.before > 0 and (tmp_path / "again/README.md").read_text().count("## Tuning") == 1
 
