@@ -51,12 +51,13 @@ SHORT = {  # the grids by what a command line calls them
 
 @dataclass(frozen=True)
 class Peer:
-    """Another tool's GPTQ: a driver in eval/peers, run by an interpreter that has the tool."""
+    """Another tool's way: a driver in eval/peers, run by an interpreter that has the tool."""
 
     name: str
     driver: str
     package: str
-    options: tuple[str, ...]
+    options: tuple[str, ...] = ()
+    calibrated: bool = True
 
 
 PEERS = (  # each with its own defaults
@@ -64,10 +65,13 @@ PEERS = (  # each with its own defaults
     Peer("GPTQModel", "gptqmodel_gptq.py", "gptqmodel", ("--order", "group-aware")),
 )
 DESC_ACT = Peer("GPTQModel desc_act", "gptqmodel_gptq.py", "gptqmodel", ("--order", "desc-act"))
-SLOWER = (  # what takes their tools longer, and loses less
-    Peer("GPTQModel GPTAQ", "gptqmodel_gptq.py", "gptqmodel", ("--order", "group-aware", "--gptaq")),
-    Peer("AutoRound, 200 steps", "autoround.py", "auto-round", ("--iterations", "200")),
-)
+GPTAQ = Peer("GPTQModel GPTAQ", "gptqmodel_gptq.py", "gptqmodel", ("--order", "group-aware", "--gptaq"))
+HQQ = Peer("HQQ", "hqq_library.py", "hqq", calibrated=False)
+
+
+def autoround(steps: int) -> Peer:
+    """AutoRound, which learns rounding in so many steps for each block."""
+    return Peer(f"AutoRound, {steps:,} steps", "autoround.py", "auto-round", ("--iterations", str(steps)))
 
 
 @dataclass(frozen=True)
@@ -129,9 +133,9 @@ class Maker:
             "grid": candidate.grid.describe(),
             "tool": candidate.tool,
         }
-        if candidate.tool != NEAREST:
-            depends["rows"] = rows_sha256(calibration)
         peer = self.peers.get(candidate.tool)
+        if peer.calibrated if peer else candidate.tool != NEAREST:
+            depends["rows"] = rows_sha256(calibration)
         depends |= {"versions": self.versions[peer.package], "options": peer.options} if peer else {}
         depends |= {} if peer else {"source": self.source_sha256}
         depends |= {"asked": self.options} if candidate.tool == FEEDBACK and self.options else {}
@@ -169,10 +173,12 @@ class Maker:
     def _run(self, peer: Peer, candidate: Candidate, calibration: Calibration, folder: Path) -> dict[str, Any]:
         grid = candidate.grid
         assert isinstance(grid, Affine)
-        rows = self.work / f"rows-{rows_sha256(calibration)[:16]}.pt"
-        torch.save(calibration.ids, rows)
-        command = [self.pythons[peer.package], DRIVERS / peer.driver, self.model, rows, folder]
-        command += ["--bits", grid.bits, "--group-size", grid.group_size, *peer.options]
+        command = [self.pythons[peer.package], DRIVERS / peer.driver, self.model]
+        if peer.calibrated:
+            rows = self.work / f"rows-{rows_sha256(calibration)[:16]}.pt"
+            torch.save(calibration.ids, rows)
+            command.append(rows)
+        command += [folder, "--bits", grid.bits, "--group-size", grid.group_size, *peer.options]
         command += ["--symmetric"] if grid.symmetric else []
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
         done = subprocess.run(  # in `work`, for the logs that a tool leaves

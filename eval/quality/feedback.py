@@ -12,7 +12,8 @@ of token ids. Each result is multiplied out to float32 and scored beside the unq
 KL divergence, agreement of the likeliest token, change of the loss. A ratio of two tools is that of their mean
 divergences, with its 95 % interval, documents being the sample, the same ones for both.
 
-A peer without an interpreter is left out, and that is said. `--objectives` adds GPTQ as neoquant does it by another
+A peer without an interpreter is left out, and that is said. `--gptaq`, `--autoround-steps` and `--hqq-python` add
+peers that are not GPTQ; of them HQQ alone is not calibrated. `--objectives` adds GPTQ as neoquant does it by another
 objective than its default, `--options` makes neoquant's own by others, and `--grids` takes some of the grids only.
 After a change to a driver in eval/peers, delete --work.
 """
@@ -26,7 +27,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from candidates import DESC_ACT, FEEDBACK, OBJECTIVES, PEERS, SHORT, SLOWER, Candidate, Maker, load_dense, rows_sha256
+from candidates import (
+    DESC_ACT,
+    FEEDBACK,
+    GPTAQ,
+    HQQ,
+    OBJECTIVES,
+    PEERS,
+    SHORT,
+    Candidate,
+    Maker,
+    Peer,
+    autoround,
+    load_dense,
+    rows_sha256,
+)
 from provenance import ROOT, provenance
 from texts import DEMO_RULE, RULE, Texts, texts
 
@@ -42,14 +57,11 @@ Row = dict[str, Any]
 def main() -> None:
     args = parse()
     tokenizer = load_tokenizer(args.model)
-    pythons = {"llmcompressor": args.llmcompressor_python, "gptqmodel": args.gptqmodel_python}
-    pythons |= {"auto-round": args.autoround_python} if args.slower else {}
-    for package, python in pythons.items():
-        if python is None:
-            print(f"{package} is left out: no --{package}-python")
-    peers = (*PEERS, *([DESC_ACT] if args.desc_act else []), *(SLOWER if args.slower else ()))
+    peers = asked_peers(args)
+    given = {package: python for package, python in interpreters(args).items() if python}
+    for package in dict.fromkeys(peer.package for peer in peers if peer.package not in given):
+        print(f"{package} is left out: no --{package.replace('-', '')}-python")
     grids = tuple(SHORT[name] for name in args.grids)
-    given = {package: python for package, python in pythons.items() if python}
     options = {key: parse_option(Gptq.name, key, value) for key, value in (each.split("=", 1) for each in args.options)}
     maker = Maker(args.model, args.work, given, peers, tuple(args.objectives), grids, options)
     scored = []
@@ -85,12 +97,31 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--llmcompressor-python", type=Path)
     parser.add_argument("--gptqmodel-python", type=Path)
     parser.add_argument("--autoround-python", type=Path)
-    parser.add_argument("--slower", action="store_true", help="also AutoRound, and GPTQModel's GPTAQ")
+    parser.add_argument("--hqq-python", type=Path)
+    parser.add_argument("--gptaq", action="store_true", help="also GPTQModel's GPTAQ")
+    parser.add_argument("--autoround-steps", type=int, nargs="*", default=[], help="also AutoRound, in so many steps")
     parser.add_argument("--desc-act", action="store_true", help="GPTQModel also with its other activation order")
     parser.add_argument("--objectives", nargs="*", choices=OBJECTIVES, default=[], help="GPTQ's others beside its own")
     parser.add_argument("--options", nargs="*", metavar="NAME=VALUE", default=[], help="GPTQ's that ours is made with")
     parser.add_argument("--grids", nargs="+", choices=SHORT, default=list(SHORT), help="[all]")
     return parser.parse_args()
+
+
+def interpreters(args: argparse.Namespace) -> dict[str, Path | None]:
+    """By a peer's package."""
+    return {
+        "llmcompressor": args.llmcompressor_python,
+        "gptqmodel": args.gptqmodel_python,
+        "auto-round": args.autoround_python,
+        "hqq": args.hqq_python,
+    }
+
+
+def asked_peers(args: argparse.Namespace) -> tuple[Peer, ...]:
+    """Those that always take part, and those that the options add."""
+    added = [*([DESC_ACT] if args.desc_act else []), *([GPTAQ] if args.gptaq else [])]
+    added += [*map(autoround, args.autoround_steps), *([HQQ] if args.hqq_python else [])]
+    return (*PEERS, *added)
 
 
 def score_seed(maker: Maker, shown: Texts, tokenizer: Tokenizer) -> Row:
@@ -165,7 +196,8 @@ def summarize(args: argparse.Namespace, maker: Maker, seeds: list[Row]) -> Row:
             "characters": args.characters,
         },
         "provenance": provenance(("neoquant", "torch")) | {"source_sha256": maker.source_sha256},
-        "peers": maker.versions | {peer.package: "left out" for peer in PEERS if peer.package not in maker.versions},
+        "peers": maker.versions
+        | {peer.package: "left out" for peer in asked_peers(args) if peer.package not in maker.versions},
         "seeds": [{key: seed[key] for key in ("calibration", "scored")} for seed in seeds],
         "ratios": ratios,
         "rows": rows,
