@@ -60,7 +60,7 @@ def main() -> None:
     for name, weight in weights.items():
         if args.order != "desc-act" and most_values(weight, args.group_size) > 2**args.bits:
             raise SystemExit(f"{name}: a group holds more than {2**args.bits} values")
-    write_dense(args, weights, work, ("gptqmodel", "optimum"))
+    write_dense(args, weights, work, ("gptqmodel",))
     if args.packed is None:
         shutil.rmtree(packed)
 
