@@ -242,24 +242,34 @@ struct span {
     int64_t n;
 };
 
-/* Let the `count` ends of the least cost stand first. */
-static void put_least_first(struct end *ends, int64_t n, int64_t count) {
-    int64_t low = 0, high = n - 1;
-    while (low < high) {
-        const float pivot = ends[(low + high) / 2].cost;
-        int64_t i = low, j = high;
-        while (i <= j) {
-            while (ends[i].cost < pivot) i++;
-            while (ends[j].cost > pivot) j--;
-            if (i <= j) {
-                const struct end moved = ends[i];
-                ends[i++] = ends[j];
-                ends[j--] = moved;
-            }
-        }
-        if (count - 1 <= j) high = j;
-        else if (count - 1 >= i) low = i;
-        else return;
+/* How many of n costs are at most `limit`. */
+NQ_INLINE int count_up_to(const int32_t *costs, int n, int32_t limit) {
+    int found = 0;
+    for (int i = 0; i < n; i++) found += costs[i] <= limit;
+    return found;
+}
+
+/* Keep PATHS of more ends, those of the least cost, of equals the first, in their order. No cost is negative, so that bits are
+ * in the order of costs: which cost is the last one kept is found by halving, without a branch that depends on a cost. */
+static void keep_least(struct end *ends, int n) {
+    int32_t costs[DIGIT * PATHS], low = INT32_MAX, high = 0;
+    for (int i = 0; i < n; i++) {
+        costs[i] = (int32_t)nq_bits(ends[i].cost);
+        low = costs[i] < low ? costs[i] : low;
+        high = costs[i] > high ? costs[i] : high;
+    }
+    while (low < high) { /* the least limit that PATHS costs are within */
+        const int32_t middle = low + (high - low) / 2;
+        const int within = count_up_to(costs, n, middle);
+        if (within >= PATHS) high = middle;
+        else low = middle + 1;
+        if (within == PATHS) break;
+    }
+    int equals = PATHS - count_up_to(costs, n, high - 1), kept = 0;
+    for (int i = 0; i < n; i++) {
+        const int taken = costs[i] < high || (costs[i] == high && equals-- > 0);
+        ends[kept] = ends[i];
+        kept += taken;
     }
 }
 
@@ -283,7 +293,7 @@ static int64_t continue_paths(
     }
     for (int64_t i = 0; i < found; i++) b->place[b->ends[i].state] = -1;
     if (found <= PATHS) return found;
-    put_least_first(b->ends, found, PATHS);
+    keep_least(b->ends, (int)found);
     return PATHS;
 }
 
