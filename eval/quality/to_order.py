@@ -28,7 +28,8 @@ from neoquant.evaluation import EvaluatedModel, ModelInfo, compare
 from neoquant.evaluation.statistics import ratio_interval
 from neoquant.grids import Affine
 from neoquant.loading.pretrained import load_tokenizer
-from neoquant.quantization.allocation import QUANTIZER, allocate, foresee
+from neoquant.quantization.allocation import QUANTIZER, allocate
+from neoquant.quantization.foreseeing import foresee
 
 UNIFORM = (Affine(3, 64), Affine(4, 64))
 
@@ -120,7 +121,7 @@ def wanted(
     for name, budget, beside in budgets:
         chosen = allocate(candidates, budget)
         recipes[name] = chosen.recipe().model_copy(update={"embeddings": "keep"})
-        layers = {str(grid.bits): chosen.choice.count(number) for number, grid in enumerate(candidates.grids)}
+        layers = {grid.label: chosen.choice.count(number) for number, grid in enumerate(candidates.grids)}
         row = {"name": name, "foreseen": float(f"{chosen.loss:.6g}"), "layers": layers, "foresee_s": seconds}
         rows.append(row | ({} if beside is None else {"beside": beside}))
     return recipes, rows

@@ -263,8 +263,8 @@ TargetBits = Annotated[
     typer.Option(
         "--target-bits",
         metavar="B",
-        help="Mixed precision: each layer on 2, 3, 4 or 8 bits, for the least foreseen loss at B bits a weight of the "
-        "linears. Needs --calibration.",
+        help="Mixed precision: each layer on 2 (a trellis), 3, 4 or 8 bits, for the least foreseen loss at B bits a "
+        "weight of the linears. Needs --calibration.",
         show_default=False,
     ),
 ]
@@ -273,7 +273,8 @@ TargetSize = Annotated[
     typer.Option(
         "--target-size",
         metavar="SIZE",
-        help="The same, by the size of the weight files, like 450MB.",
+        help="The same, by the size of the weight files, like 450MB. Embeddings take part: nf4, int8 or kept, unless "
+        "--embeddings says which.",
         show_default=False,
     ),
 ]

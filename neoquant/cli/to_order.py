@@ -66,22 +66,32 @@ def recipe_to_order(
 ) -> Recipe:
     """The recipe of least foreseen loss that meets the target. Shows the frontier that it lies on."""
     from neoquant.checkpoint import open_checkpoint
-    from neoquant.quantization.allocation import allocate, foresee
+    from neoquant.quantization.allocation import allocate
+    from neoquant.quantization.foreseeing import foresee
     from neoquant.quantization.plan import make_plan
 
+    embeddings = target.size is not None and options.embeddings is None
     with open_checkpoint(source, revision=revision, progress=terminal.progress) as checkpoint:
-        candidates = foresee(checkpoint, samples, max_memory=max_memory, progress=terminal.progress)
+        candidates = foresee(
+            checkpoint, samples, embeddings=embeddings, max_memory=max_memory, progress=terminal.progress
+        )
         if target.bits is not None:
-            budget = int(target.bits * candidates.weights / 8)
+            chosen = allocate(candidates, int(target.bits * candidates.weights / 8))
         else:
             assert target.size is not None
+
+            def besides(made: Allocation) -> int:
+                """Bytes of the weight files that are of no layer."""
+                return make_plan(checkpoint, _with_fields(made.recipe(), options)).weights_bytes - made.size
+
             smallest = allocate(candidates, int(candidates.sizes.min(1).values.sum()))
-            plan = make_plan(checkpoint, _with_fields(smallest.recipe(), options))
-            budget = target.size - (plan.weights_bytes - smallest.size)
-    chosen = allocate(candidates, budget)
+            budget = target.size - besides(smallest)
+            chosen = allocate(candidates, budget)
+            while (over := chosen.size + besides(chosen) - target.size) > 0:  # its tensors have longer headers
+                budget -= over
+                chosen = allocate(candidates, budget)
     show_frontier(candidates, chosen, terminal)
-    recipe: Recipe = _with_fields(chosen.recipe(), options)
-    return recipe
+    return _with_fields(chosen.recipe(), options)
 
 
 def _with_fields(recipe: Recipe, options: RecipeOptions) -> Recipe:
@@ -96,19 +106,20 @@ def show_frontier(candidates: Candidates, chosen: Allocation, terminal: Terminal
     from neoquant.report.split_table import Column, SplitTable
 
     points = sorted([*frontier(candidates), chosen], key=lambda point: point.size)
-    numbers = range(len(candidates.grids))
     most = max(math.log1p(1e4 * point.loss) for point in points) or 1.0
     columns = [
-        Column("linears", [size(point.size) for point in points]),
+        Column("with embeddings" if candidates.tables else "linears", [size(point.size) for point in points]),
         Column("KL foreseen", [f"{point.loss:.3g}" for point in points]),
         Column("", ["#" * max(1, round(24 * math.log1p(1e4 * p.loss) / most)) for p in points], "left"),
         *(
-            Column(f"{candidates.grids[number].bits} bits", [str(point.choice.count(number)) for point in points])
-            for number in numbers
+            Column(grid.label, [str(point.of_linears.count(number)) for point in points])
+            for number, grid in enumerate(candidates.grids)
         ),
     ]
+    if candidates.tables:
+        columns.append(Column("embeddings", [str(point.embeddings) for point in points]))
     names = [f"{point.bits:.3f}{' *' * (point is chosen)}" for point in points]
     terminal.show(
-        "Layers by their bits at the least KL divergence that is foreseen, nats a token; * is what is asked for",
+        "Layers by their grids at the least KL divergence that is foreseen, nats a token; * is what is asked for",
         SplitTable("bits", names, columns),
     )

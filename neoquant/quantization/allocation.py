@@ -1,39 +1,21 @@
 """Mixed precision to order: which of several grids each layer goes on, for the least loss that a size allows.
 
-What a layer adds to the loss on a grid is foreseen to second order, 1/4 tr(K E H Eᵀ), with the error E that GPTQ
-leaves, the Hessian H of the layer's inputs and K of its outputs (see `calibration.loss_hessian`): half a
-Kronecker-factored Hessian of the KL divergence from the unquantized model. Layers are taken to add up. The choice is
-then a multiple-choice knapsack, solved exactly by dynamic programming over the size.
+What a layer adds to the loss on a grid is foreseen (`quantization.foreseeing`), and layers are taken to add up. The
+choice is then a multiple-choice knapsack, solved exactly by dynamic programming over the size.
 """
 
 from __future__ import annotations
 
 import math
-import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from neoquant.calibration.block_forward import BlockForward
-from neoquant.calibration.dataset import Calibration
-from neoquant.calibration.memory import estimate_memory
-from neoquant.checkpoint import Checkpoint
-from neoquant.errors import RequestError, locate
-from neoquant.grids import Affine, Grid
-from neoquant.model.config import GPTNeoConfig
-from neoquant.progress import SILENT, Progress
-from neoquant.quantization.plan import Plan, make_plan
+from neoquant.errors import RequestError
+from neoquant.grids import Grid
 from neoquant.quantization.recipe import Recipe
-from neoquant.quantization.resume import ResumableRun
-from neoquant.quantization.reverse import look_at_unquantized, methods_of
-from neoquant.quantization.sequential import embed, read_block, require_calibration
-from neoquant.quantizers import Gptq, Hessian
-
-GRIDS: tuple[Affine, ...] = (Affine(2, 32), Affine(3, 64), Affine(4, 64), Affine(8, 128))
-"""What layers may go on."""
+from neoquant.quantizers import Gptq
 
 QUANTIZER = {"quantizer": Gptq.name, "objective": "model", "correction": 0.5}
 """How layers are rounded once their grids are chosen."""
@@ -53,6 +35,8 @@ class Candidates:
     sizes   bytes stored on each grid, int64[L, G]
     losses  nats a token that it is foreseen to add, float64[L, G]
     weights how many the layers have together
+    tables  what embeddings may be, as a recipe calls it: with them, sizes and losses have one row more, of the first so
+            many columns; the others hold its smallest size, at an infinite loss
     """
 
     layers: tuple[str, ...]
@@ -60,26 +44,62 @@ class Candidates:
     sizes: Tensor
     losses: Tensor
     weights: int
+    tables: tuple[str, ...] = ()
 
     def bits(self, size: int) -> float:
         """A weight of the linears, of so many bytes together."""
         return 8 * size / self.weights
 
+    def said(self, *sizes: int) -> str:
+        """Sizes in words: bits a weight of the linears, and bytes where embeddings take part."""
+        if self.tables:
+            return f"{' to '.join(f'{size:,}' for size in sizes)} bytes of the linears and embeddings"
+        return f"{' to '.join(f'{self.bits(size):.3f}' for size in sizes)} bits a weight"
+
+    def with_tables(self, sizes: dict[str, int], losses: dict[str, float]) -> Candidates:
+        """The same, and embeddings, which take and add so much, by what a recipe calls it."""
+        missing = len(self.grids) - len(sizes)
+        assert sizes.keys() == losses.keys() and missing >= 0
+        size = [*sizes.values(), *[min(sizes.values())] * missing]
+        loss = [*losses.values(), *[math.inf] * missing]
+        return replace(
+            self,
+            sizes=torch.cat([self.sizes, torch.tensor([size])]),
+            losses=torch.cat([self.losses, torch.tensor([loss], dtype=torch.float64)]),
+            tables=tuple(sizes),
+        )
+
 
 @dataclass(frozen=True)
 class Allocation:
-    """A grid for each layer: `choice` by its number, and what they take and are foreseen to add together."""
+    """A grid for each layer, and for embeddings where they take part: `choice` by its number, and what they take and
+    are foreseen to add together."""
 
     candidates: Candidates
     choice: tuple[int, ...]
 
     @property
+    def of_linears(self) -> tuple[int, ...]:
+        """The choice without embeddings."""
+        return self.choice[: len(self.candidates.layers)]
+
+    @property
+    def embeddings(self) -> str | None:
+        """What they are, as a recipe calls it, where they take part."""
+        tables = self.candidates.tables
+        return tables[self.choice[-1]] if tables else None
+
+    @property
     def size(self) -> int:
-        return int(sum(self.candidates.sizes[layer, grid] for layer, grid in enumerate(self.choice)))
+        return self._size(self.choice)
 
     @property
     def bits(self) -> float:
-        return self.candidates.bits(self.size)
+        """A weight of the linears."""
+        return self.candidates.bits(self._size(self.of_linears))
+
+    def _size(self, choice: tuple[int, ...]) -> int:
+        return int(sum(self.candidates.sizes[layer, grid] for layer, grid in enumerate(choice)))
 
     @property
     def loss(self) -> float:
@@ -88,12 +108,14 @@ class Allocation:
     def recipe(self) -> Recipe:
         """A rule for each layer, GPTQ, in neoquant's own format, which holds several grids."""
         rules = []
-        for layer, number in zip(self.candidates.layers, self.choice, strict=True):
-            described = self.candidates.grids[number].describe()
+        for layer, number in zip(self.candidates.layers, self.of_linears, strict=True):
+            grid = self.candidates.grids[number]
+            described = {"bits": grid.bits, **grid.describe()}
             rules.append({"match": layer, "type": described.pop("name"), **described, **QUANTIZER})
         said = f"{self.bits:.3f} bits a weight of the linears, foreseen to add {self.loss:.3g} nats a token of KL"
         name = f"mixed-{self.bits:.2f}-bits"
-        return Recipe.parse({"name": name, "description": said, "format": "neoquant", "rules": rules})
+        tables = {} if self.embeddings is None else {"embeddings": self.embeddings}
+        return Recipe.parse({"name": name, "description": said, "format": "neoquant", **tables, "rules": rules})
 
 
 def allocate(candidates: Candidates, budget: int) -> Allocation:
@@ -105,10 +127,9 @@ def allocate(candidates: Candidates, budget: int) -> Allocation:
     least = candidates.sizes.min(1).values
     room = budget - int(least.sum())
     if room < 0:
-        smallest, largest = (candidates.bits(int(each.values.sum())) for each in _extremes(candidates.sizes))
+        extremes = candidates.said(*(int(each.values.sum()) for each in _extremes(candidates.sizes)))
         raise RequestError(
-            f"{candidates.bits(budget):.3f} bits a weight: legal is {smallest:.3f} to {largest:.3f}, "
-            "what the smallest and the largest grids take"
+            f"{candidates.said(budget)}: legal is {extremes}, what the smallest and the largest grids take"
         )
     extra = candidates.sizes - least[:, None]
     room = min(room, int(extra.max(1).values.sum()))
@@ -146,91 +167,3 @@ def frontier(candidates: Candidates, steps: int = STEPS) -> list[Allocation]:
     """The best allocations at sizes evenly between the smallest and the largest grids."""
     low, high = (int(each.values.sum()) for each in _extremes(candidates.sizes))
     return [allocate(candidates, low + (high - low) * step // (steps - 1)) for step in range(steps)]
-
-
-def foresee(
-    checkpoint: Checkpoint,
-    calibration: Calibration,
-    grids: Sequence[Grid] = GRIDS,
-    *,
-    max_memory: int | None = None,
-    progress: Progress = SILENT,
-) -> Candidates:
-    """What each layer would take and add on each grid, by rounding it there on the unquantized model's inputs.
-
-    Raises RequestError where the checkpoint or the calibration does not serve.
-    """
-    plans = [make_plan(checkpoint, _uniform(grid)) for grid in grids]
-    require_calibration(plans[0], calibration)
-    rows = {row.layer: row for row in plans[0].rows if row.is_linear}
-    found = dict(_losses(checkpoint, plans[0], calibration, grids, max_memory, progress))
-    sizes = [{row.layer: row.out_bytes for row in plan.rows if row.is_linear} for plan in plans]
-    return Candidates(
-        tuple(rows),
-        tuple(grids),
-        torch.tensor([[by_layer[layer] for by_layer in sizes] for layer in rows]),
-        torch.tensor([found[layer] for layer in rows], dtype=torch.float64),
-        sum(row.source.numel for row in rows.values()),
-    )
-
-
-def _uniform(grid: Grid) -> Recipe:
-    described = grid.describe()
-    rule = {"match": "*", "type": described.pop("name"), **described, "quantizer": Gptq.name, "objective": "model"}
-    return Recipe.parse({"name": "uniform", "format": "neoquant", "rules": [{**rule, "correction": 0.0}]})
-
-
-def _losses(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    calibration: Calibration,
-    grids: Sequence[Grid],
-    max_memory: int | None,
-    progress: Progress,
-) -> Iterator[tuple[str, list[float]]]:
-    """Each layer with what it adds on each grid."""
-    config = GPTNeoConfig.from_dict(checkpoint.config)
-    rows, length = calibration.ids.shape
-    memory = estimate_memory(config, rows, length, max_memory, methods_of(plan))
-    with tempfile.TemporaryDirectory(prefix="neoquant-") as folder, ResumableRun(Path(folder) / "model") as run:
-        run.begin({}, config.num_layers)
-        look_at_unquantized(checkpoint, plan, calibration, memory, run, progress)
-        with torch.inference_mode(), progress.task("foreseeing", total=config.num_layers) as advance:
-            hidden = run.new_hidden_states((rows, length, config.hidden_size), memory.spilled)
-            embed(checkpoint, calibration.ids, hidden)
-            forward = BlockForward(hidden, config.window_size, memory.keeps_inner)
-            for number in range(config.num_layers):
-                yield from _losses_of_block(checkpoint, plan, config, number, forward, run, grids)
-                advance(1)
-            hidden.close()
-        run.remove()
-
-
-def _losses_of_block(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    config: GPTNeoConfig,
-    number: int,
-    forward: BlockForward,
-    run: ResumableRun,
-    grids: Sequence[Grid],
-) -> Iterator[tuple[str, list[float]]]:
-    rows = {row.name_in_block.removesuffix(".weight"): row for row in plan.rows if row.block == number}
-    block = read_block(checkpoint, list(rows.values()), config, number)
-    output_hessians = run.output_hessians(number)
-    for stage in forward.stages(block):
-        hessian = Hessian(stage.in_features)
-        for batch in stage.inputs():
-            hessian.add(batch)
-        for name, linear in stage.linears.items():
-            with locate(rows[name].name):
-                losses = [_loss(linear.weight.detach(), grid, hessian, output_hessians[name]) for grid in grids]
-            yield rows[name].layer, losses
-
-
-def _loss(weight: Tensor, grid: Grid, hessian: Hessian, output_hessian: Tensor) -> float:
-    """Nats a token that weight[O, I] is foreseen to add on a grid."""
-    q = Gptq(objective="model", correction=0.0).quantize(weight, grid, hessian, output_hessian)
-    error = q.dequantize(torch.float32) - weight
-    of_heads = error.view(len(output_hessian), -1, error.shape[1])
-    return float(((output_hessian @ of_heads).view_as(error) * (error @ hessian.matrix)).sum()) / 4

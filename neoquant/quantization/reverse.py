@@ -182,7 +182,7 @@ class _Walk:
 
     def _at_head(self) -> Iterator[Tensor]:
         hidden = self._states(f"input-{self.config.num_layers}")
-        ln_f, table = self._head()
+        ln_f, table = read_head(self.checkpoint, self.config)
         uniforms = drawn_uniforms(self.share.firsts, self.ids.shape[1], self.seed, self.share.first_numbers)
         for number, x in enumerate(hidden.batches()):
             start = number * hidden.batch
@@ -218,14 +218,21 @@ class _Walk:
         rows = [row for row in self.plan.rows if row.block == number]
         return read_block(self.checkpoint, rows, self.config, number)
 
-    def _head(self) -> tuple[nn.LayerNorm, Tensor]:
-        """The final norm, and the head's weight, float32[V, C]: the token embedding where there is no other."""
-        names = {name.removeprefix(BASE_PREFIX): name for name in self.checkpoint.headers}
-        ln_f = nn.LayerNorm(self.config.hidden_size, self.config.layer_norm_epsilon).requires_grad_(False)
-        for leaf, slot in ln_f.named_parameters():
-            slot.copy_(self.checkpoint.read(names[f"ln_f.{leaf}"]))
-        tied = self.config.tie_word_embeddings or "lm_head.weight" not in names
-        head = names.get("wte.weight" if tied else "lm_head.weight", names.get("lm_head.weight"))
-        if head is None:
-            raise CheckpointError("lacks its embeddings")
-        return ln_f, self.checkpoint.read(head).float()
+
+def read_head(checkpoint: Checkpoint, config: GPTNeoConfig) -> tuple[nn.LayerNorm, Tensor]:
+    """The final norm, and the head's weight, float32[V, C]."""
+    names = {name.removeprefix(BASE_PREFIX): name for name in checkpoint.headers}
+    ln_f = nn.LayerNorm(config.hidden_size, config.layer_norm_epsilon).requires_grad_(False)
+    for leaf, slot in ln_f.named_parameters():
+        slot.copy_(checkpoint.read(names[f"ln_f.{leaf}"]))
+    return ln_f, checkpoint.read(head_name(checkpoint, config)).float()
+
+
+def head_name(checkpoint: Checkpoint, config: GPTNeoConfig) -> str:
+    """The tensor that is the head's weight: the token embedding where there is no other."""
+    names = {name.removeprefix(BASE_PREFIX): name for name in checkpoint.headers}
+    tied = config.tie_word_embeddings or "lm_head.weight" not in names
+    head = names.get("wte.weight" if tied else "lm_head.weight", names.get("lm_head.weight"))
+    if head is None:
+        raise CheckpointError("lacks its embeddings")
+    return head

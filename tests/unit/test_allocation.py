@@ -16,10 +16,13 @@ from hypothesis import strategies as st
 from neoquant.calibration.dataset import Calibration
 from neoquant.checkpoint import open_checkpoint
 from neoquant.errors import RequestError
-from neoquant.grids import Affine
+from neoquant.grids import Affine, Grid, TrellisGrid
 from neoquant.quantization import allocation
-from neoquant.quantization.allocation import GRIDS, Candidates, allocate, foresee, frontier
+from neoquant.quantization.allocation import Candidates, allocate, frontier
+from neoquant.quantization.foreseeing import foresee
 from neoquant.quantization.quantize import quantize
+
+GRIDS: tuple[Grid, ...] = (TrellisGrid(64), Affine(3, 64), Affine(4, 64), Affine(8, 128))
 
 
 def candidates(layers: int, grids: int, seed: int, ragged: bool = True) -> Candidates:
@@ -58,10 +61,30 @@ def test_sizes_that_are_not_told_apart_still_fit(slots: int, seed: int, part: fl
     assert found.size <= budget and found.loss >= best - 1e-12
 
 
+@settings(deadline=None, max_examples=40)
+@given(layers=st.integers(1, 4), seed=st.integers(0, 999), part=st.floats(0, 1.2))
+def test_embeddings_take_part(layers: int, seed: int, part: float) -> None:
+    linears = candidates(layers, 4, seed)
+    sizes, losses = {"nf4": 17, "int8": 31, "keep": 60}, {"nf4": 0.4, "int8": 0.1, "keep": 0.0}
+    together = linears.with_tables(sizes, losses)
+    low, high = (int(each.values.sum()) for each in (linears.sizes.min(1), linears.sizes.max(1)))
+    budget = low + 17 + int(part * (high - low + 43))
+    found = allocate(together, budget)
+    wanted = min(
+        allocate(linears, budget - sizes[name]).loss + losses[name] for name in sizes if budget - sizes[name] >= low
+    )
+    assert found.loss == pytest.approx(wanted, abs=1e-12) and found.size <= budget
+    assert found.embeddings in sizes and found.recipe().embeddings == found.embeddings
+    assert len(found.of_linears) == layers == len(found.recipe().rules)
+    assert found.bits == linears.bits(found.size - sizes[str(found.embeddings)])
+
+
 def test_too_small_a_target_is_refused() -> None:
     few = candidates(3, 3, 0, ragged=False)
     with pytest.raises(RequestError, match=r"0.667 bits a weight: legal is 7.000 to 21.000"):
         allocate(few, 2)
+    with pytest.raises(RequestError, match=r"2 bytes of the linears and embeddings: legal is 28 to 75 bytes of the"):
+        allocate(few.with_tables({"nf4": 7, "int8": 9, "keep": 12}, {"nf4": 1.0, "int8": 0.5, "keep": 0.0}), 2)
 
 
 @settings(deadline=None, max_examples=20)
@@ -70,7 +93,7 @@ def test_targets_are_met_within_half_a_percent(seed: int, target: float) -> None
     """Of GPT-Neo's shapes, from below: losses that fall with the bits leave nothing unused."""
     random = torch.Generator().manual_seed(seed)
     shapes = [(768, 768)] * 4 + [(3072, 768), (768, 3072)]
-    per_weight = torch.tensor([8 * (g.bits / 8 + 3 / g.group_size) for g in GRIDS], dtype=torch.float64)
+    per_weight = torch.tensor([g.bits + 8 * 3 / int(vars(g)["group_size"]) for g in GRIDS], dtype=torch.float64)
     numels = torch.tensor([o * i for o, i in shapes] * 12)
     sizes = (numels[:, None] * per_weight / 8).long()
     scale = torch.rand(len(numels), 1, generator=random, dtype=torch.float64)
@@ -117,16 +140,18 @@ def test_the_command_line_makes_it(cli: Cli, make_model: Callable[..., Path], tm
     asked = ("quantize", folder, "--calibration", text_file, *WORDS)
     done = cli(*asked, "--target-bits", 5, "--out", tmp_path / "bits")
     assert done.code == 0, done.err
-    assert "Layers by their bits" in done.out and " *" in done.out
+    assert "Layers by their grids" in done.out and " *" in done.out
     record = json.loads((tmp_path / "bits" / "neoquant.json").read_text())
     assert 4.5 < record["bits_per_weight_linears"] <= 5 and record["format"] == "packed"
     limit = record["weights_bytes"] + 200
-    done = cli(*asked, "--target-size", limit, "--embeddings", "keep", "--out", tmp_path / "size")
-    assert done.code == 2 and "legal is" in done.error  # the embedding alone takes more
+    done = cli(*asked, "--target-size", limit // 2, "--embeddings", "keep", "--out", tmp_path / "size")
+    assert done.code == 2 and "bits a weight: legal is" in done.error  # the embedding alone takes more
     done = cli(*asked, "--target-size", limit, "--out", tmp_path / "size")
     assert done.code == 0, done.err
     weights = sum(path.stat().st_size for path in (tmp_path / "size").glob("*.safetensors"))
     assert 0.9 * limit < weights <= limit
+    assert json.loads((tmp_path / "size" / "neoquant.json").read_text())["recipe"]["embeddings"] in ("int8", "nf4")
+    assert "embeddings" in done.out
     dry = cli(*asked, "--target-bits", 5, "--dry-run")
     assert dry.code == 0 and "was not written" in dry.out
 
