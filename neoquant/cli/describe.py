@@ -127,7 +127,7 @@ def _seen(record: Mapping[str, Any]) -> dict[str, Any] | None:
     samples, tuned = record.get("calibration"), record.get("tuned")
     if samples is None or tuned is None:
         return samples
-    kept = ("base", "calibration", "steps", "learning_rate", "loss", "changed")
+    kept = ("base", "base_revision", "calibration", "steps", "learning_rate", "loss", "changed")
     return {**samples, "tuned": {key: tuned[key] for key in kept if key in tuned}}
 
 

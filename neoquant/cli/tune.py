@@ -62,6 +62,12 @@ def tune(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
     shard_size: options.ShardSize = "5GB",
     revision: options.Revision = None,
+    base_revision: Annotated[
+        str | None,
+        typer.Option(
+            "--base-revision", metavar="NAME", help="Branch, tag or commit of --base on the hub.", show_default=False
+        ),
+    ] = None,
     json_file: options.Json = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -96,6 +102,7 @@ def tune(
         steps=steps,
         learning_rate=LEARNING_RATE if learning_rate is None else learning_rate,
         revision=revision,
+        base_revision=base_revision,
         force=force,
         shard_size=largest,
         progress=terminal.progress,

@@ -52,6 +52,8 @@ class TuneResult:
     folder: Path
     source: str
     base: str
+    base_revision: str | None
+    """On the hub; None for a folder."""
     format: str
     calibration: Mapping[str, Any]
     """The samples, as `Calibration.describe` has them."""
@@ -78,6 +80,7 @@ class TuneResult:
         """For the folder's own record: nothing that two runs of one request would differ in."""
         return {
             "base": self.base,
+            "base_revision": self.base_revision,
             "calibration": dict(self.calibration),
             "steps": self.schedule.steps,
             "learning_rate": self.schedule.learning_rate,
@@ -123,7 +126,8 @@ def tune(
     Args:
         source: a quantized folder, or an id on the hub at `revision`.
         out: the folder to make; it must not exist, unless `force` may replace a model.
-        base: the model that `source` was quantized from, not quantized, whose predictions are aimed at.
+        base: the model that `source` was quantized from, not quantized, whose predictions are aimed at; on the hub at
+            `base_revision`.
         calibration: the samples, and the seed by which they are taken in some order.
         steps: of Adam, each on about 2,048 tokens; None is as many as see each sample twice.
         learning_rate: at its highest; of scales, relative to what they were.
@@ -162,6 +166,7 @@ def tune(
                 folder=folder,
                 source=checkpoint.source_name,
                 base=original.source_name,
+                base_revision=original.revision,
                 format=format.name,
                 calibration=calibration.describe(),
                 schedule=schedule,
