@@ -35,14 +35,19 @@ def coupled_rows(rows: int, width: int) -> int:
 class OutputMoments:
     """The mean of g gᵀ over gradients g[O] at a layer's output, of each piece of coupled rows."""
 
-    def __init__(self, rows: int, width: int) -> None:
+    def __init__(self, rows: int, width: int, device: torch.device | str = "cpu") -> None:
         self.piece = coupled_rows(rows, width)
-        self._pieces = [Hessian(self.piece) for _ in range(rows // self.piece)]
+        self._pieces = [Hessian(self.piece, device) for _ in range(rows // self.piece)]
 
     def add(self, gradients: Tensor) -> None:
-        """Add gradients[..., O]. Raises FormatError if they are not finite."""
+        """Add gradients[..., O]; `require_finite` says whether they were finite."""
         for hessian, some in zip(self._pieces, torch.split(gradients, self.piece, dim=-1), strict=True):
-            hessian.add(some)
+            hessian.add(some, checked=False)
+
+    def require_finite(self) -> None:
+        """Raise FormatError if some gradient that was added was not finite."""
+        for hessian in self._pieces:
+            hessian.require_finite()
 
     def matrices(self) -> Tensor:
         """K, float32[O / piece, piece, piece]."""
@@ -51,7 +56,11 @@ class OutputMoments:
 
 def drawn_uniforms(rows: int, length: int, seed: int, numbers: Sequence[int] | None = None) -> Tensor:
     """What both labels of each position are drawn by: float32[2, rows, length] in [0, 1), the same however the rows are
-    dealt with; of all, or of the rows of these numbers."""
+    dealt with, and on whatever device; of all, or of the rows of these numbers.
+
+    Devices round logits differently: a label is another one there only where the running sum of probabilities passes
+    its number within that.
+    """
     drawn = torch.rand(rows, length, 2, generator=torch.Generator().manual_seed(seed))
     if numbers is not None:
         drawn = drawn[list(numbers)]

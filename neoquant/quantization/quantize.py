@@ -141,8 +141,8 @@ def quantize(
             kept in files. Changes nothing in the result.
         restart: drop what an unfinished run left, instead of going on with it.
         device: where a calibrated run computes, "cpu", "cuda", "cuda:1", ...; `max_memory` is then that device's.
-            Columns are rounded on the CPU where the native library does it, and gradients for the model's loss run
-            there. Other devices, other bytes.
+            Columns are rounded on the CPU where the native library does it and Triton does not. Other devices, other
+            bytes.
         progress: told of the bytes of the source dealt with, and of downloads.
         process_group: the processes that share a calibrated run, each of which calls this alike, on a device of its
             own, and gets the result. The first one writes. As many must go on with what is unfinished.

@@ -3,7 +3,7 @@
 First the calibration samples pass through the blocks, and what each block sees is kept in a file: by that layers are
 corrected later. Then, for layers that are rounded for the model's loss, its gradients run from the head back, one block
 in memory at a time, and leave the output-side Hessians of every layer. What is finished of either is kept, so that an
-interrupted walk goes on, to the same bytes. Gradients are computed on the CPU, wherever the blocks are then rounded.
+interrupted walk goes on, to the same bytes (on a GPU up to the order of sums).
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class _Walk:
         length = self.ids.shape[1]
         self.shape = (len(self.ids), length, config.hidden_size)
         self.seed = calibration.seed
-        self.device = torch.device("cpu" if memory.methods.gradients else memory.device)
+        self.device = torch.device(memory.device)
         self.masks = AttentionMasks(length, length, config.window_size, None, self.device)
 
     def forward(self, advance: Advance) -> None:
@@ -139,7 +139,7 @@ class _Walk:
             hidden = self._states(f"input-{at}")
         advance(at)
         for number in range(at, last):
-            block = self._block(number).to(self.device)
+            block = self._block(number)
             hidden.replace(block(x, self.masks) for x in hidden.batches())
             self.run.keep_states(f"input-{number + 1}", hidden)
             advance(1)
@@ -156,9 +156,10 @@ class _Walk:
         advance(last - reached)
         for number in reversed(range(reached)):
             names = self._names(number)
-            moments = {name: OutputMoments(self._outputs(name), self.config.hidden_size) for name in names}
+            width = self.config.hidden_size
+            moments = {name: OutputMoments(self._outputs(name), width, self.device) for name in names}
             self._keep_gradient(number, self._in_block(number, names, moments))
-            self.run.keep_output_hessians(number, {name: each.matrices() for name, each in moments.items()})
+            self.run.keep_output_hessians(number, {name: each.matrices().cpu() for name, each in moments.items()})
             self.run.drop(f"gradient-{number + 1}")
             if not self.memory.methods.reference:
                 self.run.drop(f"input-{number + 1}")
@@ -175,7 +176,7 @@ class _Walk:
 
     def _keep_gradient(self, number: int, batches: Iterator[Tensor]) -> None:
         """Keep the gradient at what block `number` sees, `gradient-L` being that at what the last one gives."""
-        gradient = self.run.new_hidden_states(self.shape, self.memory.spilled)
+        gradient = self.run.new_hidden_states(self.shape, self.memory.spilled, self.device)
         gradient.replace(batches)
         self.run.keep_states(f"gradient-{number}", gradient)
         gradient.close()
@@ -183,7 +184,8 @@ class _Walk:
     def _at_head(self) -> Iterator[Tensor]:
         hidden = self._states(f"input-{self.config.num_layers}")
         ln_f, table = read_head(self.checkpoint, self.config)
-        uniforms = drawn_uniforms(self.share.firsts, self.ids.shape[1], self.seed, self.share.first_numbers)
+        drawn = drawn_uniforms(self.share.firsts, self.ids.shape[1], self.seed, self.share.first_numbers)
+        ln_f, table, uniforms = ln_f.to(self.device), table.to(self.device), drawn.to(self.device)
         for number, x in enumerate(hidden.batches()):
             start = number * hidden.batch
             yield gradient_at_head(x, ln_f, table, uniforms[:, start : start + len(x)])
@@ -196,9 +198,11 @@ class _Walk:
         for x, at_output in zip(hidden.batches(), gradient.batches(), strict=True):
             at_input, found = gradients_in_block(block, x, at_output, self.masks, names)
             for name, each in found.items():
-                with locate(f"the gradient at {name} of block {number}"):
-                    moments[name].add(each)
+                moments[name].add(each)
             yield at_input
+        for name, summed in moments.items():  # once, as a GPU is waited for
+            with locate(f"the gradient at {name} of block {number}"):
+                summed.require_finite()
         hidden.close()
         gradient.close()
 
@@ -216,7 +220,7 @@ class _Walk:
 
     def _block(self, number: int) -> Block:
         rows = [row for row in self.plan.rows if row.block == number]
-        return read_block(self.checkpoint, rows, self.config, number)
+        return read_block(self.checkpoint, rows, self.config, number).to(self.device)
 
 
 def read_head(checkpoint: Checkpoint, config: GPTNeoConfig) -> tuple[nn.LayerNorm, Tensor]:

@@ -225,7 +225,8 @@ def _observe(
     hessian = next((observer for observer in observers if observer is not None), None)
     if hessian is not None:
         for batch in inputs():
-            hessian.add(batch)
+            hessian.add(batch, checked=False)
+        hessian.require_finite()
         if group.size > 1:
             hessian.add_up(group.add_up)
     return hessian

@@ -38,8 +38,9 @@ class Hessian:
         self._sum = torch.zeros(columns, columns, device=device)  # its upper triangle
         self._factors: dict[tuple[bool, float], Factor] = {}
 
-    def add(self, x: Tensor) -> None:
-        """Add inputs x[..., I]. Raises FormatError if they are not finite, or of another width."""
+    def add(self, x: Tensor, checked: bool = True) -> None:
+        """Add inputs x[..., I]. Raises FormatError if they are of another width, or not finite, unless that is left to
+        `require_finite`: it waits for a GPU."""
         if x.shape[-1] != self.columns:
             raise FormatError(f"the layer has {self.columns} inputs, got {x.shape[-1]}")
         x = x.detach().reshape(-1, self.columns).float()
@@ -48,16 +49,18 @@ class Hessian:
         for start in range(0, self.columns, STRIP):
             stop = min(start + STRIP, self.columns)
             self._sum[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
-        self._require_finite()
+        if checked:
+            self.require_finite()
 
     def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
         """Let it be that of all processes' inputs; `total` is the sum over them."""
         self._sum = total(self._sum)
         self.rows = int(total(torch.tensor(self.rows)))
         self._factors.clear()
-        self._require_finite()
+        self.require_finite()
 
-    def _require_finite(self) -> None:
+    def require_finite(self) -> None:
+        """Raise FormatError if some input that was added was not finite, or its square is not."""
         if not bool(self._sum.diagonal().sum().isfinite()):
             raise FormatError("the layer's inputs hold infinity or NaN, or are too large to be squared")
 

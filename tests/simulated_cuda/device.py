@@ -10,7 +10,7 @@ An operation counts as one launch, unless all that it gives lies in memory that 
 written (an allocation). In inference mode torch hands composite operations over in one piece: they count once.
 A CUDA graph records the operations that reach the device and repeats them on the same memory; recording changes
 nothing, and what waits or copies from the host meanwhile raises.
-Nothing here says how long anything takes, and gradients are not computed: torch's engine asks for the device's streams.
+Nothing here says how long anything takes. Gradients are computed by `torch.autograd.grad` alone: see `gradients`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 import neoquant
 from neoquant.grids import load_bitsandbytes
 from neoquant.triton import running
+from simulated_cuda.gradients import grad
 from simulated_cuda.guard import load_guard
 from simulated_cuda.transfers import Event, Transfers
 
@@ -355,6 +356,8 @@ class Functions(TorchFunctionMode):
         args, kwargs = tuple(map(numbered, args)), {name: numbered(value) for name, value in kwargs.items()}
         if func in (torch.tensor, torch.as_tensor):
             return self._from_numbers(func, args, kwargs)
+        if func is torch.autograd.grad and any(isinstance(leaf, OnDevice) for leaf in tree_flatten(args)[0]):
+            return grad(*args, **kwargs)
         if func is torch.nn.functional.scaled_dot_product_attention:
             return self._attention(func, args, kwargs)
         if func is torch.Tensor.__getitem__ and isinstance(args[0], OnDevice):
@@ -376,12 +379,24 @@ class Functions(TorchFunctionMode):
         if not all(isinstance(tensor, OnDevice) for tensor in tensors):
             raise RuntimeError("Expected query, key, value, and attn_mask on the same device")
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return aten._scaled_dot_product_attention_math(*args, **kwargs)[0]
+            return _differentiable_attention(*args, **kwargs)
         self.counts.launches[where()] += 1
         made = func(*bare(args), **bare(kwargs))
         if self.counts.recording is not None:
             self.counts.recording.note(func, bare(args), bare(kwargs), made, False)
         return OnDevice(made)
+
+
+def _differentiable_attention(
+    q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, scale: Any = None
+) -> Any:
+    """By the operation that a CPU takes, whose gradient is one operation too, but for dropout."""
+    if dropout_p:
+        return aten._scaled_dot_product_attention_math(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)[0]
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(~attn_mask, -torch.inf)
+    options = {"is_causal": is_causal, "attn_mask": attn_mask, "scale": scale}
+    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, **options)[0]
 
 
 class Generator(torch.Generator):

@@ -14,11 +14,13 @@ from switch import forced
 
 import neoquant
 from neoquant import Recipe
+from neoquant.calibration import hidden_states
 from neoquant.calibration.dataset import Calibration
 from neoquant.cli.environment import facts
 from neoquant.data.fingerprints import hash_texts
 from neoquant.errors import RequestError
 from neoquant.grids import make_grid
+from neoquant.quantization import calibrated, resume
 from neoquant.quantization.quantize import plan, quantize
 from neoquant.quantizers import Gptq, Hessian
 from simulated_cuda.device import Counts, simulate
@@ -91,8 +93,6 @@ def test_hidden_states_in_files_give_the_same(model: Path, tmp_path: Path) -> No
 
 
 def test_another_device_is_another_request(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from neoquant.quantization import calibrated
-
     recipe = Recipe.simple(4, "affine", group_size=16, quantizer="gptq")
     keep = calibrated.ResumableRun.keep
 
@@ -136,6 +136,38 @@ def test_info_says_what_rounds_columns() -> None:
         assert "rounded by the native library on the CPU (not Triton" in dict(facts())["GPTQ on GPUs"]
         with forced("off"):
             assert "rounded by torch (not Triton" in dict(facts())["GPTQ on GPUs"]
+
+
+def walk(rows: int, model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Counts:
+    """What the walk through the unquantized model and back asks for, one row at a time."""
+    look = calibrated.look_at_unquantized
+    kept: list[Counts] = []
+
+    def counted(*given: Any) -> None:
+        with simulate() as gpu:
+            look(*given)
+        kept.append(gpu)
+
+    recipe = Recipe.simple(4, "affine", quantizer="gptq", group_size=16, objective="model", correction=0.0)
+    with monkeypatch.context() as patch:
+        for module in (hidden_states, resume):
+            patch.setattr(module, "rows_of_batch", lambda length, tokens=0: 1)
+        patch.setattr(calibrated, "look_at_unquantized", counted)
+        with simulate():
+            quantize(model, folder, recipe, calibration=calibration(rows), device="cuda")
+    return kept[0]
+
+
+def test_gradients_wait_for_files_alone(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 2 blocks, each row's states before and behind, and both gradients' are kept in files, while the next row's are
+    computed; whether all were finite is asked once a layer."""
+    few, many = (walk(rows, model, tmp_path / str(rows), monkeypatch) for rows in (2, 4))
+    launches, _, copies = (b - a for a, b in zip(few.totals(), many.totals(), strict=True))
+    assert copies == 0 and launches <= 2 * 105  # of two more rows
+    more = many.waits - few.waits
+    assert set(more) == {line for line in more if line.startswith("model/transfers.py")}
+    assert more.total() == many.transfers.total() - few.transfers.total() - more.total()
+    assert sum(count for line, count in many.waits.items() if line.startswith("quantizers/hessian.py")) == 2 * 9
 
 
 def cost_of_a_layer(columns: int, rows: int, heads: int, gpu: Counts, grid: Any) -> tuple[int, int, int]:

@@ -138,3 +138,23 @@ def test_what_a_recording_would_have_to_repeat_is_refused(gpu: Counts) -> None:
     for work in (lambda: x.to("cpu", non_blocking=True), lambda: memory.to("cuda", non_blocking=True)):
         with pytest.raises(RuntimeError, match="transfer"), torch.cuda.graph(torch.cuda.CUDAGraph()):
             work()
+
+
+def test_gradients_are_the_cpus(gpu: Counts) -> None:
+    """To the bit, also where several are added up; what was not used has none."""
+    random = torch.Generator().manual_seed(0)
+    x, w, given = (torch.randn(shape, generator=random) for shape in ((2, 5, 8), (24, 8), (2, 5, 8)))
+
+    def attended(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        q, k, v = (torch.nn.functional.layer_norm(x, (8,)) @ w.T).view(2, 1, 5, 24).chunk(3, -1)
+        return x + torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)[:, 0]
+
+    def found(device: str) -> list[torch.Tensor]:
+        leaves = [x.to(device).requires_grad_(), w.to(device).requires_grad_()]
+        made = torch.autograd.grad([attended(*leaves), leaves[1].sum()], leaves, [given.to(device), w[0, 0].to(device)])
+        return [gradient.cpu() for gradient in made]
+
+    assert all(torch.equal(a, b) for a, b in zip(found("cuda"), found("cpu"), strict=True))
+    leaf = x.cuda().requires_grad_()
+    with pytest.raises(RuntimeError, match="not have been used"):
+        torch.autograd.grad(leaf.sum(), w.cuda().requires_grad_())
