@@ -92,7 +92,7 @@ def tune(
     largest = parse_size(shard_size, "--shard-size")
     source = find_model(model, terminal, "tune")
     folder = out or Path(f"{short_name(model)}-tuned")
-    samples = read_samples(source, revision, calibration, rows or ROWS, length, seed or 0, terminal)
+    samples = read_samples(source, revision, calibration, ROWS if rows is None else rows, length, seed or 0, terminal)
     assert samples is not None  # the option is required
     made = tune_checkpoint(
         source,

@@ -425,4 +425,5 @@ def test_the_command_line(cli: Cli, quantized: Callable[[str], Path], original: 
     assert "choose another name" in cli(*words, "--out", "tuned").error
     assert "--base" in cli("tune", quantized("gptq"), "--calibration", text_file).error
     assert "--calibration" in cli("tune", quantized("gptq"), "--base", original).error
+    assert "0 rows" in cli(*words[:6], "--rows", 0, "--out", "x").error
     assert "nothing.jsonl" in cli(*words[:5], "nothing.jsonl", "--out", "x").error
