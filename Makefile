@@ -11,7 +11,7 @@ BROWSER := .browser
 PYTEST_FLAGS ?= --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-native test-gpu test-cuda-simulated test-jax test-triton test-triton-older test-browser check docs fix bench clean
+.PHONY: help demo test test-native test-gpu test-cuda-simulated test-jax test-triton test-triton-older test-triton-older-compiled test-browser check docs fix bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -74,8 +74,10 @@ test-triton: $(VENV)/.installed-triton  ## the tests of the kernels written in T
 $(VENV)/triton-3.6: $(VENV)/.installed-triton
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target $@ triton==3.6.0 'numpy>=2.2,<2.4'
 
-test-triton-older: $(VENV)/triton-3.6  ## the same with Triton 3.6
+test-triton-older: $(VENV)/triton-3.6 test-triton-older-compiled  ## the same with Triton 3.6
 	PYTHONPATH=$< OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/triton_kernels
+
+test-triton-older-compiled: $(VENV)/triton-3.6  ## and of these those that compile ahead of time alone
 	PYTHONPATH=$< OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/triton_kernels/test_compiled.py
 
 # npm fetches transformers.js and the ONNX Runtime that it depends on, without running their scripts.
