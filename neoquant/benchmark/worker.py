@@ -89,7 +89,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "decode_tokens_per_s": rows * (job["new"] - 1) / decode,
         "peak_rss_bytes": _peak_rss_bytes(),
     }
-    return found if device == "cpu" else found | {"peak_device_bytes": torch.cuda.max_memory_allocated()}
+    return found if device == "cpu" else found | {"peak_device_bytes": torch.cuda.max_memory_allocated(ids.device)}
 
 
 def timed(generate: Generate, ids: Any, new: int) -> tuple[float, float]:
@@ -105,11 +105,11 @@ def timed_on_gpu(generate: Generate, ids: Any, new: int) -> tuple[float, float]:
 
     took = []
     for count in (1, new):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(ids.device)
         began = time.perf_counter()
         for _ in generate(ids, count):
             pass
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(ids.device)
         took.append(time.perf_counter() - began)
     return took[0], took[1] - took[0]
 

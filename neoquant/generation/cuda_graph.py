@@ -87,7 +87,8 @@ class GraphedSteps:
             self._replay = None
         if self._replay is None:
             self._ids, given = ids.clone(), ids.clone()
-            self._replay = record(self._step, partial(self._rewind, given), self._generator)
+            with torch.cuda.device(self.model.device):  # what is recorded is the current one's work
+                self._replay = record(self._step, partial(self._rewind, given), self._generator)
         self.cache.length += 1
         return self._replay
 

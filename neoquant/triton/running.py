@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 @cache
@@ -16,7 +20,14 @@ def lacking() -> str | None:
 
 
 def run(program: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, Any]) -> None:
-    """Launch a program; what stands in for a GPU intercepts here."""
+    """Launch a program where its tensors lie: Triton itself launches on the current device, whichever that is."""
+    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        launch(program, grid, arguments, options)
+
+
+def launch(program: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, Any]) -> None:
+    """Launch a program on the current device; what stands in for a GPU intercepts here."""
     program[grid](**arguments, **options)
 
 

@@ -111,6 +111,9 @@ class Counts:
         self.under_way = Transfers()
         self.recording: Graph | None = None
 
+        self.current = 0
+        """The number of the current device; others than 0 have nothing to do."""
+
     def reset(self) -> None:
         for counter in (self.launches, self.waits, self.copies, self.transfers):
             counter.clear()
@@ -143,6 +146,11 @@ class Counts:
         self.transfers[where()] += 1
         self.under_way.to_host(target, values)
 
+    def require_current(self, what: str) -> None:
+        """For what looks at the current device instead of that of its tensors."""
+        if self.current != 0:
+            raise RuntimeError(f"{what} on cuda:{self.current}, the current device, and the tensors lie on cuda:0")
+
     def _refuse_in_graphs(self, what: str) -> None:
         if self.recording is not None:
             raise RuntimeError(f"operation not permitted when stream is capturing ({what}, {where()})")
@@ -168,6 +176,7 @@ class Graph:
     @contextmanager
     def recorded(self) -> Iterator[None]:
         states = [generator.get_state() for generator in self.generators]
+        self.counts.require_current("a graph records")
         self.counts.recording = self
         try:
             yield
@@ -465,7 +474,8 @@ def patches(counts: Counts, capability: tuple[int, int]) -> Iterator[Any]:
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
         "device_count": lambda: 1,
-        "current_device": lambda: 0,
+        "current_device": lambda: counts.current,
+        "device": partial(current, counts),
         "mem_get_info": lambda device=0: (MEMORY, MEMORY),
         "get_device_name": lambda device=None: "simulated",
         "get_device_properties": lambda device=None: properties,
@@ -486,7 +496,7 @@ def patches(counts: Counts, capability: tuple[int, int]) -> Iterator[Any]:
     library = type(load_bitsandbytes().cextension.lib)
     yield mock.patch.object(library, "compiled_with_cuda", True)
     if os.environ.get("TRITON_INTERPRET") == "1":
-        yield mock.patch.object(running, "run", partial(interpret, counts))
+        yield mock.patch.object(running, "launch", partial(interpret, counts))
     else:
         yield mock.patch.object(running, "lacking", lambda: "Triton compiles nothing for a simulated device")
     yield mock.patch.object(torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor.to(CUDA))
@@ -499,11 +509,24 @@ def patches(counts: Counts, capability: tuple[int, int]) -> Iterator[Any]:
     )
 
 
+@contextmanager
+def current(counts: Counts, device: Any) -> Iterator[None]:
+    """Within it, another device is the current one."""
+    before = counts.current
+    index = device if isinstance(device, int) else torch.device(device).index
+    counts.current = before if index is None else index
+    try:
+        yield
+    finally:
+        counts.current = before
+
+
 def interpret(counts: Counts, program: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: Any) -> None:
     """Run a program of Triton in its interpreter: one launch."""
     for name, value in arguments.items():
         if isinstance(value, torch.Tensor) and not isinstance(value, OnDevice):
             raise ValueError(f"Pointer argument ({name}) cannot be accessed from Triton (cpu tensor?)")
+    counts.require_current("Triton launches")
     counts.launches[where()] += 1
 
     def work(**arguments: Any) -> None:

@@ -126,6 +126,17 @@ def test_a_token_chosen_in_the_graph_is_two_launches(gpu: Counts) -> None:
         assert [(b - a) / 16 for a, b in zip(*totals[1:], strict=True)] == [2, 0, 0]
 
 
+def test_what_is_recorded_is_the_work_of_the_models_device(gpu: Counts) -> None:
+    """Whichever device is the current one."""
+    model, ids = make_model(), torch.tensor([[5, 6, 7]])
+    expected = tokens(model, ids, 12)
+    model.to("cuda")
+    with torch.cuda.device(1):
+        assert torch.equal(tokens(model, ids, 12, static_cache=True), expected)
+        with pytest.raises(RuntimeError, match="a graph records on cuda:1"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            pass
+
+
 def test_a_generator_must_be_registered(gpu: Counts) -> None:
     graph, generator = torch.cuda.CUDAGraph(), torch.Generator("cuda").manual_seed(1)
     with pytest.raises(RuntimeError, match="not registered"), torch.cuda.graph(graph):

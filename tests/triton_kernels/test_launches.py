@@ -13,7 +13,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("Triton's interpreter is off: make test-triton", allow_module_level=True)
 pytest.importorskip("triton", reason="Triton is not installed: make test-triton")
 
-from simulated_cuda.device import Counts
+from simulated_cuda.device import Counts, simulate
 
 from neoquant.generation import cuda_graph
 from neoquant.generation.generate import stream
@@ -54,6 +54,27 @@ def test_a_layer_is_one_launch_and_two_for_many_rows(grid: Grid, gpu: Counts) ->
             y = layer(x.to("cuda"))
             assert gpu.totals() == (launches, 0, 1)  # x is copied
             assert torch.allclose(y.cpu(), here(x), atol=2e-4)
+
+
+def test_cards_that_triton_multiplies_no_integers_on(can_be_simulated: None) -> None:
+    q, device = Nearest().quantize(torch.randn(12, 128), Codebook()), torch.device("cuda", 0)
+    for capability, name in {(7, 5): "reference-int8", (8, 0): "triton-int8"}.items():
+        with simulate(capability):
+            assert choose(q.grid, q.shape, device, False, "int8").name == name
+            assert choose(q.grid, q.shape, device, False).name == "triton"
+
+
+def test_programs_run_where_their_tensors_lie(gpu: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever device is the current one."""
+    layer = QuantLinear(Nearest().quantize(torch.randn(12, 128), Codebook())).to("cuda")
+    x = torch.randn(1, 128, device="cuda")
+    with torch.inference_mode():
+        expected = layer(x)
+        with torch.cuda.device(1):
+            assert torch.equal(layer(x), expected) and torch.cuda.current_device() == 1
+            monkeypatch.setattr(running, "run", lambda *launched: running.launch(*launched))
+            with pytest.raises(RuntimeError, match="Triton launches on cuda:1"):
+                layer(x)
 
 
 @pytest.mark.parametrize("kernel", [Reference(), ReferenceInt8(), Bitsandbytes()], ids=lambda kernel: kernel.name)

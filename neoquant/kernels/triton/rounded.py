@@ -15,6 +15,7 @@ from neoquant.kernels.triton.kernel import COMPUTED, Triton
 from neoquant.kernels.triton.launch import WARPS, PackedWeight
 from neoquant.triton import running
 
+LEAST_CAPABILITY = (8, 0)  # before it, tl.dot of int8 is not compiled
 LEAST_RUN = 16
 ROUNDED = 1024  # inputs of a row that a program rounds
 LEAST_INPUTS = 32  # of a product of integers on tensor cores
@@ -29,6 +30,8 @@ class TritonInt8(Triton):
     def refuse(self, grid: Grid, shape: tuple[int, ...], device: torch.device, ordered: bool = False) -> str | None:
         if reason := super().refuse(grid, shape, device, ordered):
             return reason
+        if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+            return f"Triton multiplies in integers from compute capability {'.'.join(map(str, LEAST_CAPABILITY))} on"
         if run_length(grid, shape[1]) < LEAST_RUN:
             return f"blocks of {grid.name} cross rows of {shape[1]}, which Triton's kernels do not multiply in integers"
         return None
