@@ -41,7 +41,7 @@ SHARED = {
     89: 99,
     90: 227,
     100: 227,
-}  # KiB that a program may have (CUDA C programming guide, 16.2)
+}  # KiB a program may have (CUDA C programming guide, 16.2)
 REGISTERS = {
     "multiply_few": 72,
     "multiply_some": 128,
