@@ -55,7 +55,8 @@ def bench(
         typer.Option(
             "--dtype",
             metavar="TYPE",
-            help="Compute in float32, float16 or bfloat16. [default: float32 on a CPU, else bfloat16]",
+            help="Compute in float32, float16 or bfloat16. "
+            "[default: float32 on a CPU, else bfloat16, or float16 where a GPU lacks it]",
         ),
     ] = None,
     activations: Annotated[
@@ -93,6 +94,8 @@ def bench(
             raise RequestError(f"--python {name!r}: write it like transformers=/path/to/python")
 
     from neoquant.benchmark.run import Request, measure
+    from neoquant.model.devices import resolve_device
+    from neoquant.model.dtypes import default_dtype
     from neoquant.report.benchmark import speed_table
 
     if threads is None:
@@ -108,7 +111,7 @@ def bench(
         new=new_tokens,
         repeats=repeats,
         threads=threads,
-        dtype=dtype or ("float32" if device == "cpu" else "bfloat16"),
+        dtype=dtype or str(default_dtype(resolve_device(device))).removeprefix("torch."),
         batch=batch,
         cache=cache,
         device=device,

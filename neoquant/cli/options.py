@@ -74,7 +74,8 @@ Dtype = Annotated[
     typer.Option(
         "--dtype",
         metavar="TYPE",
-        help="Compute in float32, float16, bfloat16, or auto (as stored). [default: float32 on a CPU, else bfloat16]",
+        help="Compute in float32, float16, bfloat16, or auto (as stored). "
+        "[default: float32 on a CPU, else bfloat16, or float16 where a GPU lacks it]",
     ),
 ]
 Activations = Annotated[
