@@ -1,16 +1,16 @@
 """neoquant on a GPU: its tests and kernels, and decoding, prompts, evaluation and calibration beside other programs.
 
-    python eval/bench/gpu.py                                   # 1.3b; within ten minutes on an H100
+    python eval/bench/gpu.py                                   # 1.3b, within ten minutes
     python eval/bench/gpu.py --shapes 125m 1.3b 2.7b --parts kernels decode
     python eval/bench/gpu.py --device cpu --shapes tiny --parts columns decode prefill evaluate gptq    # does it run?
 
 Needs no network. Weights are random, of the models' exact shapes. Every part is written to the result as soon as it is
 measured, with the card's name; a part that fails is recorded with its error, and the others run. Contestants take
-turns, `--repeats` times; figures are medians. The bandwidth is that of copying on the card within this run. In the
-table of kernels every product takes another copy of the weight, so many that they lie beyond the card's cache.
-`columns` times GPTQ's loop alone, one block of 128 columns. `goals` says what the figures are to reach on an H100 or
-H200, and which did. transformers, with plain bfloat16 weights and with bitsandbytes' NF4, runs the same folders, where
-it is installed.
+turns, `--repeats` times, or less often where a part has had its share of `--seconds`; figures are medians. The
+bandwidth is that of copying on the card within this run. In the table of kernels every product takes another copy of
+the weight, so many that they lie beyond the card's cache. `columns` times GPTQ's loop alone, one block of 128 columns.
+`goals` says what the figures are to reach on an H100 or H200, and which did. transformers, with plain bfloat16 weights
+and with bitsandbytes' NF4, runs the same folders, where it is installed.
 
 A machine without network that has torch for CUDA, Triton, transformers and pytest lacks a few packages more, 13 MB as
 wheels (of bitsandbytes, the library for the machine's CUDA alone). Where there is a network, for Python 3.12:
@@ -37,7 +37,7 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import gpu_goals
+from clock import Clock
 from provenance import ROOT, provenance
 
 PARTS = ("tests", "kernels", "columns", "decode", "prefill", "evaluate", "gptq")
+SHARES = {
+    "tests": 4, "kernels": 3, "columns": 1, "models": 3, "decode": 5, "prefill": 1, "evaluate": 2, "gptq": 3,
+}  # fmt: skip
 SHAPES |= {"2.7b": (32, 2560, 20), "tiny": (2, 128, 2)}
 RECIPES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "nf4": (4, "nf4", {}),
@@ -58,9 +62,8 @@ RECIPES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "int8": (8, "int8", {}),
 }
 GRIDS = {**RECIPES, "affine3": (3, "affine", {"group_size": 64}), "mxfp4": (4, "mxfp4", {})}
-CONTEXT, PROMPT, WINDOWS = 128, 2048, 8
+CONTEXT, PROMPT, WINDOWS, WINDOW = 128, 2048, 32, 1024
 ROWS = (1, 4, 16, 64, 512)
-TESTING = 240  # seconds
 Step = Callable[[], object]
 
 
@@ -71,6 +74,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=540, help="about, in all; what has not begun by then does not")
     parser.add_argument("--temp", type=Path, help="where the models are written, and deleted afterwards")
     parser.add_argument("--json", type=Path, default=ROOT / "eval" / "results" / "gpu.json")
     args = parser.parse_args()
@@ -84,10 +88,14 @@ def main() -> None:
         "read_and_write_gb_per_s": round(bandwidth(device) / 1e9, 1), "parts": {},
     }  # fmt: skip
 
-    def record(name: str, part: Callable[[], Any]) -> None:
+    clock = Clock(args.seconds, shares(args.shapes, args.parts))
+
+    def record(name: str, part: Callable[[Clock], Any]) -> None:
         started = time.perf_counter()
         try:
-            found = part()
+            if clock.left() <= 0:
+                raise TimeoutError(f"not begun: {clock.seconds:g} seconds were over")
+            found = part(clock)
         except Exception as error:
             traceback.print_exc()
             found = {"error": f"{type(error).__name__}: {error}"}
@@ -97,42 +105,52 @@ def main() -> None:
         print(name, json.dumps(found, indent=1), flush=True)
 
     if "tests" in args.parts:
-        record("tests", run_tests)
+        record("tests", lambda clock: run_tests(clock.begin("tests")))
     for shape in args.shapes:
         if "kernels" in args.parts:
-            record(f"{shape} kernels", lambda shape=shape: kernels(shape, device, args.repeats))
+            record(f"{shape} kernels", partial(kernels, shape, device, args.repeats))
         if "columns" in args.parts:
-            record(f"{shape} columns", lambda shape=shape: columns(shape, device, args.repeats))
+            record(f"{shape} columns", partial(columns, shape, device, args.repeats))
         with tempfile.TemporaryDirectory(prefix="neoquant-bench-", dir=args.temp) as temp:
             run_models(shape, Path(temp), device, args, record)
     print(gpu_goals.table(result["goals"]))
     print(f"written to {args.json}")
 
 
-def run_tests() -> dict[str, Any]:
-    """The tests marked `gpu`: pytest's last lines, also of what was stopped when its time was over."""
+def shares(shapes: list[str], parts: list[str]) -> dict[str, float]:
+    """What each part may take of the time, in their order."""
+    models = {"models"} if {"decode", "prefill", "evaluate", "gptq"} & set(parts) else set()
+    wanted = {part: share for part, share in SHARES.items() if part in {*parts, *models}}
+    tests = {"tests": wanted.pop("tests")} if "tests" in wanted else {}
+    return {**tests, **{f"{shape} {part}": share for shape in shapes for part, share in wanted.items()}}
+
+
+def run_tests(limit: float) -> dict[str, Any]:
+    """The tests marked `gpu`: pytest's last lines, also of what was stopped after so many seconds."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--continue-on-collection-errors"]
     if find_spec("xdist"):
         command += ["-n", str(min(8, os.cpu_count() or 1))]
     command += ["tests/contract", "tests/unit"]  # of which some need packages that a bare machine may lack
     with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
         try:
-            code = subprocess.run(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT, timeout=TESTING).returncode
+            code = subprocess.run(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT, timeout=limit).returncode
             found: dict[str, Any] = {"code": code}
         except subprocess.TimeoutExpired:
-            found = {"error": f"not done in {TESTING} seconds"}
+            found = {"error": f"not done in {limit:.3g} seconds"}
         said.seek(0)
         return {**found, "last": said.read().strip().splitlines()[-12:]}
 
 
-def kernels(shape: str, device: torch.device, repeats: int) -> dict[str, Any]:
+def kernels(shape: str, device: torch.device, repeats: int, clock: Clock) -> dict[str, Any]:
     """{weight: {rows: {grid kernel: microseconds, share of the bandwidth}}} of every kernel that runs there."""
     from neoquant.grids import make_grid
     from neoquant.kernels import KERNELS, ROUNDING
     from neoquant.quantizers import Nearest
 
     hidden, peak, found = SHAPES[shape][1], bandwidth(device), {}
-    for size in ((hidden, hidden), (4 * hidden, hidden), (hidden, 4 * hidden)):
+    sizes = ((hidden, hidden), (4 * hidden, hidden), (hidden, 4 * hidden))
+    within = Clock(clock.begin(f"{shape} kernels"), {f"{size} {rows}": 1 for size in sizes for rows in ROWS})
+    for size in sizes:
         w = torch.randn(size, generator=torch.Generator().manual_seed(0)).mul_(0.02)
         contestants: dict[str, tuple[list[Callable[[Tensor], Tensor]], int]] = {}
         plain = copies({"w": w.to(device, torch.bfloat16)})
@@ -146,18 +164,19 @@ def kernels(shape: str, device: torch.device, repeats: int) -> dict[str, Any]:
                     products = [partial(_product, kernel, s, grid, size) for s in states]
                     contestants[f"{name} {kernel.name}"] = products, sum(t.nbytes for t in states[0].values())
         found["x".join(map(str, size))] = {
-            str(rows): _turns(contestants, rows, size[1], device, repeats, peak) for rows in ROWS
+            str(rows): _turns(contestants, rows, size, device, repeats, peak, within) for rows in ROWS
         }
     return found
 
 
-def columns(shape: str, device: torch.device, repeats: int) -> dict[str, Any]:
+def columns(shape: str, device: torch.device, repeats: int, clock: Clock) -> dict[str, Any]:
     """{grid: {rows: microseconds of a block of 128 columns}}, of rows on their own and of those of heads, coupled; and
     what rounds them."""
     from neoquant.grids import make_grid
     from neoquant.quantizers.feedback import BLOCK, round_columns, whole_block
     from neoquant.quantizers.hessian import OutputFactor
 
+    clock.begin(f"{shape} columns")
     _, hidden, heads = SHAPES[shape]
     found: dict[str, Any] = {}
     upper, order = torch.eye(BLOCK, device=device), torch.arange(BLOCK, device=device)
@@ -170,8 +189,8 @@ def columns(shape: str, device: torch.device, repeats: int) -> dict[str, Any]:
         found[name] = {"rounded_by": "one call" if in_one_call else "a loop in torch"}
         for rows, coupled in (("alone", None), ("coupled", factor))[: 2 if in_one_call else 1]:  # it would take minutes
             step = partial(round_columns, w.T, upper, on_grid, order, None, coupled)
-            took = [seconds(step, device, 1) for _ in range(repeats + 1)][1:]
-            found[name][rows] = round(statistics.median(took) * 1e6, 1)
+            took = timed({rows: lambda step=step: seconds(step, device, 1)}, repeats, clock)[rows]
+            found[name][rows] = took if isinstance(took, dict) else round(took * 1e6, 1)
     return found
 
 
@@ -189,30 +208,51 @@ def copies(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 def _turns(
     contestants: dict[str, tuple[list[Callable[[Tensor], Tensor]], int]],
     rows: int,
-    columns: int,
+    size: tuple[int, int],
     device: torch.device,
     repeats: int,
     peak: float,
+    clock: Clock,
 ) -> dict[str, Any]:
-    x = torch.randn(rows, columns, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
-    times: dict[str, list[float]] = {name: [] for name in contestants}
+    clock.begin(f"{size} {rows}")
+    on_gpu = device.type == "cuda"
+    x = torch.randn(rows, size[1], device=device, dtype=torch.bfloat16 if on_gpu else torch.float32)
+    steps = {
+        name: partial(_cold, products, x, device)
+        for name, (products, _) in contestants.items()
+        if on_gpu or name != "bfloat16"
+    }
+    return {
+        name: took
+        if isinstance(took, dict)
+        else {"us": round(took * 1e6, 2), "of_bandwidth": round(contestants[name][1] / took / peak, 3)}
+        for name, took in timed(steps, repeats, clock).items()
+    }
+
+
+def _cold(products: list[Callable[[Tensor], Tensor]], x: Tensor, device: torch.device) -> float:
+    turn = cycle(products)
+    return seconds(lambda: next(turn)(x), device, len(products))
+
+
+def timed(steps: dict[str, Callable[[], float]], repeats: int, clock: Clock) -> dict[str, Any]:
+    """The median of the seconds that each step says, in turn, the first of them not counted; or why there is none."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    failed: dict[str, dict[str, str]] = {}
     with torch.inference_mode():
-        for repeat in range(repeats + 1):
-            for name, (products, _) in contestants.items():
-                if name == "bfloat16" and device.type == "cpu":
+        for repeat, name in product(range(repeats + 1), steps):
+            if clock.is_over():
+                break
+            if name not in failed:
+                try:
+                    took = steps[name]()
+                except Exception as error:
+                    failed[name] = {"error": f"{type(error).__name__}: {error}"}
                     continue
-                turn = cycle(products)
-                took = seconds(lambda turn=turn: next(turn)(x), device, len(products))
                 if repeat:
                     times[name].append(took)
-    return {
-        name: {
-            "us": round(statistics.median(took) * 1e6, 2),
-            "of_bandwidth": round(contestants[name][1] / statistics.median(took) / peak, 3),
-        }
-        for name, took in times.items()
-        if took
-    }
+    late = {"error": "not reached: its share of the time was over"}
+    return {name: failed.get(name) or (statistics.median(t) if t else late) for name, t in times.items()}
 
 
 def run_models(
@@ -225,20 +265,32 @@ def run_models(
     wanted = [part for part in ("decode", "prefill", "evaluate") if part in args.parts]
     if not wanted and "gptq" not in args.parts:
         return
-    make_source(shape, temp / "plain")
+    models: dict[str, Any] = {}
+
+    def prepare(clock: Clock) -> list[str]:
+        clock.begin(f"{shape} models")
+        make_source(shape, temp / "plain")
+        if wanted:
+            for name, (bits, kind, options) in RECIPES.items():
+                quantize(temp / "plain", temp / name, Recipe.simple(bits, kind, **options))
+            models.update(load_models(temp, device))
+        return sorted(models)
+
+    def measure(part: str, clock: Clock) -> dict[str, Any]:
+        clock.begin(f"{shape} {part}")
+        steps = {"decode": decode_steps, "prefill": prefill_steps, "evaluate": evaluate_steps}[part]
+        return take_turns(steps(models, 50257, device, args.new_tokens), device, args.repeats, clock)
+
+    record(f"{shape} models", prepare)
     if wanted:
-        for name, (bits, kind, options) in RECIPES.items():
-            quantize(temp / "plain", temp / name, Recipe.simple(bits, kind, **options))
-        models = load_models(temp, device)
-        record(f"{shape} bytes a token", lambda: {n: read_by_a_token(m) for n, m in models.items() if "neoquant" in n})
-        vocabulary = 50257
-        steps = {"decode": decode_steps, "prefill": prefill_steps, "evaluate": evaluate_steps}
-        for part in wanted:
-            made = partial(steps[part], models, vocabulary, device, args.new_tokens)
-            record(f"{shape} {part}", lambda made=made: take_turns(made(), device, args.repeats))
-        del models
+        ours = {name: model for name, model in models.items() if "neoquant" in name}
+        record(f"{shape} bytes a token", lambda clock: {name: read_by_a_token(model) for name, model in ours.items()})
+        del ours
+    for part in wanted:
+        record(f"{shape} {part}", partial(measure, part))
+    models.clear()
     if "gptq" in args.parts:
-        record(f"{shape} gptq", lambda: gptq(temp, device))
+        record(f"{shape} gptq", lambda clock: gptq(temp, device))
 
 
 def load_models(temp: Path, device: torch.device) -> dict[str, Any]:
@@ -306,36 +358,38 @@ def prefill_steps(
 def evaluate_steps(
     models: dict[str, Any], vocabulary: int, device: torch.device, new: int
 ) -> dict[str, tuple[Step, int]]:
-    """The mean negative log-likelihood of WINDOWS windows of 1,024 tokens, four at a time."""
-    batches = torch.randint(0, vocabulary, (WINDOWS, 1024), device=device).split(4)
+    """The mean negative log-likelihood of WINDOWS windows, four at a time; and, of ours, each token's, which comes
+    to the host, as `neoquant eval` scores them."""
+    from neoquant.evaluation.corpus import Window
+    from neoquant.evaluation.scoring import batch_limits, batches, score_batches
+
+    ids = torch.randint(0, vocabulary, (WINDOWS, WINDOW + 1), dtype=torch.int32)
+    windows = [Window(number, row, WINDOW) for number, row in enumerate(ids)]
+    limits = batch_limits(device)
+    work = [[windows[number] for number in batch] for batch in batches(windows, limits.positions)]
+    given = ids[:, :-1].long().to(device).split(4)
 
     def run(model: Any) -> list[Tensor]:
-        return [model(ids, labels=ids).loss for ids in batches]
+        return [model(some, labels=some).loss for some in given]
 
-    return {name: (lambda m=model: run(m), WINDOWS * 1024) for name, model in models.items()}
+    def score(model: Any) -> float:
+        return sum(float(s.nats.sum()) for (s,) in score_batches([model], work, limits.rows, lambda tokens: None))
+
+    steps: dict[str, tuple[Step, int]] = {}
+    for name, model in models.items():
+        steps[name] = partial(run, model), WINDOWS * WINDOW
+        if name.startswith("neoquant"):
+            steps[f"{name}, scored"] = partial(score, model), WINDOWS * WINDOW
+    return steps
 
 
-def take_turns(steps: dict[str, tuple[Step, int]], device: torch.device, repeats: int) -> dict[str, Any]:
+def take_turns(steps: dict[str, tuple[Step, int]], device: torch.device, repeats: int, clock: Clock) -> dict[str, Any]:
     """Tokens a second, medians."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    failed: dict[str, str] = {}
-    with torch.inference_mode():
-        for repeat in range(repeats + 1):
-            for name, (step, _) in steps.items():
-                if name in failed:
-                    continue
-                try:
-                    took = seconds(step, device, 1)
-                except Exception as error:
-                    failed[name] = f"{type(error).__name__}: {error}"
-                    continue
-                if repeat:
-                    times[name].append(took)
-    found: dict[str, Any] = {name: {"error": error} for name, error in failed.items()}
-    for name, (_, tokens) in steps.items():
-        if times[name]:
-            found[name] = {"tokens_per_s": round(tokens / statistics.median(times[name]), 1)}
-    return found
+    found = timed({name: partial(seconds, step, device, 1) for name, (step, _) in steps.items()}, repeats, clock)
+    return {
+        name: took if isinstance(took, dict) else {"tokens_per_s": round(steps[name][1] / took, 1)}
+        for name, took in found.items()
+    }
 
 
 def gptq(temp: Path, device: torch.device) -> dict[str, Any]:

@@ -27,14 +27,14 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     for name, value in {
         "ROWS": (1, 5),
         "PROMPT": 300,
-        "WINDOWS": 1,
+        "WINDOWS": 2,
+        "WINDOW": 24,
         "CONTEXT": 8,
         "bandwidth": lambda device: 1e12,
     }.items():
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(module, "RECIPES", {"nf4": module.RECIPES["nf4"]})
     monkeypatch.setattr(module, "copies", lambda state: [state])
-    monkeypatch.setattr(module, "evaluate_steps", lambda models, *given: module.prefill_steps(models, *given))
     return module
 
 
@@ -46,7 +46,7 @@ def test_every_part_runs(script: ModuleType, gpu: Counts, tmp_path: Path, monkey
     script.main()
     result = json.loads(json_path.read_text())
     assert result["device"] == "simulated" and set(result["parts"]) == {
-        f"tiny {part}" for part in [*parts, "bytes a token"]
+        f"tiny {part}" for part in [*parts, "models", "bytes a token"]
     }
     for name, part in result["parts"].items():
         assert "error" not in json.dumps(part), name
@@ -55,8 +55,54 @@ def test_every_part_runs(script: ModuleType, gpu: Counts, tmp_path: Path, monkey
 
 def test_tests_that_take_too_long_are_stopped_and_said(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script, "find_spec", lambda name: None)
-    monkeypatch.setattr(script, "TESTING", 0.01)
-    assert script.run_tests() == {"error": "not done in 0.01 seconds", "last": []}
+    assert script.run_tests(0.01) == {"error": "not done in 0.01 seconds", "last": []}
+
+
+def test_parts_share_the_time(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one leaves is for those after it."""
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    shares = script.shares(["a", "b"], ["tests", "decode"])
+    assert list(shares) == ["tests", "a models", "a decode", "b models", "b decode"] and shares["tests"] == 4
+    clock = importlib.import_module("clock").Clock(200.0, shares)
+    assert clock.begin("tests") == 40
+    now[0] += 20
+    assert not clock.is_over() and clock.left() == 180
+    assert clock.begin("a models") == 180 * 3 / 16
+    now[0] += 100
+    assert clock.is_over() and clock.begin("a decode") == 80 * 5 / 13
+    now[0] += 90
+    assert clock.left() == -10 and clock.begin("b models") == 0
+
+
+def test_when_the_time_is_over_what_was_measured_is_kept(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, clock = [0.0], importlib.import_module("clock").Clock
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def step(took: float) -> float:
+        now[0] += took
+        if took == 3:
+            raise ValueError("no memory")
+        return took
+
+    steps = {f"of {took}": lambda took=took: step(took) for took in (1, 3, 2)}
+    late = {"error": "not reached: its share of the time was over"}
+    failed = {"error": "ValueError: no memory"}
+    assert script.timed(steps, 3, clock(100, {})) == {"of 1": 1, "of 3": failed, "of 2": 2}
+    assert script.timed(steps, 3, clock(6.5, {})) == {"of 1": 1, "of 3": failed, "of 2": late}
+    assert script.timed(steps, 3, clock(2, {})) == {"of 1": late, "of 3": failed, "of 2": late}
+
+
+def test_what_cannot_begin_is_said(
+    script: ModuleType, gpu: Counts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    json_path = tmp_path / "gpu.json"
+    options = ["--shapes", "tiny", "--seconds", "0", "--temp", str(tmp_path), "--parts", "decode", "gptq"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *options, "--json", str(json_path)])
+    script.main()
+    parts = json.loads(json_path.read_text())["parts"]
+    assert set(parts) == {f"tiny {part}" for part in ("models", "bytes a token", "decode", "gptq")}
+    assert all(part["found"] == {"error": "TimeoutError: not begun: 0 seconds were over"} for part in parts.values())
 
 
 def test_goals_are_compared_with_what_was_measured(script: ModuleType) -> None:
