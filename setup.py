@@ -24,9 +24,11 @@ HEADERS = [
     *(f"simd_{isa}.h" for isa in ("portable", "avx2", "avx512", "neon")),
 ]
 
-# No contraction to fused multiply-add: where a rounding decides a byte, it is bitsandbytes' rounding. Python's own
-# flags ask for a debugger's tables, which are nine tenths of the library.
-FLAGS = ["-O3", "-g0", "-std=gnu11", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"]
+# No contraction to fused multiply-add: where a rounding decides a byte, it is bitsandbytes' rounding. Nobody catches
+# floating-point exceptions: lest they were raised otherwise, compilers would leave a choice between two numbers out of
+# vectors where there are no masks, as with AVX2. Python's own flags ask for a debugger's tables, which are nine tenths of
+# the library.
+FLAGS = ["-O3", "-g0", "-std=gnu11", "-ffp-contract=off", "-fno-trapping-math", "-fvisibility=hidden", "-pthread"]
 
 
 class BuildNative(build_ext):

@@ -27,7 +27,7 @@ SWITCH = "NEOQUANT_ISA"
 TEAMS = ("own", "openmp")
 TEAM_SWITCH = "NEOQUANT_TEAM"
 FOLDER = Path(__file__).parent  # where the library was put when neoquant was installed
-VERSION = 14  # of the C functions' signatures, as in parallel.c
+VERSION = 15  # of the C functions' signatures, as in parallel.c
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _LEVELS = (*(_POINTER,) * 4, _LONG, _INT, *(_POINTER,) * 3)  # where the values of columns may lie

@@ -15,17 +15,36 @@ const struct nq_kernels *nq_kernels_of(int isa) {
 
 /* The same rows of x meet several weights, that want them laid out alike. */
 struct together {
+    const struct nq_kernels *kernels;
     const struct nq_way *way;
+    const struct nq_linear *linears;
     struct nq_product parts[NQ_TOGETHER];
     int n;
+    int64_t first; /* row of x that the parts begin with */
 };
+
+/* What follows the product, for rows [begin, end) of a weight. */
+static void finish(const struct together *t, int i, int64_t begin, int64_t end) {
+    const struct nq_linear *linear = &t->linears[i];
+    const int64_t rows = linear->w->rows, n = end - begin;
+    if (linear->activation == NQ_IDENTITY && !linear->beside) return;
+    for (int64_t m = t->first; m < t->first + t->parts[i].count; m++) {
+        const int64_t at = m * rows + begin;
+        if (linear->activation != NQ_IDENTITY) t->kernels->activate(linear->y + at, n, linear->activation);
+        if (linear->beside)
+            for (int64_t k = at; k < at + n; k++) linear->sum[k] = linear->beside[k] + linear->y[k];
+    }
+}
 
 /* Rows [begin, end) of all weights, counted through. */
 static void run_together(void *argument, int64_t begin, int64_t end) {
     struct together *t = argument;
     for (int i = 0; i < t->n; i++) {
-        const int64_t rows = t->parts[i].w->rows;
-        if (begin < rows && end > 0) t->way->run(&t->parts[i], begin > 0 ? begin : 0, nq_min(end, rows));
+        const int64_t rows = t->parts[i].w->rows, first = begin > 0 ? begin : 0, last = nq_min(end, rows);
+        if (first < last) {
+            t->way->run(&t->parts[i], first, last);
+            finish(t, i, first, last);
+        }
         begin -= rows, end -= rows;
     }
 }
@@ -55,12 +74,13 @@ static int64_t grain_of(const struct nq_way *way, int64_t rows, int threads) {
 
 /* NQ_MOST_ROWS of x at a time; the weights are decoded once for each. */
 static int multiply(
-    const struct nq_way *way, const struct nq_linear *linears, int n, const float *x, int64_t count, int threads) {
+    const struct nq_kernels *kernels, const struct nq_way *way, const struct nq_linear *linears, int n, const float *x,
+    int64_t count, int threads) {
     const int64_t columns = linears->w->columns, speed = way->tile > 1 ? MANY_SPEED : FEW_SPEED;
     atomic_int starved = 0;
     for (int64_t m = 0; m < count && !starved; m += NQ_MOST_ROWS) {
         const int64_t some = nq_min(NQ_MOST_ROWS, count - m);
-        struct together t = {.way = way, .n = n};
+        struct together t = {.kernels = kernels, .way = way, .linears = linears, .n = n, .first = m};
         int64_t rows = 0;
         for (int i = 0; i < n; rows += linears[i++].w->rows)
             t.parts[i] = (struct nq_product){linears[i].w, x + m * columns, linears[i].bias,
@@ -81,19 +101,19 @@ int nq_products(
     for (int first = 0, last; first < n && !failed; first = last) {
         for (last = first + 1; last < n && wants_alike(&linears[first], &linears[last]);) last++;
         const struct nq_way *way = way_of(kernels, &linears[first], count);
-        failed = multiply(way, linears + first, last - first, x, count, threads);
+        failed = multiply(kernels, way, linears + first, last - first, x, count, threads);
     }
     return failed;
 }
 
 NQ_EXPORT int nq_multiply(
     const struct nq_weight *w, const float *x, int64_t count, const float *bias, float *y, int isa, int threads) {
-    return nq_products(nq_kernels_of(isa), &(struct nq_linear){w, bias, y, 0}, 1, x, count, threads);
+    return nq_products(nq_kernels_of(isa), &(struct nq_linear){.w = w, .bias = bias, .y = y}, 1, x, count, threads);
 }
 
 NQ_EXPORT int nq_multiply_int8(
     const struct nq_weight *w, const float *x, int64_t count, const float *bias, float *y, int isa, int threads) {
-    return nq_products(nq_kernels_of(isa), &(struct nq_linear){w, bias, y, 1}, 1, x, count, threads);
+    return nq_products(nq_kernels_of(isa), &(struct nq_linear){.w = w, .bias = bias, .y = y, .int8 = 1}, 1, x, count, threads);
 }
 
 struct decoding {

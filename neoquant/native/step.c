@@ -34,45 +34,40 @@ struct step {
     int64_t C, inner, size, positions, keep_stride, begin;
 };
 
-static void norm_rows(void *argument, int64_t begin, int64_t end) {
-    const struct step *s = argument;
+struct norms {
+    const struct step *s;
+    const float *from; /* [rows, C] */
+    int which;         /* the first norm or the second */
+};
+
+static void norm_range(void *argument, int64_t begin, int64_t end) {
+    const struct norms *norms = argument;
+    const struct step *s = norms->s;
+    const float *const *of = &s->b->norms[2 * norms->which];
     for (int64_t i = begin; i < end; i++)
         s->kernels->norm(
-            s->x + (s->begin + i) * s->C, s->b->norms[0], s->b->norms[1], s->C, s->b->epsilons[0], s->normed + i * s->C);
+            norms->from + (s->begin + i) * s->C, of[0], of[1], s->C, s->b->epsilons[norms->which], s->normed + i * s->C);
 }
 
-static void add(float *to, const float *from, int64_t n) {
-    for (int64_t i = 0; i < n; i++) to[i] += from[i];
-}
-
-/* x beside what attention gave, y, and the norm of their sum. */
-static void add_and_norm_rows(void *argument, int64_t begin, int64_t end) {
-    const struct step *s = argument;
-    for (int64_t i = begin; i < end; i++) {
-        const int64_t at = (s->begin + i) * s->C;
-        add(s->y + at, s->x + at, s->C);
-        s->kernels->norm(s->y + at, s->b->norms[2], s->b->norms[3], s->C, s->b->epsilons[1], s->normed + i * s->C);
-    }
-}
-
-static void activate_rows(void *argument, int64_t begin, int64_t end) {
-    const struct step *s = argument;
-    s->kernels->activate(s->wide + begin * s->inner, (end - begin) * s->inner, s->b->activation);
-}
-
-/* What the MLP gave beside that. */
-static void add_rows(void *argument, int64_t begin, int64_t end) {
-    const struct step *s = argument;
-    add(s->y + (s->begin + begin) * s->C, s->query + begin * s->C, (end - begin) * s->C);
+static void norm_rows(const struct step *s, int64_t n, const float *from, int which) {
+    struct norms norms = {s, from, which};
+    nq_parallel(s->threads, n, 1, n * s->C / 2, norm_range, &norms);
 }
 
 static struct nq_linear linear(const struct step *s, int which, float *y) {
-    return (struct nq_linear){s->b->weights[which], s->b->biases[which], y, s->b->int8 >> which & 1};
+    return (struct nq_linear){
+        .w = s->b->weights[which], .bias = s->b->biases[which], .y = y, .int8 = s->b->int8 >> which & 1};
 }
 
-static int product(const struct step *s, int which, const float *from, int64_t n, float *y) {
-    const struct nq_linear one = linear(s, which, y);
+static int product(const struct step *s, struct nq_linear one, const float *from, int64_t n) {
     return nq_products(s->kernels, &one, 1, from, n, s->threads);
+}
+
+/* A branch ends: y becomes `beside` plus the product. */
+static int product_beside(const struct step *s, int which, const float *from, int64_t n, const float *beside) {
+    struct nq_linear one = linear(s, which, s->query);
+    one.beside = beside + s->begin * s->C, one.sum = s->y + s->begin * s->C;
+    return product(s, one, from, n);
 }
 
 static void hold_rows(const struct step *s, int64_t n, const float *from, struct nq_states to) {
@@ -103,19 +98,16 @@ static int attend_rows(const struct step *s, int64_t n) {
 
 /* Rows [begin, begin + n) of x. */
 static int step_rows(const struct step *s, int64_t n) {
-    const int threads = s->threads;
-    const int64_t numbers = n * s->C;
     const struct nq_linear seen[] = {linear(s, QUERY, s->query), linear(s, KEY, s->key), linear(s, VALUE, s->value)};
-    nq_parallel(threads, n, 1, numbers / 2, norm_rows, (void *)s);
-    if (nq_products(s->kernels, seen, 3, s->normed, n, threads)) return NQ_NO_MEMORY;
+    struct nq_linear fc = linear(s, FC, s->wide);
+    fc.activation = s->b->activation;
+    norm_rows(s, n, s->x, 0);
+    if (nq_products(s->kernels, seen, 3, s->normed, n, s->threads)) return NQ_NO_MEMORY;
     hold_rows(s, n, s->key, s->cached->keys);
     hold_rows(s, n, s->value, s->cached->values);
-    if (attend_rows(s, n) || product(s, OUT, s->normed, n, s->y + s->begin * s->C)) return NQ_NO_MEMORY;
-    nq_parallel(threads, n, 1, numbers, add_and_norm_rows, (void *)s);
-    if (product(s, FC, s->normed, n, s->wide)) return NQ_NO_MEMORY;
-    nq_parallel(threads, n, 1, n * s->inner / 2, activate_rows, (void *)s);
-    if (product(s, PROJ, s->wide, n, s->query)) return NQ_NO_MEMORY;
-    nq_parallel(threads, n, 1, numbers / 2, add_rows, (void *)s);
+    if (attend_rows(s, n) || product_beside(s, OUT, s->normed, n, s->x)) return NQ_NO_MEMORY;
+    norm_rows(s, n, s->y, 1);
+    if (product(s, fc, s->normed, n) || product_beside(s, PROJ, s->wide, n, s->y)) return NQ_NO_MEMORY;
     return 0;
 }
 

@@ -294,7 +294,8 @@ static void attend(void *argument, int64_t begin, int64_t end) {
         return;
     }
     for (int64_t item = begin; item < end; item++) {
-        const int64_t panel = item % a->panels, head = item / a->panels % a->heads;
+        const int64_t panel = a->panels - 1 - item % a->panels; /* the last looks back furthest: first, lest others wait */
+        const int64_t head = item / a->panels % a->heads;
         const int64_t sequence = a->begin / a->positions + item / a->panels / a->heads;
         const int64_t start = sequence * a->positions, stop = nq_min(start + a->positions, a->end);
         int64_t row = (start < a->begin ? a->begin : start) + panel * PANEL;

@@ -12,7 +12,7 @@ from torch import Tensor
 from neoquant.native.loader import ISAS, active, address, threads
 from neoquant.native.products import Weight
 
-ACTIVATIONS = {"gelu_new": 0, "gelu_pytorch_tanh": 0, "relu": 1}  # by their number in weight.h
+ACTIVATIONS = {"gelu_new": 1, "gelu_pytorch_tanh": 1, "relu": 2}  # by their number in weight.h
 
 STORED = {torch.float32: 0, torch.float16: 1, torch.uint8: 2}
 """How keys and values may be held, by their number in weight.h; bytes have a scale for each head and position."""

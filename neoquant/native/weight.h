@@ -89,7 +89,7 @@ struct nq_attention {
     atomic_int *starved;        /* set where memory is wanting */
 };
 
-enum nq_activation { NQ_GELU_TANH = 0, NQ_RELU = 1 };
+enum nq_activation { NQ_IDENTITY = 0, NQ_GELU_TANH = 1, NQ_RELU = 2 };
 
 /* What there is for one instruction set. */
 struct nq_kernels {
@@ -107,12 +107,16 @@ enum { NQ_MOST_ROWS = 480 };
 const struct nq_kernels *nq_kernels_of(int isa);
 
 /* A weight with its bias[rows] (or 0), and y[count, rows], in float32. With `int8`, x is rounded to int8 in runs of inputs;
- * codebooks of rows that are no multiple of 8 are not known then. */
+ * codebooks of rows that are no multiple of 8 are not known then. What follows is done to a piece of y by the thread that
+ * has just computed it, for another would have to fetch it: an activation, and `sum` = `beside` + y, each [count, rows]. */
 struct nq_linear {
     const struct nq_weight *w;
     const float *bias;
     float *y;
     int int8;
+    enum nq_activation activation;
+    const float *beside; /* or 0 */
+    float *sum;          /* may be where `beside` is */
 };
 enum { NQ_TOGETHER = 3 };
 
