@@ -87,6 +87,7 @@ class NativeBlock:
         """`layers` are q, k, v, out, fc and proj; `norms` are weight and bias [C] of the norm before attention and of
         the one before the MLP."""
         self.layers = layers  # their descriptions are pointed to
+        self.size = sum(layer.weight.rows * layer.weight.columns for layer in layers)
         biases = [None if layer.bias is None else layer.bias.data_ptr() for layer in layers]
         self.struct = _Block(
             (_Pointer * _LINEARS)(*[layer.weight.address for layer in layers]),

@@ -27,14 +27,17 @@ from neoquant.nn.fused_block import (
 from neoquant.nn.linear import is_hooked, is_traced
 
 ROWS_AT_ONCE = 64
-"""Rows that go through all blocks in one call. For more, what lies between two calls is nothing beside them."""
+"""Rows that go through all blocks in one call."""
+WORK_AT_ONCE = 2**29
+"""Multiplications in a block up to which more rows do. For more, what lies between two calls is nothing beside them, and
+an interruption is heard there."""
 
 
 def fused_blocks(blocks: nn.ModuleList, x: Tensor, masks: AttentionMasks, cache: KVCache | None) -> Tensor | None:
     """x[B, T, C] through all blocks: [B, T, C], with their keys and values added to `cache`; or None, and nothing done.
 
-    None is given where there is no cache, for more than ROWS_AT_ONCE rows, and where `fused_block` would give it for
-    any of the blocks, or hooks listen to one.
+    None is given where there is no cache, for many rows (ROWS_AT_ONCE, WORK_AT_ONCE), and where `fused_block` would give
+    it for any of the blocks, or hooks listen to one.
     """
     if cache is None or is_traced():
         return None
@@ -42,7 +45,7 @@ def fused_blocks(blocks: nn.ModuleList, x: Tensor, masks: AttentionMasks, cache:
         _ROWS.pop(blocks, None)  # see prepared_block
         return None
     rows, positions, width = x.shape
-    if rows * positions > ROWS_AT_ONCE or not belongs(masks, rows, positions, cache.length):
+    if not belongs(masks, rows, positions, cache.length):
         return None
     row = _row_of(blocks)
     if row is None or not row.takes(rows * positions, width):
@@ -67,6 +70,7 @@ class _Row:
         self.native = NativeBlocks([one.native for one in prepared])
         self._widths = {one.width for one in prepared}
         self._plain = any(one.plain for one in prepared)
+        self._most_rows = max(ROWS_AT_ONCE, WORK_AT_ONCE // max(one.native.size for one in prepared))
 
     def holds(self, blocks: list[nn.Module]) -> bool:
         """Whether these are the blocks, and nothing about them has changed."""
@@ -79,7 +83,8 @@ class _Row:
 
     def takes(self, rows: int, width: int) -> bool:
         """Whether so many rows of that width may go through."""
-        return self._widths == {width} and (rows <= FEW or not self._plain or outruns_torch())
+        few = rows <= FEW or not self._plain or outruns_torch()
+        return few and rows <= self._most_rows and self._widths == {width}
 
 
 def _steps_alone(block: nn.Module) -> bool:

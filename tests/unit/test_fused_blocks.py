@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from neoquant import native
 from neoquant.loading.pretrained import GPTNeoModel, load
 from neoquant.model.cache import KVCache
-from neoquant.nn.fused_blocks import _ROWS, ROWS_AT_ONCE, fused_blocks
+from neoquant.nn.fused_blocks import _ROWS, ROWS_AT_ONCE, WORK_AT_ONCE, fused_blocks
 
 needs_native = pytest.mark.skipif(native.active().library is None, reason=native.active().reason)
 IDS = torch.arange(8)[None]
@@ -60,9 +61,14 @@ def test_bits_are_those_of_block_after_block(isa: str, data: st.DataObject) -> N
     length = prompt + at_once * data.draw(st.sampled_from([1, 2, 5]))
     ids = torch.randint(0, 17, (rows, length), generator=torch.Generator().manual_seed(rows))
     keep = torch.arange(length) >= torch.arange(rows)[:, None] if data.draw(st.booleans()) else None
-    with forced(isa, data.draw(st.sampled_from([1, 3]))), torch.inference_mode():
+    work = data.draw(st.sampled_from([1, WORK_AT_ONCE]))
+    with (
+        forced(isa, data.draw(st.sampled_from([1, 3]))),
+        mock.patch("neoquant.nn.fused_blocks.WORK_AT_ONCE", work),
+        torch.inference_mode(),
+    ):
         found, cache = generate(model, ids, prompt, keep, at_once, storage)
-        assert taken == [rows * prompt <= ROWS_AT_ONCE, *[True] * (len(taken) - 1)]
+        assert taken == [rows * prompt <= ROWS_AT_ONCE or work > 1, *[True] * (len(taken) - 1)]
         assert torch.equal(found, one_by_one(model, ids, prompt, keep, at_once, storage))
         assert cache.length == length
 
