@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import neoquant
 from neoquant.errors import OutputError, RequestError
@@ -30,8 +31,14 @@ RECIPES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "4 bits, float zeros": (4, "affine", {"group_size": 32, "float_zero": True}),
     "4 bits, whole rows": (4, "affine", {"group_size": -1}),
     "8 bits": (8, "affine", {"group_size": 64}),
+    "4 bits, groups of 128": (4, "affine", {"group_size": 128}),
+    "4 bits, groups of 256, float zeros": (4, "affine", {"group_size": 256, "float_zero": True}),
+    "4 bits, groups of 256, symmetric": (4, "affine", {"group_size": 256, "symmetric": True}),
+    "8 bits, groups of 128, symmetric": (8, "affine", {"group_size": 128, "symmetric": True}),
+    "8 bits, groups of 256": (8, "affine", {"group_size": 256}),
 }
-FILES = {"nf4": "bnb4", "fp4": "bnb4", "int8": "quantized", "8 bits": "quantized"}
+WIDE = 272  # inputs, for groups of 128 and 256: one and a short one, or two, and four times as many behind
+FILES = {"nf4": "bnb4", "fp4": "bnb4", "int8": "quantized", **{name: "quantized" for name in RECIPES if name[0] == "8"}}
 
 
 class Session:
@@ -69,6 +76,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
     root = tmp_path_factory.mktemp("onnx")
     plain = write_tiny_model(root / "plain", hidden_size=48, num_heads=4)
+    wide = write_tiny_model(root / "wide", hidden_size=WIDE, num_heads=17, intermediate_size=4 * WIDE)
+    weights = load_file(wide / "model.safetensors")  # drawn so that sums, and what rounding does to them, are as large
+    weights |= {n: each * (48 / WIDE) ** 0.5 for n, each in weights.items() if each.dim() == 2 and ".h." in n}
+    save_file(weights, wide / "model.safetensors", metadata={"format": "pt"})
     known: dict[str, tuple[Path, Any, Session]] = {}
 
     def of(name: str) -> tuple[Path, Any, Session]:
@@ -76,7 +87,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
             folder = plain if name == "plain" else root / name.replace(", ", "-").replace(" ", "-")
             if name != "plain":
                 size, kind, options = RECIPES[name]
-                neoquant.quantize(plain, folder, Recipe.simple(size, kind, **options))
+                source = wide if options.get("group_size", 0) >= 128 else plain
+                neoquant.quantize(source, folder, Recipe.simple(size, kind, **options))
             result = export(folder, root / f"{folder.name}-onnx")
             known[name] = folder, neoquant.AutoModelForCausalLM.from_pretrained(folder), Session(result.file)
         return known[name]
@@ -94,7 +106,7 @@ def test_logits_are_neoquants(made: Made, name: str) -> None:
             keep = torch.ones_like(ids)
             keep[1, T - T // 3 :] = 0
             expected = model(ids, keep).logits
-            bound = 2e-6 * expected.abs().max()
+            bound = 2e-6 * (model.config.hidden_size / 48) ** 0.5 * expected.abs().max()  # as roundings of sums add up
             found, _ = session(ids, keep)
             assert (found - expected)[keep.bool()].abs().max() <= bound
             whole, (first, past) = model(ids).logits, session(ids[:, : (T + 1) // 2])
