@@ -14,12 +14,16 @@ from torch import Tensor
 from neoquant.errors import ConfigError, RequestError, locate
 from neoquant.files.reading import read_json
 from neoquant.generation.generate import Sampling
-from neoquant.generation.words import ONLY, WITHOUT_EFFECT, fault
+from neoquant.generation.words import ON_THE_HUB, ONLY, WITHOUT_EFFECT, fault
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.gpt_neo import CausalLM
 
 FILE = "generation_config.json"
 DEFAULT_NEW_TOKENS = 20  # transformers' own
+
+
+class OnlyInTransformersError(RequestError):
+    """What is asked for is not done here, but by transformers, on the same tensors."""
 
 
 @dataclass
@@ -152,16 +156,21 @@ class GenerationConfig:
         return replace(self, **ours, others={name: value for name, value in self.others.items() if name not in names})
 
     def require_possible(self) -> None:
-        """Raise RequestError for what transformers would do and neoquant does not."""
-        faults = []
+        """Raise RequestError for what neoquant does not do: OnlyInTransformersError if transformers does it by itself,
+        without code from the hub."""
+        faults, repositories = [], []
         for name, value in self.others.items():
             only = ONLY[name]
             if value not in only:
                 instead = " or ".join(map(repr, only)) or "None"
                 given = f"a {type(value).__name__}" if isinstance(value, Tensor) else f"{value!r:.80}"
                 faults.append(f"{name} is {given}; neoquant generates with {instead} only")
+                repositories += [ON_THE_HUB[name]] if name in ON_THE_HUB else []
+        if repositories and self.others.get("custom_generate") is None:
+            way = f"model.to_transformers().generate runs custom_generate={repositories[0]!r}, code of the hub, for it"
+            raise RequestError("; ".join(faults) + f" (in Python, {way})")
         if faults:
-            raise RequestError("; ".join(faults) + " (in Python, model.to_transformers().generate takes it)")
+            raise OnlyInTransformersError("; ".join(faults) + " (in Python, model.to_transformers().generate takes it)")
 
     def to_dict(self) -> dict[str, Any]:
         """What is stated."""

@@ -55,6 +55,16 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
     "assistant_tokenizer": (),
     "custom_generate": (),
 }
+_HUB = {
+    "penalty_alpha": "contrastive-search",
+    "dola_layers": "dola",
+    "num_beam_groups": "group-beam-search",
+    "diversity_penalty": "group-beam-search",
+    "force_words_ids": "constrained-beam-search",
+    "constraints": "constrained-beam-search",
+}
+ON_THE_HUB = {name: f"transformers-community/{repository}" for name, repository in _HUB.items()}
+"""What is no longer in transformers itself -> the repository on the hub whose code it runs instead."""
 # What changes no id that is generated: about speed, memory, beams that there are none of, or the file itself.
 WITHOUT_EFFECT = (
     "use_cache", "cache_config", "max_cache_len", "low_memory", "disable_compile", "compile_config",

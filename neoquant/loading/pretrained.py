@@ -14,13 +14,14 @@ from typing_extensions import Self
 from neoquant.checkpoint import SHARD_SIZE, Push, open_checkpoint
 from neoquant.errors import RequestError, locate
 from neoquant.generation.config import FILE as GENERATION_FILE
-from neoquant.generation.config import GenerationConfig
+from neoquant.generation.config import GenerationConfig, OnlyInTransformersError
 from neoquant.generation.drafting import drafter_of
 from neoquant.generation.generate import Processor, Streamer, as_ids, collect, generate, in_turn
 from neoquant.generation.outputs import KeptScores
 from neoquant.generation.padding import inferred_mask
 from neoquant.generation.speculative import stream_with_drafts
 from neoquant.generation.stopping import ends_by, ends_with
+from neoquant.loading.handed_over import generate_there
 from neoquant.loading.keywords import overrides
 from neoquant.loading.load import folder_of, load_model, read_model
 from neoquant.loading.methods import ModelMethods
@@ -249,6 +250,9 @@ class GPTNeoForCausalLM(PreTrainedModel, CausalLM):
 
         Returns a GenerateDecoderOnlyOutput with `return_dict_in_generate=True`.
 
+        What only transformers does (beams, guidance, `inputs_embeds`, attention weights, several prompts with drafts,
+        ...) it does, where it is installed: `to_transformers().generate` is called with the same arguments.
+
         Raises:
             ContextError: the result would not fit into the context.
             RequestError: an illegal value, or something that is not done here.
@@ -257,20 +261,21 @@ class GPTNeoForCausalLM(PreTrainedModel, CausalLM):
         if inputs is not None and input_ids is not None:
             raise RequestError("input_ids and inputs are two names of the same: give one of them")
         input_ids = inputs if input_ids is None else input_ids
-        config = self.settings(generation_config, asked)
-        ids = as_ids([[self._beginning(config)]] if input_ids is None else input_ids)
         given = {"attention_mask": attention_mask, "position_ids": position_ids, "token_type_ids": token_type_ids}
-        return self.generate_as(
-            config,
-            ids,
-            given,
-            tokenizer=tokenizer,
-            streamer=streamer,
-            assistant_model=assistant_model,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            past_key_values=given_cache(past_key_values, cache),
-        )
+        beside: dict[str, Any] = {
+            "tokenizer": tokenizer,
+            "streamer": streamer,
+            "assistant_model": assistant_model,
+            "logits_processor": logits_processor,
+            "stopping_criteria": stopping_criteria,
+            "past_key_values": given_cache(past_key_values, cache),
+        }
+        try:
+            config = self.settings(generation_config, asked)
+            ids = as_ids([[self._beginning(config)]] if input_ids is None else input_ids)
+            return self.generate_as(config, ids, given, **beside)
+        except OnlyInTransformersError as refusal:
+            return generate_there(self, refusal, input_ids, generation_config, {**given, **beside}, asked)
 
     def generate_as(
         self,
@@ -313,13 +318,15 @@ class GPTNeoForCausalLM(PreTrainedModel, CausalLM):
             made = generate(self, ids, **{**given, **options})
             return made if scores is None else scores.beside(made, made.shape[1] - ids.shape[1], cache)
         if logits_processor or scores is not None or cache is not None:
-            raise RequestError(
+            raise OnlyInTransformersError(
                 "drafts are checked together: logits_processor, return_dict_in_generate and past_key_values go without"
             )
         drafter = drafter_of(self, assistant_model, config.prompt_lookup_num_tokens, options["sampling"])
         mask = given.pop("attention_mask")
         if any(each is not None for each in given.values()) or not (mask is None or bool(mask.all())):
-            raise RequestError("drafts are for one prompt without padding, and positions and types that are its own")
+            raise OnlyInTransformersError(
+                "drafts are for one prompt without padding, and positions and types that are its own"
+            )
         return collect(ids.to(self.device), stream_with_drafts(self, ids, drafter, **options), streamer)
 
     def settings(self, generation_config: Any, asked: Mapping[str, Any]) -> GenerationConfig:

@@ -35,9 +35,10 @@ def to_transformers(network: Network) -> Any:
     values = network.config.to_dict() | {"dtype": dtype_name(network.dtype)}
     values.pop("quantization_config", None)
     config = transformers.GPTNeoConfig.from_dict(values)
-    with torch.device("meta"):
-        model = cls(config)
-    _give_masks(model, config, network.device)
+    with torch.random.fork_rng(devices=()):  # weights that are never looked at are drawn
+        with torch.device("meta"):
+            model = cls(config)
+        _give_masks(model, config, network.device)
     graft(network, model, getattr(model, "all_tied_weights_keys", {}))
     asked: Any = getattr(network, "generation_config", None)
     if asked is not None:

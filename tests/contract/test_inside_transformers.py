@@ -41,7 +41,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 IDS = torch.randint(1, 259, (3, 11), generator=torch.Generator().manual_seed(0))
 EVERY = pytest.mark.parametrize("name", RECIPES)
-FEW = pytest.mark.parametrize("name", ["own, 4 bits", "nf4", "int8", "gptq", "compressed"])
 quiet = pytest.mark.filterwarnings("ignore")  # transformers and peft warn of much that is not looked at here
 
 
@@ -134,7 +133,7 @@ def test_a_loaded_model_becomes_transformers_own(folder: Callable[[str], Path], 
     assert same(tensors(tmp_path / "out"), tensors(folder(name)))
 
 
-@FEW
+@EVERY
 def test_beams_and_sampling_are_those_of_the_plain_layers(folder: Callable[[str], Path], name: str) -> None:
     """The oracle is transformers with layers that hold the same values: no kernel, no block in one call."""
     model = inside.from_pretrained(folder(name))
@@ -204,7 +203,7 @@ def test_hooks_and_masks_of_ones_own_are_honoured(folder: Callable[[str], Path])
         assert (found[:, 10] - quick[:, 10]).abs().max() > 1e-3 * quick.abs().max()
 
 
-@FEW
+@EVERY
 @quiet
 def test_adapters_of_peft_are_trained_stopped_and_resumed(
     folder: Callable[[str], Path], name: str, tmp_path: Path
@@ -248,7 +247,7 @@ def test_adapters_of_peft_are_trained_stopped_and_resumed(
     assert all(torch.equal(v, before[k]) for k, v in again.named_buffers())
 
 
-@FEW
+@EVERY
 @quiet
 def test_pipelines_run(folder: Callable[[str], Path], name: str) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder(name))

@@ -241,7 +241,7 @@ def test_our_streamer_prints_the_text(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_beams": 4}, "num_beams is 4; neoquant generates with 1 only"),
+        ({"num_beams": 4, "seed": 1}, "num_beams is 4; neoquant generates with 1 only"),
         ({"max_new_token": 4}, "does not know 'max_new_token'; did you mean 'max_new_tokens'?"),
         ({"num_return_sequences": 2}, "1 without do_sample=True"),
         ({"max_length": 3}, "the prompt alone has 6 tokens"),
@@ -264,7 +264,8 @@ def test_what_a_folder_says_about_generating_counts(make_model: Callable[..., Pa
     model = neoquant.AutoModelForCausalLM.from_pretrained(folder)
     ids = torch.tensor([[1, 2, 3]])
     with pytest.raises(RequestError, match="generation settings: num_beams is 2; neoquant generates with 1 only"):
-        model.generate(ids)
+        model.generate(ids, seed=1)
+    assert model.generate(ids).shape == (1, 10)  # by transformers
     model.save_pretrained(tmp_path / "beams")
     stated = {"do_sample": True, "max_new_tokens": 7, "top_k": 3, "num_beams": 2}
     assert json.loads((tmp_path / "beams" / "generation_config.json").read_text()) == stated

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -153,8 +154,8 @@ def test_one_answer_ends_all_rows(pair: tuple[Any, Any]) -> None:
 
 def test_drafts_go_without_what_looks_at_single_tokens(pair: tuple[Any, Any]) -> None:
     for asked in ({"logits_processor": [lambda ids, logits: logits]}, {"return_dict_in_generate": True}):
-        with pytest.raises(RequestError, match="drafts are checked together"):
-            pair[0].generate(IDS[:1], max_new_tokens=2, prompt_lookup_num_tokens=3, **asked)
+        with pytest.raises(RequestError, match=r"drafts are checked together.*; seed, which only neoquant knows"):
+            pair[0].generate(IDS[:1], max_new_tokens=2, prompt_lookup_num_tokens=3, seed=1, **asked)
 
 
 def test_settings_may_be_changed(tiny_model: Path, tmp_path: Path) -> None:
@@ -167,8 +168,8 @@ def test_settings_may_be_changed(tiny_model: Path, tmp_path: Path) -> None:
     other = copy.deepcopy(config)
     model.save_pretrained(tmp_path / "saved")
     assert '"num_beams": 4' in (tmp_path / "saved" / "generation_config.json").read_text()
-    with pytest.raises(RequestError, match=r"num_beams is 4; .*model\.to_transformers\(\)\.generate takes it"):
-        model.generate([[1, 2]])
+    expected = model.to_transformers().generate(torch.tensor([[1, 2]]))
+    assert torch.equal(model.generate([[1, 2]]), expected) and expected.shape == (1, 5)
     config.num_beams = None
     assert other.num_beams == 4 and config.to_dict().get("num_beams") is None
     assert model.generate([[1, 2]], generation_config=other, num_beams=1).shape == (1, 5)
@@ -186,16 +187,83 @@ def test_illegal_values_are_named(pair: tuple[Any, Any], name: str) -> None:
         pair[0].generate(IDS, max_new_tokens=1, **{name: -1})
 
 
-def test_what_only_transformers_does_it_does_with_the_same_tensors(pair: tuple[Any, Any]) -> None:
-    with pytest.raises(RequestError, match=r"num_beams is 3; .*model\.to_transformers\(\)\.generate takes it"):
+def stated_by(kind: Any, asked: dict[str, Any]) -> Any:
+    config = kind()
+    for name, value in asked.items():
+        setattr(config, name, value)
+    return config
+
+
+THERE: list[dict[str, Any]] = [
+    {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.4},
+    {"num_beams": 2, "do_sample": True, "temperature": 0.7, "no_repeat_ngram_size": 2},
+    {"guidance_scale": 1.5},
+    {"typical_p": 0.4, "do_sample": True},
+    {"sequence_bias": [[[5], 3.0]], "renormalize_logits": True},
+    {"forced_eos_token_id": 4, "begin_suppress_tokens": [3]},
+    {"prompt_lookup_num_tokens": 2, "max_matching_ngram_size": 2},
+]
+
+
+@pytest.mark.parametrize("asked", THERE, ids=lambda asked: next(iter(asked)))
+@pytest.mark.parametrize("by", ["words", "ours", "theirs", "the model"])
+def test_what_only_transformers_does_it_does_with_the_same_tensors(
+    pair: tuple[Any, Any], asked: dict[str, Any], by: str
+) -> None:
+    """However it is asked for, it is what transformers' own model makes."""
+    rows = slice(0, 1) if "prompt_lookup_num_tokens" in asked else slice(None)
+    plain = {"max_new_tokens": 6, "pad_token_id": 0}
+    given = {"attention_mask": MASK[rows] | (rows.stop == 1)}
+    torch.manual_seed(4)
+    expected = pair[1].generate(IDS[rows], **given, **plain, **asked)
+    model = copy.deepcopy(pair[0])
+    torch.manual_seed(4)
+    if by == "words":
+        found = model.generate(IDS[rows], **given, **plain, **asked)
+    elif by == "the model":
+        model.generation_config = stated_by(neoquant.GenerationConfig, plain | asked)
+        found = model.generate(IDS[rows], **given)
+    else:
+        kind = neoquant.GenerationConfig if by == "ours" else transformers.GenerationConfig
+        found = model.generate(IDS[rows], **given, generation_config=stated_by(kind, plain | asked))
+    assert torch.equal(found, expected)
+
+
+def test_outputs_of_each_step_are_transformers(pair: tuple[Any, Any]) -> None:
+    options = {"output_attentions": True, "output_hidden_states": True, "return_dict_in_generate": True}
+    allowed = {"prefix_allowed_tokens_fn": lambda row, ids: [3, 7, 11 + row]}
+    embedded = {"inputs_embeds": pair[1].get_input_embeddings()(IDS).detach(), "attention_mask": MASK}
+    for prompt in ({"inputs": IDS, "attention_mask": MASK, **allowed}, embedded):
+        ours, theirs = (
+            model.generate(**prompt, **options, max_new_tokens=3, pad_token_id=0, eos_token_id=None) for model in pair
+        )
+        assert torch.equal(ours.sequences, theirs.sequences)
+        for name in ("attentions", "hidden_states"):
+            for mine, other in zip(getattr(ours, name), getattr(theirs, name), strict=True):
+                assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(mine, other, strict=True))
+
+
+def test_a_helper_of_ours_guesses_there_too(pair: tuple[Any, Any]) -> None:
+    given = {"max_new_tokens": 8, "pad_token_id": 0, "eos_token_id": None, "num_beams": 1}
+    alone = pair[0].generate(IDS[:1], **given)
+    found = pair[0].generate(IDS[:1], **given, assistant_model=pair[0], logits_processor=[lambda ids, logits: logits])
+    assert torch.equal(found, alone)
+
+
+def test_what_transformers_cannot_do_either_is_said(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RequestError, match=r"num_beams is 3; .*; seed, which only neoquant knows, does not go with it"):
+        pair[0].generate(IDS, num_beams=3, seed=2)
+    with pytest.raises(RequestError, match=r"num_beams is 3; .*; past_key_values of neoquant's do not go with it"):
+        pair[0].generate(IDS, num_beams=3, past_key_values=KVCache.of(pair[0].config))
+    for words, repository in (
+        ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive-search"), ({"num_beam_groups": 2}, "group-beam-search"),
+        ({"dola_layers": "low"}, "dola"), ({"force_words_ids": [[3]], "num_beams": 2}, "constrained-beam-search"),
+    ):  # fmt: skip
+        with pytest.raises(RequestError, match=f"custom_generate='transformers-community/{repository}"):
+            pair[0].generate(IDS, **words)
+    monkeypatch.setitem(sys.modules, "neoquant.transformers", None)
+    with pytest.raises(RequestError, match=r"num_beams is 3; .*; to_transformers needs the package transformers"):
         pair[0].generate(IDS, num_beams=3)
-    with pytest.raises(RequestError, match="inputs_embeds is a Tensor; "):
-        pair[0].generate(IDS, inputs_embeds=torch.zeros(2, 5, 16))
-    made = [
-        model.generate(IDS, attention_mask=MASK, num_beams=3, max_new_tokens=6, pad_token_id=0)
-        for model in (pair[0].to_transformers(), pair[1])
-    ]
-    assert made[0].tolist() == made[1].tolist()
 
 
 @pytest.mark.parametrize("sample", [False, True])
