@@ -9,7 +9,7 @@
     ├── OutputError               the result cannot be written: it exists, or the disk is full
     ├── ContextError              more positions than the model has
     ├── LostProcessError          one of the processes that share a piece of work has ended
-    └── RequestError              exit code 2: the request itself is not legal
+    └── RequestError              exit code 2: the request itself is not legal (also a ValueError)
         └── RecipeError           a recipe that cannot be carried out
 
 Every message names the thing, the value that was found and what would have been legal. `locate` adds where it
@@ -71,8 +71,11 @@ class LostProcessError(NeoquantError):
     """One of the processes that share a piece of work has ended, or cannot be reached."""
 
 
-class RequestError(NeoquantError):
-    """What was asked for is not legal, whatever the files hold."""
+class RequestError(NeoquantError, ValueError):
+    """What was asked for is not legal, whatever the files hold.
+
+    It is a ValueError, too, which programs for transformers expect where an argument is not legal.
+    """
 
     exit_code = 2
 

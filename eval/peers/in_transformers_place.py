@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 
 NAMES = (
     "GPTNeoConfig", "GPTNeoModel", "GPTNeoForCausalLM", "GPTNeoForSequenceClassification",
@@ -28,27 +27,60 @@ HUB_ID = "openai-community/gpt2"
 outcomes: dict[str, dict[str, str]] = {}
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_collection_modifyitems() -> None:
+    """The tests are read: their modules' names, and what their classes list, become neoquant's."""
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith("tests.")]
     if os.environ["NEOQUANT_PLACE"] == "neoquant":
-        _take_places()
+        places = _places()
+        for module in modules:
+            _replace(module, places)
+    for module in modules:
+        for cls in vars(module).values():
+            asked = vars(cls).get("from_pretrained_id") if isinstance(cls, type) else None
+            if HUB_ID in ([asked] if isinstance(asked, str) else asked or ()):
+                cls.from_pretrained_id = [os.environ["NEOQUANT_GPT2"]]
 
 
-def _take_places() -> None:
+def _places() -> dict[str, Any]:
+    """transformers' name -> neoquant's class, which answers to the private names that tests choose by."""
     import neoquant
 
-    for name in NAMES:
-        setattr(transformers, name, getattr(neoquant, name))
-    for theirs, ours in ALSO.items():
-        setattr(transformers, theirs, getattr(neoquant, ours))
-    for name in NAMES:
-        ours = getattr(neoquant, name)
+    places = {name: getattr(neoquant, name) for name in NAMES}
+    for ours in places.values():
         if hasattr(ours, "base_model_prefix"):
             for private, value in PRIVATE.items():
                 setattr(ours, private, value)
+    return places | {theirs: places[ours] for theirs, ours in ALSO.items()}
+
+
+def _replace(module: Any, places: dict[str, Any]) -> None:
+    def ours(value: Any) -> Any:
+        if isinstance(value, type) and value.__module__.startswith("transformers."):
+            return places.get(value.__name__, value)
+        if type(value) in (tuple, list):
+            return type(value)(ours(each) for each in value)
+        if type(value) is dict:  # no other mapping: some of transformers' import everything when they are read
+            return {key: ours(each) for key, each in value.items()}
+        return value
+
+    for name, value in list(vars(module).items()):
+        if isinstance(value, type) and value.__module__ == module.__name__:
+            for attribute, held in list(vars(value).items()):
+                if not attribute.startswith("__"):
+                    replaced = ours(held)
+                    if replaced is not held:
+                        setattr(value, attribute, replaced)
+        elif isinstance(value, type) and not name.startswith("__"):
+            setattr(module, name, ours(value))
 
 
 def _from_config(cls: Any, config: Any, **options: Any) -> Any:
     return cls(config, attn_implementation=options.get("attn_implementation") or "sdpa")
+
+
+def _prepare_inputs_for_generation(self: Any, input_ids: Any, inputs_embeds: Any = None, **others: Any) -> Any:
+    """Tests read what it takes; `generate` does not call it, and neither may a test that is to pass."""
+    raise NotImplementedError("neoquant's generate prepares its inputs itself")
 
 
 PRIVATE: dict[str, Any] = {
@@ -57,7 +89,12 @@ PRIVATE: dict[str, Any] = {
     "_keys_to_ignore_on_load_missing": None,
     "_keys_to_ignore_on_load_unexpected": None,
     "_keys_to_ignore_on_save": None,
+    "_keep_in_fp32_modules": (),
+    "_keep_in_fp32_modules_strict": (),
+    "_can_set_experts_implementation": classmethod(lambda cls: False),
+    "prepare_inputs_for_generation": _prepare_inputs_for_generation,
     "_is_stateful": False,
+    "_can_set_attn_implementation": classmethod(lambda cls: True),
     "_supports_sdpa": True,
     "_supports_flash_attn": False,
     "_supports_flex_attn": False,
@@ -65,15 +102,6 @@ PRIVATE: dict[str, Any] = {
     "_can_compile_fullgraph": False,
 }
 """What the tests ask of transformers' classes by private names, in order to choose what to run."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    folder = os.environ["NEOQUANT_GPT2"]
-    for item in items:
-        cls = getattr(item, "cls", None)
-        asked = getattr(cls, "from_pretrained_id", None)
-        if asked is not None and HUB_ID in ([asked] if isinstance(asked, str) else asked):
-            cls.from_pretrained_id = folder if isinstance(asked, str) else [folder]  # type: ignore[union-attr]
 
 
 @pytest.hookimpl(hookwrapper=True)

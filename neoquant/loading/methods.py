@@ -9,26 +9,40 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from neoquant.errors import RequestError
 from neoquant.model.attention import require_implementation, require_possible
 from neoquant.model.base import Network
-from neoquant.model.gpt_neo import Decoder, SelfAttention
+from neoquant.model.config import GPTNeoConfig
+from neoquant.model.gpt_neo import CausalLM, Decoder, SelfAttention
 from neoquant.nn.linear import QuantEmbedding, QuantLinear, StoredEmbedding, StoredLinear
 
 
 class ModelMethods(Network):
     """Sizes, embeddings, and how the model computes and trains, by transformers' names."""
 
+    config_class = GPTNeoConfig
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    """What programs for any of transformers' models ask of a class."""
+    _input_hook: RemovableHandle | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """The configuration's."""
+        return self.config.vocab_size
+
     @property
     def base_model(self) -> nn.Module:
         """The network without its head."""
         return self.get_submodule(self.base_model_prefix)
 
-    def can_generate(self) -> bool:
+    @classmethod
+    def can_generate(cls) -> bool:
         """Whether there is a language model's head."""
-        return self.get_output_embeddings() is not None
+        return issubclass(cls, CausalLM)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Weights and biases, each once; a quantized weight counts as what it stands for, and is not trainable."""
@@ -71,6 +85,8 @@ class ModelMethods(Network):
         if not isinstance(embedding, nn.Embedding):
             raise RequestError("the embedding is quantized: dequantize() the model, or add tokens before quantizing")
         rows = embedding.num_embeddings if new_num_tokens is None else new_num_tokens
+        if not isinstance(pad_to_multiple_of, int | None) or pad_to_multiple_of == 0:
+            raise RequestError(f"pad_to_multiple_of is {pad_to_multiple_of!r}; legal is a number of rows, at least 1")
         if pad_to_multiple_of is not None:
             rows += -rows % pad_to_multiple_of
         if rows < 1:
@@ -132,7 +148,14 @@ class ModelMethods(Network):
     def enable_input_require_grads(self) -> None:
         """Give what the embedding gives gradients, as adapters behind frozen weights need where blocks are computed
         again."""
-        self.get_input_embeddings().register_forward_hook(_require_grad)
+        self.disable_input_require_grads()
+        self._input_hook = self.get_input_embeddings().register_forward_hook(_require_grad)
+
+    def disable_input_require_grads(self) -> None:
+        """Take that back."""
+        if self._input_hook is not None:
+            self._input_hook.remove()
+        self._input_hook = None
 
     def set_attn_implementation(self, attn_implementation: str) -> None:
         """Compute attention another way from now on. Raises RequestError for one that is not possible here."""

@@ -43,6 +43,7 @@ class GPTNeoConfig:
 
     model_type: ClassVar[str] = "gpt_neo"
     is_encoder_decoder: ClassVar[bool] = False
+    sub_configs: ClassVar[dict[str, Any]] = {}
 
     vocab_size: int = 50257
     max_position_embeddings: int = 2048
@@ -225,6 +226,15 @@ class GPTNeoConfig:
             out["label2id"] = self.label2id
         out["attention_layers"] = self.attention_layers
         return {**self.extra, **out}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Of `to_dict`, what is not as a GPTNeoConfig is by default, and `model_type`."""
+        default = type(self)().to_dict()
+        return {
+            key: value
+            for key, value in self.to_dict().items()
+            if key == "model_type" or key not in default or default[key] != value
+        }
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `folder/config.json`."""

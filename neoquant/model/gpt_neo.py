@@ -70,6 +70,8 @@ class AttentionMasks:
         self._by_window: dict[tuple[int, int], Tensor] = {}
         self.weights: list[Tensor] | None = None
         """Where each layer leaves its weights `[B, H, T, S]`; None where nobody wants them."""
+        self.heads: Tensor | None = None
+        """What each layer's weights are multiplied by, `[L or 1, H]`; None for nothing."""
 
     def mask(self, local: bool, keys: int) -> Tensor | None:
         """Over the last `keys` positions: all that a layer holds, which are fewer than S where it is local."""
@@ -86,8 +88,13 @@ class AttentionMasks:
         """The same, to be made on another device."""
         keep = None if self.keep is None else self.keep.to(device)
         moved = AttentionMasks(self.T, self.S, self.window, keep, device)
-        moved.weights = self.weights
+        moved.weights, moved.heads = self.weights, None if self.heads is None else self.heads.to(device)
         return moved
+
+    @property
+    def written_out(self) -> bool:
+        """Whether something is done with the weights that has them written out."""
+        return self.weights is not None or self.heads is not None
 
     def window_mask(self, T: int, S: int) -> Tensor | None:
         """The mask of the last T of S positions of a local layer without padding."""
@@ -160,7 +167,8 @@ class SelfAttention(nn.Module):
         query, key, value = (self._split(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if cache is not None:
             key, value = cache.update(self.layer, key, value)
-        y = self.attend(query, key, value, masks)  # [B, H, T, D]
+        attend = self._eager if masks.written_out else self.attend
+        y = attend(query, key, value, masks)  # [B, H, T, D]
         return y.transpose(1, 2).flatten(2)
 
     def _split(self, x: Tensor) -> Tensor:
@@ -220,8 +228,11 @@ class SelfAttention(nn.Module):
         if mask is not None:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         weights = F.dropout(scores.softmax(-1).to(value.dtype), self.dropout, self.training)
-        if masks.weights is not None:
-            masks.weights.append(F.pad(weights, (masks.S - key.shape[2], 0)))  # a local layer may hold fewer positions
+        if masks.heads is not None:
+            weights = weights * masks.heads[min(self.layer, len(masks.heads) - 1), :, None, None].to(weights.dtype)
+        if masks.weights is not None:  # a local layer may hold fewer positions
+            missing = masks.S - key.shape[2]
+            masks.weights.append(F.pad(weights, (missing, 0)) if missing else weights)
         return weights @ value
 
     def _flex(self, query: Tensor, key: Tensor, value: Tensor, masks: AttentionMasks) -> Tensor:
@@ -276,7 +287,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, masks: AttentionMasks, cache: KVCache | None = None) -> Tensor:
-        if self.step is not None:
+        if self.step is not None and not masks.written_out:
             stepped = self.step(self, x, masks, cache)
             if stepped is not None:
                 return stepped
@@ -312,6 +323,7 @@ class Decoder(Network):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        head_mask: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -323,11 +335,12 @@ class Decoder(Network):
         `position_ids[B, T]` says otherwise. With `past_key_values`, which transformers calls `cache` since 5.24, the T
         ids follow the positions it holds, and S = held + T. `use_cache` gives a cache to continue with.
         `token_type_ids[B, T]` are embedded by the token embedding, and added. `return_dict=False` gives a tuple. None
-        is what the configuration says. `output_attentions` gives each block's attention weights, which only
-        `attn_implementation="eager"` writes out.
+        is what the configuration says. `output_attentions` gives each block's attention weights: attention is computed
+        as `attn_implementation="eager"` does then, which writes them out. So it is with `head_mask[H]` or `[L, H]`,
+        by which the weights of each head are multiplied (transformers 4: 0 leaves a head out).
         While it trains with `gradient_checkpointing`, blocks are computed again for their gradients, without a cache.
 
-        Raises ContextError beyond `max_position_embeddings`, RequestError for weights that are not written out.
+        Raises ContextError beyond `max_position_embeddings`, RequestError for a `head_mask` of another shape.
         """
         past_key_values = given_cache(past_key_values, cache)
         with self._torch_alone():
@@ -348,9 +361,11 @@ class Decoder(Network):
         if keep is not None and keep.shape[1] != past + T:
             raise RequestError(f"attention_mask covers {keep.shape[1]} positions; {past} held + {T} new are {past + T}")
         masks = AttentionMasks(T, past + T, self.config.window_size, keep, x.device)
-        masks.weights = self._wanted_weights(output_attentions)
+        wanted = self.config.output_attentions if output_attentions is None else output_attentions
+        masks.weights, masks.heads = [] if wanted else None, _heads(head_mask, self.config)
         seen: tuple[Tensor, ...] = (x,)
-        stepped = self.steps(self.h, x, masks, past_key_values) if self.steps and not output_hidden_states else None
+        whole = None if masks.written_out or output_hidden_states else self.steps
+        stepped = whole(self.h, x, masks, past_key_values) if whole else None
         for block in self.h if stepped is None else ():
             device = block.get_parameter("ln_1.weight").device
             if x.device != device:  # the blocks are spread over devices
@@ -370,18 +385,6 @@ class Decoder(Network):
         """For what is small beside the blocks, where the library computes these."""
         taken = self.steps is not None and not self.training and not torch.compiler.is_compiling()
         return TorchAlone() if taken else nullcontext()
-
-    def _wanted_weights(self, output_attentions: bool | None) -> list[Tensor] | None:
-        if not (self.config.output_attentions if output_attentions is None else output_attentions):
-            return None
-        for block in self.h:
-            name = block.attn.attention.implementation  # type: ignore[union-attr]
-            if name != "eager":
-                raise RequestError(
-                    f"output_attentions is True, and {name} writes out no weights: load with "
-                    'attn_implementation="eager", or call set_attn_implementation("eager")'
-                )
-        return []
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -407,6 +410,18 @@ class Decoder(Network):
         if looked_at and position_ids.numel() and int(position_ids.max()) >= limit:
             raise ContextError(f"position {int(position_ids.max())}; this model's are 0 to {limit - 1}")
         return position_ids
+
+
+def _heads(head_mask: Tensor | None, config: GPTNeoConfig) -> Tensor | None:
+    """A row for each layer, or one for all. Raises RequestError for another shape."""
+    if head_mask is None:
+        return None
+    legal = ((config.num_heads,), (config.num_layers, config.num_heads))
+    if tuple(head_mask.shape) not in legal:
+        raise RequestError(
+            f"head_mask is {list(head_mask.shape)}; legal are {' and '.join(str(list(s)) for s in legal)}"
+        )
+    return head_mask.view(-1, config.num_heads)
 
 
 class CausalLM(Network):
@@ -441,6 +456,7 @@ class CausalLM(Network):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        head_mask: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         use_cache: bool | None = None,
@@ -463,6 +479,7 @@ class CausalLM(Network):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            head_mask=head_mask,
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,

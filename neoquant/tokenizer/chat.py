@@ -31,6 +31,38 @@ def choose_template(own: str | Mapping[str, str] | None, asked: str | None, tool
     raise RequestError(f"the tokenizer has no chat template{there}: give one, chat_template=...")
 
 
+_MARK = "THE-FINAL-MESSAGE-ENDS-HERE "  # ends in a space, which shows whether the template trims
+
+
+def render_unfinished(template: str, values: Mapping[str, Any], part: str) -> str:
+    """`render_chat` up to where the last message's `part` ("content") ends, so that a model goes on with it.
+
+    The last text of a part in pieces counts. Where the template trims, so is what comes out. Raises RequestError where
+    there is nothing to go on with, or the template leaves it out.
+    """
+    *before, last = values["messages"]
+    marked = _marked(last.get(part))
+    if marked is None:
+        raise RequestError(f"continue_final_message goes on with {part!r}, and the last message has no such text")
+    text = render_chat(template, {**values, "messages": [*before, {**last, part: marked}]})
+    found = text.rpartition(_MARK.strip())[0]
+    if _MARK.strip() not in text:
+        raise RequestError(f"continue_final_message goes on with {part!r}, which the chat template leaves out")
+    return found if text[len(found) :].startswith(_MARK) else found.rstrip()
+
+
+def _marked(part: Any) -> Any:
+    """The part with the mark behind its text; None where it has none."""
+    if isinstance(part, str):
+        return part + _MARK
+    pieces = list(part) if isinstance(part, list | tuple) else []
+    for place in reversed(range(len(pieces))):
+        if isinstance(pieces[place], Mapping) and "text" in pieces[place]:
+            pieces[place] = {**pieces[place], "text": pieces[place]["text"] + _MARK}
+            return pieces
+    return None
+
+
 def render_chat(template: str, values: Mapping[str, Any]) -> str:
     """The text that a template makes of `messages` and other values, in Jinja's sandbox.
 

@@ -3,39 +3,62 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from neoquant.errors import RequestError
 from neoquant.files.writing import explaining, write_file
 from neoquant.tokenizer.settings import FAST, NO_LIMIT, SPECIAL_TOKENS, TokenizerSettings
 
 if TYPE_CHECKING:
     import tokenizers
 
+CONFIG = "tokenizer_config.json"
+MAIN_TEMPLATE, OTHER_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 _FLAGS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 
 
-def save_tokenizer(backend: tokenizers.Tokenizer, settings: TokenizerSettings, folder: Path) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json` into a folder, which is made if need be.
+def save_tokenizer(
+    backend: tokenizers.Tokenizer, settings: TokenizerSettings, folder: Path, jinja_files: bool = True
+) -> tuple[str, ...]:
+    """Write `tokenizer.json` and `tokenizer_config.json` into a folder, which is made if need be; returns the paths.
 
-    Templates in files of their own, left by another tokenizer, would be read first: `chat_template.jinja` comes to
-    hold this one's, others are removed. Raises OutputError for what cannot be written.
+    Chat templates are written to files of their own, or (`jinja_files=False`) into `tokenizer_config.json`; files of
+    another tokenizer's templates, which would be read first, are removed. Raises OutputError for what cannot be
+    written, RequestError for the name of a template that is no file's.
     """
+    templates = _template_files(settings.chat_template) if jinja_files else {}
     with explaining(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / FAST, backend.to_str(pretty=True))
-    text = json.dumps(_config(backend, settings), indent=2, ensure_ascii=False)
-    write_file(folder / "tokenizer_config.json", text + "\n")
-    left = [folder / "chat_template.jinja", *(folder / "additional_chat_templates").glob("*.jinja")]
-    for path in left:
-        if path.name == left[0].name and isinstance(settings.chat_template, str) and path.exists():
-            write_file(path, settings.chat_template)
-        else:
+    text = json.dumps(_config(backend, settings, not jinja_files), indent=2, ensure_ascii=False)
+    write_file(folder / CONFIG, text + "\n")
+    for path in (folder / MAIN_TEMPLATE, *(folder / OTHER_TEMPLATES).glob("*.jinja")):
+        if str(path.relative_to(folder)) not in templates:
             path.unlink(missing_ok=True)
+    for name, template in templates.items():
+        with explaining(folder / name):
+            (folder / name).parent.mkdir(exist_ok=True)
+        write_file(folder / name, template)
+    return tuple(str(folder / name) for name in (FAST, CONFIG, *templates))
 
 
-def _config(backend: tokenizers.Tokenizer, settings: TokenizerSettings) -> dict[str, Any]:
-    """tokenizer_config.json, with defaults that differ between versions of transformers spelled out."""
+def _template_files(template: str | Mapping[str, str] | None) -> dict[str, str]:
+    """File -> template. Raises RequestError for a name that would lead out of the folder."""
+    named = {"default": template} if isinstance(template, str) else template or {}
+    files = {}
+    for name, text in named.items():
+        if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
+            raise RequestError(f"a chat template is called {name!r}, which is no file's name: save_jinja_files=False")
+        files[MAIN_TEMPLATE if name == "default" else f"{OTHER_TEMPLATES}/{name}.jinja"] = text
+    return files
+
+
+def _config(backend: tokenizers.Tokenizer, settings: TokenizerSettings, templates: bool) -> dict[str, Any]:
+    """tokenizer_config.json, with defaults that differ between versions of transformers spelled out, and with chat
+    `templates` or without."""
     added = {
         str(number): {flag: getattr(token, flag) for flag in _FLAGS}
         for number, token in sorted(backend.get_added_tokens_decoder().items())
@@ -44,7 +67,7 @@ def _config(backend: tokenizers.Tokenizer, settings: TokenizerSettings) -> dict[
     # GPT2Tokenizer gives three tokens to a folder that is silent about them, so None is spelled out.
     kept = {name: content for name, content in named.items() if content is not None or settings.gpt2}
     own = {name: content for name, content in settings.special.items() if name not in named and content is not None}
-    template = settings.chat_template
+    template = settings.chat_template if templates else None
     if isinstance(template, dict):
         template = [{"name": name, "template": text} for name, text in template.items()]  # type: ignore[assignment]
     return {

@@ -45,6 +45,12 @@ _NOT_KEPT = (
 )
 _CORRUPTING_CLEAN_UP = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 _T = TypeVar("_T")
+SIDED = ("padding_side", "truncation_side")
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("do_lower_case", "from_slow", "legacy"), (None, False)),
+    "errors": (None, "replace"),
+}
+"""Settings of other tokenizers that are common in code for any -> values that ask for nothing."""
 
 
 @dataclass
@@ -92,12 +98,15 @@ def read_settings(folder: Path, fast: Mapping[str, Any] | None, given: Mapping[s
 
     Raises:
         CheckpointError: a file is unreadable, or says what is not legal.
-        RequestError: `given` names a setting that there is not.
+        RequestError: `given` names a setting that there is not, or a side.
     """
+    given = {name: value for name, value in given.items() if name not in _NEUTRAL or value not in _NEUTRAL[name]}
     for name in given:
         if name not in (*SPECIAL_TOKENS, *EXTRA_TOKENS, *_OPTIONS):
             legal = ", ".join((*SPECIAL_TOKENS, EXTRA_TOKENS[1], *_OPTIONS))
             raise RequestError(f"a tokenizer has no setting {name!r}; it has {legal}")
+        if name in SIDED:
+            require_side(name, given[name])
     stated = read_object(folder / "tokenizer_config.json")
     gpt2 = _is_gpt2(folder, stated)
     if fast is not None:  # its post-processor has the last word
@@ -249,7 +258,7 @@ def _additional(stated: Mapping[str, Any]) -> list[AddedToken]:
 
 def _take_options(settings: TokenizerSettings, stated: Mapping[str, Any]) -> None:
     """Everything but tokens. Raises CheckpointError for values that are not legal."""
-    for name in ("padding_side", "truncation_side"):
+    for name in SIDED:
         setattr(settings, name, require_side(name, stated.get(name, "right"), CheckpointError))
     for name in ("clean_up_tokenization_spaces", "split_special_tokens", "add_prefix_space"):
         setattr(settings, name, _typed(name, stated.get(name) or False, bool))

@@ -157,6 +157,30 @@ class SpecialTokens:
     extra_special_tokens = additional_special_tokens
 
     @property
+    def additional_special_tokens_ids(self) -> list[int]:
+        """Their ids; setting them makes the tokens of these ids the special tokens without a name."""
+        return [self.require_id(token) for token in self.settings.additional]
+
+    @additional_special_tokens_ids.setter
+    def additional_special_tokens_ids(self, ids: Sequence[int] | None) -> None:
+        tokens = [self.backend.id_to_token(number) for number in ids or ()]
+        if None in tokens:
+            raise RequestError(f"extra_special_tokens_ids are {ids}; this tokenizer's are 0 to {len(self) - 1}")
+        self.additional_special_tokens = tokens  # type: ignore[assignment]
+
+    extra_special_tokens_ids = additional_special_tokens_ids
+
+    @property
+    def pad_token_type_id(self) -> int:
+        """What `token_type_ids` holds on padding."""
+        return 0
+
+    @property
+    def added_tokens_encoder(self) -> dict[str, int]:
+        """token -> id of the added tokens."""
+        return self.get_added_vocab()
+
+    @property
     def special_tokens_map(self) -> dict[str, str]:
         """name -> token, for the special tokens that there are."""
         return {name: token for name, token in self.settings.special.items() if token is not None}

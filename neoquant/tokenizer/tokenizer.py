@@ -14,7 +14,7 @@ from neoquant.checkpoint.keywords import without_keywords
 from neoquant.checkpoint.upload import push_files, require_repo
 from neoquant.errors import CheckpointError, RequestError, locate
 from neoquant.tokenizer.backend import build_backend
-from neoquant.tokenizer.chat import choose_template, render_chat
+from neoquant.tokenizer.chat import choose_template, render_chat, render_unfinished
 from neoquant.tokenizer.encoding import BatchEncoding, as_tensors, lengths, padded_columns, truncating
 from neoquant.tokenizer.saving import save_tokenizer
 from neoquant.tokenizer.settings import (
@@ -196,6 +196,7 @@ class Tokenizer(Vocabulary):
         *,
         chat_template: str | None = None,
         add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         tokenize: bool = True,
@@ -212,6 +213,8 @@ class Tokenizer(Vocabulary):
             conversation: a list of messages, or a list of such lists.
             chat_template: a template of Jinja, or the name of one of the folder's; None is the folder's own.
             add_generation_prompt: end with what begins an answer.
+            continue_final_message: end where the last message's content ends (or another part of it, by its name), so
+                that it is gone on with.
             tools: schemas for the template, as objects of JSON.
             documents: for the template.
             tokenize: give ids, and not the text.
@@ -222,10 +225,20 @@ class Tokenizer(Vocabulary):
         Raises RequestError where there is no template, or it cannot be rendered.
         """
         template = choose_template(self.chat_template, chat_template, bool(tools))
-        several = bool(conversation) and not isinstance(conversation[0], Mapping)
-        values = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
+        if not conversation:
+            raise RequestError("the conversation is empty: give at least one message")
+        if continue_final_message and add_generation_prompt:
+            raise RequestError("continue_final_message goes on with a message, add_generation_prompt begins another")
+        several = not isinstance(conversation[0], Mapping)
+        values = {
+            **self.special_tokens_map, **variables, "tools": tools, "documents": documents,
+            "add_generation_prompt": add_generation_prompt,
+        }  # fmt: skip
+        part = continue_final_message if isinstance(continue_final_message, str) else "content"
         texts = [
-            render_chat(template, {**self.special_tokens_map, **variables, **values, "messages": messages})
+            render_unfinished(template, {**values, "messages": messages}, part)
+            if continue_final_message
+            else render_chat(template, {**values, "messages": messages})
             for messages in (conversation if several else [conversation])
         ]
         if not tokenize:
@@ -333,12 +346,14 @@ class Tokenizer(Vocabulary):
         decoded = self.decode(rows, skip_special_tokens, **options)
         return [decoded] if isinstance(decoded, str) and len(rows) else list(decoded)
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, save_jinja_files: bool = True) -> tuple[str, ...]:
         """Write `tokenizer.json` and `tokenizer_config.json` into a folder, which is made if need be.
 
-        They hold all that the folder said from which the tokenizer comes, and what was set since.
+        They hold all that the folder said from which the tokenizer comes, and what was set since. Chat templates have
+        files of their own (`chat_template.jinja`), or are in `tokenizer_config.json` with `save_jinja_files=False`.
+        Returns the files' paths. Raises RequestError for the name of a template that is no file's.
         """
-        save_tokenizer(self.backend, self.settings, Path(folder))
+        return save_tokenizer(self.backend, self.settings, Path(folder), save_jinja_files)
 
     def push_to_hub(
         self,

@@ -223,11 +223,13 @@ def test_loading_draws_nothing(tiny_model: Any, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-def test_attention_weights_are_refused_wherever_they_are_asked_for(cls: type) -> None:
+def test_attention_weights_are_given_wherever_they_are_asked_for(cls: type) -> None:
     for config, asked in (({"output_attentions": True}, {}), ({}, {"output_attentions": True})):
-        ours = cls(GPTNeoConfig.from_dict(VALUES | config))
-        with pytest.raises(RequestError, match="output_attentions is True, and sdpa writes out no weights"):
-            ours(IDS, **asked)
-        ours(IDS, output_attentions=False)
+        ours = cls(GPTNeoConfig.from_dict(VALUES | config)).eval()
+        found = ours(IDS, **asked)
+        assert len(found.attentions) == ours.config.num_layers
+        plain = ours(IDS, output_attentions=False)
+        assert plain.attentions is None
+        torch.testing.assert_close(found[0], plain[0])
         if cls is GPTNeoForCausalLM:
             assert ours.generate(IDS[:1], max_new_tokens=1).shape == (1, 10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -28,8 +29,10 @@ def both(folder: Path, head: str = "CausalLM", **options: Any) -> tuple[Any, Any
     return ours, theirs
 
 
-def test_attention_weights_are_transformers(tiny_model: Path) -> None:
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_weights_are_transformers(tiny_model: Path, implementation: str) -> None:
     ours, theirs = both(tiny_model, attn_implementation="eager")
+    ours.set_attn_implementation(implementation)
     mask = torch.ones_like(IDS)
     mask[0, 9:] = 0
     got, wanted = (model(IDS, attention_mask=mask, output_attentions=True) for model in (ours, theirs))
@@ -52,10 +55,54 @@ def test_attention_weights_behind_a_cache_cover_all_positions(tiny_model: Path) 
         torch.testing.assert_close(mine, other[:, :, -1:])
 
 
-def test_other_implementations_name_the_one_that_gives_weights(tiny_model: Path) -> None:
+def test_hidden_states_and_weights_have_gradients_as_transformers_have(tiny_model: Path) -> None:
+    found = []
+    for model in both(tiny_model, attn_implementation="eager"):
+        out = model(IDS, output_attentions=True, output_hidden_states=True)
+        kept = (out.hidden_states[0], out.attentions[0], out.attentions[1])
+        for each in kept:
+            each.retain_grad()
+        out.logits.square().sum().backward()
+        found.append([each.grad for each in kept])
+    for mine, other in zip(*found, strict=True):
+        assert (mine - other).abs().max() <= 1e-5 * other.abs().max() and other.abs().max() > 0
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_heads_can_be_left_out(tiny_model: Path, quantized: bool) -> None:
+    """What a head gives enters by its columns of out_proj: the oracle is transformers' model with zeros there."""
+    options = {"quantization_config": INT8} if quantized else {}
+    model = neoquant.GPTNeoForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, **options)
+    heads, width = model.config.num_heads, model.config.head_dim
+    mask = torch.ones(model.config.num_layers, heads)
+    mask[0, 0] = mask[1, heads - 1] = 0
+    other = both(tiny_model)[1].eval()
+    other.load_state_dict(copy.deepcopy(model).dequantize().state_dict(), strict=False)
+    for block, row in zip(other.transformer.h, mask, strict=True):
+        block.attn.attention.out_proj.weight.data *= row.repeat_interleave(width)
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS, head_mask=mask).logits, other(IDS).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            model(IDS, head_mask=mask[0]).logits, model(IDS, head_mask=mask[:1].expand_as(mask)).logits
+        )
+        assert not torch.allclose(model(IDS, head_mask=mask[0]).logits, model(IDS, head_mask=mask).logits)
+    with pytest.raises(RequestError, match=r"head_mask is \[7\]; legal are \["):
+        model(IDS, head_mask=torch.ones(7))
+
+
+def test_what_programs_ask_of_any_model_is_as_in_transformers(tiny_model: Path) -> None:
+    for head in ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering"):
+        ours, theirs = (getattr(package, f"GPTNeoFor{head}") for package in (neoquant, transformers))
+        for name in ("main_input_name", "supports_gradient_checkpointing"):
+            assert getattr(ours, name) == getattr(theirs, name)
+        assert ours.can_generate() == theirs.can_generate()
+        assert ours.config_class is neoquant.GPTNeoConfig
+    with pytest.raises(RequestError, match=r"pad_to_multiple_of is 1\.3; legal is a number of rows"):
+        neoquant.GPTNeoForCausalLM.from_pretrained(tiny_model).resize_token_embeddings(70, pad_to_multiple_of=1.3)
+
+
+def test_attention_can_be_computed_another_way(tiny_model: Path) -> None:
     model = neoquant.GPTNeoForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    with pytest.raises(RequestError, match=r"sdpa writes out no weights: .*set_attn_implementation\(\"eager\"\)"):
-        model(IDS, output_attentions=True)
     before = model(IDS).logits
     model.set_attn_implementation("eager")
     assert model(IDS, output_attentions=True).attentions[0].shape[-1] == IDS.shape[1]
@@ -161,8 +208,12 @@ def test_inputs_can_be_given_gradients(tiny_model: Path) -> None:
     model = neoquant.GPTNeoForCausalLM.from_pretrained(tiny_model, quantization_config=INT8, dtype=torch.float32)
     model.requires_grad_(False)
     assert not model(IDS).logits.requires_grad
-    model.enable_input_require_grads()
+    for _ in range(2):
+        model.enable_input_require_grads()
     assert model(IDS).logits.requires_grad
+    model.disable_input_require_grads()
+    assert not model(IDS).logits.requires_grad
+    assert model.vocab_size == model.config.vocab_size
 
 
 @pytest.mark.parametrize("recipe", ["nf4", "own"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,96 @@ def test_the_folders_templates_are_taken(both: tuple[Any, Any], tmp_path: Path) 
     tokenizer.chat_template = {"other": "o"}
     with pytest.raises(RequestError, match="its templates are other: give one"):
         tokenizer.apply_chat_template(CHAT)
+
+
+THINKING = "{% for m in messages %}[{{ m.role }}]{{ m.thought or '' }}/{{ m.content }}<end>\n{% endfor %}"
+PIECES = "{% for m in messages %}{% for piece in m.content %}{{ piece.text }}|{% endfor %}<end>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "content"),
+    [
+        (SIMPLE, "plain"), (SIMPLE, "trimmed \n "), (THINKING, " kept  "), (THINKING, ""),
+        (PIECES, [{"type": "text", "text": "one"}, {"type": "text", "text": "two "}, {"type": "image"}]),
+    ],
+)  # fmt: skip
+def test_the_last_message_can_be_gone_on_with(both: tuple[Any, Any], template: str, content: Any) -> None:
+    first = {"role": "user", "content": [{"text": "a"}] if isinstance(content, list) else "plain"}
+    chat = [first, {"role": "bot", "content": content}]
+    asked = {"chat_template": template, "tokenize": False, "continue_final_message": True}
+    ours, theirs = (each.apply_chat_template(chat, **asked) for each in both)
+    assert ours == theirs and not ours.endswith("<end>\n")
+    ours, theirs = (each.apply_chat_template([chat, chat[:1]], **asked) for each in both)
+    assert ours == theirs
+
+
+def test_what_cannot_be_gone_on_with_is_refused(both: tuple[Any, Any]) -> None:
+    go_on = {"chat_template": SIMPLE, "continue_final_message": True}
+    thought = [{"role": "bot", "content": "b", "thought": "hm"}]
+    text = both[0].apply_chat_template(
+        thought, chat_template=THINKING, continue_final_message="thought", tokenize=False
+    )
+    assert text == "[bot]hm"
+    for chat, asked, message in (
+        ([], {"chat_template": SIMPLE}, "the conversation is empty"),
+        (CHAT, {**go_on, "add_generation_prompt": True}, "add_generation_prompt begins another"),
+        ([{"role": "bot"}], go_on, "the last message has no such text"),
+        (thought, {**go_on, "continue_final_message": "thought"}, "which the chat template leaves out"),
+    ):
+        with pytest.raises(RequestError, match=message) as caught:
+            both[0].apply_chat_template(chat, **asked)
+        assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("files", [True, False])
+@pytest.mark.parametrize("template", ["one {{ bos_token }}", {"default": "d", "other": "o"}, None], ids=str)
+def test_templates_are_saved_where_transformers_saves_them(
+    both: tuple[Any, Any], template: Any, files: bool, tmp_path: Path
+) -> None:
+    folders = []
+    for place, each in enumerate(both):
+        tokenizer = copy.deepcopy(each)
+        tokenizer.chat_template = template
+        folders.append(tmp_path / str(place))
+        written = tokenizer.save_pretrained(folders[-1], save_jinja_files=files)
+        assert {path.relative_to(folders[-1]) for path in folders[-1].rglob("*.jinja")} == {
+            Path(name).relative_to(folders[-1]) for name in written if name.endswith(".jinja")
+        }
+    found = [{str(p.relative_to(f)): p.read_text() for p in f.rglob("*.jinja")} for f in folders]
+    assert found[0] == found[1] and bool(found[0]) == (files and template is not None)
+    for folder in folders:
+        for package in (neoquant, transformers):
+            assert package.AutoTokenizer.from_pretrained(folder).chat_template == template
+
+
+def test_templates_stay_in_the_folder(both: tuple[Any, Any], tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(both[0])
+    for name in ("../../out", "a/b", "..", ""):
+        tokenizer.chat_template = {"default": "a", name: "b"}
+        with pytest.raises(RequestError, match="which is no file's name: save_jinja_files=False"):
+            tokenizer.save_pretrained(tmp_path / "saved")
+        assert not list(tmp_path.iterdir())
+
+
+def test_settings_of_other_tokenizers_may_ask_for_nothing(both: tuple[Any, Any], tmp_path: Path) -> None:
+    both[0].save_pretrained(tmp_path)
+    tokenizer = neoquant.AutoTokenizer.from_pretrained(tmp_path, do_lower_case=False, from_slow=None, errors="replace")
+    assert tokenizer(TEXTS[0]) == both[0](TEXTS[0])
+    with pytest.raises(RequestError, match="no setting 'do_lower_case'"):
+        neoquant.AutoTokenizer.from_pretrained(tmp_path, do_lower_case=True)
+    for name in ("padding_side", "truncation_side"):
+        with pytest.raises(RequestError, match=f"{name} is 'middle'; legal are left and right"):
+            neoquant.AutoTokenizer.from_pretrained(tmp_path, **{name: "middle"})
+
+
+def test_unnamed_special_tokens_have_ids(both: tuple[Any, Any]) -> None:
+    tokenizer = copy.deepcopy(both[0])
+    token = tokenizer.convert_ids_to_tokens(3)
+    tokenizer.extra_special_tokens_ids = [3]
+    assert tokenizer.extra_special_tokens == [token] and tokenizer.extra_special_tokens_ids == [3]
+    assert tokenizer.added_tokens_encoder == tokenizer.get_added_vocab() and tokenizer.pad_token_type_id == 0
+    with pytest.raises(RequestError, match="extra_special_tokens_ids are"):
+        tokenizer.extra_special_tokens_ids = [10**6]
 
 
 @pytest.mark.parametrize(
