@@ -43,6 +43,7 @@ INSIDE = {
 ONNX = {shape: ROOT / "eval" / "results" / f"onnx-runtime-{shape}.json" for shape in ("demo", "125m")}
 FEEDBACK = ROOT / "eval" / "results" / "feedback-neo-8m.json"
 FEEDBACK_DEMO = ROOT / "eval" / "results" / "feedback-demo.json"
+PEERS_DEMO = ROOT / "eval" / "results" / "peers-demo.json"
 BY_LOSS = {"objective": "model", "correction": 0.5}
 ATTENTION = {"objective": "attention", "correction": 0.0}
 OBJECTIVES = {name: ROOT / "eval" / "results" / f"objectives-{name}.json" for name in ("demo", "neo-8m")}
@@ -585,6 +586,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"run-{shape}": functools.partial(run, shape) for shape in RUN},
     "feedback-neo-8m": lambda: feedback(FEEDBACK),
     "feedback-demo": lambda: feedback(FEEDBACK_DEMO),
+    "peers-demo": lambda: feedback(PEERS_DEMO),
     **{f"objectives-{name}": functools.partial(objectives, path) for name, path in OBJECTIVES.items()},
     **{f"hqq-{name}": functools.partial(hqq, path) for name, path in HQQ.items()},
     "to-order": to_order,
