@@ -26,8 +26,8 @@ HEADERS = [
 
 # No contraction to fused multiply-add: where a rounding decides a byte, it is bitsandbytes' rounding. Nobody catches
 # floating-point exceptions: lest they were raised otherwise, compilers would leave a choice between two numbers out of
-# vectors where there are no masks, as with AVX2. Python's own flags ask for a debugger's tables, which are nine tenths of
-# the library.
+# vectors where there are no masks, as with AVX2. Python's own flags ask for a debugger's tables, which are nine tenths
+# of the library.
 FLAGS = ["-O3", "-g0", "-std=gnu11", "-ffp-contract=off", "-fno-trapping-math", "-fvisibility=hidden", "-pthread"]
 
 

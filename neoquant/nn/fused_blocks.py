@@ -29,15 +29,15 @@ from neoquant.nn.linear import is_hooked, is_traced
 ROWS_AT_ONCE = 64
 """Rows that go through all blocks in one call."""
 WORK_AT_ONCE = 2**29
-"""Multiplications in a block up to which more rows do. For more, what lies between two calls is nothing beside them, and
-an interruption is heard there."""
+"""Multiplications in a block up to which more rows do. For more, what lies between two calls is nothing beside them,
+and an interruption is heard there."""
 
 
 def fused_blocks(blocks: nn.ModuleList, x: Tensor, masks: AttentionMasks, cache: KVCache | None) -> Tensor | None:
     """x[B, T, C] through all blocks: [B, T, C], with their keys and values added to `cache`; or None, and nothing done.
 
-    None is given where there is no cache, for many rows (ROWS_AT_ONCE, WORK_AT_ONCE), and where `fused_block` would give
-    it for any of the blocks, or hooks listen to one.
+    None is given where there is no cache, for many rows (ROWS_AT_ONCE, WORK_AT_ONCE), and where `fused_block` would
+    give it for any of the blocks, or hooks listen to one.
     """
     if cache is None or is_traced():
         return None
