@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from neoquant.model.gpt_neo import SelfAttention
+from neoquant.model.transfers import to_device
 
 POSITIONS = 512  # queries that are looked at; twice as many change little
 LEAST = 32  # of them in a row that is looked at at all
@@ -60,7 +61,7 @@ def attention_hessians(
             proj(x).view(len(x), heads, -1).transpose(0, 1).contiguous()  # [H, T, D]
             for proj in (attention.k_proj, attention.v_proj)
         )
-        q = attention.q_proj(x[positions]).view(len(positions), heads, -1).transpose(0, 1)
+        q = attention.q_proj(x[to_device(positions, x.device)]).view(len(positions), heads, -1).transpose(0, 1)
         sizes = (v @ M).mul_(v).sum(2)  # |W v|², [H, T]
         for i, position in enumerate(positions.tolist()):
             visible = slice(max(0, position + 1 - attention.window_size) if attention.local else 0, position + 1)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,7 @@ from neoquant.evaluation.statistics import ratio_interval
 from neoquant.loading.pretrained import GPTNeoForCausalLM
 from neoquant.model.gpt_neo import AttentionMasks, Block
 from neoquant.model.names import BLOCK_LINEARS
+from neoquant.model.transfers import on_host, to_device
 from neoquant.nn.linear import QuantLinear
 from neoquant.progress import SILENT, Progress
 
@@ -137,7 +139,7 @@ class _Batch:
     """Windows, and their hidden states in the base model."""
 
     ids: Tensor  # int64[B, T]
-    scored: Tensor  # bool[B, T]: the scored positions, N in all
+    places: Tensor  # int64[N]: the scored positions, among all B T
     targets: Tensor  # [N]
     units: Tensor  # [N], windows
     x: Tensor  # [B, T, C], the input of the next block
@@ -153,8 +155,8 @@ class _Losses:
         self.nats, self.kl = torch.zeros_like(self.tokens), torch.zeros_like(self.tokens)
 
     def add(self, units: Tensor, nats: Tensor, kl: Tensor) -> None:
-        self.nats.index_add_(0, units, nats.cpu())
-        self.kl.index_add_(0, units, kl.cpu())
+        self.nats.index_add_(0, units, nats)
+        self.kl.index_add_(0, units, kl)
 
     def loss(self) -> Loss:
         interval, divergence = ratio_interval(self.nats, self.tokens), kl_interval(self.kl, self.tokens)
@@ -180,7 +182,9 @@ class _BlockWeights:
         self.other = {name: weight_of(other.get_submodule(name)).to(w.device) for name, w in self.base.items()}
         self.errors = {name: self.other[name] - w for name, w in self.base.items()}
         self.changed = [name for name, error in self.errors.items() if bool(error.any())]
-        self.squares = {name: torch.zeros(2, dtype=torch.float64) for name in BLOCK_LINEARS}  # of error x, weight x
+        self.squares = {  # of error x, weight x
+            name: torch.zeros(2, dtype=torch.float64, device=w.device) for name, w in self.base.items()
+        }
         self.losses = {name: _Losses(windows) for name in BLOCK_LINEARS}
 
     def weight_error(self, name: str) -> float:
@@ -221,13 +225,13 @@ class _Inspector:
         """A batch before the first block; adds the whole other model's losses to `together`."""
         ids, scored, targets, units = pad_windows(group)
         device, T = self.base.device, ids.shape[1]
-        ids, scored = ids.to(device), scored.to(device)
+        places = scored.flatten().nonzero()[:, 0]  # counted on the CPU: to count them on a GPU is to wait for it
+        ids, places, targets = (to_device(tensor, device) for tensor in (ids, places, targets))
         network = self.base.transformer
-        last = last_hidden_state(self.base, ids)[scored]
-        others = last_hidden_state(self.other, ids)[scored.to(self.other.device)]
+        last, others = (_chosen(last_hidden_state(model, ids), places) for model in (self.base, self.other))
         x = network.wte(ids) + network.wpe(torch.arange(T, device=device))
         masks = AttentionMasks(T, T, self.base.config.window_size, None, device)
-        batch = _Batch(ids, scored, targets, units, x, masks, last)
+        batch = _Batch(ids, places, targets, units, x, masks, last)
         self._score(batch, [(others, self.other.lm_head, together)])
         return batch
 
@@ -236,7 +240,7 @@ class _Inspector:
         assert isinstance(block, Block) and isinstance(other, Block)
         weights = _BlockWeights(block, other, self.windows)
         for batch in made:
-            with _output_errors_summed(block, weights, batch.scored):
+            with _output_errors_summed(block, weights, batch.places):
                 x = block(batch.x, batch.masks)
             if self.sensitivity:
                 self._score_single_layers(number, batch, weights)
@@ -265,31 +269,38 @@ class _Inspector:
                 x = block(batch.x, batch.masks)
             for later in self.base.transformer.h[number + 1 :]:
                 x = later(x, batch.masks)
-            hidden = self.base.transformer.ln_f(x)[batch.scored]
+            hidden = _chosen(self.base.transformer.ln_f(x), batch.places)
             variants.append((hidden, self.base.lm_head, weights.losses[name]))
         self._score(batch, variants)
 
     def _score(self, batch: _Batch, variants: Sequence[_Variant]) -> None:
-        """Add each variant's losses above the base model's, whose logits are computed once."""
-        for start in range(0, len(batch.targets), self.limits.rows):
-            piece = slice(start, start + self.limits.rows)
+        """Add each variant's losses above the base model's, on a GPU while the next ones are computed."""
+        pieces = [slice(start, start + self.limits.rows) for start in range(0, len(batch.targets), self.limits.rows)]
+        found = on_host(self._differences(batch, variants, pieces))
+        for (piece, (_, _, losses)), (nats, kl) in zip(product(pieces, variants), found, strict=True):
+            losses.add(batch.units[piece], nats, kl)
+
+    def _differences(
+        self, batch: _Batch, variants: Sequence[_Variant], pieces: Sequence[slice]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each piece, for each variant: KL behind its losses above the base model's, whose logits are made once."""
+        for piece in pieces:
             heads = [(batch.last, self.base.lm_head), *((hidden, head) for hidden, head, _ in variants)]
             logits = (head(hidden[piece]) for hidden, head in heads)
             scores = score_tokens(logits, batch.targets[piece])
             base = next(scores)
-            for (_, _, losses), score in zip(variants, scores, strict=True):
-                losses.add(batch.units[piece], score.nats - base.nats, score.kl)
+            yield from ((score.nats - base.nats, score.kl) for score in scores)
 
 
 @contextmanager
-def _output_errors_summed(block: Block, weights: _BlockWeights, scored: Tensor) -> Iterator[None]:
+def _output_errors_summed(block: Block, weights: _BlockWeights, places: Tensor) -> Iterator[None]:
     """While `block` runs: add the squares of (error x, weight x) over the scored positions to `weights.squares`."""
 
     def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0][scored].float()
+            x = _chosen(inputs[0], places).float()
             for number, matrix in enumerate((weights.errors[name], weights.base[name])):
-                weights.squares[name][number] += F.linear(x, matrix).double().square().sum().cpu()
+                weights.squares[name][number] += F.linear(x, matrix).double().square().sum()
 
         return hook
 
@@ -299,6 +310,11 @@ def _output_errors_summed(block: Block, weights: _BlockWeights, scored: Tensor) 
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _chosen(states: Tensor, places: Tensor) -> Tensor:
+    """states[B, T, C] at places[N] of all B T: [N, C]."""
+    return states.flatten(0, 1).index_select(0, to_device(places, states.device))
 
 
 @contextmanager

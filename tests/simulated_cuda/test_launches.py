@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from neoquant.evaluation import scoring
+from neoquant.evaluation import inspection, scoring
 from neoquant.evaluation.corpus import Window
 from neoquant.evaluation.scoring import score_batches
 from neoquant.generation.generate import Sampling, stream
@@ -18,6 +18,7 @@ from neoquant.loading.pretrained import GPTNeoForCausalLM
 from neoquant.model import transfers
 from neoquant.model.config import GPTNeoConfig
 from neoquant.nn.linear import QuantLinear
+from neoquant.progress import SILENT
 from neoquant.quantizers import Nearest
 from simulated_cuda.device import Counts
 
@@ -150,6 +151,22 @@ def test_a_batch_of_evaluation_waits_once_and_while_the_next_is_computed(models:
         assert launches == [2 * of_one, 3 * of_one, 4 * of_one, 4 * of_one]
         costs.append((gpu.waits.total(), gpu.copies.total(), gpu.transfers.total()))
     assert costs == [(4, 0, 4 * (3 + 5 * models))] * 3
+
+
+def test_inspection_waits_as_often_however_much_it_reads(gpu: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for losses on their way to the host, while the next ones are computed."""
+    base, other = make_model(2, hidden=64), make_model(2, make_grid(4, "nf4"), hidden=64)
+    found = []
+    for count, rows in ((2, 1024), (4, 16)):
+        limits = scoring.BatchLimits(positions=64, rows=rows)
+        monkeypatch.setattr(inspection, "batch_limits", lambda device, limits=limits: limits)
+        windows = [Window(i, torch.arange(30 - i, dtype=torch.int32), 20 - i) for i in range(count)]
+        gpu.reset()
+        layers, together = inspection._Inspector(base, other, windows, sensitivity=True).run(SILENT)
+        assert len(layers) == 12 and together.kl > 0 and all(layer.loss is not None for layer in layers)
+        assert gpu.copies.total() == 0 or count == 2  # tables are made once
+        found.append({line: n for line, n in gpu.waits.items() if not line.startswith("model/transfers.py")})
+    assert found[0] == found[1] and sum(found[0].values()) <= 2 * 6 * 7
 
 
 def losses_of_batches(model: Any) -> torch.Tensor:
