@@ -50,6 +50,7 @@ OBJECTIVES = {name: ROOT / "eval" / "results" / f"objectives-{name}.json" for na
 TO_ORDER = ROOT / "eval" / "results" / "to-order-demo.json"
 HQQ = {name: ROOT / "eval" / "results" / f"hqq-{name}.json" for name in ("demo", "neo-8m")}
 CROSS_LOAD = ROOT / "eval" / "results" / "cross-load.json"
+THEIR_TESTS = sorted((ROOT / "eval" / "results").glob("transformers-tests-*.json"))
 CHOOSING = ROOT / "docs" / "choosing.md"
 CARD = ROOT / "neoquant" / "demo" / "neoquant-demo" / "README.md"
 PAGES = (
@@ -568,6 +569,20 @@ def cross_load() -> str:
     return "\n".join([*lines, "", f"Differences of logits as a part of the largest logit, in float32; {peer}."])
 
 
+def their_tests() -> str:
+    """What becomes of transformers' own tests with neoquant's classes in the place of transformers'."""
+    titles = ("transformers", "tests", "passed", "refused in words", "about transformers' inside", "failed")
+    lines = ["| " + " | ".join(titles) + " |", "| --- | --- " + "| --: " * 4 + "|"]
+    for path in THEIR_TESTS:
+        result = json.loads(path.read_text("utf-8"))
+        for group in [*sorted({row["group"] for row in result["rows"]}), None]:
+            found = [row["outcome"] for row in result["rows"] if group in (row["group"], None)]
+            counts = (found.count(outcome) for outcome in ("passes", "refused", "inside", "fails"))
+            first = [result["peer"]["transformers"], f"{group or 'all'}: {len(found)}"]
+            lines.append("| " + " | ".join([*first, *map(str, counts)]) + " |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "why": why,
     "demo-totals": demo_totals,
@@ -591,6 +606,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"hqq-{name}": functools.partial(hqq, path) for name, path in HQQ.items()},
     "to-order": to_order,
     "cross-load": cross_load,
+    "their-tests": their_tests,
 }
 
 

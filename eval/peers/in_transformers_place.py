@@ -119,7 +119,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 def _where(item: Any) -> str:
     """The file of the class, among those that a test's class inherits from, that has the test."""
-    classes = [] if item.cls is None else [cls for cls in item.cls.__mro__ if item.originalname in cls.__dict__]
+    classes = [] if item.cls is None else [cls for cls in item.cls.__mro__ if item.name in cls.__dict__]
     module = sys.modules[classes[0].__module__] if classes else item.module
     return os.path.relpath(str(module.__file__), item.config.rootpath)
 

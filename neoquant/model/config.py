@@ -29,14 +29,25 @@ _OPTIONAL = (
 _ALIASES = {"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads", "torch_dtype": "dtype"}
 
 
+class _TakesOthers(type):
+    """Keywords that are no fields are taken as config.json's keys are, as in transformers."""
+
+    def __call__(cls, *args: Any, **values: Any) -> Any:
+        known = {each.name for each in fields(cls)}  # type: ignore[arg-type]  # its classes are dataclasses
+        if args or values.keys() <= known:
+            return super().__call__(*args, **values)
+        extra = values.pop("extra", {})
+        return cls.from_dict({**extra, **values})  # type: ignore[attr-defined]
+
+
 @dataclass
-class GPTNeoConfig:
+class GPTNeoConfig(metaclass=_TakesOthers):
     """The sizes and switches of one GPT-Neo.
 
     `attention_types` is the compact form, `[[["global", "local"], 12]]`: each pair is a list of layer types and
     how often it repeats. `attention_layers`, one word a layer, follows from it. `intermediate_size=None` means
-    `4 * hidden_size`. Keys this class does not know are kept in `extra` and written back unchanged; they may be read
-    and set as attributes, as in transformers.
+    `4 * hidden_size`. Keys this class does not know are kept in `extra` and written back unchanged; they may be given
+    as keywords, and read and set as attributes, as in transformers.
 
     Raises ConfigError where the values contradict each other.
     """
@@ -236,11 +247,23 @@ class GPTNeoConfig:
             if key == "model_type" or key not in default or default[key] != value
         }
 
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """`to_diff_dict`, or `to_dict`, as the text of a file."""
+        return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, path: str | Path, use_diff: bool = True) -> None:
+        """Write that."""
+        write_file(Path(path), self.to_json_string(use_diff))
+
+    @classmethod
+    def from_json_file(cls, path: str | Path) -> GPTNeoConfig:
+        """Read such a file."""
+        return cls.from_pretrained(path)
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `folder/config.json`."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-        write_file(Path(folder) / "config.json", text)
+        self.to_json_file(Path(folder) / "config.json", use_diff=False)
 
 
 def _expand(attention_types: Any) -> list[str]:

@@ -98,12 +98,15 @@ class TokenClassifier(Network):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> TokenClassifierOutput:
         """`logits[B, T, labels]`; `labels[B, T]`, -100 where a position does not count."""
-        base = self.transformer(input_ids, attention_mask, return_dict=True, **_UNCACHED | kwargs)
+        base = self.transformer(
+            input_ids, attention_mask, inputs_embeds=inputs_embeds, return_dict=True, **_UNCACHED | kwargs
+        )
         logits = self.classifier(self.dropout(base.last_hidden_state.to(self.classifier.weight.device)))
         loss = None
         if labels is not None:
@@ -124,13 +127,16 @@ class QuestionAnswerer(Network):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
+        inputs_embeds: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> QuestionAnsweringModelOutput:
         """`start_logits[B, T]` and `end_logits[B, T]`; positions `[B]`, those outside the text do not count."""
-        base = self.transformer(input_ids, attention_mask, return_dict=True, **_UNCACHED | kwargs)
+        base = self.transformer(
+            input_ids, attention_mask, inputs_embeds=inputs_embeds, return_dict=True, **_UNCACHED | kwargs
+        )
         start, end = self.qa_outputs(base.last_hidden_state.to(self.qa_outputs.weight.device)).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:

@@ -127,3 +127,24 @@ def test_attributes_are_transformers(tmp_path: Path, named: dict[str, Any]) -> N
     assert (again.num_labels, again.later, again.num_heads) == (5, "set", 8)
     ours.id2label = {0: "a", 1: "b"}
     assert (ours.num_labels, ours.label2id) == (2, {"a": 0, "b": 1})
+
+
+def test_other_keywords_are_config_jsons_keys_as_in_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    values = {
+        "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "n_embd": 37,
+        "architectures": ["GPTNeoModel"],
+        "attention_types": [[["global", "local"], 1]], "id2label": {"0": "a", "1": "b", "2": "c"},
+    }  # fmt: skip
+    ours, theirs = GPTNeoConfig(**values, model_type="gpt_neo"), transformers.GPTNeoConfig(**values)
+    for name in ("num_layers", "num_heads", "n_embd", "architectures", "num_labels", "id2label", "attention_layers"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.to_dict() == GPTNeoConfig.from_dict(values).to_dict()
+    with pytest.raises(ConfigError, match="model_type"):
+        GPTNeoConfig(model_type="gpt2", hidden_size=24)
+    ours.to_json_file(tmp_path / "said.json")
+    stated = json.loads((tmp_path / "said.json").read_text())
+    assert stated["n_embd"] == 37 and "vocab_size" not in stated and "window_size" not in stated
+    assert GPTNeoConfig.from_json_file(tmp_path / "said.json") == ours == GPTNeoConfig(**ours.to_diff_dict())
+    assert transformers.GPTNeoConfig.from_json_file(tmp_path / "said.json").hidden_size == 24
+    assert json.loads(ours.to_json_string(use_diff=False)) == json.loads(json.dumps(ours.to_dict()))
