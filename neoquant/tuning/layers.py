@@ -130,6 +130,6 @@ class Tunable:
                 found[f"{name}.bias"] = layer.bias
         stored = {}
         for name, parameter in found.items():
-            stored[name] = parameter.detach().to(types[name])
+            stored[name] = parameter.detach().to(types[name], copy=True)
             parameter.copy_(stored[name])
         return stored

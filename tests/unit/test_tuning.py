@@ -298,6 +298,17 @@ def test_the_documents_of_both_texts_count(quantized: Callable[[str], Path], ori
     assert calibrated_on(tmp_path / "b", None, SILENT) == {"zero", "one", "two"}
 
 
+def test_an_original_in_another_type_is_noted(quantized: Callable[[str], Path], original: Path, tmp_path: Path) -> None:
+    single = neoquant.GPTNeoForCausalLM.from_pretrained(original, dtype=torch.float32)
+    single.save_pretrained(tmp_path / "single")
+    made = [
+        tune(quantized("nf4"), tmp_path / base.name / "out", base=base, calibration=samples(), steps=3)
+        for base in (original, tmp_path / "single")
+    ]
+    assert made[0].notes == () and "other weights than single's" in made[1].notes[0]
+    assert made[0].before == made[1].before  # the values are the same
+
+
 def test_a_bare_decoder_is_tuned_by_its_tied_head(original: Path, tmp_path: Path) -> None:
     """Tensors without `transformer.` before their names, as GPTNeoModel stores them."""
     neoquant.GPTNeoModel.from_pretrained(original, dtype="auto").save_pretrained(tmp_path / "bare")
