@@ -48,6 +48,7 @@ BY_LOSS = {"objective": "model", "correction": 0.5}
 ATTENTION = {"objective": "attention", "correction": 0.0}
 OBJECTIVES = {name: ROOT / "eval" / "results" / f"objectives-{name}.json" for name in ("demo", "neo-8m")}
 TO_ORDER = ROOT / "eval" / "results" / "to-order-demo.json"
+TUNED = ROOT / "eval" / "results" / "tuned-demo.json"
 HQQ = {name: ROOT / "eval" / "results" / f"hqq-{name}.json" for name in ("demo", "neo-8m")}
 CROSS_LOAD = ROOT / "eval" / "results" / "cross-load.json"
 THEIR_TESTS = sorted((ROOT / "eval" / "results").glob("transformers-tests-*.json"))
@@ -474,6 +475,24 @@ def objectives(path: Path) -> str:
     return "\n".join([*lines, "", f"{_text_line(result)}."])
 
 
+def tuned() -> str:
+    """What GPTQ by the model's loss loses before tuning and after it, and what that takes."""
+    result = json.loads(TUNED.read_text("utf-8"))
+    lines = ["| grid | before | after | of it [95 %] | processor s | MB |", "| --- | --: | --: | --: | --: | --: |"]
+    for row in result["rows"]:
+        low, high = row["ratio"]["interval"]
+        seconds = [each for each in row["processor_s"] if each is not None]
+        lines.append(
+            f"| {row['label']} | {1e4 * _kl(row['before']):.2f} | {1e4 * _kl(row['after']):.2f} "
+            f"| {row['ratio']['ratio']:.3f} [{low:.3f}, {high:.3f}] "
+            f"| {f'{sum(seconds) / len(seconds):.0f}' if seconds else ''} | {row['memory_mb']:,.0f} |"
+        )
+    options = result["options"]
+    return "\n".join(
+        [*lines, "", f"{_text_line(result)}; tuned on {options['rows']} rows of {options['length']} tokens."]
+    )
+
+
 def to_order() -> str:
     """Uniform grids, layers on several grids at the same bits, and at others: loss foreseen and measured."""
     result = json.loads(TO_ORDER.read_text("utf-8"))
@@ -605,6 +624,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"objectives-{name}": functools.partial(objectives, path) for name, path in OBJECTIVES.items()},
     **{f"hqq-{name}": functools.partial(hqq, path) for name, path in HQQ.items()},
     "to-order": to_order,
+    "tuned": tuned,
     "cross-load": cross_load,
     "their-tests": their_tests,
 }
