@@ -35,8 +35,13 @@ enum nq_dtype { NQ_FLOAT32 = 0, NQ_FLOAT16 = 1, NQ_BFLOAT16 = 2 };
 typedef void (*nq_range)(void *job, int64_t begin, int64_t end);
 void nq_parallel(int threads, int64_t n, int64_t grain, int64_t nanoseconds, nq_range run, void *job);
 
+/* Wakes threads for many short loops that follow, which take about so many nanoseconds in all, the longest of them
+ * `longest`: none is worth waking anybody for, but all together may be. */
+void nq_rouse(int threads, int64_t nanoseconds, int64_t longest);
+
 /* Calls run(job) on this thread and on at most threads - 1 helpers, which may come late or not at all. With flags: only on
- * those that are awake; only where none has held up its caller of late, the job being short beside what that costs. */
+ * those that are awake or about to be; only where none has held up its caller of late, the job being short beside what
+ * that costs. */
 enum { NQ_AWAKE_ONLY = 1, NQ_SHORT = 2, NQ_MOST_THREADS = 256 };
 void nq_pool(void (*run)(void *), void *job, unsigned threads, unsigned flags);
 

@@ -72,11 +72,19 @@ static int64_t grain_of(const struct nq_way *way, int64_t rows, int threads) {
     return grain;
 }
 
+static int64_t nanoseconds_of(const struct nq_way *way, int64_t numbers, int64_t count) {
+    return numbers * (count + 4) / (way->tile > 1 ? MANY_SPEED : FEW_SPEED);
+}
+
+int64_t nq_product_time(const struct nq_kernels *kernels, const struct nq_linear *linear, int64_t count) {
+    return nanoseconds_of(way_of(kernels, linear, count), linear->w->rows * linear->w->columns, count);
+}
+
 /* NQ_MOST_ROWS of x at a time; the weights are decoded once for each. */
 static int multiply(
     const struct nq_kernels *kernels, const struct nq_way *way, const struct nq_linear *linears, int n, const float *x,
     int64_t count, int threads) {
-    const int64_t columns = linears->w->columns, speed = way->tile > 1 ? MANY_SPEED : FEW_SPEED;
+    const int64_t columns = linears->w->columns;
     atomic_int starved = 0;
     for (int64_t m = 0; m < count && !starved; m += NQ_MOST_ROWS) {
         const int64_t some = nq_min(NQ_MOST_ROWS, count - m);
@@ -90,7 +98,7 @@ static int multiply(
         if (!laid) return NQ_NO_MEMORY;
         for (int i = 0; i < n; i++) t.parts[i].laid = laid;
         nq_parallel(threads, nq_ceil(some, way->tile), 1, some * columns, way->lay, &t.parts[0]);
-        nq_parallel(threads, rows, grain, rows * columns * (some + 4) / speed, run_together, &t);
+        nq_parallel(threads, rows, grain, nanoseconds_of(way, rows * columns, some), run_together, &t);
     }
     return starved ? NQ_NO_MEMORY : 0;
 }

@@ -38,9 +38,20 @@ static void work(void *argument) {
     }
 }
 
+static int64_t worth(int threads, int64_t nanoseconds) {
+    return nq_min(nq_min(threads, NQ_MOST_THREADS), nanoseconds / NQ_WORTH_A_THREAD);
+}
+
+static void nothing(void *job) { (void)job; }
+
+void nq_rouse(int threads, int64_t nanoseconds, int64_t longest) {
+    const int64_t team_size = worth(threads, longest);
+    if (team == nq_pool && team_size > 1 && nanoseconds >= NQ_WORTH_WAKING)
+        nq_pool(nothing, 0, (unsigned)team_size, nanoseconds < NQ_LONG ? NQ_SHORT : 0);
+}
+
 void nq_parallel(int threads, int64_t n, int64_t grain, int64_t nanoseconds, nq_range run, void *job) {
-    const int64_t grains = (n + grain - 1) / grain;
-    const int64_t team_size = nq_min(nq_min(threads, NQ_MOST_THREADS), nq_min(grains, nanoseconds / NQ_WORTH_A_THREAD));
+    const int64_t grains = (n + grain - 1) / grain, team_size = nq_min(grains, worth(threads, nanoseconds));
     if (team_size < 2) {
         if (n > 0) run(job, 0, n);
         return;

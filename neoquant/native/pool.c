@@ -180,7 +180,7 @@ void nq_pool(void (*run)(void *), void *job, unsigned threads, unsigned flags) {
     pthread_once(&once, watch_forks);
     const int wanted = (int)threads - 1, wakes = !(flags & NQ_AWAKE_ONLY);
     const int held_up = flags & NQ_SHORT && now() < atomic_load(&team.alone_until);
-    if (wanted < 1 || held_up || !(wakes || atomic_load(&team.awake)) || atomic_exchange(&team.taken, 1)) {
+    if (wanted < 1 || held_up || atomic_exchange(&team.taken, 1)) {
         run(job);
         return;
     }

@@ -96,6 +96,18 @@ static int attend_rows(const struct step *s, int64_t n) {
     return starved ? NQ_NO_MEMORY : 0;
 }
 
+/* A token is hundreds of products, each of which takes less than to wake a thread for it. */
+static void rouse(struct step *s, int64_t rows, int64_t blocks) {
+    int64_t all = 0, longest = 0;
+    for (int which = 0; which < LINEARS; which++) {
+        const struct nq_linear one = linear(s, which, 0);
+        const int64_t time = nq_product_time(s->kernels, &one, nq_min(rows, NQ_MOST_ROWS));
+        all += time;
+        longest = time > longest ? time : longest;
+    }
+    nq_rouse(s->threads, all * blocks, longest);
+}
+
 /* Rows [begin, begin + n) of x. */
 static int step_rows(const struct step *s, int64_t n) {
     const struct nq_linear seen[] = {linear(s, QUERY, s->query), linear(s, KEY, s->key), linear(s, VALUE, s->value)};
@@ -136,6 +148,8 @@ NQ_EXPORT int nq_steps(
     struct step s = {
         .kernels = nq_kernels_of(isa), .keep = keep, .threads = threads, .positions = positions,
         .keep_stride = keep_stride};
+    s.b = blocks[0];
+    rouse(&s, rows, n);
     for (int64_t i = 0; i < n; i++) {
         s.b = blocks[i], s.cached = &cached[i];
         s.x = i > 0 ? s.y : x;

@@ -124,6 +124,9 @@ enum { NQ_TOGETHER = 3 };
 int nq_products(
     const struct nq_kernels *kernels, const struct nq_linear *linears, int n, const float *x, int64_t count, int threads);
 
+/* About how many nanoseconds that takes a thread, for one of them. */
+int64_t nq_product_time(const struct nq_kernels *kernels, const struct nq_linear *linear, int64_t count);
+
 extern const struct nq_kernels nq_kernels_portable, nq_kernels_avx2, nq_kernels_avx512, nq_kernels_avx512vnni,
     nq_kernels_neon;
 
