@@ -40,7 +40,7 @@ def pair(window: int, seed: int, implementation: str = "sdpa") -> tuple[Any, GPT
     theirs = transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(**values)).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
-            parameter.mul_(4)
+            parameter.mul_(3)  # by 4, attention is so sharp that transformers' own rounding, in float32, is seen
     ours = GPTNeoForCausalLM(GPTNeoConfig(**values), attn_implementation=implementation).eval()
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
