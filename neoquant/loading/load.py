@@ -19,6 +19,7 @@ from neoquant.loading.fill import Filler, LoadWarning, NoInit, warn_of
 from neoquant.model.attention import require_possible
 from neoquant.model.base import Network
 from neoquant.model.config import GPTNeoConfig
+from neoquant.model.devices import cpu_by_default
 from neoquant.model.dtypes import resolve_dtype
 from neoquant.model.gpt_neo import Block, Decoder
 from neoquant.model.names import BASE_PREFIX, in_block
@@ -30,6 +31,7 @@ from neoquant.progress import SILENT, Progress
 ModelT = TypeVar("ModelT", bound=Network)
 
 
+@cpu_by_default()
 def load_model(
     source: str | Path | None,
     cls: type[ModelT],

@@ -29,6 +29,7 @@ from neoquant.loading.save import push_model, save_model
 from neoquant.model.base import Network
 from neoquant.model.cache import KVCache, given_cache
 from neoquant.model.config import GPTNeoConfig
+from neoquant.model.devices import cpu_by_default
 from neoquant.model.gpt_neo import CausalLM, Decoder
 from neoquant.model.heads import QuestionAnswerer, SequenceClassifier, TokenClassifier
 from neoquant.progress import SILENT, Progress
@@ -363,6 +364,7 @@ class GPTNeoForQuestionAnswering(PreTrainedModel, QuestionAnswerer):
     """Where in a text an answer starts and ends."""
 
 
+@cpu_by_default()
 def load(
     source: str | Path | None = None,
     *,

@@ -25,7 +25,7 @@ from neoquant.loading.load import read_model
 from neoquant.loading.quantization_config import BitsAndBytesConfig, GPTQConfig, describes, read_config
 from neoquant.model.base import Network
 from neoquant.model.config import GPTNeoConfig
-from neoquant.model.devices import resolve_device
+from neoquant.model.devices import cpu_by_default, resolve_device
 from neoquant.model.names import canonical_layer
 from neoquant.progress import SILENT, Progress
 from neoquant.quantization.plan import Plan, PlanRow, make_plan
@@ -46,6 +46,7 @@ from neoquant.tokenizer.tokenizer import Tokenizer
 ModelT = TypeVar("ModelT", bound=Network)
 
 
+@cpu_by_default()
 def load_quantized(
     source: str | Path | None,
     cls: type[ModelT],

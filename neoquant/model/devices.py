@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 
 from neoquant.errors import RequestError
@@ -24,6 +27,22 @@ def resolve_device(device: object) -> torch.device:
     if found.type not in ("cpu", "cuda"):
         raise RequestError(f"device is {str(found)!r}; {LEGAL}")
     return torch.device("cuda", found.index or 0) if found.type == "cuda" else found  # two names are one device
+
+
+@contextmanager
+def cpu_by_default() -> Iterator[None]:
+    """Files are read into the CPU's memory, whatever `torch.set_default_device` says.
+
+    Raises RequestError for "meta", where a model would have no weights.
+    """
+    default = torch.get_default_device()
+    if default.type == "meta":
+        raise RequestError(
+            "torch's default device is 'meta', which holds no weights: read them outside of "
+            "`with torch.device('meta')`, or call the model's class with its configuration"
+        )
+    with nullcontext() if default.type == "cpu" else torch.device("cpu"):
+        yield
 
 
 def device_name(device: torch.device) -> str:

@@ -21,7 +21,7 @@ from neoquant.errors import CheckpointError, OutputError, RequestError
 from neoquant.files.reading import MAX_LARGE_BYTES, read_json
 from neoquant.files.writing import as_bytes
 from neoquant.model.config import GPTNeoConfig
-from neoquant.model.devices import device_name, resolve_device
+from neoquant.model.devices import cpu_by_default, device_name, resolve_device
 from neoquant.progress import SILENT, Progress
 from neoquant.quantization.calibrated import write_calibrated
 from neoquant.quantization.model_card import render_card
@@ -109,6 +109,7 @@ def plan(
     return replace(planned, calibrating=need)
 
 
+@cpu_by_default()
 def quantize(
     source: str | Path | None,
     out: str | Path,

@@ -296,6 +296,29 @@ def test_a_gpu_gives_the_cpus_logits(kind: str | None, tiny_model: Path, tmp_pat
     assert generated.tolist() == expected.generate(IDS[:, :5], max_new_tokens=8, eos_token_id=[]).tolist()
 
 
+@pytest.mark.gpu
+def test_torchs_default_device_changes_no_file(tiny_model: Path, tmp_path: Path) -> None:
+    for name, default in (("cpu", "cpu"), ("cuda", "cuda")):
+        with torch.device(default):
+            neoquant.quantize(tiny_model, tmp_path / name, neoquant.Recipe.load("nf4"))
+            model, _ = neoquant.load(tmp_path / name, device="cpu")
+        assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    assert (tmp_path / "cpu/model.safetensors").read_bytes() == (tmp_path / "cuda/model.safetensors").read_bytes()
+
+
+def test_no_weights_are_read_where_torchs_default_device_holds_none(tiny_model: Path, tmp_path: Path) -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: neoquant.load(tiny_model),
+        lambda: GPTNeoForCausalLM.from_pretrained(tiny_model),
+        lambda: GPTNeoForCausalLM.from_pretrained(tiny_model, quantization_config=neoquant.BitsAndBytesConfig(True)),
+        lambda: neoquant.quantize(tiny_model, tmp_path / "out", neoquant.Recipe.load("nf4")),
+    ]
+    for call in calls:
+        with torch.device("meta"), pytest.raises(RequestError, match="default device is 'meta'"):
+            call()
+    assert not (tmp_path / "out").exists()
+
+
 def test_weights_in_the_stored_type_are_used_where_they_lie_and_outlive_a_replaced_file(
     tiny_model: Path, tmp_path: Path
 ) -> None:
