@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from neoquant.errors import CheckpointError, NeoquantError, locate
+from neoquant.errors import CheckpointError, NeoquantError, RequestError, locate
 from neoquant.sizes import parse_size
 
 if sys.version_info >= (3, 11):
@@ -64,6 +64,8 @@ def read_bytes(path: str | Path, *, limit: int = MAX_BYTES, error: type[Neoquant
             return path.read_bytes()
         except FileNotFoundError:
             raise error("there is no such file") from None
+        except RequestError:  # of the variable, which is a ValueError, too
+            raise
         except OSError as problem:
             raise error(f"cannot be read ({problem.strerror or problem})") from None
         except ValueError as problem:  # a null byte in the name

@@ -136,6 +136,8 @@ def read_object(path: Path) -> dict[str, Any]:
         value = parse_json(path.read_text("utf-8-sig"))
     except CheckpointError as error:
         raise CheckpointError(f"{path.name} {error}") from None
+    except RequestError:  # see read_bytes
+        raise
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path.name} is not readable as JSON: {error}") from None
     if not isinstance(value, dict):

@@ -153,9 +153,9 @@ def test_generate_takes_transformers_words_for_it() -> None:
         "2 prompts are given": {"input_ids": [prompt, prompt], "prompt_lookup_num_tokens": 3},
         "knows 7 tokens, the model 13": {"input_ids": prompt, "assistant_model": make(7)},
         "both guess": {"input_ids": prompt, "assistant_model": model, "prompt_lookup_num_tokens": 3},
-        "one prompt without padding": {
-            "input_ids": prompt, "attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1]]), "prompt_lookup_num_tokens": 3
-        },
     }.items():  # fmt: skip
         with pytest.raises(RequestError, match=message):
             model.generate(max_new_tokens=3, **options)
+    keep = torch.tensor([[0, 1, 1, 1, 1, 1]])  # padding goes with guesses in transformers alone
+    padded = model.generate(prompt, keep, max_new_tokens=30, prompt_lookup_num_tokens=3)
+    assert padded.tolist() == model.generate(prompt, keep, max_new_tokens=30).tolist()
