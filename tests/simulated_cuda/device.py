@@ -435,9 +435,11 @@ class Stream:
 
 
 def where() -> str:
-    """The innermost line of neoquant that is running."""
+    """The innermost line of neoquant that is running; of a program of Triton, the one that asks for it."""
     frame = sys._getframe(1)
-    while frame is not None and not frame.f_code.co_filename.startswith(PACKAGE):
+    while frame is not None and (
+        not frame.f_code.co_filename.startswith(PACKAGE) or frame.f_code.co_filename == running.__file__
+    ):
         frame = frame.f_back  # type: ignore[assignment]
     return "elsewhere" if frame is None else f"{frame.f_code.co_filename[len(PACKAGE) + 1 :]}:{frame.f_lineno}"
 
