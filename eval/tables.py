@@ -28,7 +28,7 @@ DEMO = ROOT / "eval" / "results" / "demo.json"
 LAYERS = ROOT / "eval" / "results" / "demo-layers.json"
 BENCH = ROOT / "eval" / "results" / "quantize-1.3b.json"
 CALIBRATED = {shape: ROOT / "eval" / "results" / f"calibrated-{shape}.json" for shape in ("125m", "1.3b")}
-RUN = {shape: ROOT / "eval" / "results" / f"run-{shape}.json" for shape in ("125m", "1.3b")}
+RUN = {name: ROOT / "eval" / "results" / f"run-{name}.json" for name in ("125m", "1.3b", "125m-avx2")}
 CONTEXT = {shape: ROOT / "eval" / "results" / f"context-{shape}.json" for shape in ("125m", "1.3b")}
 CACHE_LOSS = {kind: ROOT / "eval" / "results" / f"cache-{kind}-demo.json" for kind in ("float16", "int8")}
 SPECULATIVE = ROOT / "eval" / "results" / "speculative-demo.json"
@@ -227,6 +227,7 @@ def calibrated() -> str:
     return "\n".join([*lines, "", "; ".join(notes) + "."])
 
 
+PROGRAMS = ("torch", "transformers", "bitsandbytes", "openvino")
 RUN_NAMES = {
     "nf4": "NF4, embedding in float16",
     "nf4-int8-embedding": "NF4, embedding in int8",
@@ -234,9 +235,10 @@ RUN_NAMES = {
 }
 
 
-def run(shape: str) -> str:
-    """Tokens a second and peak memory of running a model's shapes, by program."""
-    result = json.loads(RUN[shape].read_text("utf-8"))
+def run(name: str) -> str:
+    """Tokens a second and peak memory of running a model's shapes, by program; the name may say which CPU ran them."""
+    result = json.loads(RUN[name].read_text("utf-8"))
+    shape, _, isa = name.partition("-")
     found: dict[str, dict[str, Any]] = {}
     for part in ("decode", "prefill"):
         for program in result[part]["programs"]:
@@ -265,15 +267,17 @@ def run(shape: str) -> str:
         lines.append(f"| {label} | {' | '.join(cells)} |")
     made, decode = result["decode"]["provenance"], result["decode"]
     versions = {name: found for program in decode["programs"] for name, found in program["versions"].items()}
+    without = " without AVX-512" if isa else ""
     evaluated = len(next(iter(result["evaluate"]["tokens_per_s"].values())))
     fewer = f" (evaluating: {evaluated})" if evaluated != decode["repeats"] else ""
-    shown = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "bitsandbytes", "openvino"))
+    shown = ", ".join(f"{name} {versions[name]}" for name in PROGRAMS if name in versions)
     return "\n".join(
         [
             *lines,
             "",
             f"GPT-Neo {shape} shapes, random weights, in float32; medians of {decode['repeats']} runs in turn{fewer}, "
-            f"{decode['threads']} threads of an {made['cpu']}, {decode['bandwidth_gb_per_s']:.0f} GB/s read; {shown}.",
+            f"{decode['threads']} threads of an {made['cpu']}{without}, "
+            f"{decode['bandwidth_gb_per_s']:.0f} GB/s read; {shown}.",
         ]
     )
 
