@@ -23,7 +23,6 @@ from neoquant.formats.base import dtype_name
 from neoquant.model.base import Network
 from neoquant.model.names import left_out
 from neoquant.nn.linear import QuantEmbedding, QuantLinear
-from neoquant.quantization.model_card import render_saved_card
 from neoquant.sizes import parse_size
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -68,6 +67,8 @@ def push_model(
     A model card is made where the hub has none; what is there beside the weights, a tokenizer for one, stays.
     Arguments and errors are `neoquant.checkpoint.push`'s.
     """
+    from neoquant.quantization.model_card import render_saved_card  # a tenth of a second, where only this is loaded
+
     require_repo(repo)
     with tempfile.TemporaryDirectory(prefix="neoquant-push-") as temp:
         folder = Path(temp) / repo.rpartition("/")[2]
