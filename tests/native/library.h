@@ -111,7 +111,8 @@ struct made {
 };
 
 static void make_block(struct made *m) {
-    *m = (struct made){.block = {.heads = HEADS, .window = 7, .epsilons = {1e-5f, 1e-5f}, .int8 = 0x2a}};
+    *m = (struct made){.block = {
+        .heads = HEADS, .window = 7, .epsilons = {1e-5f, 1e-5f}, .activation = NQ_GELU_TANH, .int8 = 0x2a}};
     m->numbers = numbers(INNER, 22);
     for (int i = 0; i < 6; i++) {
         m->weights[i] = i == 1 ? weight(NQ_AFFINE, 4, C, C)
