@@ -21,6 +21,7 @@ from neoquant.formats import FORMATS, Format, detect_checked
 from neoquant.formats.base import dtype_name
 from neoquant.grids import Grid
 from neoquant.model.config import GPTNeoConfig
+from neoquant.model.devices import cpu_by_default
 from neoquant.model.dtypes import resolve_dtype
 from neoquant.model.names import TIED_HEAD, canonical_layer, left_out
 from neoquant.progress import SILENT, Progress
@@ -80,6 +81,7 @@ class ConvertResult:
         }
 
 
+@cpu_by_default()
 def convert(
     source: str | Path,
     out: str | Path,

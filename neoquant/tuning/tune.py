@@ -25,6 +25,7 @@ from neoquant.loading.contents import Contents
 from neoquant.loading.load import read_model
 from neoquant.loading.pretrained import GPTNeoForCausalLM
 from neoquant.model.config import GPTNeoConfig
+from neoquant.model.devices import cpu_by_default
 from neoquant.progress import SILENT, Progress
 from neoquant.quantization.quantize import read_record, require_another_folder
 from neoquant.quantization.sequential import require_samples_fit
@@ -103,6 +104,7 @@ class TuneResult:
         }
 
 
+@cpu_by_default()
 def tune(
     source: str | Path,
     out: str | Path,

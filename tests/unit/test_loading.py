@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -302,8 +302,11 @@ def test_torchs_default_device_changes_no_file(tiny_model: Path, tmp_path: Path)
         with torch.device(default):
             neoquant.quantize(tiny_model, tmp_path / name, neoquant.Recipe.load("nf4"))
             model, _ = neoquant.load(tmp_path / name, device="cpu")
+            neoquant.convert(tmp_path / name, tmp_path / f"{name}-own", "neoquant")
         assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
-    assert (tmp_path / "cpu/model.safetensors").read_bytes() == (tmp_path / "cuda/model.safetensors").read_bytes()
+    for kind in ("", "-own"):
+        on_cpu, on_cuda = (tmp_path / f"{name}{kind}/model.safetensors" for name in ("cpu", "cuda"))
+        assert on_cpu.read_bytes() == on_cuda.read_bytes()
 
 
 def test_no_weights_are_read_where_torchs_default_device_holds_none(tiny_model: Path, tmp_path: Path) -> None:
@@ -312,6 +315,8 @@ def test_no_weights_are_read_where_torchs_default_device_holds_none(tiny_model: 
         lambda: GPTNeoForCausalLM.from_pretrained(tiny_model),
         lambda: GPTNeoForCausalLM.from_pretrained(tiny_model, quantization_config=neoquant.BitsAndBytesConfig(True)),
         lambda: neoquant.quantize(tiny_model, tmp_path / "out", neoquant.Recipe.load("nf4")),
+        lambda: neoquant.convert(tiny_model, tmp_path / "out"),
+        lambda: neoquant.tune(tiny_model, tmp_path / "out", base=tiny_model, calibration=cast("Any", None)),
     ]
     for call in calls:
         with torch.device("meta"), pytest.raises(RequestError, match="default device is 'meta'"):
