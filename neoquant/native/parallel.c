@@ -109,6 +109,8 @@ NQ_EXPORT int nq_version(void) { return 15; }
 /* The address of another's GOMP_parallel, or 0 for the team in pool.c. */
 NQ_EXPORT void nq_use_team(void *gomp_parallel) { team = gomp_parallel ? (team_function)gomp_parallel : nq_pool; }
 
+NQ_EXPORT int nq_shuffles_are_fast;
+
 /* Whether this machine runs an instruction set. */
 NQ_EXPORT int nq_runs(int isa) {
     if (isa == NQ_ISA_PORTABLE) return 1;
@@ -117,6 +119,7 @@ NQ_EXPORT int nq_runs(int isa) {
     int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    nq_shuffles_are_fast = __builtin_cpu_is("amd") || __builtin_cpu_supports("gfni");
     if (isa == NQ_ISA_AVX2) return avx2;
     if (isa == NQ_ISA_AVX512) return avx512;
     if (isa == NQ_ISA_AVX512VNNI) return avx512 && __builtin_cpu_supports("avx512vnni");

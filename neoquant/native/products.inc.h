@@ -43,9 +43,56 @@ NQ_INLINE vi load_words(const struct nq_weight *w, const uint8_t *row, int64_t r
     return bits == 8 && w->kind == NQ_AFFINE ? vi_xor(words, vi_set1((int32_t)0x80808080)) : words;
 }
 
+/* Each lane's number of those from `from` on, 2**shift lanes having one. Of codes that are used fast, one for all lanes is
+ * read as one: several, just written in pieces, would have to reach the cache first. */
+NQ_INLINE vf spread_over_lanes(const float *from, int shift, const int bits) {
+    return bits < 8 && 1 << shift >= LANES ? vf_set1(*from) : vf_spread(from, shift);
+}
+
 /* Values of the codes at place `k` of every word. */
 NQ_INLINE vf value_at(vtab table, vi words, int k, const int bits) {
     return bits == 8 ? vf_of_byte(words, k) : vf_lookup(table, vi_srl(words, bits * k), bits);
+}
+
+/* Where rows of x are few, how codes become values: by permutes of a table, as above; as the numbers that they are, counted
+ * from 0 and not from the middle, which zeros make up for; or by shuffles of the table's bytes. */
+enum how { BY_TABLE, AS_NUMBERS, BY_BYTES };
+enum { MOST_ROWS_OF_NUMBERS = 3 }; /* what zeros make up for is work for every row */
+
+NQ_INLINE int codes_are_numbers(const struct nq_weight *w) {
+    return CODES_AS_NUMBERS && w->kind == NQ_AFFINE && w->bits < 8;
+}
+
+NQ_INLINE enum how how_of(const struct nq_product *p) {
+    if (codes_are_numbers(p->w) && p->count <= MOST_ROWS_OF_NUMBERS) return AS_NUMBERS;
+    return TABLES_OF_BYTES && p->w->bits == 4 && nq_shuffles_are_fast ? BY_BYTES : BY_TABLE;
+}
+
+/* A number is taken where it lies among four codes, 2**number_shift times too large: x is made so much smaller. */
+NQ_INLINE int number_shift(int place, const int bits) { return bits * (place & 3); }
+
+#if !TABLES_OF_BYTES
+typedef int vbytes;
+NQ_INLINE vbytes vf_bytes(const float *table) { return (void)table, 0; }
+NQ_INLINE void vf_lookup_halves(vbytes table, vi words, int high, vf *values) { (void)table, (void)words, (void)high, (void)values; }
+#endif
+
+/* Bytes become four values at a time: of one half of each byte, then of the other. */
+NQ_INLINE int values_at_once(const enum how how) { return how == BY_BYTES ? 4 : 1; }
+
+/* The place in the word of value `i` of a step. */
+NQ_INLINE int place_of(int step, int i, const enum how how) { return how == BY_BYTES ? 2 * i + step : step; }
+
+NQ_INLINE void values_of(
+    vtab table, vbytes bytes, vi words, int step, const int bits, const enum how how, vf *values) {
+    if (how == BY_BYTES) {
+        vf_lookup_halves(bytes, words, step, values);
+    } else if (how == AS_NUMBERS) {
+        const vi mask = vi_set1(((1 << bits) - 1) << number_shift(step, bits));
+        values[0] = vf_of(vi_and(step < 4 ? words : vi_srl(words, 4 * bits), mask));
+    } else {
+        values[0] = value_at(table, words, step, bits);
+    }
 }
 
 /* absmax[n] of the blocks from `block` on, double quantization undone: one rounding at a time, as the grid does. */
@@ -54,8 +101,7 @@ NQ_INLINE void load_absmax(const struct nq_weight *w, int64_t block, int64_t n, 
     while (n > 0) {
         const float coarse = w->nested[block >> NESTED_BLOCK_BITS];
         const int64_t count = nq_min(n, (((block >> NESTED_BLOCK_BITS) + 1) << NESTED_BLOCK_BITS) - block);
-        for (int64_t i = 0; i < count; i++) to[i] = w->nested_table[w->stored[block + i]];
-        for (int64_t i = 0; i < count; i++) to[i] = to[i] * coarse + offset;
+        for (int64_t i = 0; i < count; i++) to[i] = w->nested_table[w->stored[block + i]] * coarse + offset;
         block += count, to += count, n -= count;
     }
 }
@@ -111,6 +157,9 @@ static void few_lay(void *argument, int64_t begin, int64_t end) {
     const struct nq_weight *w = p->w;
     const int per = codes_a_word(w->bits), turn = w->kind == NQ_CODEBOOK; /* codebooks: the high half is the first */
     const int64_t chunk = chunk_columns(w), chunks = count_chunks(w);
+    const int numbers = how_of(p) == AS_NUMBERS;
+    float parts[8];
+    for (int k = 0; k < per; k++) parts[k] = numbers ? 1 / (float)(1 << number_shift(k, w->bits)) : 1;
     for (int64_t m = begin; m < end; m++) {
         for (int64_t c = 0; c < chunks; c++) {
             float *to = (float *)p->laid + (m * chunks + c) * chunk, *sums = few_sums(p) + (m * chunks + c) * LANES;
@@ -123,8 +172,9 @@ static void few_lay(void *argument, int64_t begin, int64_t end) {
             for (int lane = 0; lane < LANES; lane++) sums[lane] = 0;
             for (int k = 0; k < per; k++)
                 for (int lane = 0; lane < LANES; lane++) {
-                    to[k * LANES + lane] = from[lane * per + (k ^ turn)];
-                    sums[lane] += to[k * LANES + lane];
+                    const float value = from[lane * per + (k ^ turn)];
+                    to[k * LANES + lane] = value * parts[k];
+                    sums[lane] += value;
                 }
         }
     }
@@ -139,15 +189,18 @@ NQ_INLINE const uint8_t *codes_ahead(const struct nq_weight *w, int64_t row, int
 
 /* Rows [begin, end) of the weight times `count` rows of x from m0 on, `together` rows of the weight at once. */
 NQ_INLINE void few(
-    const struct nq_product *p, int64_t begin, int64_t end, int64_t m0, const int bits, const int count,
+    const struct nq_product *p, int64_t begin, int64_t end, int64_t m0, const int bits, const enum how how, const int count,
     const int together) {
     const struct nq_weight *w = p->w;
-    const int per = codes_a_word(bits), chunk = LANES * per;
+    const int per = codes_a_word(bits), chunk = LANES * per, at_once = values_at_once(how);
+    const int chains = bits == 8 ? 1 : FEW_CHAINS(count);
     const int step_bits = nq_step_bits(w, SEGMENT_BITS), spread = step_bits - (bits == 8 ? 2 : 3); /* lanes to runs */
     const int64_t chunks = count_chunks(w), row_bytes = nq_row_bytes(w), stride = chunks * chunk;
     const int64_t runs = nq_ceil(w->columns, (int64_t)1 << step_bits);
     const float *laid = (const float *)p->laid + m0 * stride, *sums = few_sums(p) + m0 * chunks * LANES;
     const vtab table = vf_table(w->table);
+    const vbytes bytes = vf_bytes(w->table);
+    const vf middle = vf_set1((float)nq_middle(w));
     float scales[4][SEGMENT / 8 + LANES] = {{0}}, zeros[4][SEGMENT / 8 + LANES] = {{0}};
     for (int64_t row = begin; row < end; row += together) {
         int64_t rows[4];
@@ -163,34 +216,35 @@ NQ_INLINE void few(
                 load_scales(w, rows[r], first, last - first, step_bits, scales[r], zeros[r]);
             for (; c < stop; c++) {
                 const int64_t run = ((c * chunk) >> step_bits) - first;
+                const float *x = laid + c * chunk;
                 vi words[4];
-                vf part[4 * 4];
+                vf part[4 * 4 * 2];
                 _Pragma("GCC unroll 4") for (int r = 0; r < together; r++) {
-                    const uint8_t *codes = w->codes + rows[r] * row_bytes;
                     __builtin_prefetch(ahead + (c * together + r) * (chunk * bits / 8));
-                    words[r] = load_words(w, codes, row_bytes, c, bits);
+                    words[r] = load_words(w, w->codes + rows[r] * row_bytes, row_bytes, c, bits);
                 }
-                _Pragma("GCC unroll 16") for (int i = 0; i < count * together; i++) part[i] = vf_zero();
-                _Pragma("GCC unroll 8") for (int k = 0; k < per; k++) {
-                    vf x[4];
-                    _Pragma("GCC unroll 4") for (int m = 0; m < count; m++)
-                        x[m] = vf_load(laid + m * stride + c * chunk + k * LANES);
+                _Pragma("GCC unroll 16") for (int i = 0; i < count * together * chains; i++) part[i] = vf_zero();
+                _Pragma("GCC unroll 8") for (int step = 0; step < per / at_once; step++)
                     _Pragma("GCC unroll 4") for (int r = 0; r < together; r++) {
-                        vf value = value_at(table, words[r], k, bits);
-                        _Pragma("GCC unroll 4") for (int m = 0; m < count; m++)
-                            part[m * together + r] = vf_fma(value, x[m], part[m * together + r]);
+                        vf values[4];
+                        values_of(table, bytes, words[r], step, bits, how, values);
+                        _Pragma("GCC unroll 4") for (int i = 0; i < at_once; i++)
+                            _Pragma("GCC unroll 4") for (int m = 0; m < count; m++) {
+                                const int place = place_of(step, i, how);
+                                vf *to = &part[(m * together + r) * chains + (place >> at_once / 4) % chains];
+                                *to = vf_fma(values[i], vf_load(x + m * stride + place * LANES), *to);
+                            }
                     }
-                }
                 _Pragma("GCC unroll 4") for (int r = 0; r < together; r++) {
-                    vf scale = vf_spread(scales[r] + run, spread);
-                    if (w->zeros) {
-                        vf zero = vf_spread(zeros[r] + run, spread);
-                        _Pragma("GCC unroll 4") for (int m = 0; m < count; m++)
-                            part[m * together + r] = vf_fnma(
-                                zero, vf_load(sums + (m * chunks + c) * LANES), part[m * together + r]);
+                    const vf scale = spread_over_lanes(scales[r] + run, spread, bits);
+                    vf zero = w->zeros ? spread_over_lanes(zeros[r] + run, spread, bits) : vf_zero();
+                    if (how == AS_NUMBERS) zero = vf_add(zero, middle);
+                    _Pragma("GCC unroll 4") for (int m = 0; m < count; m++) {
+                        const vf *parts = &part[(m * together + r) * chains];
+                        vf whole = chains == 2 ? vf_add(parts[0], parts[1]) : parts[0];
+                        if (w->zeros || how == AS_NUMBERS) whole = vf_fnma(zero, vf_load(sums + (m * chunks + c) * LANES), whole);
+                        sum[m * together + r] = vf_fma(whole, scale, sum[m * together + r]);
                     }
-                    _Pragma("GCC unroll 4") for (int m = 0; m < count; m++)
-                        sum[m * together + r] = vf_fma(part[m * together + r], scale, sum[m * together + r]);
                 }
             }
         }
@@ -204,7 +258,12 @@ NQ_INLINE void few(
 
 #define FEW(BITS, M)                                                                                                  \
     static void few_##BITS##_##M(const struct nq_product *p, int64_t begin, int64_t end, int64_t m0) {              \
-        few(p, begin, end, m0, BITS, M, FEW_TOGETHER(M));                                                             \
+        const enum how how = how_of(p);                                                                               \
+        if (CODES_AS_NUMBERS && BITS < 8 && (M) <= MOST_ROWS_OF_NUMBERS && how == AS_NUMBERS)                         \
+            few(p, begin, end, m0, BITS, AS_NUMBERS, M, FEW_TOGETHER(M));                                             \
+        else if (TABLES_OF_BYTES && BITS == 4 && how == BY_BYTES)                                                     \
+            few(p, begin, end, m0, BITS, BY_BYTES, M, FEW_TOGETHER(M));                                               \
+        else few(p, begin, end, m0, BITS, BY_TABLE, M, FEW_TOGETHER(M));                                              \
     }
 #define FEW_OF(BITS) FEW(BITS, 1) FEW(BITS, 2) FEW(BITS, 3) FEW(BITS, 4)
 FEW_OF(2)
@@ -675,6 +734,9 @@ NQ_INLINE uint32_t every_second(uint64_t bytes) {
     return (uint32_t)(bytes | bytes >> 16);
 }
 
+/* And every second two of them. */
+NQ_INLINE uint32_t every_second_pair(uint64_t bytes) { return (uint32_t)(bytes & 0xffff) | (uint32_t)(bytes >> 16 & 0xffff0000u); }
+
 /* A run x[n] to bytes in [-127, 127] and their scale; n is at most LONGEST_RUN, and zeros follow up to a multiple of 8. */
 static float round_run(const float *x, int64_t n, uint8_t *bytes, float *total) {
     uint32_t top = 0;
@@ -841,7 +903,8 @@ NQ_INLINE void multiply_bytes(
 }
 
 /* Rounded activations, few rows: the words as they lie. x by chunks: for each lane of a chunk the four or eight bytes that
- * meet its codes, then their step, their sum, and what the lane's sum starts from. */
+ * meet its codes, then their step, their sum, and what the lane's sum starts from: levels are X_FLIP higher than they should
+ * be, and codes that are numbers by the middle. */
 NQ_INLINE int64_t few8_chunk(const struct nq_weight *w) { return (codes_a_word(w->bits) / 4 + 3) * LANES; }
 
 static size_t few8_size(const struct nq_product *p) {
@@ -853,6 +916,7 @@ static void few8_lay(void *argument, int64_t begin, int64_t end) {
     const struct nq_weight *w = p->w;
     const int64_t run = (int64_t)1 << nq_step_bits(w, RUN_BITS), stride = few8_chunk(w), chunks = count_chunks(w);
     const int per = codes_a_word(w->bits), halves = w->bits == 4, turn = w->kind == NQ_CODEBOOK;
+    const int pairs = codes_are_numbers(w) && !halves, above = codes_are_numbers(w) ? nq_middle(w) : X_FLIP;
     for (int64_t m = begin; m < end; m++) {
         int32_t *laid = (int32_t *)p->laid + m * chunks * stride;
         memset(laid, 0, (size_t)(chunks * stride) * 4);
@@ -870,12 +934,16 @@ static void few8_lay(void *argument, int64_t begin, int64_t end) {
                     sum += (int8_t)bytes[i + k];
                 }
                 memcpy(&eight, bytes + i, (size_t)per);
-                to[0] = (int32_t)(halves ? every_second(turn ? eight >> 8 : eight) : (uint32_t)eight);
-                if (per == 8) to[LANES] = (int32_t)(halves ? every_second(turn ? eight : eight >> 8) : (uint32_t)(eight >> 32));
+                const uint64_t first = turn ? eight >> 8 : eight, second = turn ? eight : eight >> 8;
+                to[0] = (int32_t)(halves ? every_second(first) : pairs ? every_second_pair(eight) : (uint32_t)eight);
+                if (per == 8)
+                    to[LANES] = (int32_t)(halves  ? every_second(second)
+                                          : pairs ? every_second_pair(eight >> 16)
+                                                  : (uint32_t)(eight >> 32));
                 const float as_float = (float)sum;
                 memcpy(behind, &step, 4);
                 memcpy(behind + LANES, &as_float, 4);
-                behind[2 * LANES] = -X_FLIP * sum;
+                behind[2 * LANES] = -above * sum;
             }
         }
     }
@@ -886,15 +954,28 @@ NQ_INLINE vi dot_levels(vi sum, vi x, vi levels) {
     return X_FLIP ? vi_dot4(sum, levels, x) : vi_dot4(sum, x, levels);
 }
 
+/* The sum of all products of a word's codes, with x as few8_lay laid it out. */
+NQ_INLINE vi dot_word(vbtab levels, vi sum, vi words, const int32_t *x, const int bits, const int numbers) {
+    (void)numbers;
+#if CODES_AS_NUMBERS
+    if (numbers) return vi_dot_codes(sum, words, vi_load(x), vi_load(x + LANES), bits);
+#endif
+    _Pragma("GCC unroll 2") for (int second = 0; second < codes_a_word(bits) / 4; second++) {
+        vi found = levels_of(levels, words, second, bits);
+        if (bits == 8 && X_FLIP) found = vi_xor(found, vi_set1((int32_t)(X_FLIP * 0x01010101u)));
+        sum = dot_levels(sum, vi_load(x + second * LANES), found);
+    }
+    return sum;
+}
+
 NQ_INLINE void few8(
-    const struct nq_product *p, int64_t begin, int64_t end, int64_t m0, const int bits, const int count,
+    const struct nq_product *p, int64_t begin, int64_t end, int64_t m0, const int bits, const int numbers, const int count,
     const int together) {
     const struct nq_weight *w = p->w;
     const int per = codes_a_word(bits), chunk = LANES * per, seconds = per / 4;
     const int step_bits = nq_step_bits(w, RUN_BITS), spread = step_bits - (bits == 8 ? 2 : 3); /* lanes to runs */
     const int64_t chunks = count_chunks(w), row_bytes = nq_row_bytes(w), stride = few8_chunk(w);
     const int64_t runs = nq_ceil(w->columns, (int64_t)1 << step_bits);
-    const vi flip = vi_set1((int32_t)(X_FLIP * 0x01010101u));
     float scales[4][SEGMENT / 8 + LANES] = {{0}}, zeros[4][SEGMENT / 8 + LANES] = {{0}};
     int8_t flipped[16];
     for (int i = 0; i < 16; i++) flipped[i] = (int8_t)(w->levels[i] ^ X_FLIP);
@@ -920,13 +1001,7 @@ NQ_INLINE void few8(
                     const vf scale = vf_spread(scales[r] + run, spread);
                     _Pragma("GCC unroll 4") for (int m = 0; m < count; m++) {
                         const int32_t *x = (const int32_t *)p->laid + ((m0 + m) * chunks + c) * stride;
-                        vi whole = vi_load(x + (seconds + 2) * LANES);
-                        _Pragma("GCC unroll 2") for (int second = 0; second < seconds; second++) {
-                            vi found = levels_of(levels, words, second, bits);
-                            if (bits == 8 && X_FLIP) found = vi_xor(found, flip);
-                            whole = dot_levels(whole, vi_load(x + second * LANES), found);
-                        }
-                        vf exact = vf_of(whole);
+                        vf exact = vf_of(dot_word(levels, vi_load(x + (seconds + 2) * LANES), words, x, bits, numbers));
                         if (w->zeros)
                             exact = vf_fnma(
                                 vf_spread(zeros[r] + run, spread), vf_load((const float *)x + (seconds + 1) * LANES), exact);
@@ -946,7 +1021,8 @@ NQ_INLINE void few8(
 
 #define FEW8(BITS, M)                                                                                                 \
     static void few8_##BITS##_##M(const struct nq_product *p, int64_t begin, int64_t end, int64_t m0) {             \
-        few8(p, begin, end, m0, BITS, M, FEW_TOGETHER(M));                                                            \
+        if (BITS < 8 && codes_are_numbers(p->w)) few8(p, begin, end, m0, BITS, 1, M, FEW_TOGETHER(M));                \
+        else few8(p, begin, end, m0, BITS, 0, M, FEW_TOGETHER(M));                                                    \
     }
 #define FEW8_OF(BITS) FEW8(BITS, 1) FEW8(BITS, 2) FEW8(BITS, 3) FEW8(BITS, 4)
 FEW8_OF(2)

@@ -4,6 +4,9 @@
 #define X_FLIP 0
 enum { TILE = 6, TILE8 = 2 };
 #define FEW_TOGETHER(M) ((M) == 1 ? 2 : 1)
+#define FEW_CHAINS(M) ((M) <= 3 ? 2 : 1) /* sums of a row of x, none of which waits for another */
+#define CODES_AS_NUMBERS 1
+#define TABLES_OF_BYTES 1
 enum { FEW_MOST = 4 };
 enum { TRELLIS_TOGETHER = 8 }; /* rows of a block: accumulators at once */
 
@@ -87,6 +90,33 @@ NQ_INLINE vf vf_lookup(vtab table, vi index, int bits) {
     vf upper = _mm256_castsi256_ps(vi_sll(index, 28));
     return _mm256_blendv_ps(low, _mm256_permutevar8x32_ps(table.high, index), upper);
 }
+/* Bytes 0 to 3 of the sixteen values, which shuffles put together: for processors that do more of them than of permutes. */
+typedef struct {
+    vi bytes[4];
+} vbytes;
+NQ_INLINE vbytes vf_bytes(const float *table) {
+    vbytes found;
+    uint8_t values[16][4], apart[4][16];
+    memcpy(values, table, sizeof values);
+    for (int i = 0; i < 16; i++)
+        for (int k = 0; k < 4; k++) apart[k][i] = values[i][k];
+    for (int k = 0; k < 4; k++) found.bytes[k] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)apart[k]));
+    return found;
+}
+/* Of codes of four bits the low halves of the words' four bytes, or the high ones. */
+NQ_INLINE void vf_lookup_halves(vbytes table, vi words, int high, vf values[4]) {
+    const vi across = _mm256_setr_epi8( /* byte k of each of four words side by side */
+        0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const vi codes = vi_and(vi_srl(_mm256_shuffle_epi8(words, across), 4 * high), _mm256_set1_epi8(15));
+    vi byte[4], lower[2], upper[2];
+    _Pragma("GCC unroll 4") for (int k = 0; k < 4; k++) byte[k] = _mm256_shuffle_epi8(table.bytes[k], codes);
+    lower[0] = _mm256_unpacklo_epi8(byte[0], byte[1]), upper[0] = _mm256_unpacklo_epi8(byte[2], byte[3]);
+    lower[1] = _mm256_unpackhi_epi8(byte[0], byte[1]), upper[1] = _mm256_unpackhi_epi8(byte[2], byte[3]);
+    _Pragma("GCC unroll 2") for (int i = 0; i < 2; i++) {
+        values[2 * i] = vf_cast(_mm256_unpacklo_epi16(lower[i], upper[i]));
+        values[2 * i + 1] = vf_cast(_mm256_unpackhi_epi16(lower[i], upper[i]));
+    }
+}
 NQ_INLINE vbtab vb_table(const int8_t *levels) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)levels));
 }
@@ -96,4 +126,22 @@ NQ_INLINE vi vb_sub(vi a, vi b) { return _mm256_sub_epi8(a, b); }
 NQ_INLINE vi vi_dot4(vi acc, vi x, vi w) {
     vi pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+/* The sum of eight products a lane with the codes of its word, which are numbers from 0 on. Of four bits, `first` meets the
+ * low halves of bytes; of fewer, both meet two codes of the word's first half, then two of its second. */
+NQ_INLINE vi vi_dot_codes(vi sum, vi words, vi first, vi second, const int bits) {
+    vi low, high;
+    if (bits == 4) {
+        const vi mask = _mm256_set1_epi8(15);
+        low = vi_and(words, mask), high = vi_and(vi_srl(words, 4), mask);
+    } else {
+        const vi mask = _mm256_set1_epi8((1 << bits) - 1), upper = _mm256_set1_epi16((short)0xff00);
+        const vi fours = _mm256_blend_epi16(words, vi_sll(words, 16 - 4 * bits), 0xaa); /* in 16 bits each */
+        const vi third = _mm256_srli_epi16(fours, 2 * bits); /* and the fourth behind it, as the second behind the first: */
+        const vi fourth = bits == 3 ? _mm256_srli_epi16(fours, 1) : _mm256_slli_epi16(fours, 2);
+        low = vi_and(_mm256_blendv_epi8(fours, _mm256_slli_epi16(fours, 8 - bits), upper), mask);
+        high = vi_and(_mm256_blendv_epi8(third, fourth, upper), mask);
+    }
+    const vi pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, first), _mm256_maddubs_epi16(high, second)); /* at most 7,620 */
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }

@@ -13,6 +13,7 @@ from switch import every_isa, forced
 from torch import Tensor
 from weights import affine_grids, codebooks, make_weight
 
+from neoquant import native
 from neoquant.grids import Affine, Codebook, Grid, Int8Rows
 from neoquant.kernels import Cpu, cpu
 from neoquant.kernels.native_weight import native_weight
@@ -68,6 +69,30 @@ def test_products_are_right(
 ) -> None:
     with forced(isa, threads):
         require_right(grid, (rows, columns), count, torch.float32, biased)
+
+
+@pytest.mark.isa("avx2")
+@pytest.mark.parametrize("fast", [0, 1], ids=["permutes", "shuffles"])
+@settings(deadline=None, max_examples=30)
+@given(grid=codebooks, rows=st.integers(1, 30), columns=columns, count=st.integers(1, 4))
+def test_both_ways_to_look_up_are_right(fast: int, grid: Grid, rows: int, columns: int, count: int) -> None:
+    with forced("avx2"):
+        ctypes.c_int.in_dll(native.active().library, "nq_shuffles_are_fast").value = fast
+        require_right(grid, (rows, columns), count, torch.float32, False)
+
+
+@pytest.mark.isa("avx2")
+@pytest.mark.parametrize("grid", [Affine(2, 16), Affine(3, 64), Affine(4, 64), Affine(4, 32, True)], ids=str)
+def test_codes_near_the_middle_keep_their_accuracy(grid: Grid) -> None:
+    """AVX2 counts codes from 0, not from the middle: what that adds to a sum is far more than what is left here."""
+    w = torch.zeros(24, 256)
+    w[:, ::64] = torch.linspace(-1, 1, 96).view(24, 4)
+    with forced("avx2"):
+        q = Nearest().quantize(w, grid)
+        for count in (1, 2, 3, 4):
+            x = torch.randn(count, 256, generator=torch.Generator().manual_seed(count)) + 100
+            y = Cpu().linear(x, Cpu().pack(q), grid, (24, 256), None)
+            require_close(y, x, q.dequantize(torch.float64), None)
 
 
 @every_isa
