@@ -47,6 +47,14 @@ PEERS_DEMO = ROOT / "eval" / "results" / "peers-demo.json"
 BY_LOSS = {"objective": "model", "correction": 0.5}
 ATTENTION = {"objective": "attention", "correction": 0.0}
 OBJECTIVES = {name: ROOT / "eval" / "results" / f"objectives-{name}.json" for name in ("demo", "neo-8m")}
+OUTPUT_DAMPING = {  # what each column says
+    name: ROOT / "eval" / "results" / f"output-damping-{file}.json"
+    for name, file in (
+        ("bundled model, 3 bits", "demo"),
+        ("neo-8m, 3 bits", "neo-8m"),
+        ("neo-8m, NF4", "neo-8m-nf4"),
+    )
+}
 TO_ORDER = ROOT / "eval" / "results" / "to-order-demo.json"
 TUNED = ROOT / "eval" / "results" / "tuned-demo.json"
 HQQ = {name: ROOT / "eval" / "results" / f"hqq-{name}.json" for name in ("demo", "neo-8m")}
@@ -479,6 +487,22 @@ def objectives(path: Path) -> str:
     return "\n".join([*lines, "", f"{_text_line(result)}."])
 
 
+def output_damping() -> str:
+    """What GPTQ by the model's loss loses, output-side Hessians damped in other ways, as a part of the package's."""
+    columns = {
+        name: {row["way"]: row for row in json.loads(path.read_text("utf-8"))["rows"]}
+        for name, path in OUTPUT_DAMPING.items()
+    }
+    lines = [f"| damped by | {' | '.join(columns)} |", f"| --- |{' --: |' * len(columns)}"]
+    for way in dict.fromkeys(way for rows in columns.values() for way in rows):
+        found = [rows.get(way) for rows in columns.values()]
+        cells = [
+            "" if row is None else "{:.3f} [{:.3f}, {:.3f}]".format(row["ratio"], *row["interval"]) for row in found
+        ]
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def tuned() -> str:
     """What GPTQ by the model's loss loses before tuning and after it, and what that takes."""
     result = json.loads(TUNED.read_text("utf-8"))
@@ -626,6 +650,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "feedback-demo": lambda: feedback(FEEDBACK_DEMO),
     "peers-demo": lambda: feedback(PEERS_DEMO),
     **{f"objectives-{name}": functools.partial(objectives, path) for name, path in OBJECTIVES.items()},
+    "output-damping": output_damping,
     **{f"hqq-{name}": functools.partial(hqq, path) for name, path in HQQ.items()},
     "to-order": to_order,
     "tuned": tuned,
