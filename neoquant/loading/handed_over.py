@@ -9,7 +9,7 @@ from typing import Any
 from neoquant.errors import RequestError
 from neoquant.generation.config import GenerationConfig
 from neoquant.generation.generate import as_ids
-from neoquant.loading.methods import ModelMethods
+from neoquant.loading.methods import ModelMethods, transformers_room
 from neoquant.model.cache import KVCache
 
 _OURS = ("seed", "cache_dtype")
@@ -45,7 +45,7 @@ def generate_there(
     if isinstance(beside.get("past_key_values"), KVCache):
         raise RequestError(f"{refusal}; past_key_values of neoquant's do not go with it")
     try:
-        theirs = model.to_transformers()
+        theirs = transformers_room().kept(model)
     except RequestError as error:
         raise RequestError(f"{refusal}; {error}") from None
     options = {name: _theirs(value) for name, value in beside.items() if value is not None}
@@ -59,4 +59,4 @@ def generate_there(
 
 def _theirs(value: Any) -> Any:
     """A model of neoquant's (that guesses) as transformers'."""
-    return value.to_transformers() if isinstance(value, ModelMethods) else value
+    return transformers_room().kept(value) if isinstance(value, ModelMethods) else value

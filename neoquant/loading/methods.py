@@ -191,16 +191,20 @@ class ModelMethods(Network):
 
         Raises RequestError where transformers is not installed, or the model is spread over devices.
         """
-        try:  # by name: the room is made from models, and stands above them
-            room = import_module("neoquant.transformers")
-        except ModuleNotFoundError as error:
-            raise RequestError("to_transformers needs the package transformers: pip install transformers") from error
-        return room.to_transformers(self)
+        return transformers_room().to_transformers(self)
 
     def _decoder(self) -> Decoder:
         decoder = self.base_model
         assert isinstance(decoder, Decoder)
         return decoder
+
+
+def transformers_room() -> Any:
+    """The module that makes transformers' models. Raises RequestError where transformers is not installed."""
+    try:  # by name: the room is made from models, and stands above them
+        return import_module("neoquant.transformers.to_transformers")
+    except ModuleNotFoundError as error:
+        raise RequestError("to_transformers needs the package transformers: pip install transformers") from error
 
 
 def _resized(weight: Tensor, rows: int, std: float | None) -> nn.Parameter:

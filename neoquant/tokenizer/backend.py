@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,32 @@ def build_backend(folder: Path, fast: dict[str, Any] | None, settings: Tokenizer
         eos = settings.special.get("eos_token") if settings.add_eos_token else None
         set_template(backend, bos, eos)
     return backend
+
+
+def write_vocabulary(folder: Path, vocab: Any, merges: Any) -> None:
+    """`vocab.json` and `merges.txt` of what was given as contents or as files of theirs.
+
+    Raises RequestError for what is neither.
+    """
+    if isinstance(vocab, str | Path):
+        vocab = read_object(_existing(vocab, "vocab"))
+    if isinstance(merges, str | Path):
+        merges = _existing(merges, "merges").read_text("utf-8").splitlines()
+    if not isinstance(vocab, Mapping) or not isinstance(merges, list | tuple):
+        raise RequestError(
+            "a tokenizer is made of a folder (from_pretrained), of a pipeline of the tokenizers library, or of vocab, "
+            f"token -> id, and merges, a list of pairs; vocab is {vocab!r:.60} and merges are {merges!r:.60}"
+        )
+    lines = [pair if isinstance(pair, str) else " ".join(map(str, pair)) for pair in merges]
+    (folder / SLOW_VOCAB).write_text(json.dumps(dict(vocab)), "utf-8")
+    (folder / SLOW_MERGES).write_text("".join(f"{line}\n" for line in lines), "utf-8")
+
+
+def _existing(path: str | Path, what: str) -> Path:
+    """The file of that path. Raises RequestError where there is none."""
+    if not Path(path).is_file():
+        raise RequestError(f"{what} is {str(path)!r}, and there is no such file")
+    return Path(path)
 
 
 def set_template(backend: tokenizers.Tokenizer, first: str | None, last: str | None) -> None:

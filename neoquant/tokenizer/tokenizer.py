@@ -13,7 +13,7 @@ from neoquant.checkpoint import Push, find_companions
 from neoquant.checkpoint.keywords import without_keywords
 from neoquant.checkpoint.upload import push_files, require_repo
 from neoquant.errors import CheckpointError, RequestError, locate
-from neoquant.tokenizer.backend import build_backend
+from neoquant.tokenizer.backend import build_backend, write_vocabulary
 from neoquant.tokenizer.chat import choose_template, render_chat, render_unfinished
 from neoquant.tokenizer.encoding import BatchEncoding, as_tensors, lengths, padded_columns, truncating
 from neoquant.tokenizer.saving import save_tokenizer
@@ -42,8 +42,32 @@ class Tokenizer(Vocabulary):
     `padding_side`, `truncation_side`, `model_max_length`, `add_bos_token` and the like.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, settings: TokenizerSettings | None = None) -> None:
-        """Without `settings`, the end of text is `<|endoftext|>`, where `backend` knows it."""
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer | None = None,
+        settings: TokenizerSettings | None = None,
+        *,
+        vocab: str | Path | Mapping[str, int] | None = None,
+        merges: str | Path | Sequence[Any] | None = None,
+        **options: Any,
+    ) -> None:
+        """From a pipeline, or from GPT-2's vocabulary and merges, which are contents or files.
+
+        Args:
+            backend: the pipeline. Without `settings`, the end of text is `<|endoftext|>`, where it knows that.
+            vocab: token -> id, with `merges`, in the place of a pipeline.
+            merges: pairs of tokens, or "first second", in their order.
+            options: settings beside vocabulary and merges, those of `from_pretrained`.
+
+        Raises RequestError for neither or both, CheckpointError for what is no vocabulary.
+        """
+        if backend is None:
+            with tempfile.TemporaryDirectory() as temp:
+                write_vocabulary(Path(temp), vocab, merges)
+                settings = read_settings(Path(temp), None, options)
+                backend = build_backend(Path(temp), None, settings)
+        elif vocab is not None or merges is not None or options:
+            raise RequestError("vocab, merges and settings by name make a tokenizer that is given no backend")
         # A file may carry truncation or padding that some training run left in it: neither belongs to a text.
         backend.no_truncation()
         backend.no_padding()
@@ -92,6 +116,34 @@ class Tokenizer(Vocabulary):
 
     def __call__(
         self,
+        text: str | Sequence[Any] | None = None,
+        text_pair: str | Sequence[str] | None = None,
+        text_target: str | Sequence[Any] | None = None,
+        text_pair_target: str | Sequence[str] | None = None,
+        **options: Any,
+    ) -> BatchEncoding:
+        """The ids of one text or several, as transformers' tokenizers give them.
+
+        Args:
+            text: one text, or a list of them, or of pairs.
+            text_pair: as many texts that follow the first ones.
+            text_target: what the texts are to become; its ids are `labels`, or, without `text`, are all that is given.
+            text_pair_target: as many texts that follow those.
+            options: those of `encoded`.
+
+        Raises RequestError where neither texts nor targets are given, and what `encoded` does.
+        """
+        targets = None if text_target is None else self.encoded(text_target, text_pair_target, **options)
+        if text is not None:
+            made = self.encoded(text, text_pair, **options)
+            made |= {} if targets is None else {"labels": targets["input_ids"]}
+            return made
+        if targets is None:
+            raise RequestError("there is nothing to encode: give text, or text_target for labels alone")
+        return targets
+
+    def encoded(
+        self,
         text: str | Sequence[Any],
         text_pair: str | Sequence[str] | None = None,
         *,
@@ -112,7 +164,7 @@ class Tokenizer(Vocabulary):
         return_length: bool = False,
         verbose: bool = True,
     ) -> BatchEncoding:
-        """The ids of one text or several, as transformers' tokenizers give them.
+        """What calling the tokenizer gives for texts without targets.
 
         Args:
             text: one text, or a list of them, or of pairs.

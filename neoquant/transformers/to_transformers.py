@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import transformers
@@ -16,6 +17,41 @@ from neoquant.loading.save import choose_format
 from neoquant.model.base import Network
 from neoquant.transformers.graft import graft
 from neoquant.transformers.quantizer import NeoquantConfig, NeoquantQuantizer
+
+_KEPT: WeakKeyDictionary[Network, tuple[list[Any], Any]] = WeakKeyDictionary()
+"""network -> what its model was made of, and the model."""
+
+
+def kept(network: Network) -> Any:
+    """`to_transformers(network)`, or the model that it gave before where it would be made of the same again.
+
+    For calls that leave the model as it is: it is kept until the network goes. Raises what `to_transformers` does.
+    """
+    made_of = _made_of(network)
+    former, model = _KEPT.get(network, (None, None))
+    if former != made_of:
+        model = to_transformers(network)
+        _KEPT[network] = made_of, model
+    _set_mode(network, model)
+    return model
+
+
+def _made_of(network: Network) -> list[Any]:
+    """All that the model depends on but values of shared tensors, to be compared.
+
+    Where modules, tensors, kernels or the configuration were replaced, cast or moved, it differs. The model shares the
+    tensors, so that none of their addresses is given to others while it is kept.
+    """
+    modules = [
+        (name, ref(module), getattr(module, "kernel", None), getattr(module, "compute_dtype", None))
+        for name, module in network.named_modules(remove_duplicate=False)
+    ]
+    tensors = [
+        (name, id(tensor), tensor.data_ptr(), tensor.device, tensor.dtype)
+        for named in (network.named_parameters, network.named_buffers)
+        for name, tensor in named(remove_duplicate=False)
+    ]
+    return [network.config.to_dict(), choose_format(network), hasattr(network, "hf_device_map"), modules, tensors]
 
 
 def to_transformers(network: Network) -> Any:
@@ -40,11 +76,17 @@ def to_transformers(network: Network) -> Any:
             model = cls(config)
         _give_masks(model, config, network.device)
     graft(network, model, getattr(model, "all_tied_weights_keys", {}))
+    _tell_of_quantization(network, model)
+    _set_mode(network, model)
+    return model
+
+
+def _set_mode(network: Network, model: Any) -> None:
+    """How it generates, and whether it trains."""
     asked: Any = getattr(network, "generation_config", None)
     if asked is not None:
         model.generation_config = transformers.GenerationConfig(**asked.to_dict())
-    _tell_of_quantization(network, model)
-    return model.train(network.training)
+    model.train(network.training)
 
 
 def _give_masks(model: Any, config: Any, device: torch.device) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -358,3 +360,66 @@ def test_caches_that_do_not_fit_are_refused(pair: tuple[Any, Any]) -> None:
         model.generate(IDS[:1, :4], attention_mask=mask, past_key_values=empty, max_new_tokens=2)
     with pytest.raises(RequestError, match="go without"):
         model.generate(IDS[:1].repeat(1, 2), past_key_values=cache, prompt_lookup_num_tokens=2, max_new_tokens=2)
+
+
+def test_what_is_handed_over_is_the_model_as_it_is_now(tiny_model: Path) -> None:
+    """transformers' model is kept between calls, and never a former state's. The oracle is one made for the call."""
+    model = neoquant.GPTNeoForCausalLM.from_pretrained(tiny_model)
+    beams = {"num_beams": 2, "max_new_tokens": 6, "return_dict_in_generate": True, "output_scores": True}
+
+    def scores() -> torch.Tensor:
+        found, expected = (
+            each.generate(torch.tensor([[1, 2, 3]]), **beams) for each in (model, model.to_transformers())
+        )
+        assert torch.equal(found.sequences, expected.sequences)
+        assert torch.equal(found.sequences_scores, expected.sequences_scores)
+        return found.sequences_scores
+
+    def step() -> None:
+        torch.optim.SGD(model.parameters(), 0.5).step()
+
+    def other_embedding() -> None:
+        weight = model.transformer.wte.weight.detach().flip(0)
+        model.transformer.wte.weight = torch.nn.Parameter(weight)
+        model.tie_weights()
+
+    def other_type() -> None:
+        model.to(torch.bfloat16)
+
+    def more_tokens() -> None:
+        model.resize_token_embeddings(model.config.vocab_size + 5)
+
+    def quantized_layer() -> None:
+        inner = model.transformer.h[0].mlp
+        inner.c_fc, inner.c_proj = copy.deepcopy(inner.c_fc), copy.deepcopy(inner.c_proj)
+        with torch.no_grad():
+            inner.c_fc.weight.mul_(2)
+
+    seen = [scores(), scores()]
+    assert torch.equal(*seen)
+    model.train()
+    model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
+    model.eval()
+    for change in (step, other_embedding, quantized_layer, more_tokens, other_type):
+        change()
+        seen.append(scores())
+        assert not torch.equal(seen[-1].float(), seen[-2].float()), change.__name__
+    model.generation_config.num_beams = model.generation_config.num_return_sequences = 2
+    assert scores().shape == (2,)
+    model.config.window_size = 2
+    model.generate([[1, 2, 3]], num_beams=2, max_new_tokens=2)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.transformer.ln_f.weight.mul_(3)
+    asked = {"num_beams": 2, "max_new_tokens": 6}
+    expected = twin.to_transformers().generate(torch.tensor([[1, 2, 3]]), **asked)
+    assert torch.equal(twin.generate([[1, 2, 3]], **asked), expected)
+
+
+def test_a_model_that_handed_over_is_forgotten_with_it(tiny_model: Path) -> None:
+    model = neoquant.GPTNeoForCausalLM.from_pretrained(tiny_model)
+    model.generate([[1, 2]], num_beams=2, max_new_tokens=2)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None

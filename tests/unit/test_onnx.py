@@ -211,6 +211,29 @@ def test_onnxruntime_genai_continues_texts(made: Made) -> None:
     assert list(said) == expected[: len(said)] and len(said) >= min(20, len(expected))
 
 
+@pytest.mark.parametrize("kind", ["nf4", "affine"])
+def test_onnxruntime_genai_writes_the_same_text(kind: str, tmp_path: Path) -> None:
+    """The bundled model with its tokenizer as the library reads it, and further than its local layers look back."""
+    genai = pytest.importorskip("onnxruntime_genai")
+    neoquant.quantize(None, tmp_path / "q", Recipe.simple(4, kind))
+    export(tmp_path / "q", tmp_path / "onnx")
+    model, tokenizer = neoquant.load(tmp_path / "q")
+    prompt = "def mean(values):\n"
+    loaded = genai.Model(str(tmp_path / "onnx"))
+    ids = genai.Tokenizer(loaded).encode(prompt)
+    assert [int(each) for each in ids] == tokenizer.encode(prompt)
+    params = genai.GeneratorParams(loaded)
+    params.set_search_options(max_length=len(ids) + 2 * model.config.window_size, do_sample=False)
+    generator = genai.Generator(loaded, params)
+    generator.append_tokens(ids)
+    while not generator.is_done():
+        generator.generate_next_token()
+    said = [int(each) for each in generator.get_sequence(0)]
+    expected = model.generate(torch.tensor([tokenizer.encode(prompt)]), max_new_tokens=len(said) - len(ids))
+    assert said == expected[0].tolist() and len(said) > model.config.window_size
+    assert genai.Tokenizer(loaded).decode(said) == tokenizer.decode(said)
+
+
 @pytest.mark.parametrize(
     ("size", "kind", "options", "said"),
     [

@@ -308,3 +308,56 @@ def test_what_was_found_is_given_beside_the_model(tiny_model: Path) -> None:
     _, theirs = transformers.GPTNeoForTokenClassification.from_pretrained(tiny_model, output_loading_info=True)
     assert info["missing_keys"] == set(model.load_report.missing) == set(theirs["missing_keys"])
     assert not info["mismatched_keys"] and not info["error_msgs"]
+
+
+@pytest.mark.parametrize("text", [None, "to be", ["to be", "or not"]])
+@pytest.mark.parametrize("target", ["wird", ["wird", "so"]])
+def test_targets_become_labels(both: tuple[Any, Any], text: Any, target: Any) -> None:
+    ours, theirs = (dict(each(text, text_target=target, add_special_tokens=False)) for each in both)
+    assert ours == theirs and ("labels" in ours) == (text is not None)
+    with pytest.raises(RequestError, match="nothing to encode: give text, or text_target"):
+        both[0]()
+
+
+def test_a_tokenizer_is_made_of_vocabulary_and_merges(tmp_path: Path) -> None:
+    """As contents or as files: ids are those that transformers' class gives of the same."""
+    import tokenizers
+
+    trained = tokenizers.ByteLevelBPETokenizer()
+    trained.train_from_iterator(TEXTS * 3, vocab_size=290, show_progress=False)
+    trained.save_model(str(tmp_path))
+    vocab = json.loads((tmp_path / "vocab.json").read_text("utf-8"))
+    merges = [tuple(line.split()) for line in (tmp_path / "merges.txt").read_text("utf-8").splitlines()[1:]]
+    assert len(merges) > 10
+    folder = neoquant.GPT2Tokenizer.from_pretrained(tmp_path)
+    options: dict[str, Any] = {"add_prefix_space": True, "pad_token": "<pad>", "padding_side": "left"}
+    files = {"vocab": tmp_path / "vocab.json", "merges": str(tmp_path / "merges.txt")}
+    for given in ({"vocab": vocab, "merges": merges}, {"vocab": vocab, "merges": list(map(" ".join, merges))}, files):
+        plain, changed = neoquant.GPT2Tokenizer(**given), neoquant.GPT2Tokenizer(**given, **options)
+        assert plain(TEXTS)["input_ids"] == folder(TEXTS)["input_ids"]
+        assert plain.special_tokens_map == folder.special_tokens_map
+        assert changed("a").input_ids == plain(" a").input_ids and changed.padding_side == "left"
+        assert changed.pad_token_id == len(vocab) + 1 and plain.decode(plain(TEXTS[1]).input_ids) == TEXTS[1]
+    if not transformers.__version__.startswith("4."):  # its class there reads files alone
+        theirs = transformers.GPT2Tokenizer(vocab=vocab, merges=merges)
+        assert theirs(TEXTS)["input_ids"] == plain(TEXTS)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "made of a folder .*; vocab is None and merges are None"),
+        ({"vocab": {"a": 0}}, "merges, a list of pairs; .*merges are None"),
+        ({"vocab": "none.json", "merges": []}, "vocab is 'none.json', and there is no such file"),
+        ({"vocab": {"a": 0}, "merges": "none.txt"}, "merges is 'none.txt', and there is no such file"),
+        ({"vocab": {"a": 0}, "merges": [], "colour": 1}, "a tokenizer has no setting 'colour'"),
+    ],
+)
+def test_what_is_no_vocabulary_is_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        neoquant.GPT2Tokenizer(**given)
+
+
+def test_a_pipeline_goes_without_vocabulary(both: tuple[Any, Any]) -> None:
+    with pytest.raises(RequestError, match="make a tokenizer that is given no backend"):
+        neoquant.GPT2Tokenizer(both[0].backend, vocab={"a": 0}, merges=[])
