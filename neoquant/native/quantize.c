@@ -511,17 +511,39 @@ struct packing {
     int bits;
 };
 
-/* Eight codes, or the `count` that are left of a row, in the lowest bits of a word of `bits` bytes, and back. */
+#define EVEN_BYTES 0x00ff00ff00ff00ffu
+#define EVEN_PAIRS 0x0000ffff0000ffffu
+
+/* Eight codes in a byte each -> in the lowest bits of a word, and back: two bytes that are neighbours move together, or
+ * apart, then two pairs of them, then the halves. */
+NQ_INLINE uint64_t gather_eight(uint64_t word, const int bits) {
+    word = (word & EVEN_BYTES) | (word & ~EVEN_BYTES) >> (8 - bits);
+    word = (word & EVEN_PAIRS) | (word & ~EVEN_PAIRS) >> 2 * (8 - bits);
+    return (word & 0xffffffffu) | word >> 32 << 4 * bits;
+}
+
+NQ_INLINE uint64_t spread_eight(uint64_t word, const int bits) {
+    const uint64_t fours = ((uint64_t)1 << 4 * bits) - 1;
+    const uint64_t twos = (((uint64_t)1 << 2 * bits) - 1) * 0x0000000100000001u;
+    const uint64_t ones = (((uint64_t)1 << bits) - 1) * 0x0001000100010001u;
+    word = (word & fours) | (word >> 4 * bits & fours) << 32;
+    word = (word & twos) | (word >> 2 * bits & twos) << 16;
+    return (word & ones) | (word >> bits & ones) << 8;
+}
+
+/* Eight codes, or the `count` that are left of a row, to the bytes that they are packed in, and back. */
 NQ_INLINE void pack_eight(const uint8_t *codes, uint8_t *bytes, int count, const int bits) {
     uint64_t word = 0;
-    for (int k = 0; k < count; k++) word |= (uint64_t)codes[k] << (k * bits);
+    memcpy(&word, codes, (size_t)count);
+    word = gather_eight(word, bits);
     for (int k = 0; k < (count * bits + 7) / 8; k++) bytes[k] = (uint8_t)(word >> (8 * k));
 }
 
 NQ_INLINE void unpack_eight(const uint8_t *bytes, uint8_t *codes, int count, const int bits) {
     uint64_t word = 0;
     for (int k = 0; k < (count * bits + 7) / 8; k++) word |= (uint64_t)bytes[k] << (8 * k);
-    for (int k = 0; k < count; k++) codes[k] = word >> (k * bits) & ((1 << bits) - 1);
+    word = spread_eight(word, bits);
+    memcpy(codes, &word, (size_t)count);
 }
 
 NQ_INLINE void pack_rows(const struct packing *job, int64_t begin, int64_t end, const int bits) {
