@@ -43,13 +43,14 @@ INSIDE = {
         "test_gradient_checkpointing_", "test_training_gradient_checkpointing", "test_peft_gradient_checkpointing",
     ),
     "the class has transformers' GenerationMixin": (
-        "test_inherits_generation_mixin", "test_generation_tester_mixin_inheritance", "test_prepare_inputs_for_",
+        "test_inherits_generation_mixin", "test_generation_tester_mixin_inheritance",
         "test_generate_with_and_without_position_ids",
     ),
     "private attributes of configurations, models or tokenizers": (
         "test_sdpa_can_dispatch_", "test_tied_weights_keys", "test_tp_plan_", "test_can_set_attention_dynamically",
         "test_resize_embeddings_untied_no_reinit_on_post_init", "test_added_tokens_serialization", "test_torch_fx",
-        "test_tokenizers_common_properties", "test_tokenizer_store_full_signature", "test_maximum_encoding_length_",
+        "test_tokenizer_store_full_signature", "test_tokenizer_fast_store_full_signature",
+        "test_tokenizer_slow_store_full_signature",
         "test_internal_model_config_", "test_keep_in_fp32_modules", "test_init_weights_", "test_config_attn_",
     ),
 }  # fmt: skip
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="transformers' repository, at the version that --python has")
     parser.add_argument("--python", type=Path, default=Path(sys.executable))
     parser.add_argument("--tokenizer", type=Path, required=True, help="a folder with GPT-2's tokenizer")
+    parser.add_argument("--tests", default="SOURCE's own tag", help="for the record: where the tests come from")
     parser.add_argument("--json", type=Path, help="by default eval/results/transformers-tests-VERSION.json")
     parser.add_argument("--pytest", nargs=argparse.REMAINDER, default=[], help="further arguments of pytest")
     args = parser.parse_args()
@@ -75,6 +77,7 @@ def main() -> None:
         "what": "transformers' own tests that its own classes pass, with neoquant's classes in their place",
         "provenance": provenance(("neoquant",)),
         "peer": versions,
+        "tests": args.tests,
         "not_passed_by_transformers": dict(Counter(one["outcome"] for one in theirs.values() if not _passed(one))),
         "rows": rows,
     }

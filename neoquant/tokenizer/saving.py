@@ -33,7 +33,7 @@ def save_tokenizer(
     with explaining(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / FAST, backend.to_str(pretty=True))
-    text = json.dumps(_config(backend, settings, not jinja_files), indent=2, ensure_ascii=False)
+    text = json.dumps(stated_config(backend, settings, not jinja_files), indent=2, ensure_ascii=False)
     write_file(folder / CONFIG, text + "\n")
     for path in (folder / MAIN_TEMPLATE, *(folder / OTHER_TEMPLATES).glob("*.jinja")):
         if str(path.relative_to(folder)) not in templates:
@@ -56,7 +56,7 @@ def _template_files(template: str | Mapping[str, str] | None) -> dict[str, str]:
     return files
 
 
-def _config(backend: tokenizers.Tokenizer, settings: TokenizerSettings, templates: bool) -> dict[str, Any]:
+def stated_config(backend: tokenizers.Tokenizer, settings: TokenizerSettings, templates: bool) -> dict[str, Any]:
     """tokenizer_config.json, with defaults that differ between versions of transformers spelled out, and with chat
     `templates` or without."""
     added = {

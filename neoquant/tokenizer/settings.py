@@ -49,6 +49,7 @@ SIDED = ("padding_side", "truncation_side")
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(("do_lower_case", "from_slow", "legacy"), (None, False)),
     "errors": (None, "replace"),
+    "verbose": (None, False, True),
 }
 """Settings of other tokenizers that are common in code for any -> values that ask for nothing."""
 

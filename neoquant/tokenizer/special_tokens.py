@@ -87,6 +87,7 @@ class SpecialTokens:
         set_field(self, "backend", backend)
         set_field(self, "settings", settings)
         set_field(self, "_sha256", None)
+        set_field(self, "_silenced", {})
 
     def __setattr__(self, name: str, value: Any) -> None:
         known = getattr(type(self), name, None)
@@ -171,6 +172,16 @@ class SpecialTokens:
     extra_special_tokens_ids = additional_special_tokens_ids
 
     @property
+    def deprecation_warnings(self) -> dict[str, bool]:
+        """Where programs say which of transformers' warnings were given, to silence them; there are none here."""
+        silenced: dict[str, bool] = self._silenced
+        return silenced
+
+    @deprecation_warnings.setter
+    def deprecation_warnings(self, given: Mapping[str, bool]) -> None:
+        object.__setattr__(self, "_silenced", dict(given))
+
+    @property
     def pad_token_type_id(self) -> int:
         """What `token_type_ids` holds on padding."""
         return 0
@@ -225,16 +236,23 @@ class SpecialTokens:
         object.__setattr__(self, "_sha256", None)
         return self.backend.add_special_tokens(several) if special_tokens else self.backend.add_tokens(several)
 
-    def add_special_tokens(self, tokens: Mapping[str, Any], replace_extra_special_tokens: bool = True) -> int:
+    def add_special_tokens(
+        self,
+        tokens: Mapping[str, Any],
+        replace_extra_special_tokens: bool = True,
+        *,
+        replace_additional_special_tokens: bool = True,
+    ) -> int:
         """Name special tokens (`{"pad_token": "<pad>"}`), adding those that are new. How many these were.
 
-        A list under "additional_special_tokens" replaces the former one, or goes behind it. Raises RequestError for
-        another name.
+        A list under "additional_special_tokens" replaces the former one, or goes behind it, where either of
+        transformers' two names for that is False. Raises RequestError for another name.
         """
         added: list[Any] = []
         for name, value in tokens.items():
             if name in EXTRA_TOKENS:
-                former = [] if replace_extra_special_tokens else self.settings.additional
+                replaces = replace_extra_special_tokens and replace_additional_special_tokens
+                former = [] if replaces else self.settings.additional
                 self.additional_special_tokens = list(dict.fromkeys((*former, *map(str, value))))
                 added += value
             elif name in SPECIAL_TOKENS:

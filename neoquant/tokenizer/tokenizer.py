@@ -16,7 +16,7 @@ from neoquant.errors import CheckpointError, RequestError, locate
 from neoquant.tokenizer.backend import build_backend, write_vocabulary
 from neoquant.tokenizer.chat import choose_template, render_chat, render_unfinished
 from neoquant.tokenizer.encoding import BatchEncoding, as_tensors, lengths, padded_columns, truncating
-from neoquant.tokenizer.saving import save_tokenizer
+from neoquant.tokenizer.saving import save_tokenizer, stated_config
 from neoquant.tokenizer.settings import (
     END_OF_TEXT,
     FAST,
@@ -311,6 +311,14 @@ class Tokenizer(Vocabulary):
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         return self(text, text_pair, add_special_tokens=add_special_tokens, **options)["input_ids"]
 
+    def encode_plus(self, text: str | Sequence[Any], text_pair: Any = None, **options: Any) -> BatchEncoding:
+        """Calling the tokenizer with one text, by its name in transformers 4."""
+        return self(text, text_pair, **options)
+
+    def batch_encode_plus(self, batch_text_or_text_pairs: Sequence[Any], **options: Any) -> BatchEncoding:
+        """Calling the tokenizer with texts, or pairs of them, by its name in transformers 4."""
+        return self(batch_text_or_text_pairs, **options)
+
     def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """The ids of each text, worked out in parallel."""
         return [e.ids for e in self.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)]
@@ -372,9 +380,11 @@ class Tokenizer(Vocabulary):
         skip_special_tokens: bool = False,
         *,
         clean_up_tokenization_spaces: bool | None = None,
+        spaces_between_special_tokens: bool = True,
     ) -> Any:
         """The text of `ids`, or the list of texts of several rows; bytes that are not UTF-8 become U+FFFD.
 
+        `spaces_between_special_tokens` is for transformers' sake: its fast tokenizers put none there, whatever it is.
         `clean_up_tokenization_spaces` changes nothing for byte-level BPE, as in transformers 5, where the spaces are
         the text's own; a folder can force it.
         """
@@ -406,6 +416,14 @@ class Tokenizer(Vocabulary):
         Returns the files' paths. Raises RequestError for the name of a template that is no file's.
         """
         return save_tokenizer(self.backend, self.settings, Path(folder), save_jinja_files)
+
+    init_inputs: tuple[Any, ...] = ()
+    """What was given without names, as transformers keeps it."""
+
+    @property
+    def init_kwargs(self) -> dict[str, Any]:
+        """What `tokenizer_config.json` would say."""
+        return stated_config(self.backend, self.settings, templates=True)
 
     def push_to_hub(
         self,

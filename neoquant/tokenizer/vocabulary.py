@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from neoquant.tokenizer.backend import set_template
 from neoquant.tokenizer.settings import require_input_names, require_limit, require_side
 from neoquant.tokenizer.special_tokens import SpecialTokens
+
+if TYPE_CHECKING:
+    import tokenizers
 
 
 class Vocabulary(SpecialTokens):
@@ -122,6 +125,21 @@ class Vocabulary(SpecialTokens):
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
         """How many special tokens are added to a text, or a pair of texts."""
         return self.backend.num_special_tokens_to_add(pair)
+
+    @property
+    def max_len_single_sentence(self) -> int:
+        """How many tokens of a text `model_max_length` has room for, beside special ones."""
+        return self.model_max_length - self.num_special_tokens_to_add()
+
+    @property
+    def max_len_sentences_pair(self) -> int:
+        """The same for a pair of texts."""
+        return self.model_max_length - self.num_special_tokens_to_add(pair=True)
+
+    @property
+    def backend_tokenizer(self) -> tokenizers.Tokenizer:
+        """`backend`, by transformers' name."""
+        return self.backend
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
         """The id of each token; `unk_token`'s for one that is not in the vocabulary, None without an `unk_token`."""

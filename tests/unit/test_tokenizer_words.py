@@ -361,3 +361,28 @@ def test_what_is_no_vocabulary_is_refused(given: dict[str, Any], said: str) -> N
 def test_a_pipeline_goes_without_vocabulary(both: tuple[Any, Any]) -> None:
     with pytest.raises(RequestError, match="make a tokenizer that is given no backend"):
         neoquant.GPT2Tokenizer(both[0].backend, vocab={"a": 0}, merges=[])
+
+
+def test_names_of_transformers_4(both: tuple[Any, Any], tmp_path: Path) -> None:
+    """Names that code of its time has, each beside what it stands for now."""
+    both[0].save_pretrained(tmp_path)
+    ours = neoquant.AutoTokenizer.from_pretrained(tmp_path, model_max_length=9, verbose=False)
+    padded = {"padding": "max_length", "max_length": 60, "return_tensors": "np"}
+    assert plain(ours.encode_plus(*TEXTS[:2], **padded)) == plain(both[1](*TEXTS[:2], **padded))
+    pairs = [(TEXTS[0], TEXTS[1]), (TEXTS[2], TEXTS[3])]
+    for given in (TEXTS, pairs):
+        assert plain(ours.batch_encode_plus(given, **padded)) == plain(both[1](given, **padded))
+    ids = [*ours.encode(TEXTS[1]), ours.eos_token_id]
+    for spaces in (True, False):
+        assert ours.decode(ids, spaces_between_special_tokens=spaces) == TEXTS[1] + ours.eos_token
+    assert ours.backend_tokenizer is ours.backend and ours.max_len_single_sentence == 9
+    ours.add_bos_token = True
+    assert (ours.max_len_single_sentence, ours.max_len_sentences_pair) == (8, 7)
+    ours.add_special_tokens({"additional_special_tokens": ["<q>"]})
+    ours.add_special_tokens({"additional_special_tokens": ["<r>"]}, replace_additional_special_tokens=False)
+    assert ours.additional_special_tokens == ["<q>", "<r>"]
+    ours.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
+    assert copy.deepcopy(ours).deprecation_warnings == {} and ours.deprecation_warnings
+    assert ours.init_kwargs["model_max_length"] == 9 and ours.init_inputs == ()
+    ours.deprecation_warnings = {}
+    assert not ours.deprecation_warnings
