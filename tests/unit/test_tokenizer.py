@@ -28,12 +28,16 @@ TEXTS = ["hello <|user|>robot", "", " a<|bot|>", f"{EOT} The end"]
 
 
 def add_to(folder: Path, **config: Any) -> Path:
-    """Three added tokens, the last of which pads, and other changes to tokenizer_config.json."""
+    """Three added tokens, the last of which pads, and other changes to tokenizer_config.json.
+
+    It names its columns: where none are named, transformers 4 gives token_type_ids as well.
+    """
     decoder = {
         str(257 + number): {"content": token, "special": token != "<|bot|>"} for number, token in enumerate(ADDED)
     }
     stated = json.loads((folder / "tokenizer_config.json").read_text())
-    stated |= {"added_tokens_decoder": decoder, "pad_token": "<|pad|>", "model_max_length": 1000, **config}
+    stated |= {"added_tokens_decoder": decoder, "pad_token": "<|pad|>", "model_max_length": 1000}
+    stated |= {"model_input_names": ["input_ids", "attention_mask"], **config}
     (folder / "tokenizer_config.json").write_text(json.dumps(stated))
     return folder
 
@@ -111,6 +115,8 @@ def test_attributes_that_nothing_reads_cannot_be_set(both: tuple[Any, Any]) -> N
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("eos", [False, True])
 def test_ends_that_are_set_are_added(both: tuple[Any, Any], bos: bool, eos: bool) -> None:
+    if transformers.__version__.startswith("4."):
+        pytest.skip("PreTrainedTokenizerFast of transformers 4 takes no add_bos_token once it is loaded")
     for tokenizer in both:
         tokenizer.bos_token = "<|user|>"
         tokenizer.add_bos_token, tokenizer.add_eos_token = bos, eos
@@ -149,7 +155,7 @@ def test_rows_of_ids_become_rows_of_text(both: tuple[Any, Any], kind: Callable[[
     ours, theirs = both
     rows = [[40, 41, 257], [42, 0, 43]]
     for skip in (False, True):
-        assert ours.decode(kind(rows), skip) == theirs.decode(kind(rows), skip_special_tokens=skip)
+        assert ours.decode(kind(rows), skip) == theirs.batch_decode(kind(rows), skip_special_tokens=skip)
         assert ours.batch_decode(kind(rows), skip_special_tokens=skip) == ours.decode(kind(rows), skip)
         assert ours.decode(kind(rows[0]), skip) == theirs.decode(kind(rows[0]), skip_special_tokens=skip)
     assert ours.decode(40) == ours.decode(torch.tensor(40)) == theirs.decode(40)

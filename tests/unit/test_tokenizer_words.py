@@ -46,7 +46,9 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = MODEL
     if request.param == "bytes":
         folder = write_tiny_model(tmp_path_factory.mktemp("words") / "model", vocab_size=262)
-    ours, theirs = neoquant.AutoTokenizer.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    ours = neoquant.AutoTokenizer.from_pretrained(folder)
+    # transformers 4 gives token_type_ids as well where the folder names no columns.
+    theirs = transformers.AutoTokenizer.from_pretrained(folder, model_input_names=["input_ids", "attention_mask"])
     ours.pad_token = theirs.pad_token = ours.eos_token
     return ours, theirs
 
@@ -77,8 +79,19 @@ def test_long_contexts_of_a_question_are_transformers(both: tuple[Any, Any], str
     asked = {"truncation": "only_second", "max_length": 20, "stride": stride, "return_overflowing_tokens": True}
     ours, theirs = (tokenizer(QUESTION, TEXTS[0] * 3, padding=True, **asked) for tokenizer in both)
     assert plain(ours) == plain(theirs)
-    for row in range(len(ours.input_ids)):
-        assert ours.sequence_ids(row) == theirs.sequence_ids(row)
+
+
+@pytest.mark.skipif(
+    transformers.__version__.startswith("4."),
+    reason="transformers 4 puts no template around GPT-2's texts, and without one the library forgets padding and rows",
+)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_tokens_know_their_text(both: tuple[Any, Any], side: str) -> None:
+    asked = {"truncation": "only_second", "max_length": 20, "stride": 4, "return_overflowing_tokens": True}
+    for texts, options in (((QUESTION, TEXTS[0] * 3), asked), ((TEXTS,), {})):
+        ours, theirs = (tokenizer(*texts, padding=True, padding_side=side, **options) for tokenizer in both)
+        for row in range(len(ours.input_ids)):
+            assert ours.sequence_ids(row) == theirs.sequence_ids(row)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -87,7 +100,6 @@ def test_places_are_transformers_behind_padding_too(both: tuple[Any, Any], side:
     for row, text in enumerate(TEXTS):
         assert ours.tokens(row) == theirs.tokens(row)
         assert ours.word_ids(row) == theirs.word_ids(row)
-        assert ours.sequence_ids(row) == theirs.sequence_ids(row)
         for char in range(len(text)):
             place = ours.char_to_token(row, char)
             assert place == theirs.char_to_token(row, char)
@@ -123,7 +135,8 @@ def test_chat_templates_are_rendered_as_transformers_renders_them(both: tuple[An
             ours, theirs = (each.apply_chat_template(chat, tokenize=False, **asked) for each in both)
             assert ours == theirs
     ours, theirs = (
-        each.apply_chat_template([CHAT, CHAT[1:]], padding=True, return_tensors="pt", **asked) for each in both
+        each.apply_chat_template([CHAT, CHAT[1:]], padding=True, return_tensors="pt", return_dict=True, **asked)
+        for each in both
     )
     assert plain(ours) == plain(theirs)
     ours, theirs = (each.apply_chat_template(CHAT, return_dict=False, **asked) for each in both)
