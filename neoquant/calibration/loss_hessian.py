@@ -97,7 +97,7 @@ def draw_labels(logits: Tensor, uniforms: Tensor) -> Tensor:
     """int64[N, S]: for each row of logits[N, V], which are overwritten, where the running sum of probabilities passes
     uniforms[N, S]."""
     total = logits.sub_(logits.amax(1, keepdim=True)).exp_().cumsum(1)
-    place = uniforms.to(logits.dtype) * total[:, -1:]
+    place = (uniforms.to(logits.dtype) * total[:, -1:]).contiguous()  # torch warns of others
     return torch.searchsorted(total, place, right=True).clamp_(max=logits.shape[1] - 1)
 
 

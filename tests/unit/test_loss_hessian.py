@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +169,14 @@ def test_labels_are_as_frequent_as_they_are_likely() -> None:
     pairs = (5 * labels[:, 0] + labels[:, 1]).bincount(minlength=25).view(5, 5) / len(uniforms)
     assert not pairs[[1, 4]].any() and not pairs[:, [1, 4]].any()
     assert torch.allclose(pairs, torch.outer(p, p), atol=0.01)  # independent of each other
+
+
+def test_drawing_labels_warns_of_nothing() -> None:
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            labels = draw_labels(torch.zeros(3, 5), torch.rand(2, 3).T)  # as those of two draws lie
+    finally:
+        torch.set_warn_always(False)
+    assert labels.shape == (3, 2)
