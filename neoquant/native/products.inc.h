@@ -57,15 +57,14 @@ NQ_INLINE vf value_at(vtab table, vi words, int k, const int bits) {
 /* Where rows of x are few, how codes become values: by permutes of a table, as above; as the numbers that they are, counted
  * from 0 and not from the middle, which zeros make up for; or by shuffles of the table's bytes. */
 enum how { BY_TABLE, AS_NUMBERS, BY_BYTES };
-enum { MOST_ROWS_OF_NUMBERS = 3 }; /* what zeros make up for is work for every row */
 
 NQ_INLINE int codes_are_numbers(const struct nq_weight *w) {
     return CODES_AS_NUMBERS && w->kind == NQ_AFFINE && w->bits < 8;
 }
 
-NQ_INLINE enum how how_of(const struct nq_product *p) {
-    if (codes_are_numbers(p->w) && p->count <= MOST_ROWS_OF_NUMBERS) return AS_NUMBERS;
-    return TABLES_OF_BYTES && p->w->bits == 4 && nq_shuffles_are_fast ? BY_BYTES : BY_TABLE;
+NQ_INLINE enum how how_of(const struct nq_weight *w) {
+    if (codes_are_numbers(w)) return AS_NUMBERS;
+    return TABLES_OF_BYTES && w->bits == 4 && nq_shuffles_are_fast ? BY_BYTES : BY_TABLE;
 }
 
 /* A number is taken where it lies among four codes, 2**number_shift times too large: x is made so much smaller. */
@@ -157,9 +156,8 @@ static void few_lay(void *argument, int64_t begin, int64_t end) {
     const struct nq_weight *w = p->w;
     const int per = codes_a_word(w->bits), turn = w->kind == NQ_CODEBOOK; /* codebooks: the high half is the first */
     const int64_t chunk = chunk_columns(w), chunks = count_chunks(w);
-    const int numbers = how_of(p) == AS_NUMBERS;
     float parts[8];
-    for (int k = 0; k < per; k++) parts[k] = numbers ? 1 / (float)(1 << number_shift(k, w->bits)) : 1;
+    for (int k = 0; k < per; k++) parts[k] = codes_are_numbers(w) ? 1 / (float)(1 << number_shift(k, w->bits)) : 1;
     for (int64_t m = begin; m < end; m++) {
         for (int64_t c = 0; c < chunks; c++) {
             float *to = (float *)p->laid + (m * chunks + c) * chunk, *sums = few_sums(p) + (m * chunks + c) * LANES;
@@ -193,7 +191,6 @@ NQ_INLINE void few(
     const int together) {
     const struct nq_weight *w = p->w;
     const int per = codes_a_word(bits), chunk = LANES * per, at_once = values_at_once(how);
-    const int chains = bits == 8 ? 1 : FEW_CHAINS(count);
     const int step_bits = nq_step_bits(w, SEGMENT_BITS), spread = step_bits - (bits == 8 ? 2 : 3); /* lanes to runs */
     const int64_t chunks = count_chunks(w), row_bytes = nq_row_bytes(w), stride = chunks * chunk;
     const int64_t runs = nq_ceil(w->columns, (int64_t)1 << step_bits);
@@ -218,21 +215,20 @@ NQ_INLINE void few(
                 const int64_t run = ((c * chunk) >> step_bits) - first;
                 const float *x = laid + c * chunk;
                 vi words[4];
-                vf part[4 * 4 * 2];
+                vf part[4 * 4];
                 _Pragma("GCC unroll 4") for (int r = 0; r < together; r++) {
                     __builtin_prefetch(ahead + (c * together + r) * (chunk * bits / 8));
                     words[r] = load_words(w, w->codes + rows[r] * row_bytes, row_bytes, c, bits);
                 }
-                _Pragma("GCC unroll 16") for (int i = 0; i < count * together * chains; i++) part[i] = vf_zero();
+                _Pragma("GCC unroll 16") for (int i = 0; i < count * together; i++) part[i] = vf_zero();
                 _Pragma("GCC unroll 8") for (int step = 0; step < per / at_once; step++)
                     _Pragma("GCC unroll 4") for (int r = 0; r < together; r++) {
                         vf values[4];
                         values_of(table, bytes, words[r], step, bits, how, values);
                         _Pragma("GCC unroll 4") for (int i = 0; i < at_once; i++)
                             _Pragma("GCC unroll 4") for (int m = 0; m < count; m++) {
-                                const int place = place_of(step, i, how);
-                                vf *to = &part[(m * together + r) * chains + (place >> at_once / 4) % chains];
-                                *to = vf_fma(values[i], vf_load(x + m * stride + place * LANES), *to);
+                                const vf other = vf_load(x + m * stride + place_of(step, i, how) * LANES);
+                                part[m * together + r] = vf_fma(values[i], other, part[m * together + r]);
                             }
                     }
                 _Pragma("GCC unroll 4") for (int r = 0; r < together; r++) {
@@ -240,8 +236,7 @@ NQ_INLINE void few(
                     vf zero = w->zeros ? spread_over_lanes(zeros[r] + run, spread, bits) : vf_zero();
                     if (how == AS_NUMBERS) zero = vf_add(zero, middle);
                     _Pragma("GCC unroll 4") for (int m = 0; m < count; m++) {
-                        const vf *parts = &part[(m * together + r) * chains];
-                        vf whole = chains == 2 ? vf_add(parts[0], parts[1]) : parts[0];
+                        vf whole = part[m * together + r];
                         if (w->zeros || how == AS_NUMBERS) whole = vf_fnma(zero, vf_load(sums + (m * chunks + c) * LANES), whole);
                         sum[m * together + r] = vf_fma(whole, scale, sum[m * together + r]);
                     }
@@ -258,8 +253,8 @@ NQ_INLINE void few(
 
 #define FEW(BITS, M)                                                                                                  \
     static void few_##BITS##_##M(const struct nq_product *p, int64_t begin, int64_t end, int64_t m0) {              \
-        const enum how how = how_of(p);                                                                               \
-        if (CODES_AS_NUMBERS && BITS < 8 && (M) <= MOST_ROWS_OF_NUMBERS && how == AS_NUMBERS)                         \
+        const enum how how = how_of(p->w);                                                                            \
+        if (CODES_AS_NUMBERS && BITS < 8 && how == AS_NUMBERS)                                                        \
             few(p, begin, end, m0, BITS, AS_NUMBERS, M, FEW_TOGETHER(M));                                             \
         else if (TABLES_OF_BYTES && BITS == 4 && how == BY_BYTES)                                                     \
             few(p, begin, end, m0, BITS, BY_BYTES, M, FEW_TOGETHER(M));                                               \

@@ -4,7 +4,6 @@
 #define X_FLIP 0
 enum { TILE = 6, TILE8 = 2 };
 #define FEW_TOGETHER(M) ((M) == 1 ? 2 : 1)
-#define FEW_CHAINS(M) ((M) <= 3 ? 2 : 1) /* sums of a row of x, none of which waits for another */
 #define CODES_AS_NUMBERS 1
 #define TABLES_OF_BYTES 1
 enum { FEW_MOST = 4 };

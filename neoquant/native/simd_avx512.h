@@ -2,7 +2,6 @@
 #define LANES 16
 enum { TILE = 12, TILE8 = 6 };
 #define FEW_TOGETHER(M) ((M) <= 2 ? 4 : 2)
-#define FEW_CHAINS(M) 1
 #define CODES_AS_NUMBERS 0
 #define TABLES_OF_BYTES 0
 enum { FEW_MOST = 8 };
