@@ -13,7 +13,7 @@ from neoquant.evaluation import Comparison
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "eval" / "results" / "demo.json"
-ON_TRELLIS = [ROOT / "eval" / "results" / f"{name}-demo.json" for name in ("trellis", "by-loss")]
+ON_TRELLIS = [ROOT / "eval" / "results" / f"{name}-demo.json" for name in ("trellis", "by-loss", "trellis3")]
 OBJECTIVES = ROOT / "eval" / "results" / "objectives-demo.json"
 
 WAYS = ("round-to-nearest", "HQQ", "GPTQ", "GPTQ, by the model's loss")
@@ -23,6 +23,7 @@ GRIDS = {  # in words, and the candidates of DEMO and ON_TRELLIS in the order of
     "MXFP4": ("mxfp4", None, "mxfp4-gptq", None),
     "NF4": ("nf4", None, "nf4-gptq", None),
     "3 bits, groups of 64": ("affine3-g64", "hqq3-g64", "gptq3-g64", None),
+    "trellis, 3 bits": (None, None, "trellis3", "trellis3-model"),
     "2 bits, groups of 32": (None, None, "gptq2-g32", None),
     "trellis, 2 bits": (None, None, "tr64d", "trellis2-model"),
 }

@@ -167,8 +167,8 @@ Type = Annotated[
         "--type",
         metavar="T",
         help="nf4, fp4 or mxfp4 with 4 bits, int8 with 8, affine (integers in groups, round-to-nearest), hqq (the "
-        "same, by HQQ) or gptq (by GPTQ, with --calibration) with 2, 3, 4 or 8, trellis (paths down the rows) with 2. "
-        "[default: nf4, int8 with 8 bits, affine with 2 or 3]",
+        "same, by HQQ) or gptq (by GPTQ, with --calibration) with 2, 3, 4 or 8, trellis (paths down the rows) with 2 "
+        "or 3. [default: nf4, int8 with 8 bits, affine with 2 or 3]",
     ),
 ]
 BlockSize = Annotated[

@@ -3,7 +3,7 @@
     Grid            states its Decoding: how values follow from codes and parameters
     ├── Codebook    NF4 or FP4: 16 values times the absmax of a block, itself quantized or not (QLoRA, arXiv:2305.14314)
     ├── Int8Rows    256 even steps times the absmax of a row (LLM.int8(), arXiv:2208.07339)
-    ├── TrellisGrid two bits, read down the rows: a state of six codes says which of 16 values (QTIP, arXiv:2406.11235)
+    ├── TrellisGrid 2 or 3 bits, read down the rows: the last 12 say which of 16 or 32 values (QTIP, arXiv:2406.11235)
     ├── Mxfp4       four-bit floats times a power of two for 32 inputs of a row (OCP Microscaling Formats 1.0)
     └── Affine      2 to 8 bits: even steps of a group's scale around the group's zero
 

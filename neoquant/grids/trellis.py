@@ -1,23 +1,28 @@
-"""A trellis of two bits: trellis-coded quantization (Marcellin and Fischer, 1990; QTIP, arXiv:2406.11235, section 3).
+"""A trellis of two or three bits: trellis-coded quantization (Marcellin and Fischer, 1990; QTIP, arXiv:2406.11235,
+section 3).
 
-    state of row r = code[r] + 4 code[r - 1] + ... + 4**5 code[r - 5]
-    value          = VALUES[(state * 1133 mod 4096) >> 8] * scale
+    two bits    state of row r = code[r] + 4 code[r - 1] + ... + 4**5 code[r - 5]
+                value          = VALUES[2][(state * 1133 mod 4096) >> 8] * scale
+    three bits  state of row r = code[r] + 8 code[r - 1] + ... + 8**3 code[r - 3]
+                value          = VALUES[3][(state * 495 mod 4096) >> 7] * scale
 
 Two bits choose among four values, but which four depends on the five codes before: so sixteen values are in use, and
-what is searched is the path down a column. Codes run down the rows, so that GPTQ, which rounds column after column,
-feeds errors back as on any other grid. 256 rows are a ring (QTIP's tail-biting): no state is stored, and no row is the
-worse for it.
+what is searched is the path down a column; three bits choose among eight of thirty-two. Codes run down the rows, so
+that GPTQ, which rounds column after column, feeds errors back as on any other grid. 256 rows are a ring (QTIP's
+tail-biting): no state is stored, and no row is the worse for it.
 
-QTIP's computed codes give each of 2**16 states a value of its own. Here the product says which of sixteen, as cheap to
-decode as a codebook: the multiplier is the best of 150 tried, and the values are fitted to the normal distribution by
-Lloyd's iteration, in steps of 1/32. Squared error on it: 0.0718 (Lloyd and Max's best four values: 0.1175).
+QTIP's computed codes give each of 2**16 states a value of its own. Here the product says which of a few, as cheap to
+decode as a codebook: the multipliers are the best of 150 and 250 tried, and the values are fitted to the normal
+distribution by Lloyd's iteration, in steps of 1/32. Those of three bits are sixteen and their negatives, so that a
+kernel looks sixteen up and the highest bit is the sign. Squared error on the normal distribution: 0.0718 and 0.0200
+(Lloyd and Max's best four and eight values: 0.1175 and 0.0345).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,10 +34,17 @@ from neoquant.grids.decoding import Decoding, Scale, Trellis, tensor_of
 from neoquant.grids.viterbi import best_codes
 from neoquant.native import trellis as native
 
-TRELLIS = Trellis(code_bits=2, state_bits=12, level_bits=4, multiplier=1133, span=256)
+SPAN = 256
+TRELLISES = {
+    2: Trellis(code_bits=2, state_bits=12, level_bits=4, multiplier=1133, span=SPAN),
+    3: Trellis(code_bits=3, state_bits=12, level_bits=5, multiplier=495, span=SPAN),
+}
 STEP = 1 / 32
-_POSITIVE = (2, 9, 13, 21, 27, 35, 45, 68)
-VALUES = (*(-STEP * steps for steps in reversed(_POSITIVE)), *(STEP * steps for steps in _POSITIVE))
+_STEPS = {
+    2: (-68, -45, -35, -27, -21, -13, -9, -2, 2, 9, 13, 21, 27, 35, 45, 68),
+    3: (*(_POSITIVE := (1, 4, 6, 9, 12, 14, 17, 21, 24, 27, 31, 35, 41, 48, 60, 81)), *(-step for step in _POSITIVE)),
+}
+VALUES = {bits: tuple(STEP * step for step in steps) for bits, steps in _STEPS.items()}
 SEARCHED = (0.9, 1.1, 1.25)  # parts of a group's root mean square that a scale search tries beside it
 PRECISION = 512.0  # what a squared error of a typical scale costs
 MOST, LEAST = 16.0, 1 / 16  # how much more and less errors of rows with other scales than the typical one cost
@@ -44,12 +56,14 @@ class TrellisGrid(Grid):
     """`scale` float16[O, G] of groups of `group_size` inputs of a row, -1 a whole row: the group's root mean square."""
 
     group_size: int = 64
+    bits: int = 2
 
-    bits: ClassVar[int] = 2
-    legal_bits: ClassVar[tuple[int, ...]] = (2,)
+    legal_bits: ClassVar[tuple[int, ...]] = tuple(TRELLISES)
     options: ClassVar[tuple[str, ...]] = ("group_size",)
 
     def __post_init__(self) -> None:
+        if type(self.bits) is not int or self.bits not in TRELLISES:
+            raise RequestError(f"bits {self.bits!r}: trellis has {', '.join(map(str, TRELLISES))}")
         if not isinstance(self.group_size, int) or self.group_size not in GROUP_SIZES:
             raise RequestError(
                 f"group size {self.group_size!r}: legal for trellis are {', '.join(map(str, GROUP_SIZES))} "
@@ -62,15 +76,25 @@ class TrellisGrid(Grid):
 
     @property
     def label(self) -> str:
-        return "trellis2-rows" if self.group_size == -1 else f"trellis2-g{self.group_size}"
+        return f"trellis{self.bits}-{'rows' if self.group_size == -1 else f'g{self.group_size}'}"
+
+    @property
+    def trellis(self) -> Trellis:
+        return TRELLISES[self.bits]
 
     @cached_property
     def decoding(self) -> Decoding:
         group = None if self.group_size == -1 else self.group_size
-        return Decoding(self.bits, Scale("scale"), group, table=VALUES, step=STEP, trellis=TRELLIS)
+        return Decoding(self.bits, Scale("scale"), group, table=VALUES[self.bits], step=STEP, trellis=self.trellis)
 
     def param_shapes(self, shape: tuple[int, ...]) -> ParamShapes:
         return {"scale": (torch.float16, (shape[0], count_pieces(shape[1], self.decoding.width(shape[1]))))}
+
+    def describe(self) -> dict[str, Any]:
+        described = super().describe()
+        if self.bits == 2:  # as it was described before there were others
+            del described["bits"]
+        return described
 
     def remark(self, shape: tuple[int, ...]) -> str | None:
         rest = shape[1] % self.decoding.width(shape[1])
@@ -93,7 +117,7 @@ class TrellisGrid(Grid):
         if native.refuse() is None:  # also for a GPU, which takes several launches for each row
             w, params = w.cpu(), {name: param.cpu() for name, param in params.items()}
         codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-        rows = max(TRELLIS.span, PIECE // w.shape[1] // TRELLIS.span * TRELLIS.span)
+        rows = max(SPAN, PIECE // w.shape[1] // SPAN * SPAN)
         for piece, scale, to in zip(
             torch.split(w, rows), torch.split(params["scale"], rows), torch.split(codes, rows), strict=True
         ):
@@ -148,23 +172,24 @@ class _TrellisColumns(Columns):
 
     def __init__(self, grid: TrellisGrid, params: Params, shape: tuple[int, int]) -> None:
         super().__init__(grid, params, shape)
+        self.trellis, self.values = grid.trellis, VALUES[grid.bits]
         self.width = self.group = grid.decoding.width(shape[1])
         self.scale = self.params["scale"].float().T.contiguous()  # [G, O]: a column's lie together
         self.rows: Tensor | None = None  # [O], what their errors count against each other
-        self.importance = _importance(self.scale, None)
+        self.importance = self._importance(self.scale)
 
     def weigh_rows(self, weights: Tensor) -> None:
         self.rows = weights.float()
-        self.importance = _importance(self.scale, self.rows)
+        self.importance = self._importance(self.scale)
 
     def round(self, j: int, w: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         assert rows is None, "a trellis runs through all rows"
         scale, importance = self.scale[j // self.group], self.importance[j // self.group]
         wanted = torch.where(scale > 0, w.float() / scale, 0.0)
-        pairs = zip(torch.split(wanted, TRELLIS.span), torch.split(importance, TRELLIS.span), strict=True)
-        codes = torch.cat([best_codes(one[None], cost[None], TRELLIS, VALUES)[0] for one, cost in pairs])
-        places = TRELLIS.numbers(codes[:, None])[:, 0]
-        return codes, (tensor_of(VALUES, w.device)[places.long()] * scale).to(w.dtype)
+        pairs = zip(torch.split(wanted, SPAN), torch.split(importance, SPAN), strict=True)
+        codes = torch.cat([best_codes(one[None], cost[None], self.trellis, self.values)[0] for one, cost in pairs])
+        places = self.trellis.numbers(codes[:, None])[:, 0]
+        return codes, (tensor_of(self.values, w.device)[places.long()] * scale).to(w.dtype)
 
     def round_all(self, weights: Tensor) -> Tensor:
         """Every column on its own: weights float32[I, O], contiguous, to codes uint8[I, O]."""
@@ -173,26 +198,26 @@ class _TrellisColumns(Columns):
             native.round_columns(weights, None, self.levels(), torch.arange(len(weights)), codes)
             return codes
         group = torch.arange(len(weights), device=weights.device) // self.group
-        for start in range(0, weights.shape[1], TRELLIS.span):
-            at = slice(start, start + TRELLIS.span)
+        for start in range(0, weights.shape[1], SPAN):
+            at = slice(start, start + SPAN)
             scale = self.scale[group, at]
             wanted = torch.where(scale > 0, weights[:, at] / scale, 0.0)
-            codes[:, at] = best_codes(wanted, self.importance[group, at], TRELLIS, VALUES)
+            codes[:, at] = best_codes(wanted, self.importance[group, at], self.trellis, self.values)
         return codes
 
     def levels(self) -> native.Paths:
         cpu = torch.device("cpu")
-        return native.Paths(self.scale, self.importance, self.group, TRELLIS.levels(cpu), tensor_of(VALUES, cpu))
+        chain, values = self.trellis, tensor_of(self.values, cpu)
+        return native.Paths(self.scale, self.importance, self.group, chain.code_bits, chain.levels(cpu), values)
 
     def _reload(self, group: int) -> None:
         self.scale[group] = self.params["scale"][:, group]
-        self.importance[group] = _importance(self.scale[group, None], self.rows)[0]
+        self.importance[group] = self._importance(self.scale[group, None])[0]
 
-
-def _importance(scale: Tensor, rows: Tensor | None) -> Tensor:
-    """What a squared error of a scale costs where it is scale[G, O], of rows whose errors count rows[O], if they do: as
-    its square, beside the span's mean."""
-    squares = scale.square() if rows is None else scale.square() * rows
-    means = [span.mean(1, keepdim=True).expand_as(span) for span in torch.split(squares, TRELLIS.span, 1)]
-    relative = squares / torch.cat(means, 1).clamp(min=torch.finfo(torch.float32).tiny)
-    return relative.clamp_(LEAST, MOST).mul_(PRECISION).contiguous()
+    def _importance(self, scale: Tensor) -> Tensor:
+        """What a squared error of a scale costs where it is scale[G, O]: as its square, times what errors of its row
+        count, beside the span's mean."""
+        squares = scale.square() if self.rows is None else scale.square() * self.rows
+        means = [span.mean(1, keepdim=True).expand_as(span) for span in torch.split(squares, SPAN, 1)]
+        relative = squares / torch.cat(means, 1).clamp(min=torch.finfo(torch.float32).tiny)
+        return relative.clamp_(LEAST, MOST).mul_(PRECISION).contiguous()

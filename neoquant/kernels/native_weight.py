@@ -7,7 +7,8 @@ The library multiplies with four kinds of weights (native/weight.h):
     int8        signed bytes, a float32 scale / 127 for each row
     affine      integers of 2, 3, 4 or 8 bits, low bits first, rows on bytes; a float16 scale for each group of a row,
                 and a zero, a byte or float16, or none beside the middle
-    trellis     words of 16 codes of a column, the first in the highest bits; a float16 scale for each group of a row
+    trellis     16 codes of a column in as many words of 16 bits as a code has bits, the first code in the highest ones;
+                a float16 scale for each group of a row
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from neoquant.kernels.base import State
 from neoquant.native import products
 
 SHORTEST_BLOCK, SHORTEST_GROUP = 32, 16
-WORD, RING = 16, 256  # codes in a word, and rows in a ring of a trellis
+BLOCK, RING = 16, 256  # rows of a trellis whose codes lie together, and rows in a ring
 _CPU = torch.device("cpu")
 
 
@@ -65,7 +66,7 @@ def unpack_codes(state: State, grid: Grid, shape: tuple[int, ...]) -> Tensor:
     """The inverse of `pack_codes`: uint8[O, I]."""
     arrangement = _require(grid, shape)
     if grid.decoding.trellis is not None:
-        return _unpack_words(state[arrangement.codes], shape[0])
+        return _unpack_words(state[arrangement.codes], shape[0], grid.decoding.trellis.code_bits)
     packed = state[arrangement.codes].view(torch.uint8)
     if arrangement.nibbles:
         return packing.unpack_nibbles(packed, shape[0] * shape[1]).view(shape)
@@ -142,8 +143,11 @@ def _refuse_affine(decoding: Decoding, dtype: torch.dtype, shape: tuple[int, ...
 def _refuse_trellis(decoding: Decoding, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
     width, trellis = decoding.width(shape[1]), decoding.trellis
     assert trellis is not None
-    if (trellis.code_bits, trellis.state_bits, trellis.level_bits, trellis.span) != (2, 12, 4, RING):
-        return f"trellises have codes of 2 bits, states of 12, 16 values and rings of {RING} rows"
+    bits, table = trellis.code_bits, decoding.table
+    if bits not in (2, 3) or (trellis.state_bits, trellis.level_bits, trellis.span) != (12, bits + 2, RING):
+        return f"trellises have codes of 2 or 3 bits, states of 12, 16 or 32 values and rings of {RING} rows"
+    if bits == 3 and (table is None or table[16:] != tuple(-value for value in table[:16])):
+        return "of the values of a trellis of 3 bits, the last sixteen are the negatives of the first"
     if width < shape[1] and (width & (width - 1) or width < SHORTEST_GROUP):
         return f"groups are powers of two from {SHORTEST_GROUP} on, not {width}"
     if decoding.flat or dtype != torch.float16 or decoding.scale.factor != 1 or decoding.scale.table is not None:
@@ -192,27 +196,37 @@ def _affine(decoding: Decoding, shape: tuple[int, ...]) -> Callable[[State], pro
 def _trellis(decoding: Decoding, shape: tuple[int, ...]) -> Callable[[State], products.Weight]:
     trellis, scale, width = decoding.trellis, decoding.scale.param, decoding.width(shape[1])
     assert trellis is not None and decoding.table is not None
-    table, group = tensor_of(decoding.table, _CPU), None if width == shape[1] else width
-    return lambda state: products.trellis(state["words"], state[scale], table, trellis.multiplier, group, shape)
+    table, group = tensor_of(decoding.table[:16], _CPU), None if width == shape[1] else width
+    return lambda state: products.trellis(
+        state["words"], state[scale], table, trellis.code_bits, trellis.multiplier, group, shape
+    )
 
 
 def _pack_words(codes: Tensor, trellis: Trellis) -> Tensor:
-    """Codes uint8[O, I] to int32[ceil(O / 16) + 1, I]: behind those of all rows, the last codes of the last ring."""
-    rows = len(codes)
+    """Codes uint8[O, I] to int16[bits * ceil(O / 16) + 1, I], of each block the lowest word first: behind those of all
+    rows, the lowest of the last ring's last sixteen codes."""
+    rows, bits = len(codes), trellis.code_bits
     first = (rows - 1) // trellis.span * trellis.span
-    last = first + (torch.arange(-WORD, 0, device=codes.device)).remainder(rows - first)
-    filled = torch.nn.functional.pad(codes, (0, 0, 0, -rows % WORD))
-    words = torch.zeros(len(filled) // WORD + 1, codes.shape[1], dtype=torch.int32, device=codes.device)
-    for row in range(WORD):
-        shift = 2 * (WORD - 1 - row)
-        words[:-1] |= filled[row::WORD].int() << shift
-        words[-1] |= codes[last[row]].int() << shift
-    return words
+    last = first + (torch.arange(-BLOCK, 0, device=codes.device)).remainder(rows - first)
+    filled = torch.cat([torch.nn.functional.pad(codes, (0, 0, 0, -rows % BLOCK)), codes[last]])
+    blocks = filled.view(-1, BLOCK, codes.shape[1])
+    words = torch.zeros(len(blocks), bits, codes.shape[1], dtype=torch.int32, device=codes.device)
+    for row in range(BLOCK):
+        word, shift = divmod(bits * (BLOCK - 1 - row), 16)
+        words[:, word] |= blocks[:, row].int() << shift
+        if shift + bits > 16:  # the code's upper bits are in the next word
+            words[:, word + 1] |= blocks[:, row].int() >> (16 - shift)
+    return words.to(torch.int16).view(-1, codes.shape[1])[: 1 - bits].contiguous()  # the lowest 16 bits of each
 
 
-def _unpack_words(words: Tensor, rows: int) -> Tensor:
+def _unpack_words(words: Tensor, rows: int, bits: int) -> Tensor:
     """The inverse: uint8[O, I]."""
-    codes = torch.empty(len(words) - 1, WORD, words.shape[1], dtype=torch.uint8, device=words.device)
-    for row in range(WORD):
-        codes[:, row] = (words[:-1] >> 2 * (WORD - 1 - row)) & 3
+    halves = words[:-1].view(-1, bits, words.shape[1]).int() & 0xFFFF
+    codes = torch.empty(len(halves), BLOCK, words.shape[1], dtype=torch.uint8, device=words.device)
+    for row in range(BLOCK):
+        word, shift = divmod(bits * (BLOCK - 1 - row), 16)
+        found = halves[:, word] >> shift
+        if shift + bits > 16:
+            found |= halves[:, word + 1] << (16 - shift)
+        codes[:, row] = found & ((1 << bits) - 1)
     return codes.view(-1, words.shape[1])[:rows].contiguous()

@@ -27,7 +27,7 @@ SWITCH = "NEOQUANT_ISA"
 TEAMS = ("own", "openmp")
 TEAM_SWITCH = "NEOQUANT_TEAM"
 FOLDER = Path(__file__).parent  # where the library was put when neoquant was installed
-VERSION = 15  # of the C functions' signatures, as in parallel.c
+VERSION = 16  # of the C functions' signatures, as in parallel.c
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _LEVELS = (*(_POINTER,) * 4, _LONG, _INT, *(_POINTER,) * 3)  # where the values of columns may lie
@@ -47,6 +47,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
         *(_LONG,) * 3,
         *(_POINTER,) * 3,
         _LONG,
+        _INT,
         *(_POINTER,) * 7,
         _INT,
         _INT,

@@ -346,36 +346,43 @@ static void plain_run(void *argument, int64_t begin, int64_t end) {
 
 /* Few rows of x and a trellis --------------------------------------------------------------------------------------- */
 
-/* LANES words from `column` on, zeros behind the last. */
-NQ_INLINE vi words_at(const uint32_t *words, int64_t column, int64_t columns) {
-    if (column + LANES <= columns) return vi_load(words + column);
-    uint32_t rest[LANES] = {0};
+/* LANES words of 16 bits from `column` on, each in a lane, zeros behind the last. */
+NQ_INLINE vi words_at(const uint16_t *words, int64_t column, int64_t columns) {
+    if (column + LANES <= columns) return vi_load2((const uint8_t *)(words + column));
+    uint16_t rest[LANES] = {0};
     memcpy(rest, words + column, (size_t)(columns - column) * sizeof *rest);
-    return vi_load(rest);
+    return vi_load2((const uint8_t *)rest);
 }
 
-/* The values of one row, whose state begins `shift` bits up; where a part of it is before the words, `before` holds it. */
-NQ_INLINE vf value_of_state(vtab table, vi multiplier, vi words, vi before, int shift) {
-    vi state = vi_srl(words, shift);
-    if (32 - shift < NQ_STATE_BITS) state = vi_or(state, vi_sll(before, 32 - shift));
-    return vf_lookup(table, vi_srl(vi_mul16(state, multiplier), 16 - NQ_PLACE_BITS), NQ_PLACE_BITS);
+/* Two words beside each other, which hold the states that begin in the lower one of them. */
+NQ_INLINE vi pair_of(vi low, vi high) { return vi_or(vi_sll(high, NQ_WORD_BITS), low); }
+
+/* The values of states that begin `shift` bits up in a pair of words. */
+NQ_INLINE vf value_of_state(vtab table, vi multiplier, vi pair, int shift, const int bits) {
+    const vi product = vi_mul16(vi_srl(pair, shift), multiplier);
+    const vf value = vf_lookup(table, vi_srl(product, NQ_WORD_BITS - 2 - bits), 4);
+    if (bits == 2) return value;
+    return vf_cast(vi_xor(vi_cast(value), vi_and(vi_sll(product, 16), vi_set1(INT32_MIN))));
 }
 
 /* What a state is multiplied with, so that its place in the table is in the highest of 16 bits. */
 NQ_INLINE vi state_multiplier(const struct nq_weight *w) {
-    return vi_set1((w->multiplier << (16 - NQ_STATE_BITS)) & 0xffff);
+    return vi_set1((w->multiplier << (NQ_WORD_BITS - NQ_STATE_BITS)) & 0xffff);
 }
 
 /* sum[LANES] of each of `together` rows of a block from its row `first` on and of each row of x, over a run of columns that
  * share a scale. */
 NQ_INLINE void trellis_run_of(
-    const struct nq_weight *w, const uint32_t *words, const uint32_t *before, const float *x, int64_t column, int64_t stop,
-    const int first, const int together, const int count, vtab table, vi multiplier, vf *part) {
+    const struct nq_weight *w, const uint16_t *words, const uint16_t *before, const float *x, int64_t column, int64_t stop,
+    const int first, const int together, const int count, const int bits, vtab table, vi multiplier, vf *part) {
+    const int low = nq_state_word(bits, first + together - 1), high = nq_state_word(bits, first);
     _Pragma("GCC unroll 16") for (int i = 0; i < together * count; i++) part[i] = vf_zero();
     for (; column < stop; column += LANES) {
-        const vi word = words_at(words, column, w->columns);
-        const vi behind = first < NQ_STATE_CODES - 1 ? words_at(before, column, w->columns) : vi_set1(0);
+        vi word[4], pair[3];
         vf values[4];
+        _Pragma("GCC unroll 4") for (int i = low; i <= high + 1; i++)
+            word[i] = words_at(nq_word(words, before, w->columns, bits, i), column, w->columns);
+        _Pragma("GCC unroll 3") for (int i = low; i <= high; i++) pair[i] = pair_of(word[i], word[i + 1]);
         _Pragma("GCC unroll 4") for (int m = 0; m < count; m++) {
             const float *from = x + m * w->columns + column;
             float rest[LANES] = {0};
@@ -386,7 +393,8 @@ NQ_INLINE void trellis_run_of(
             values[m] = vf_load(from);
         }
         _Pragma("GCC unroll 8") for (int r = 0; r < together; r++) {
-            const vf value = value_of_state(table, multiplier, word, behind, 2 * (NQ_BLOCK_ROWS - 1 - first - r));
+            const int shift = nq_state_shift(bits, first + r);
+            const vf value = value_of_state(table, multiplier, pair[nq_state_word(bits, first + r)], shift, bits);
             _Pragma("GCC unroll 4") for (int m = 0; m < count; m++)
                 part[m * together + r] = vf_fma(value, values[m], part[m * together + r]);
         }
@@ -397,11 +405,12 @@ enum { SHORTEST_RUN = 16 };
 
 /* The rows [begin, end) of one block, whose words are read once for `together` rows. */
 NQ_INLINE void trellis_block(
-    const struct nq_product *p, int64_t block, int64_t begin, int64_t end, int64_t m0, const int count, const int together) {
+    const struct nq_product *p, int64_t block, int64_t begin, int64_t end, int64_t m0, const int count,
+    const int together, const int bits) {
     const struct nq_weight *w = p->w;
     const int64_t origin = block * NQ_BLOCK_ROWS, columns = w->columns;
     const int step_bits = nq_step_bits(w, SEGMENT_BITS);
-    const uint32_t *words = nq_words(w, origin), *before = nq_words_before(w, origin);
+    const uint16_t *words = nq_words(w, origin), *before = nq_words_before(w, origin);
     const vtab table = vf_table(w->table);
     const vi multiplier = state_multiplier(w);
     const float *x = p->x + m0 * columns;
@@ -416,7 +425,7 @@ NQ_INLINE void trellis_block(
         for (int64_t run = 0; run < runs; run++) {
             const int64_t column = segment + (run << step_bits), stop = nq_min(last, column + ((int64_t)1 << step_bits));
             _Pragma("GCC unroll 16") for (int first = 0; first < NQ_BLOCK_ROWS; first += together) {
-                trellis_run_of(w, words, before, x, column, stop, first, together, count, table, multiplier, part);
+                trellis_run_of(w, words, before, x, column, stop, first, together, count, bits, table, multiplier, part);
                 _Pragma("GCC unroll 8") for (int r = 0; r < together; r++) {
                     const vf scale = vf_set1(scales[first + r][run]);
                     _Pragma("GCC unroll 4") for (int m = 0; m < count; m++) {
@@ -432,27 +441,26 @@ NQ_INLINE void trellis_block(
             p->y[(m0 + m) * w->rows + row] = vf_sum(sum[m * NQ_BLOCK_ROWS + row - origin]) + (p->bias ? p->bias[row] : 0);
 }
 
-static void trellis_1(const struct nq_product *p, int64_t block, int64_t begin, int64_t end, int64_t m) {
-    trellis_block(p, block, begin, end, m, 1, TRELLIS_TOGETHER);
-}
-static void trellis_2(const struct nq_product *p, int64_t block, int64_t begin, int64_t end, int64_t m) {
-    trellis_block(p, block, begin, end, m, 2, TRELLIS_TOGETHER / 2);
-}
-static void trellis_3(const struct nq_product *p, int64_t block, int64_t begin, int64_t end, int64_t m) {
-    trellis_block(p, block, begin, end, m, 3, TRELLIS_TOGETHER / 4);
-}
-static void trellis_4(const struct nq_product *p, int64_t block, int64_t begin, int64_t end, int64_t m) {
-    trellis_block(p, block, begin, end, m, 4, TRELLIS_TOGETHER / 4);
-}
+#define TRELLIS(BITS, M, TOGETHER)                                                                                    \
+    static void trellis_##BITS##_##M(const struct nq_product *p, int64_t block, int64_t begin, int64_t end, int64_t m) { \
+        trellis_block(p, block, begin, end, m, M, TOGETHER, BITS);                                                    \
+    }
+#define TRELLIS_OF(BITS)                                                                                              \
+    TRELLIS(BITS, 1, TRELLIS_TOGETHER) TRELLIS(BITS, 2, TRELLIS_TOGETHER / 2) TRELLIS(BITS, 3, TRELLIS_TOGETHER / 4)  \
+    TRELLIS(BITS, 4, TRELLIS_TOGETHER / 4)
+TRELLIS_OF(2)
+TRELLIS_OF(3)
+#define TRELLIS_NAMES(BITS) {trellis_##BITS##_1, trellis_##BITS##_2, trellis_##BITS##_3, trellis_##BITS##_4}
 
 /* By blocks of rows: the threads' pieces, of several weights counted through, may begin within one. */
 static void trellis_run(void *argument, int64_t begin, int64_t end) {
-    static void (*const functions[])(const struct nq_product *, int64_t, int64_t, int64_t, int64_t) = {
-        trellis_1, trellis_2, trellis_3, trellis_4};
+    static void (*const functions[2][4])(const struct nq_product *, int64_t, int64_t, int64_t, int64_t) = {
+        TRELLIS_NAMES(2), TRELLIS_NAMES(3)};
     const struct nq_product *p = argument;
     for (int64_t row = begin; row < end;) {
         const int64_t block = row / NQ_BLOCK_ROWS, stop = nq_min(end, (block + 1) * NQ_BLOCK_ROWS);
-        for (int64_t m = 0; m < p->count; m += 4) functions[nq_min(4, p->count - m) - 1](p, block, row, stop, m);
+        for (int64_t m = 0; m < p->count; m += 4)
+            functions[p->w->bits - 2][nq_min(4, p->count - m) - 1](p, block, row, stop, m);
         row = stop;
     }
 }
@@ -543,8 +551,8 @@ NQ_INLINE void decode_plain_panel(
 }
 
 /* And of a trellis: LANES columns of LANES rows at a time, transposed. */
-static void decode_trellis_panel(
-    const struct nq_weight *w, int64_t row, int64_t end, int64_t column, int64_t depth, float *panel) {
+NQ_INLINE void decode_trellis_panel(
+    const struct nq_weight *w, int64_t row, int64_t end, int64_t column, int64_t depth, const int bits, float *panel) {
     const int step_bits = nq_step_bits(w, DEPTH_BITS);
     const int64_t runs = nq_ceil(depth, (int64_t)1 << step_bits);
     const vtab table = vf_table(w->table);
@@ -556,9 +564,12 @@ static void decode_trellis_panel(
             vi values[LANES];
             for (int i = 0; i < LANES; i++) {
                 const int64_t at = panel_row(row + half, i, end);
-                const vi words = words_at(nq_words(w, at), column + k, w->columns);
-                const vi before = words_at(nq_words_before(w, at), column + k, w->columns);
-                values[i] = vi_cast(value_of_state(table, multiplier, words, before, nq_word_shift(at)));
+                const uint16_t *words = nq_words(w, at), *before = nq_words_before(w, at);
+                const int word = nq_state_word(bits, at);
+                const vi low = words_at(nq_word(words, before, w->columns, bits, word), column + k, w->columns);
+                const vi high = words_at(nq_word(words, before, w->columns, bits, word + 1), column + k, w->columns);
+                values[i] = vi_cast(
+                    value_of_state(table, multiplier, pair_of(low, high), nq_state_shift(bits, at), bits));
             }
             vi_transpose(values);
             const vf scale = vf_load(scales + (k >> step_bits) * PANEL + half);
@@ -570,7 +581,8 @@ static void decode_trellis_panel(
 static void decode_any_panel(
     const struct nq_weight *w, int64_t row, int64_t end, int64_t column, int64_t depth, float *panel) {
     if (w->kind == NQ_TRELLIS) {
-        decode_trellis_panel(w, row, end, column, depth, panel);
+        if (w->bits == 2) decode_trellis_panel(w, row, end, column, depth, 2, panel);
+        else decode_trellis_panel(w, row, end, column, depth, 3, panel);
         return;
     }
     if (w->kind == NQ_PLAIN) {

@@ -107,14 +107,15 @@ def affine(
 
 
 def trellis(
-    words: Tensor, scale: Tensor, table: Tensor, multiplier: int, group: int | None, shape: tuple[int, ...]
+    words: Tensor, scale: Tensor, table: Tensor, bits: int, multiplier: int, group: int | None, shape: tuple[int, ...]
 ) -> Weight:
-    """Paths of two bits down the rows, int32[ceil(O / 16) + 1, I] as weight.h has them; `table` float32[16].
+    """Paths of 2 or 3 bits down the rows, int16[bits * ceil(O / 16) + 1, I] as weight.h has them; `table` float32[16],
+    of 3 bits without the negatives.
 
     `scale` float16[O, G]; groups of `group` columns, a power of two from 16 on, or None for whole rows.
     """
     tensors = {"codes": words, "scales": scale, "table": table}
-    return Weight(shape, 4, 2, group, tensors, groups=scale.shape[1], multiplier=multiplier)
+    return Weight(shape, 4, bits, group, tensors, groups=scale.shape[1], multiplier=multiplier)
 
 
 def plain(weight: Tensor) -> Weight:

@@ -13,13 +13,15 @@ from neoquant.native.loader import active, address, threads
 class Paths(NamedTuple):
     """Where the values of each column may lie; `width` columns share the scales scale[groups, O], float32.
 
-    The value of a state is `table` float32[16] at its place in `levels` uint8[4096], times the scale. A squared error
-    of one scale costs importance[groups, O], float32; costs are whole numbers that end at 65535.
+    Codes have `bits` bits, 2 or 3. The value of a state is `table` float32[2**(bits + 2)] at its place in `levels`
+    uint8[4096], times the scale. A squared error of one scale costs importance[groups, O], float32; costs are whole
+    numbers that end at 65535.
     """
 
     scale: Tensor
     importance: Tensor
     width: int
+    bits: int
     levels: Tensor
     table: Tensor
 
@@ -67,8 +69,8 @@ def round_columns(
     n, rows = weights.shape
     active().call(
         "nq_trellis_block", weights.data_ptr(), address(upper), 0 if upper is None else upper.stride(0), n, rows,
-        columns.data_ptr(), paths.scale.data_ptr(), paths.importance.data_ptr(), paths.width, paths.levels.data_ptr(),
-        paths.table.data_ptr(), codes.data_ptr(), address(errors), address(original), address(unit), address(price),
-        active().isa, threads(),
+        columns.data_ptr(), paths.scale.data_ptr(), paths.importance.data_ptr(), paths.width, paths.bits,
+        paths.levels.data_ptr(), paths.table.data_ptr(), codes.data_ptr(), address(errors), address(original),
+        address(unit), address(price), active().isa, threads(),
     )  # fmt: skip
     return errors

@@ -6,9 +6,12 @@
  * Codes are packed low bits first, every row on a byte; those of codebooks high half first, rows without a gap. Plain
  * weights are the values themselves, of the nq_dtype that `plain` says.
  *
- * On a trellis, the last six codes of two bits down a column are the state, and table[(state * multiplier mod 4096) >> 8]
- * stands for table[code]. Codes are words: those of sixteen rows of a column, the first row's highest; 256 rows, or what is
- * left, are a ring. Behind the words of all rows come those of the last ring's last sixteen codes.
+ * On a trellis, the last twelve bits of codes down a column are the state. The highest bits of (state * multiplier mod 4096),
+ * two more than a code has, are the place of the value in the table, which stands for table[code]; of three bits, the first
+ * of them is the sign, and the table holds the sixteen values without it. Codes of sixteen rows of a column, the first row's
+ * highest, are as many words of 16 bits as a code has bits, each a row of words beside those of the other columns, the lowest
+ * one first; 256 rows, or what is left, are a ring. Behind the words of all rows come the lowest ones of the last ring's last
+ * sixteen codes.
  */
 #ifndef NEOQUANT_WEIGHT_H
 #define NEOQUANT_WEIGHT_H
@@ -18,7 +21,7 @@
 #include <stdatomic.h>
 
 enum nq_kind { NQ_CODEBOOK = 0, NQ_INT8 = 1, NQ_AFFINE = 2, NQ_PLAIN = 3, NQ_TRELLIS = 4 };
-enum { NQ_BLOCK_ROWS = 16, NQ_RING_BLOCKS = 16, NQ_STATE_CODES = 6, NQ_STATE_BITS = 12, NQ_PLACE_BITS = 4 }; /* of a trellis */
+enum { NQ_BLOCK_ROWS = 16, NQ_RING_BLOCKS = 16, NQ_STATE_BITS = 12, NQ_WORD_BITS = 16 }; /* of a trellis */
 enum { NQ_WHOLE_ROW = 62, NESTED_BLOCK_BITS = 8 };
 
 struct nq_weight { /* as `_Struct` in products.py */
@@ -154,25 +157,42 @@ NQ_INLINE int nq_step_bits(const struct nq_weight *w, int most) {
     return bits;
 }
 
-/* The words of a trellis, of the block of rows that `row` is in; and of the block before it in its ring. */
-NQ_INLINE const uint32_t *nq_words(const struct nq_weight *w, int64_t row) {
-    return (const uint32_t *)w->codes + row / NQ_BLOCK_ROWS * w->columns;
+/* The lowest words of a trellis, of the block of rows that `row` is in; and of the block before it in its ring. */
+NQ_INLINE const uint16_t *nq_words(const struct nq_weight *w, int64_t row) {
+    return (const uint16_t *)w->codes + row / NQ_BLOCK_ROWS * w->bits * w->columns;
 }
 
-NQ_INLINE const uint32_t *nq_words_before(const struct nq_weight *w, int64_t row) {
+NQ_INLINE const uint16_t *nq_words_before(const struct nq_weight *w, int64_t row) {
     const int64_t block = row / NQ_BLOCK_ROWS, ring = block / NQ_RING_BLOCKS, blocks = nq_ceil(w->rows, NQ_BLOCK_ROWS);
     const int is_whole = (ring + 1) * NQ_RING_BLOCKS * NQ_BLOCK_ROWS <= w->rows;
     const int64_t before = block % NQ_RING_BLOCKS ? block - 1 : is_whole ? block + NQ_RING_BLOCKS - 1 : blocks;
-    return (const uint32_t *)w->codes + before * w->columns;
+    return (const uint16_t *)w->codes + before * w->bits * w->columns;
 }
 
-/* How far a row's code is from the lowest bits of its word. */
-NQ_INLINE int nq_word_shift(int64_t row) { return 2 * (NQ_BLOCK_ROWS - 1 - (int)(row % NQ_BLOCK_ROWS)); }
+/* Where a row's state lies: from which word of its block on, and how far up from its lowest bit. Two words hold it; behind the
+ * last one comes the lowest of the block before. */
+NQ_INLINE int nq_state_bit(int bits, int64_t row) { return bits * (NQ_BLOCK_ROWS - 1 - (int)(row % NQ_BLOCK_ROWS)); }
+NQ_INLINE int nq_state_word(int bits, int64_t row) {
+    const int last = nq_state_bit(bits, row) + NQ_STATE_BITS; /* above it */
+    return last > 2 * NQ_WORD_BITS ? (int)nq_ceil(last - 2 * NQ_WORD_BITS, NQ_WORD_BITS) : 0;
+}
+NQ_INLINE int nq_state_shift(int bits, int64_t row) {
+    return nq_state_bit(bits, row) - NQ_WORD_BITS * nq_state_word(bits, row);
+}
+
+/* A word of a block's row of words; behind the last one, that of the block before. */
+NQ_INLINE const uint16_t *nq_word(const uint16_t *words, const uint16_t *before, int64_t columns, int bits, int word) {
+    return word < bits ? words + word * columns : before;
+}
 
 NQ_INLINE float nq_trellis_value(const struct nq_weight *w, int64_t row, int64_t column) {
-    const uint64_t both = (uint64_t)nq_words_before(w, row)[column] << 32 | nq_words(w, row)[column];
-    const uint32_t product = (uint32_t)(both >> nq_word_shift(row)) * (uint32_t)w->multiplier;
-    return w->table[product >> (NQ_STATE_BITS - NQ_PLACE_BITS) & ((1 << NQ_PLACE_BITS) - 1)];
+    const uint16_t *words = nq_words(w, row), *before = nq_words_before(w, row);
+    const int word = nq_state_word(w->bits, row);
+    const uint32_t low = nq_word(words, before, w->columns, w->bits, word)[column];
+    const uint32_t both = (uint32_t)nq_word(words, before, w->columns, w->bits, word + 1)[column] << NQ_WORD_BITS | low;
+    const uint32_t product = (both >> nq_state_shift(w->bits, row)) * (uint32_t)w->multiplier;
+    const float value = w->table[product >> (NQ_STATE_BITS - 2 - w->bits) & 15];
+    return w->bits == 3 && product >> (NQ_STATE_BITS - 1) & 1 ? -value : value;
 }
 
 /* The value of column `column` in row `row`, less its zero and scale. */

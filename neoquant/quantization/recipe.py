@@ -192,16 +192,13 @@ class Recipe(BaseModel):
         Raises:
             RequestError: no such grid, or a parameter that it does not have.
         """
-        from neoquant.grids import legal_pairs
-
         stated = {"bits": bits, "type": type, "quantizer": quantizer, **options}
         everything = {"match": "*", **{key: value for key, value in stated.items() if value is not None}}
         rule = Rule.model_validate(everything)
         rule.check()  # here, so that the message does not speak of a rule nobody wrote
         named = rule.grid().label
         if quantizer not in (None, "nearest"):
-            several_bits = sum(name == type for _, name in legal_pairs()) > 1
-            named = f"{quantizer}{named.removeprefix(type)}" if several_bits else f"{named}-{quantizer}"
+            named = f"{quantizer}{named.removeprefix(type)}" if type == "affine" else f"{named}-{quantizer}"
         if embeddings not in ("auto", "keep"):
             named = f"{named}-{embeddings}-embeddings"
         recipe = cls.parse(

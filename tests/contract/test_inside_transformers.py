@@ -32,6 +32,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "own, 3 bits": {"bits": 3, "kind": "affine", "group_size": 32, "format": "neoquant"},
     "own, mxfp4": {"bits": 4, "kind": "mxfp4", "format": "neoquant"},
     "own, trellis": {"bits": 2, "kind": "trellis", "format": "neoquant"},
+    "own, trellis of 3 bits": {"bits": 3, "kind": "trellis", "format": "neoquant"},
     "nf4": {"bits": 4, "kind": "nf4", "format": "bitsandbytes"},
     "fp4": {"bits": 4, "kind": "fp4", "double_quant": False, "format": "bitsandbytes"},
     "int8": {"bits": 8, "kind": "int8", "format": "bitsandbytes"},

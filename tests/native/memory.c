@@ -27,7 +27,7 @@ static int few8(void) { return nq_multiply_int8(&w, x, 1, 0, y, isa, 1); }
 static int many8(void) { return nq_multiply_int8(&w, x, MANY, 0, y, isa, 1); }
 static int affine(void) { return nq_affine(x, NQ_FLOAT32, MANY, COLUMNS, 32, 4, 1, scales, 0, 0, codes, isa, 1); }
 static int path(void) {
-    return nq_trellis_block(keys, 0, 0, 1, 64, places, x, y, 1, codes, x, codes, 0, 0, 0, 0, isa, 1);
+    return nq_trellis_block(keys, 0, 0, 1, 64, places, x, y, 1, 3, codes, x, codes, 0, 0, 0, 0, isa, 1);
 }
 static int steps(int n) {
     const struct cached cached = {.keys = {keys, 0}, .values = {values, 0}, .capacity = CAPACITY, .stored = NQ_HELD_FLOAT32};

@@ -12,7 +12,7 @@ enum { FEW = 5, LONG = 390, RING = 256 }; /* columns and rows on a trellis, whos
 static const int64_t counts[COUNTS] = {1, 5, 20};
 static const int kinds[][3] = {/* kind, bits, half_zeros */
     {NQ_CODEBOOK, 4}, {NQ_INT8, 8},      {NQ_AFFINE, 2}, {NQ_AFFINE, 3},  {NQ_AFFINE, 4},
-    {NQ_AFFINE, 8},   {NQ_AFFINE, 4, 1}, {NQ_PLAIN, 32}, {NQ_TRELLIS, 2},
+    {NQ_AFFINE, 8},   {NQ_AFFINE, 4, 1}, {NQ_PLAIN, 32}, {NQ_TRELLIS, 2}, {NQ_TRELLIS, 3},
 };
 enum { KINDS = sizeof kinds / sizeof *kinds };
 
@@ -84,15 +84,15 @@ static void spoil(float *w, int64_t n) {
 }
 
 struct rounded {
-    uint8_t codes[7][ROWS * COLUMNS];
-    float absmax[2][ROWS * COLUMNS], errors[3][ROWS * COLUMNS];
+    uint8_t codes[10][ROWS * COLUMNS];
+    float absmax[2][ROWS * COLUMNS], errors[5][ROWS * COLUMNS];
 };
 
 static void round_all(int isa, int threads, struct rounded *to) {
     float *w = numbers(ROWS * COLUMNS, 31), *bounds = numbers(16, 32), *upper = numbers(ROWS * ROWS, 33);
     float *scale = numbers(COLUMNS, 34), *zero = room(COLUMNS * 4);
     float *columns = numbers(FEW * LONG, 36), *scale_rows = room(LONG * 4), *importance = room(LONG * 4);
-    float *table = numbers(16, 37), *original = numbers(FEW * LONG, 39), *unit = numbers(2 * RING * RING, 40);
+    float *table = numbers(32, 37), *original = numbers(FEW * LONG, 39), *unit = numbers(2 * RING * RING, 40);
     uint8_t *order = bytes_of(16, 35), *levels = bytes_of(4096, 38);
     uint16_t *scales = room(ROWS * 4 * 2);
     int64_t places[ROWS];
@@ -105,14 +105,16 @@ static void round_all(int isa, int threads, struct rounded *to) {
     nq_gptq_block(w, 0, upper, ROWS, ROWS, COLUMNS, places, scale, scale, zero, ROWS, 15, 0, 0, 0, 0, 0, 0, to->codes[3],
                   to->errors[0], isa, threads);
     for (int i = 0; i < LONG; i++) scale_rows[i] = (i % 7 + 1) * 0.125f, importance[i] = 512;
-    for (int i = 0; i < 4096; i++) levels[i] &= 15;
     for (int64_t i = 0; i < 2 * RING * RING; i++) unit[i] *= 1.0f / RING;
-    for (int how = 0; how < 3; how++) /* rows of a ring and a half: on their own, fed back, and coupled as well */
-        require(
-            !nq_trellis_block(columns, how ? upper : 0, FEW, FEW, LONG, places, scale_rows, importance, FEW, levels, table,
-                              to->codes[4 + how], how ? to->errors[how] : 0, original, how > 1 ? unit : 0, importance, isa,
-                              threads),
-            "a trellis has no memory");
+    for (int bits = 3; bits >= 2; bits--) {
+        for (int i = 0; i < 4096; i++) levels[i] &= (4 << bits) - 1;
+        for (int how = 0; how < 3; how++) /* rows of a ring and a half: on their own, fed back, and coupled as well */
+            require(
+                !nq_trellis_block(columns, how ? upper : 0, FEW, FEW, LONG, places, scale_rows, importance, FEW, bits, levels,
+                                  table, to->codes[4 + 3 * (bits - 2) + how], how ? to->errors[2 * (bits - 2) + how] : 0,
+                                  original, how > 1 ? unit : 0, importance, isa, threads),
+                "a trellis has no memory");
+    }
     free(columns), free(scale_rows), free(importance), free(levels), free(table);
     free(original), free(unit);
     free(w), free(bounds), free(upper), free(scale), free(zero), free(order), free(scales);
@@ -125,7 +127,8 @@ static void rounding(int isa, int threads) {
     same(together, alone, sizeof *alone, "rounding depends on the number of threads");
     for (int64_t i = 0; i < ROWS * COLUMNS; i++) require(alone->codes[3][i] <= 15, "GPTQ gave a code that there is not");
     for (int64_t i = 0; i < FEW * LONG; i++) require(
-        alone->codes[5][i] <= 3 && alone->codes[6][i] <= 3, "a trellis gave a code that there is not");
+        alone->codes[5][i] <= 3 && alone->codes[6][i] <= 3 && alone->codes[8][i] <= 7 && alone->codes[9][i] <= 7,
+        "a trellis gave a code that there is not");
     free(alone), free(together);
 }
 

@@ -39,6 +39,7 @@ GRIDS = [
     Affine(2, 32),
     Affine(8),
     TrellisGrid(16),
+    TrellisGrid(16, 3),
 ]
 LINEARS = [f"attn.attention.{name}_proj" for name in ("q", "k", "v", "out")] + ["mlp.c_fc", "mlp.c_proj"]
 needs_native = pytest.mark.skipif(native.active().library is None, reason=native.active().reason)

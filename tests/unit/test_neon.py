@@ -27,7 +27,7 @@ GRIDS = [
     Codebook(), Codebook("fp4", 32, False), Int8Rows(), Affine(2, 16), Affine(3, 64, True), Affine(3, -1),
     Affine(4, 32), Affine(4, 128, True), Affine(8, 64), Affine(8, -1, True),
     Affine(3, 32, float_zero=True), Affine(8, 64, float_zero=True),
-    TrellisGrid(16), TrellisGrid(-1),
+    TrellisGrid(16), TrellisGrid(-1), TrellisGrid(16, 3), TrellisGrid(-1, 3),
 ]  # fmt: skip
 SHAPES = [(5, 200), (37, 96), (8, 1160), (3, 45)]
 COUNTS = (1, 2, 3, 4, 5, 13)

@@ -1,4 +1,4 @@
-"""The trellis of two bits: against its definition, exhaustive search and torch; from weights to a measured model."""
+"""Trellises of 2 and 3 bits: against definition, exhaustive search and torch; from weights to a measured model."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ import neoquant
 from neoquant import native
 from neoquant.errors import FormatError, RequestError
 from neoquant.formats import FORMATS
-from neoquant.grids import TrellisGrid, make_grid
-from neoquant.grids.trellis import PRECISION, TRELLIS, VALUES
+from neoquant.grids import TrellisGrid, grid_from_dict, make_grid
+from neoquant.grids.trellis import PRECISION, SPAN, TRELLISES, VALUES
 from neoquant.grids.viterbi import best_codes
 from neoquant.kernels import KERNELS, Cpu, CpuInt8
 from neoquant.native import trellis as library
@@ -35,17 +35,24 @@ from neoquant.triton import running
 needs_library = pytest.mark.skipif(library.refuse() is not None, reason=str(library.refuse()))
 
 
-def values_of(codes: list[int]) -> list[float]:
+every_bits = pytest.mark.parametrize("bits", TRELLISES)
+
+
+def values_of(codes: list[int], bits: int) -> list[float]:
     """Of one short column, by the definition in docs/formats.md."""
     found, n = [], len(codes)
     for row in range(n):
-        state = sum(codes[(row - back) % n] * 4**back for back in range(6))
-        found.append(VALUES[(state * 1133 % 4096) >> 8])
+        if bits == 2:
+            state = sum(codes[(row - back) % n] * 4**back for back in range(6))
+            found.append(VALUES[2][(state * 1133 % 4096) >> 8])
+        else:
+            state = sum(codes[(row - back) % n] * 8**back for back in range(4))
+            found.append(VALUES[3][(state * 495 % 4096) >> 7])
     return found
 
 
-def cost(codes: list[int], wanted: list[float], importance: list[float]) -> float:
-    return sum(c * (v - w) ** 2 for v, w, c in zip(values_of(codes), wanted, importance, strict=True))
+def cost(codes: list[int], wanted: list[float], importance: list[float], bits: int) -> float:
+    return sum(c * (v - w) ** 2 for v, w, c in zip(values_of(codes, bits), wanted, importance, strict=True))
 
 
 def problem(n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -53,11 +60,11 @@ def problem(n: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.randn(1, n, generator=random), PRECISION * torch.rand(1, n, generator=random).add(0.1)
 
 
-def search(wanted: Tensor, importance: Tensor, isa: str) -> Tensor:
+def search(wanted: Tensor, importance: Tensor, isa: str, bits: int) -> Tensor:
     """The codes uint8[N, n] on an instruction set; `off` is torch."""
     if isa == "off":
-        return best_codes(wanted, importance, TRELLIS, VALUES)
-    paths = TrellisGrid().columns({"scale": torch.ones(1, 1, dtype=torch.float16)}, (1, 1)).levels()
+        return best_codes(wanted, importance, TRELLISES[bits], VALUES[bits])
+    paths = TrellisGrid(bits=bits).columns({"scale": torch.ones(1, 1, dtype=torch.float16)}, (1, 1)).levels()
     assert isinstance(paths, library.Paths)
     paths = paths._replace(scale=torch.ones_like(wanted), importance=importance.contiguous(), width=1)
     codes = torch.zeros(wanted.shape, dtype=torch.uint8)
@@ -72,52 +79,56 @@ every_way = pytest.mark.parametrize(
 
 
 @every_way
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6])
-def test_no_path_down_a_short_span_is_better(n: int, isa: str) -> None:
+@pytest.mark.parametrize(("bits", "n"), [*((2, n) for n in range(1, 7)), *((3, n) for n in range(1, 5))])
+def test_no_path_down_a_short_span_is_better(bits: int, n: int, isa: str) -> None:
     wanted, importance = problem(n, n)
-    found = search(wanted, importance, isa)[0].tolist()
-    every = (list(path) for path in itertools.product(range(4), repeat=n))
-    best = min(cost(path, wanted[0].tolist(), importance[0].tolist()) for path in every)
-    assert cost(found, wanted[0].tolist(), importance[0].tolist()) < best + n  # each cost is a whole number
+    found = search(wanted, importance, isa, bits)[0].tolist()
+    every = (list(path) for path in itertools.product(range(1 << bits), repeat=n))
+    best = min(cost(path, wanted[0].tolist(), importance[0].tolist(), bits) for path in every)
+    assert cost(found, wanted[0].tolist(), importance[0].tolist(), bits) < best + n  # each cost is a whole number
 
 
 @every_way
+@every_bits
 @pytest.mark.parametrize("seed", range(3))
-def test_no_path_with_the_same_end_is_better(seed: int, isa: str) -> None:
+def test_no_path_with_the_same_end_is_better(bits: int, seed: int, isa: str) -> None:
     """What a span begins from is searched for first; then nothing is left to chance."""
-    wanted, importance = problem(9, seed)
-    found = search(wanted, importance, isa)[0].tolist()
-    every = ([*path, *found[4:]] for path in itertools.product(range(4), repeat=4))
-    best = min(cost(path, wanted[0].tolist(), importance[0].tolist()) for path in every)
-    assert cost(found, wanted[0].tolist(), importance[0].tolist()) < best + 9
+    free = {2: 4, 3: 3}[bits]
+    wanted, importance = problem(free + TRELLISES[bits].memory - 1, seed)
+    found = search(wanted, importance, isa, bits)[0].tolist()
+    every = ([*path, *found[free:]] for path in itertools.product(range(1 << bits), repeat=free))
+    best = min(cost(path, wanted[0].tolist(), importance[0].tolist(), bits) for path in every)
+    assert cost(found, wanted[0].tolist(), importance[0].tolist(), bits) < best + len(found)
 
 
 @every_isa
+@every_bits
 @settings(deadline=None, max_examples=8)
 @given(n=st.integers(1, 60), count=st.integers(1, 3), seed=st.integers(0, 99), size=st.sampled_from([0.0, 0.1, 1, 30]))
-def test_every_way_finds_the_same_codes(isa: str, n: int, count: int, seed: int, size: float) -> None:
+def test_every_way_finds_the_same_codes(isa: str, bits: int, n: int, count: int, seed: int, size: float) -> None:
     random = torch.Generator().manual_seed(seed)
     wanted = torch.randn(count, n, generator=random) * size
     importance = PRECISION * torch.rand(count, n, generator=random).mul(5).exp() / 10
-    assert torch.equal(search(wanted, importance, isa), search(wanted, importance, "off"))
+    assert torch.equal(search(wanted, importance, isa, bits), search(wanted, importance, "off", bits))
 
 
 @every_way
-def test_the_error_is_near_that_of_a_path_without_ends(isa: str) -> None:
-    """0.0718 of a normal distribution, measured on endless columns; a scalar quantizer's best is 0.1175."""
+@pytest.mark.parametrize(("bits", "least", "most"), [(2, 0.068, 0.0755), (3, 0.0189, 0.0211)])
+def test_the_error_is_near_that_of_a_path_without_ends(isa: str, bits: int, least: float, most: float) -> None:
+    """0.0718 and 0.0200 of a normal distribution, measured on endless columns; a scalar quantizer's best are 0.1175 and
+    0.0345."""
     random = torch.Generator().manual_seed(4)
     wanted = torch.randn(16, 256, generator=random)
-    codes = search(wanted, torch.full((16, 256), PRECISION), isa)
-    values = torch.tensor(VALUES)[TRELLIS.numbers(codes.T.contiguous()).long()].T
-    assert 0.068 < (values - wanted).square().mean() < 0.0755
+    codes = search(wanted, torch.full((16, 256), PRECISION), isa, bits)
+    values = torch.tensor(VALUES[bits])[TRELLISES[bits].numbers(codes.T.contiguous()).long()].T
+    assert least < (values - wanted).square().mean() < most
 
 
 @needs_library
+@every_bits
 @pytest.mark.parametrize("shape", [(1, 1), (5, 40), (7, 3), (260, 5), (300, 33)], ids=str)
-def test_whole_weights_are_rounded_alike_without_the_library(
-    shape: tuple[int, int],
-) -> None:
-    grid, w = TrellisGrid(16), make_weight(shape, torch.float32, "outlier", 5)
+def test_whole_weights_are_rounded_alike_without_the_library(shape: tuple[int, int], bits: int) -> None:
+    grid, w = TrellisGrid(16, bits), make_weight(shape, torch.float32, "outlier", 5)
     codes, params = grid.nearest(w)
     columns = grid.columns(params, shape)
     for j in {0, shape[1] // 2, shape[1] - 1}:
@@ -127,19 +138,24 @@ def test_whole_weights_are_rounded_alike_without_the_library(
         assert torch.equal(grid.round(w, params), codes)
 
 
-def test_a_row_is_decoded_from_its_ring() -> None:
-    """The second span has 5 rows, fewer than a state has codes."""
-    grid, random = TrellisGrid(-1), torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 4, (261, 3), dtype=torch.uint8, generator=random)
-    params = {"scale": torch.rand(261, 1, generator=random).half()}
+@pytest.mark.parametrize(("bits", "rows"), [(2, 261), (3, 259)])
+def test_a_row_is_decoded_from_its_ring(bits: int, rows: int) -> None:
+    """The second span has fewer rows than a state has codes."""
+    grid, random = TrellisGrid(-1, bits), torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 1 << bits, (rows, 3), dtype=torch.uint8, generator=random)
+    params = {"scale": torch.rand(rows, 1, generator=random).half()}
     w = grid.decode(codes, params)
     for column in range(3):
-        tail = torch.tensor(values_of(codes[256:, column].tolist())) * params["scale"][256:, 0].float()
+        tail = torch.tensor(values_of(codes[256:, column].tolist(), bits)) * params["scale"][256:, 0].float()
         assert torch.equal(w[256:, column], tail)
-        head = torch.tensor(values_of(codes[:256, column].tolist())) * params["scale"][:256, 0].float()
+        head = torch.tensor(values_of(codes[:256, column].tolist(), bits)) * params["scale"][:256, 0].float()
         assert torch.equal(w[:256, column], head)
-    assert TRELLIS.sources(torch.tensor([0, 258]), 261)[0].tolist() == [0, 255, 254, 253, 252, 251]
-    assert TRELLIS.sources(torch.tensor([0, 258]), 261)[1].tolist() == [258, 257, 256, 260, 259, 258]
+
+
+def test_whose_codes_a_row_is_read_from() -> None:
+    two, three = (TRELLISES[bits].sources(torch.tensor([0, 258]), 261).tolist() for bits in (2, 3))
+    assert two == [[0, 255, 254, 253, 252, 251], [258, 257, 256, 260, 259, 258]]
+    assert three == [[0, 255, 254, 253], [258, 257, 256, 260]]
 
 
 def test_zeros_and_what_is_too_large() -> None:
@@ -153,9 +169,10 @@ def test_zeros_and_what_is_too_large() -> None:
             grid.fit(torch.full((2, 3), 1e5), search_too)
 
 
+@every_bits
 @pytest.mark.parametrize("weighted", [False, True])
-def test_a_search_loses_no_more(weighted: bool) -> None:
-    grid, w = TrellisGrid(16), make_weight((40, 50), torch.float32, "outlier", 70) / 6e4
+def test_a_search_loses_no_more(weighted: bool, bits: int) -> None:
+    grid, w = TrellisGrid(16, bits), make_weight((40, 50), torch.float32, "outlier", 70) / 6e4
     importance = torch.rand(50, generator=torch.Generator().manual_seed(3)) if weighted else None
     lost = []
     for searched in (False, True):
@@ -169,22 +186,24 @@ def inputs(columns: int, rows: int = 300) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)).cumsum(1)
 
 
+@every_bits
 @pytest.mark.parametrize("shape", [(1, 1), (9, 75), (270, 40)], ids=str)
 @pytest.mark.parametrize("order", ["static", "off", "dynamic"])
-def test_gptq(shape: tuple[int, int], order: str) -> None:
+def test_gptq(shape: tuple[int, int], order: str, bits: int) -> None:
     w, chosen, x = make_weight(shape, torch.float32, "normal"), Gptq(order=order), inputs(shape[1])
     hessian = chosen.observer(shape[1])
     hessian.add(x)
-    grid = TrellisGrid(32)
+    grid = TrellisGrid(32, bits)
     q, plain = chosen.quantize(w, grid, hessian), Nearest().quantize(w, grid)
     lost = [float((x @ (each.dequantize(torch.float32) - w).T).norm()) for each in (q, plain)]
     assert lost[0] <= lost[1] * (1 + 1e-6) and (shape == (1, 1) or lost[0] < 0.7 * lost[1])
 
 
 @needs_library
-def test_feedback_is_that_of_torch() -> None:
+@every_bits
+def test_feedback_is_that_of_torch(bits: int) -> None:
     """Sums differ in their last bits, so that paths may part: the errors of the output are alike."""
-    w, x, grid = make_weight((70, 24), torch.float32, "normal"), inputs(24), TrellisGrid(16)
+    w, x, grid = make_weight((70, 24), torch.float32, "normal"), inputs(24), TrellisGrid(16, bits)
     hessian = Gptq().observer(24)
     hessian.add(x)
     factor, order, params = hessian.factor(True, 0.01), hessian.order(), grid.fit(w)
@@ -206,12 +225,12 @@ def output_hessian(heads: int, rows: int) -> Tensor:
     return common.mT @ common + spread.mT @ spread / rows
 
 
-def by_objective(objective: str, w: Tensor, K: Tensor, isa: str) -> tuple[QuantizedTensor, Report]:
+def by_objective(objective: str, w: Tensor, K: Tensor, isa: str, bits: int = 2) -> tuple[QuantizedTensor, Report]:
     chosen = Gptq(objective=objective)
     hessian = chosen.observer(w.shape[1])
     hessian.add(inputs(w.shape[1]))
     with forced(isa):
-        q, report = chosen.quantize_with_report(w, TrellisGrid(16), hessian, K)
+        q, report = chosen.quantize_with_report(w, TrellisGrid(16, bits), hessian, K)
     assert isinstance(report, Report)
     return q, report
 
@@ -231,14 +250,15 @@ def test_rows_only_weigh_for_attention_and_without_the_library() -> None:
 
 
 @needs_library
+@every_bits
 @pytest.mark.parametrize(("rows", "heads"), [(280, 2), (300, 1)])
-def test_coupled_rows_lose_less(rows: int, heads: int) -> None:
+def test_coupled_rows_lose_less(rows: int, heads: int, bits: int) -> None:
     """Of the model's loss, tr(K E H E'), also where spans cut pieces of coupled rows."""
     w, x, K = make_weight((rows, 12), torch.float32, "normal"), inputs(12), output_hessian(heads, rows // heads)
     isa = native.ISAS[native.active().isa]
     results = {
-        "coupled": by_objective("model", w, K, isa), "weighed": by_objective("model", w, K, "off"),
-        "layer": by_objective("layer", w, K, isa),
+        "coupled": by_objective("model", w, K, isa, bits), "weighed": by_objective("model", w, K, "off", bits),
+        "layer": by_objective("layer", w, K, isa, bits),
     }  # fmt: skip
     lost = {}
     for name, (q, _) in results.items():
@@ -265,10 +285,10 @@ def test_a_span_is_as_much_of_the_output_hessian(heads: int, rows: int, span: in
         assert cost == pytest.approx(float(error @ whole[rest][:, rest] @ error), rel=1e-3)
 
 
-def search_coupled(w: Tensor, original: Tensor, K: Tensor, isa: str) -> tuple[Tensor, Tensor, SpanFactor]:
+def search_coupled(w: Tensor, original: Tensor, K: Tensor, isa: str, bits: int) -> tuple[Tensor, Tensor, SpanFactor]:
     """The codes uint8[O] of one column whose rows are coupled, and its errors [O]."""
-    factor, codes = SpanFactor.of(K, TRELLIS.span, 1e-5), torch.zeros(1, len(w), dtype=torch.uint8)
-    paths = TrellisGrid().columns({"scale": torch.ones(len(w), 1, dtype=torch.float16)}, (len(w), 1)).levels()
+    factor, codes = SpanFactor.of(K, SPAN, 1e-5), torch.zeros(1, len(w), dtype=torch.uint8)
+    paths = TrellisGrid(bits=bits).columns({"scale": torch.ones(len(w), 1, dtype=torch.float16)}, (len(w), 1)).levels()
     assert isinstance(paths, library.Paths)
     coupled = library.Coupled(factor.unit, factor.price, original[None].contiguous())
     with forced(isa):
@@ -278,38 +298,41 @@ def search_coupled(w: Tensor, original: Tensor, K: Tensor, isa: str) -> tuple[Te
 
 
 @every_isa
+@every_bits
 @pytest.mark.parametrize("seed", range(3))
-def test_no_path_of_coupled_rows_is_better(isa: str, seed: int) -> None:
-    """Of seven rows, whose last five codes are what the ring begins from."""
+def test_no_path_of_coupled_rows_is_better(isa: str, seed: int, bits: int) -> None:
+    """Of seven rows, whose last codes are what the ring begins from: of two bits five, of three bits three."""
     random, K = torch.Generator().manual_seed(seed), output_hessian(1, 7)
     w = torch.randn(7, generator=random)
-    codes, errors, factor = search_coupled(w, w, K, isa)
+    codes, errors, factor = search_coupled(w, w, K, isa, bits)
     assert float((factor.price * errors.square()).sum()) == pytest.approx(
-        best := float((apart := w - torch.tensor(values_of(codes.tolist()))) @ K[0] @ apart), rel=1e-3
+        best := float((apart := w - torch.tensor(values_of(codes.tolist(), bits))) @ K[0] @ apart), rel=1e-3
     )
-    for first in itertools.product(range(4), repeat=2):
-        apart = w - torch.tensor(values_of([*first, *codes.tolist()[2:]]))
+    for first in itertools.product(range(1 << bits), repeat=2):
+        apart = w - torch.tensor(values_of([*first, *codes.tolist()[2:]], bits))
         assert best <= float(apart @ K[0] @ apart) * (1 + 1e-4)
 
 
 @every_isa
-@pytest.mark.parametrize("rows", [1, 5, 6, 7, 20, 256, 259])
-def test_every_way_finds_the_same_codes_of_coupled_rows(isa: str, rows: int) -> None:
+@every_bits
+@pytest.mark.parametrize("rows", [1, 4, 5, 6, 7, 20, 256, 259])
+def test_every_way_finds_the_same_codes_of_coupled_rows(isa: str, rows: int, bits: int) -> None:
     random, K = torch.Generator().manual_seed(rows), output_hessian(1, rows)
     w, original = torch.randn(2, rows, generator=random)
-    (codes, errors, _), (portable, others, _) = (search_coupled(w, original, K, each) for each in (isa, "portable"))
-    assert torch.equal(codes, portable) and torch.equal(errors, others)
+    found, others = (search_coupled(w, original, K, each, bits)[:2] for each in (isa, "portable"))
+    assert torch.equal(found[0], others[0]) and torch.equal(found[1], others[1])
 
 
-def drawn(shape: tuple[int, int], group: int, seed: int = 0) -> QuantizedTensor:
+def drawn(shape: tuple[int, int], group: int, bits: int) -> QuantizedTensor:
     """Any codes are a path."""
-    random, grid = torch.Generator().manual_seed(seed), TrellisGrid(group)
-    codes = torch.randint(0, 4, shape, dtype=torch.uint8, generator=random)
+    random, grid = torch.Generator().manual_seed(0), TrellisGrid(group, bits)
+    codes = torch.randint(0, 1 << bits, shape, dtype=torch.uint8, generator=random)
     scale = torch.rand(grid.param_shapes(shape)["scale"][1], generator=random).half()
     return QuantizedTensor(codes, grid, {"scale": scale})
 
 
 @every_isa
+@every_bits
 @settings(deadline=None, max_examples=40)
 @given(
     rows=st.one_of(st.integers(1, 70), st.sampled_from([255, 256, 257, 272, 511, 512, 600])),
@@ -317,8 +340,10 @@ def drawn(shape: tuple[int, int], group: int, seed: int = 0) -> QuantizedTensor:
     group=st.sampled_from([16, 64, 256, -1]), count=st.sampled_from([1, 2, 3, 4, 5, 8, 9, 30]),
     threads=st.sampled_from([1, 2, 4]), biased=st.booleans(),
 )  # fmt: skip
-def test_native_products(isa: str, rows: int, columns: int, group: int, count: int, threads: int, biased: bool) -> None:
-    q, random = drawn((rows, columns), group), torch.Generator().manual_seed(1)
+def test_native_products(
+    isa: str, bits: int, rows: int, columns: int, group: int, count: int, threads: int, biased: bool
+) -> None:
+    q, random = drawn((rows, columns), group, bits), torch.Generator().manual_seed(1)
     x, bias = torch.randn(count, columns, generator=random), torch.linspace(-1, 1, rows) if biased else None
     with forced(isa, threads):
         state = Cpu().pack(q)
@@ -335,8 +360,14 @@ def test_native_products(isa: str, rows: int, columns: int, group: int, count: i
 
 def test_requests() -> None:
     assert make_grid(2, "trellis") == TrellisGrid(64) and make_grid(2, "trellis", group_size=-1) == TrellisGrid(-1)
-    with pytest.raises(RequestError, match="3 bits of type 'trellis': legal pairs of bits and type are"):
-        make_grid(3, "trellis")
+    assert make_grid(3, "trellis") == TrellisGrid(64, 3) and TrellisGrid(-1, 3).label == "trellis3-rows"
+    assert TrellisGrid(64).describe() == {"name": "trellis", "group_size": 64}  # as before there were three bits
+    assert TrellisGrid(64, 3).describe() == {"name": "trellis", "group_size": 64, "bits": 3}
+    with pytest.raises(RequestError, match="4 bits of type 'trellis': legal pairs of bits and type are"):
+        make_grid(4, "trellis")
+    for wrong in (4, True, "3"):
+        with pytest.raises(RequestError, match=f"bits {wrong!r}: trellis has 2, 3"):
+            grid_from_dict({"name": "trellis", "group_size": 64, "bits": wrong})
     with pytest.raises(RequestError, match="group size 48: legal for trellis are -1, 16, 32, 64, 128, 256"):
         make_grid(2, "trellis", group_size=48)
     grid = TrellisGrid(64)
@@ -352,14 +383,19 @@ def test_requests() -> None:
     assert grid.remark((4, 64)) is None and "a group of 11 instead of 64" in str(grid.remark((4, 75)))
 
 
-@pytest.mark.parametrize("calibrated", [False, True], ids=["", "gptq"])
-def test_from_weights_to_a_measured_model(cli: Cli, tmp_path: Path, text_file: Path, calibrated: bool) -> None:
+@pytest.mark.parametrize(
+    ("calibrated", "bits", "stated"),
+    [(False, 2, []), (True, 2, []), (False, 3, ["--bits", 3]), (True, 3, ["--bits", 3])],
+)
+def test_from_weights_to_a_measured_model(
+    cli: Cli, tmp_path: Path, text_file: Path, calibrated: bool, bits: int, stated: list[str | int]
+) -> None:
     out, record = tmp_path / "out", tmp_path / "loss.json"
-    words = ["--calibration", text_file, "--rows", 2, "--length", 16] if calibrated else []
+    words = [*stated, *(["--calibration", text_file, "--rows", 2, "--length", 16] if calibrated else [])]
     done = cli("quantize", "neoquant-demo", "--type", "trellis", *words, "--out", out)
     assert done.code == 0, done.error
     model, _ = neoquant.load(out)
-    packed = [m for m in model.modules() if isinstance(m, QuantLinear) and m.grid == TrellisGrid(64)]
+    packed = [m for m in model.modules() if isinstance(m, QuantLinear) and m.grid == TrellisGrid(64, bits)]
     assert len(packed) == 6 * model.config.num_layers
     if native.active().library is not None:
         assert {layer.kernel.name for layer in packed} == {"cpu"}

@@ -51,7 +51,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "trellis": {"bits": 2, "type": "trellis"},
 }  # fmt: skip
 
-grids = st.one_of(codebooks, affine_grids, st.builds(TrellisGrid), st.just(Int8Rows()), st.just(Mxfp4()))
+trellises = st.builds(TrellisGrid, bits=st.sampled_from([2, 3]))
+grids = st.one_of(codebooks, affine_grids, trellises, st.just(Int8Rows()), st.just(Mxfp4()))
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 140))
 
 
