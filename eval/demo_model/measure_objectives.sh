@@ -22,9 +22,7 @@ calibrated trellis2-corrected --bits 2 --type trellis --quantizer gptq --correct
 python eval/quality/across_grids.py "${compared[@]}" --of trellis2-model --json eval/results/by-loss-demo.json
 
 compared=()
-calibrated trellis3-model --recipe trellis3-model
+calibrated trellis3-model --bits 3 --type trellis --quantizer gptq --objective model --correction 0.5
 calibrated gptq3-g64-model --bits 3 --type gptq --group-size 64 --objective model --correction 0.5
-calibrated trellis3 --bits 3 --type trellis --quantizer gptq
-calibrated trellis3-g128-model --bits 3 --type trellis --group-size 128 --quantizer gptq --objective model --correction 0.5
 
 python eval/quality/across_grids.py "${compared[@]}" --of trellis3-model --json eval/results/trellis3-demo.json

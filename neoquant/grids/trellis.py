@@ -148,7 +148,8 @@ class TrellisGrid(Grid):
         stored = scale.to(torch.float16)
         if not stored.isfinite().all():
             raise FormatError(f"scales are float16, which ends at 65504; the largest is {scale.max():g}")
-        return stored
+        most = torch.finfo(torch.float16).max / max(VALUES[self.bits])  # with which every value is finite, too
+        return stored.clamp_(max=most)
 
     def _search(self, w: Tensor, found: Params, importance: Tensor | None) -> Params:
         """Of some parts of the scales in `found`, those of the smallest squared error, each input weighted by

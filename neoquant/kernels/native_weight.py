@@ -7,8 +7,8 @@ The library multiplies with four kinds of weights (native/weight.h):
     int8        signed bytes, a float32 scale / 127 for each row
     affine      integers of 2, 3, 4 or 8 bits, low bits first, rows on bytes; a float16 scale for each group of a row,
                 and a zero, a byte or float16, or none beside the middle
-    trellis     16 codes of a column in as many words of 16 bits as a code has bits, the first code in the highest ones;
-                a float16 scale for each group of a row
+    trellis     16 codes of a column are a word, of three bits one and a half, the first code in the highest bits; a
+                float16 scale for each group of a row
 """
 
 from __future__ import annotations
@@ -203,30 +203,29 @@ def _trellis(decoding: Decoding, shape: tuple[int, ...]) -> Callable[[State], pr
 
 
 def _pack_words(codes: Tensor, trellis: Trellis) -> Tensor:
-    """Codes uint8[O, I] to int16[bits * ceil(O / 16) + 1, I], of each block the lowest word first: behind those of all
-    rows, the lowest of the last ring's last sixteen codes."""
+    """Codes uint8[O, I] to half words, int16[bits * ceil(O / 16) + 2, I]: of each sixteen rows those of the words,
+    column after column, and of three bits the rest of each column. Behind them, the last ring's last codes' words."""
     rows, bits = len(codes), trellis.code_bits
     first = (rows - 1) // trellis.span * trellis.span
     last = first + (torch.arange(-BLOCK, 0, device=codes.device)).remainder(rows - first)
     filled = torch.cat([torch.nn.functional.pad(codes, (0, 0, 0, -rows % BLOCK)), codes[last]])
     blocks = filled.view(-1, BLOCK, codes.shape[1])
-    words = torch.zeros(len(blocks), bits, codes.shape[1], dtype=torch.int32, device=codes.device)
+    number = torch.zeros(len(blocks), codes.shape[1], dtype=torch.int64, device=codes.device)
     for row in range(BLOCK):
-        word, shift = divmod(bits * (BLOCK - 1 - row), 16)
-        words[:, word] |= blocks[:, row].int() << shift
-        if shift + bits > 16:  # the code's upper bits are in the next word
-            words[:, word + 1] |= blocks[:, row].int() >> (16 - shift)
-    return words.to(torch.int16).view(-1, codes.shape[1])[: 1 - bits].contiguous()  # the lowest 16 bits of each
+        number |= blocks[:, row].long() << bits * (BLOCK - 1 - row)
+    words = number.to(torch.int32).view(torch.int16).view(len(blocks), 2, -1)  # the lowest bits
+    halves = words if bits == 2 else torch.cat([words, (number >> 32).to(torch.int16)[:, None]], 1)
+    return halves.view(-1, codes.shape[1])[: bits * (len(blocks) - 1) + 2].contiguous()
 
 
-def _unpack_words(words: Tensor, rows: int, bits: int) -> Tensor:
+def _unpack_words(halves: Tensor, rows: int, bits: int) -> Tensor:
     """The inverse: uint8[O, I]."""
-    halves = words[:-1].view(-1, bits, words.shape[1]).int() & 0xFFFF
-    codes = torch.empty(len(halves), BLOCK, words.shape[1], dtype=torch.uint8, device=words.device)
+    columns = halves.shape[1]
+    blocks = halves[:-2].view(-1, bits, columns)
+    number = blocks[:, :2].reshape(-1, 2 * columns).contiguous().view(torch.int32).long() & 0xFFFFFFFF
+    if bits == 3:
+        number |= blocks[:, 2].long() << 32
+    codes = torch.empty(len(blocks), BLOCK, columns, dtype=torch.uint8, device=halves.device)
     for row in range(BLOCK):
-        word, shift = divmod(bits * (BLOCK - 1 - row), 16)
-        found = halves[:, word] >> shift
-        if shift + bits > 16:
-            found |= halves[:, word + 1] << (16 - shift)
-        codes[:, row] = found & ((1 << bits) - 1)
-    return codes.view(-1, words.shape[1])[:rows].contiguous()
+        codes[:, row] = (number >> bits * (BLOCK - 1 - row)) & ((1 << bits) - 1)
+    return codes.view(-1, columns)[:rows].contiguous()

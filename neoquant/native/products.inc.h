@@ -346,43 +346,58 @@ static void plain_run(void *argument, int64_t begin, int64_t end) {
 
 /* Few rows of x and a trellis --------------------------------------------------------------------------------------- */
 
-/* LANES words of 16 bits from `column` on, each in a lane, zeros behind the last. */
-NQ_INLINE vi words_at(const uint16_t *words, int64_t column, int64_t columns) {
-    if (column + LANES <= columns) return vi_load2((const uint8_t *)(words + column));
+/* LANES words from `column` on, zeros behind the last. */
+NQ_INLINE vi words_at(const uint16_t *block, int64_t column, int64_t columns) {
+    if (column + LANES <= columns) return vi_load(block + 2 * column);
+    uint32_t rest[LANES] = {0};
+    memcpy(rest, block + 2 * column, (size_t)(columns - column) * sizeof *rest);
+    return vi_load(rest);
+}
+
+/* And as many half words behind a block's words, each in a lane. */
+NQ_INLINE vi halves_at(const uint16_t *block, int64_t column, int64_t columns) {
+    const uint16_t *from = block + 2 * columns + column;
+    if (column + LANES <= columns) return vi_load2((const uint8_t *)from);
     uint16_t rest[LANES] = {0};
-    memcpy(rest, words + column, (size_t)(columns - column) * sizeof *rest);
+    memcpy(rest, from, (size_t)(columns - column) * sizeof *rest);
     return vi_load2((const uint8_t *)rest);
 }
 
-/* Two words beside each other, which hold the states that begin in the lower one of them. */
-NQ_INLINE vi pair_of(vi low, vi high) { return vi_or(vi_sll(high, NQ_WORD_BITS), low); }
-
-/* The values of states that begin `shift` bits up in a pair of words. */
-NQ_INLINE vf value_of_state(vtab table, vi multiplier, vi pair, int shift, const int bits) {
-    const vi product = vi_mul16(vi_srl(pair, shift), multiplier);
-    const vf value = vf_lookup(table, vi_srl(product, NQ_WORD_BITS - 2 - bits), 4);
-    if (bits == 2) return value;
-    return vf_cast(vi_xor(vi_cast(value), vi_and(vi_sll(product, 16), vi_set1(INT32_MIN))));
+/* 32 bits of each block's number, from half word `half` on. */
+NQ_INLINE vi window_at(
+    const uint16_t *block, const uint16_t *before, int64_t column, int64_t columns, int half, const int bits) {
+    if (half == 0) return words_at(block, column, columns);
+    const vi low = half == 1 ? vi_srl(words_at(block, column, columns), 16) : halves_at(block, column, columns);
+    const vi high = half + 1 < bits ? halves_at(block, column, columns) : words_at(before, column, columns);
+    return vi_or(vi_sll(high, 16), low);
 }
 
-/* What a state is multiplied with, so that its place in the table is in the highest of 16 bits. */
+/* The values of states that begin `shift` bits up in such windows: they are moved into the upper half of a lane, of whose
+ * product the highest bits are the place in the table. */
+NQ_INLINE vf value_of_state(vtab table, vi multiplier, vi window, int shift, const int bits) {
+    const vi state = shift > 16 ? vi_srl(window, shift - 16) : shift < 16 ? vi_sll(window, 16 - shift) : window;
+    const vi product = vi_mul16(state, multiplier);
+    if (bits == 2) return vf_lookup_high(table, product);
+    const vf value = vf_lookup_high(table, vi_twice(product));
+    return vf_cast(vi_xor(vi_cast(value), vi_and(product, vi_set1(INT32_MIN))));
+}
+
 NQ_INLINE vi state_multiplier(const struct nq_weight *w) {
-    return vi_set1((w->multiplier << (NQ_WORD_BITS - NQ_STATE_BITS)) & 0xffff);
+    return vi_set1((int32_t)((uint32_t)w->multiplier << (32 - NQ_STATE_BITS)));
 }
 
 /* sum[LANES] of each of `together` rows of a block from its row `first` on and of each row of x, over a run of columns that
  * share a scale. */
 NQ_INLINE void trellis_run_of(
-    const struct nq_weight *w, const uint16_t *words, const uint16_t *before, const float *x, int64_t column, int64_t stop,
+    const struct nq_weight *w, const uint16_t *codes, const uint16_t *before, const float *x, int64_t column, int64_t stop,
     const int first, const int together, const int count, const int bits, vtab table, vi multiplier, vf *part) {
-    const int low = nq_state_word(bits, first + together - 1), high = nq_state_word(bits, first);
+    const int low = nq_state_half(bits, first + together - 1), high = nq_state_half(bits, first);
     _Pragma("GCC unroll 16") for (int i = 0; i < together * count; i++) part[i] = vf_zero();
     for (; column < stop; column += LANES) {
-        vi word[4], pair[3];
+        vi windows[3];
         vf values[4];
-        _Pragma("GCC unroll 4") for (int i = low; i <= high + 1; i++)
-            word[i] = words_at(nq_word(words, before, w->columns, bits, i), column, w->columns);
-        _Pragma("GCC unroll 3") for (int i = low; i <= high; i++) pair[i] = pair_of(word[i], word[i + 1]);
+        _Pragma("GCC unroll 3") for (int half = low; half <= high; half++)
+            windows[half] = window_at(codes, before, column, w->columns, half, bits);
         _Pragma("GCC unroll 4") for (int m = 0; m < count; m++) {
             const float *from = x + m * w->columns + column;
             float rest[LANES] = {0};
@@ -393,8 +408,8 @@ NQ_INLINE void trellis_run_of(
             values[m] = vf_load(from);
         }
         _Pragma("GCC unroll 8") for (int r = 0; r < together; r++) {
-            const int shift = nq_state_shift(bits, first + r);
-            const vf value = value_of_state(table, multiplier, pair[nq_state_word(bits, first + r)], shift, bits);
+            const vi window = windows[nq_state_half(bits, first + r)];
+            const vf value = value_of_state(table, multiplier, window, nq_state_shift(bits, first + r), bits);
             _Pragma("GCC unroll 4") for (int m = 0; m < count; m++)
                 part[m * together + r] = vf_fma(value, values[m], part[m * together + r]);
         }
@@ -410,7 +425,7 @@ NQ_INLINE void trellis_block(
     const struct nq_weight *w = p->w;
     const int64_t origin = block * NQ_BLOCK_ROWS, columns = w->columns;
     const int step_bits = nq_step_bits(w, SEGMENT_BITS);
-    const uint16_t *words = nq_words(w, origin), *before = nq_words_before(w, origin);
+    const uint16_t *codes = nq_block(w, origin), *before = nq_block_before(w, origin);
     const vtab table = vf_table(w->table);
     const vi multiplier = state_multiplier(w);
     const float *x = p->x + m0 * columns;
@@ -425,7 +440,7 @@ NQ_INLINE void trellis_block(
         for (int64_t run = 0; run < runs; run++) {
             const int64_t column = segment + (run << step_bits), stop = nq_min(last, column + ((int64_t)1 << step_bits));
             _Pragma("GCC unroll 16") for (int first = 0; first < NQ_BLOCK_ROWS; first += together) {
-                trellis_run_of(w, words, before, x, column, stop, first, together, count, bits, table, multiplier, part);
+                trellis_run_of(w, codes, before, x, column, stop, first, together, count, bits, table, multiplier, part);
                 _Pragma("GCC unroll 8") for (int r = 0; r < together; r++) {
                     const vf scale = vf_set1(scales[first + r][run]);
                     _Pragma("GCC unroll 4") for (int m = 0; m < count; m++) {
@@ -564,12 +579,9 @@ NQ_INLINE void decode_trellis_panel(
             vi values[LANES];
             for (int i = 0; i < LANES; i++) {
                 const int64_t at = panel_row(row + half, i, end);
-                const uint16_t *words = nq_words(w, at), *before = nq_words_before(w, at);
-                const int word = nq_state_word(bits, at);
-                const vi low = words_at(nq_word(words, before, w->columns, bits, word), column + k, w->columns);
-                const vi high = words_at(nq_word(words, before, w->columns, bits, word + 1), column + k, w->columns);
-                values[i] = vi_cast(
-                    value_of_state(table, multiplier, pair_of(low, high), nq_state_shift(bits, at), bits));
+                const vi window = window_at(
+                    nq_block(w, at), nq_block_before(w, at), column + k, w->columns, nq_state_half(bits, at), bits);
+                values[i] = vi_cast(value_of_state(table, multiplier, window, nq_state_shift(bits, at), bits));
             }
             vi_transpose(values);
             const vf scale = vf_load(scales + (k >> step_bits) * PANEL + half);

@@ -109,7 +109,7 @@ def affine(
 def trellis(
     words: Tensor, scale: Tensor, table: Tensor, bits: int, multiplier: int, group: int | None, shape: tuple[int, ...]
 ) -> Weight:
-    """Paths of 2 or 3 bits down the rows, int16[bits * ceil(O / 16) + 1, I] as weight.h has them; `table` float32[16],
+    """Paths of 2 or 3 bits down the rows, int16[bits * ceil(O / 16) + 2, I] as weight.h has them; `table` float32[16],
     of 3 bits without the negatives.
 
     `scale` float16[O, G]; groups of `group` columns, a power of two from 16 on, or None for whole rows.

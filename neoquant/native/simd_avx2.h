@@ -55,10 +55,11 @@ NQ_INLINE vi vi_load3(const uint8_t *from) { /* twelve of 24 bytes for each half
 NQ_INLINE vi vi_and(vi a, vi b) { return _mm256_and_si256(a, b); }
 NQ_INLINE vi vi_or(vi a, vi b) { return _mm256_or_si256(a, b); }
 NQ_INLINE vi vi_xor(vi a, vi b) { return _mm256_xor_si256(a, b); }
-/* Products modulo 2**16; what the upper half of a lane holds does not matter. */
+/* Products of halves of lanes, modulo 2**16. */
 NQ_INLINE vi vi_mul16(vi a, vi b) { return _mm256_mullo_epi16(a, b); }
 NQ_INLINE vi vi_srl(vi a, int n) { return _mm256_srli_epi32(a, n); }
 NQ_INLINE vi vi_sll(vi a, int n) { return _mm256_slli_epi32(a, n); }
+NQ_INLINE vi vi_twice(vi a) { return _mm256_add_epi32(a, a); }
 NQ_INLINE vf vf_cast(vi a) { return _mm256_castsi256_ps(a); }
 NQ_INLINE vi vi_cast(vf a) { return _mm256_castps_si256(a); }
 NQ_INLINE vf vf_of(vi a) { return _mm256_cvtepi32_ps(a); }
@@ -115,6 +116,12 @@ NQ_INLINE void vf_lookup_halves(vbytes table, vi words, int high, vf values[4]) 
         values[2 * i] = vf_cast(_mm256_unpacklo_epi16(lower[i], upper[i]));
         values[2 * i + 1] = vf_cast(_mm256_unpackhi_epi16(lower[i], upper[i]));
     }
+}
+/* The values of the codes in the highest four bits. */
+NQ_INLINE vf vf_lookup_high(vtab table, vi places) {
+    vi index = vi_srl(places, 28);
+    return _mm256_blendv_ps(
+        _mm256_permutevar8x32_ps(table.low, index), _mm256_permutevar8x32_ps(table.high, index), _mm256_castsi256_ps(places));
 }
 NQ_INLINE vbtab vb_table(const int8_t *levels) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)levels));

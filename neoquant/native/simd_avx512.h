@@ -47,10 +47,11 @@ NQ_INLINE vi vi_load3(const uint8_t *from) {
 NQ_INLINE vi vi_and(vi a, vi b) { return _mm512_and_si512(a, b); }
 NQ_INLINE vi vi_or(vi a, vi b) { return _mm512_or_si512(a, b); }
 NQ_INLINE vi vi_xor(vi a, vi b) { return _mm512_xor_si512(a, b); }
-/* Products modulo 2**16; what the upper half of a lane holds does not matter. */
+/* Products of halves of lanes, modulo 2**16. */
 NQ_INLINE vi vi_mul16(vi a, vi b) { return _mm512_mullo_epi16(a, b); }
 NQ_INLINE vi vi_srl(vi a, int n) { return _mm512_srli_epi32(a, (unsigned)n); }
 NQ_INLINE vi vi_sll(vi a, int n) { return _mm512_slli_epi32(a, (unsigned)n); }
+NQ_INLINE vi vi_twice(vi a) { return _mm512_add_epi32(a, a); }
 NQ_INLINE vf vf_cast(vi a) { return _mm512_castsi512_ps(a); }
 NQ_INLINE vi vi_cast(vf a) { return _mm512_castps_si512(a); }
 NQ_INLINE vf vf_of(vi a) { return _mm512_cvtepi32_ps(a); }
@@ -83,6 +84,10 @@ NQ_INLINE vtab vf_table(const float *table) { return _mm512_loadu_ps(table); }
 NQ_INLINE vf vf_lookup(vtab table, vi index, int bits) {
     (void)bits;
     return _mm512_permutexvar_ps(index, table);
+}
+/* The values of the codes in the highest four bits. */
+NQ_INLINE vf vf_lookup_high(vtab table, vi places) {
+    return _mm512_permutexvar_ps(vi_srl(places, 28), table);
 }
 NQ_INLINE vbtab vb_table(const int8_t *levels) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)levels));

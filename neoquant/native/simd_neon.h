@@ -53,10 +53,13 @@ NQ_INLINE vi vi_load3(const uint8_t *from) {
 NQ_INLINE vi vi_and(vi a, vi b) { return vandq_s32(a, b); }
 NQ_INLINE vi vi_or(vi a, vi b) { return vorrq_s32(a, b); }
 NQ_INLINE vi vi_xor(vi a, vi b) { return veorq_s32(a, b); }
-/* Products modulo 2**16; what the upper half of a lane holds does not matter. */
-NQ_INLINE vi vi_mul16(vi a, vi b) { return vmulq_s32(a, b); }
+/* Products of halves of lanes, modulo 2**16. */
+NQ_INLINE vi vi_mul16(vi a, vi b) {
+    return vreinterpretq_s32_s16(vmulq_s16(vreinterpretq_s16_s32(a), vreinterpretq_s16_s32(b)));
+}
 NQ_INLINE vi vi_srl(vi a, int n) { return vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(a), vdupq_n_s32(-n))); }
 NQ_INLINE vi vi_sll(vi a, int n) { return vshlq_s32(a, vdupq_n_s32(n)); }
+NQ_INLINE vi vi_twice(vi a) { return vaddq_s32(a, a); }
 NQ_INLINE vf vf_cast(vi a) { return vreinterpretq_f32_s32(a); }
 NQ_INLINE vi vi_cast(vf a) { return vreinterpretq_s32_f32(a); }
 NQ_INLINE vf vf_of(vi a) { return vcvtq_f32_s32(a); }
@@ -76,6 +79,10 @@ NQ_INLINE vf vf_lookup(vtab table, vi index, int bits) {
     int32x4_t places = vandq_s32(index, vdupq_n_s32(15)); /* code c is bytes 4 c to 4 c + 3 */
     places = vmlaq_s32(vdupq_n_s32(0x03020100), places, vdupq_n_s32(0x04040404));
     return vreinterpretq_f32_u8(vqtbl4q_u8(table, vreinterpretq_u8_s32(places)));
+}
+/* The values of the codes in the highest four bits. */
+NQ_INLINE vf vf_lookup_high(vtab table, vi places) {
+    return vf_lookup(table, vi_srl(places, 28), 4);
 }
 NQ_INLINE vbtab vb_table(const int8_t *levels) { return vld1q_s8(levels); }
 NQ_INLINE vi vb_lookup(vbtab levels, vi index) {

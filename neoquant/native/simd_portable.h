@@ -58,10 +58,14 @@ NQ_INLINE vi vi_load3(const uint8_t *from) {
 NQ_INLINE vi vi_and(vi a, vi b) { return a & b; }
 NQ_INLINE vi vi_or(vi a, vi b) { return a | b; }
 NQ_INLINE vi vi_xor(vi a, vi b) { return a ^ b; }
-/* Products modulo 2**16; what the upper half of a lane holds does not matter. */
-NQ_INLINE vi vi_mul16(vi a, vi b) { return (vi)((vu)a * (vu)b); }
+/* Products of halves of lanes, modulo 2**16. */
+NQ_INLINE vi vi_mul16(vi a, vi b) {
+    typedef uint16_t vh __attribute__((vector_size(16)));
+    return (vi)((vh)a * (vh)b);
+}
 NQ_INLINE vi vi_srl(vi a, int n) { return (vi)((vu)a >> n); }
 NQ_INLINE vi vi_sll(vi a, int n) { return (vi)((vu)a << n); }
+NQ_INLINE vi vi_twice(vi a) { return vi_sll(a, 1); }
 NQ_INLINE vf vf_cast(vi a) { return (vf)a; }
 NQ_INLINE vi vi_cast(vf a) { return (vi)a; }
 NQ_INLINE vf vf_of(vi a) { return __builtin_convertvector(a, vf); }
@@ -77,6 +81,10 @@ NQ_INLINE vtab vf_table(const float *table) { return table; }
 NQ_INLINE vf vf_lookup(vtab table, vi index, int bits) {
     index &= vi_set1((1 << bits) - 1);
     return (vf){table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
+}
+/* The values of the codes in the highest four bits. */
+NQ_INLINE vf vf_lookup_high(vtab table, vi places) {
+    return vf_lookup(table, vi_srl(places, 28), 4);
 }
 NQ_INLINE vbtab vb_table(const int8_t *levels) { return levels; }
 /* Four bytes a lane, each below 16, to their levels. */

@@ -8,10 +8,10 @@
  *
  * On a trellis, the last twelve bits of codes down a column are the state. The highest bits of (state * multiplier mod 4096),
  * two more than a code has, are the place of the value in the table, which stands for table[code]; of three bits, the first
- * of them is the sign, and the table holds the sixteen values without it. Codes of sixteen rows of a column, the first row's
- * highest, are as many words of 16 bits as a code has bits, each a row of words beside those of the other columns, the lowest
- * one first; 256 rows, or what is left, are a ring. Behind the words of all rows come the lowest ones of the last ring's last
- * sixteen codes.
+ * of them is the sign, and the table holds the sixteen values without it. Codes of a block of sixteen rows of a column are one
+ * number, the first row's highest. Its lowest 32 bits stand in a row of words, those of other columns beside them; behind that
+ * row, of three bits, one of half words with the rest. 256 rows, or what is left, are a ring. Behind all blocks come the words
+ * of the last ring's last sixteen codes.
  */
 #ifndef NEOQUANT_WEIGHT_H
 #define NEOQUANT_WEIGHT_H
@@ -21,7 +21,7 @@
 #include <stdatomic.h>
 
 enum nq_kind { NQ_CODEBOOK = 0, NQ_INT8 = 1, NQ_AFFINE = 2, NQ_PLAIN = 3, NQ_TRELLIS = 4 };
-enum { NQ_BLOCK_ROWS = 16, NQ_RING_BLOCKS = 16, NQ_STATE_BITS = 12, NQ_WORD_BITS = 16 }; /* of a trellis */
+enum { NQ_BLOCK_ROWS = 16, NQ_RING_BLOCKS = 16, NQ_STATE_BITS = 12 }; /* of a trellis */
 enum { NQ_WHOLE_ROW = 62, NESTED_BLOCK_BITS = 8 };
 
 struct nq_weight { /* as `_Struct` in products.py */
@@ -157,40 +157,42 @@ NQ_INLINE int nq_step_bits(const struct nq_weight *w, int most) {
     return bits;
 }
 
-/* The lowest words of a trellis, of the block of rows that `row` is in; and of the block before it in its ring. */
-NQ_INLINE const uint16_t *nq_words(const struct nq_weight *w, int64_t row) {
+/* The codes of a trellis in half words, of the block of rows that `row` is in; and of the block before it in its ring. */
+NQ_INLINE const uint16_t *nq_block(const struct nq_weight *w, int64_t row) {
     return (const uint16_t *)w->codes + row / NQ_BLOCK_ROWS * w->bits * w->columns;
 }
 
-NQ_INLINE const uint16_t *nq_words_before(const struct nq_weight *w, int64_t row) {
+NQ_INLINE const uint16_t *nq_block_before(const struct nq_weight *w, int64_t row) {
     const int64_t block = row / NQ_BLOCK_ROWS, ring = block / NQ_RING_BLOCKS, blocks = nq_ceil(w->rows, NQ_BLOCK_ROWS);
     const int is_whole = (ring + 1) * NQ_RING_BLOCKS * NQ_BLOCK_ROWS <= w->rows;
     const int64_t before = block % NQ_RING_BLOCKS ? block - 1 : is_whole ? block + NQ_RING_BLOCKS - 1 : blocks;
     return (const uint16_t *)w->codes + before * w->bits * w->columns;
 }
 
-/* Where a row's state lies: from which word of its block on, and how far up from its lowest bit. Two words hold it; behind the
- * last one comes the lowest of the block before. */
+/* The state of a row is in 32 bits of its block's number, above which the number of the block before continues: in those from
+ * the half word on that nq_state_half gives, so many bits up from their lowest. */
 NQ_INLINE int nq_state_bit(int bits, int64_t row) { return bits * (NQ_BLOCK_ROWS - 1 - (int)(row % NQ_BLOCK_ROWS)); }
-NQ_INLINE int nq_state_word(int bits, int64_t row) {
-    const int last = nq_state_bit(bits, row) + NQ_STATE_BITS; /* above it */
-    return last > 2 * NQ_WORD_BITS ? (int)nq_ceil(last - 2 * NQ_WORD_BITS, NQ_WORD_BITS) : 0;
+NQ_INLINE int nq_state_half(int bits, int64_t row) {
+    const int end = nq_state_bit(bits, row) + NQ_STATE_BITS;
+    return end > 32 ? (int)nq_ceil(end - 32, 16) : 0;
 }
-NQ_INLINE int nq_state_shift(int bits, int64_t row) {
-    return nq_state_bit(bits, row) - NQ_WORD_BITS * nq_state_word(bits, row);
-}
+NQ_INLINE int nq_state_shift(int bits, int64_t row) { return nq_state_bit(bits, row) - 16 * nq_state_half(bits, row); }
 
-/* A word of a block's row of words; behind the last one, that of the block before. */
-NQ_INLINE const uint16_t *nq_word(const uint16_t *words, const uint16_t *before, int64_t columns, int bits, int word) {
-    return word < bits ? words + word * columns : before;
+/* A half word of a block, of one column. */
+NQ_INLINE uint32_t nq_half_word(const uint16_t *block, int64_t columns, int64_t column, int half) {
+    uint32_t word;
+    if (half == 2) return block[2 * columns + column];
+    memcpy(&word, block + 2 * column, sizeof word);
+    return half ? word >> 16 : word & 0xffff;
 }
 
 NQ_INLINE float nq_trellis_value(const struct nq_weight *w, int64_t row, int64_t column) {
-    const uint16_t *words = nq_words(w, row), *before = nq_words_before(w, row);
-    const int word = nq_state_word(w->bits, row);
-    const uint32_t low = nq_word(words, before, w->columns, w->bits, word)[column];
-    const uint32_t both = (uint32_t)nq_word(words, before, w->columns, w->bits, word + 1)[column] << NQ_WORD_BITS | low;
-    const uint32_t product = (both >> nq_state_shift(w->bits, row)) * (uint32_t)w->multiplier;
+    const uint16_t *block = nq_block(w, row);
+    const int half = nq_state_half(w->bits, row), next = half + 1;
+    const uint32_t low = nq_half_word(block, w->columns, column, half);
+    const uint32_t high = next < w->bits ? nq_half_word(block, w->columns, column, next)
+                                         : nq_half_word(nq_block_before(w, row), w->columns, column, 0);
+    const uint32_t product = ((high << 16 | low) >> nq_state_shift(w->bits, row)) * (uint32_t)w->multiplier;
     const float value = w->table[product >> (NQ_STATE_BITS - 2 - w->bits) & 15];
     return w->bits == 3 && product >> (NQ_STATE_BITS - 1) & 1 ? -value : value;
 }

@@ -70,7 +70,7 @@ static struct nq_weight weight_of(int kind, int bits, int half_zeros, int64_t ro
     w.table = numbers(16, 7);
     w.levels = bytes_of(16, 8);
     if (kind == NQ_PLAIN) w.codes = (const uint8_t *)numbers(rows * columns, 1);
-    else if (kind == NQ_TRELLIS) w.codes = bytes_of((nq_ceil(rows, NQ_BLOCK_ROWS) * bits + 1) * columns * 2, 2);
+    else if (kind == NQ_TRELLIS) w.codes = bytes_of((nq_ceil(rows, NQ_BLOCK_ROWS) * bits + 2) * columns * 2, 2);
     else w.codes = bytes_of(rows * nq_row_bytes(&w), 2);
     if (kind == NQ_CODEBOOK) w.absmax = numbers(rows * groups, 3);
     if (kind == NQ_INT8) w.scb = numbers(rows, 4);

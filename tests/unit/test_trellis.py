@@ -301,9 +301,10 @@ def search_coupled(w: Tensor, original: Tensor, K: Tensor, isa: str, bits: int) 
 @every_bits
 @pytest.mark.parametrize("seed", range(3))
 def test_no_path_of_coupled_rows_is_better(isa: str, seed: int, bits: int) -> None:
-    """Of seven rows, whose last codes are what the ring begins from: of two bits five, of three bits three."""
-    random, K = torch.Generator().manual_seed(seed), output_hessian(1, 7)
-    w = torch.randn(7, generator=random)
+    """Of two rows and those whose codes are what the ring begins from, five of two bits or three of three."""
+    rows = 2 + TRELLISES[bits].memory - 1
+    random, K = torch.Generator().manual_seed(seed), output_hessian(1, rows)
+    w = torch.randn(rows, generator=random)
     codes, errors, factor = search_coupled(w, w, K, isa, bits)
     assert float((factor.price * errors.square()).sum()) == pytest.approx(
         best := float((apart := w - torch.tensor(values_of(codes.tolist(), bits))) @ K[0] @ apart), rel=1e-3
