@@ -23,7 +23,7 @@ GRIDS = {  # in words, and the candidates of DEMO and ON_TRELLIS in the order of
     "MXFP4": ("mxfp4", None, "mxfp4-gptq", None),
     "NF4": ("nf4", None, "nf4-gptq", None),
     "3 bits, groups of 64": ("affine3-g64", "hqq3-g64", "gptq3-g64", None),
-    "trellis, 3 bits": (None, None, None, "trellis3-model"),
+    "trellis, 3 bits": (None, None, "trellis3", "trellis3-model"),
     "2 bits, groups of 32": (None, None, "gptq2-g32", None),
     "trellis, 2 bits": (None, None, "tr64d", "trellis2-model"),
 }

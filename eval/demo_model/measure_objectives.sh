@@ -24,5 +24,6 @@ python eval/quality/across_grids.py "${compared[@]}" --of trellis2-model --json 
 compared=()
 calibrated trellis3-model --bits 3 --type trellis --quantizer gptq --objective model --correction 0.5
 calibrated gptq3-g64-model --bits 3 --type gptq --group-size 64 --objective model --correction 0.5
+calibrated trellis3 --bits 3 --type trellis --quantizer gptq
 
 python eval/quality/across_grids.py "${compared[@]}" --of trellis3-model --json eval/results/trellis3-demo.json
