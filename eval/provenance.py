@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parents[1]
 def provenance(packages: tuple[str, ...]) -> dict[str, Any]:
     """Date, commit, machine, and versions of `packages`."""
     commit, changed = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "neoquant")
-    models = [line for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines() if line.startswith("model name")]
     versions = {}
     for package in packages:
         try:
@@ -29,11 +28,19 @@ def provenance(packages: tuple[str, ...]) -> dict[str, Any]:
         "commit": commit + (" with changes" if changed else ""),
         "python": platform.python_version(),
         "system": platform.platform(),
-        "cpu": models[0].partition(":")[2].strip() if models else platform.processor(),
+        "cpu": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "versions": versions,
     }
+
+
+def _processor() -> str:
+    """Its name, and the family and model that say which generation it is: names alone do not."""
+    lines = Path("/proc/cpuinfo").read_text("utf-8").partition("\n\n")[0].splitlines()
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    name = facts.get("model name", platform.processor())
+    return f"{name} (family {facts['cpu family']}, model {facts['model']})" if "cpu family" in facts else name
 
 
 def _git(*words: str) -> str:
