@@ -202,6 +202,7 @@ class ModelMethods(Network):
 def transformers_room() -> Any:
     """The module that makes transformers' models. Raises RequestError where transformers is not installed."""
     try:  # by name: the room is made from models, and stands above them
+        import_module("neoquant.transformers")
         return import_module("neoquant.transformers.to_transformers")
     except ModuleNotFoundError as error:
         raise RequestError("to_transformers needs the package transformers: pip install transformers") from error
