@@ -189,7 +189,7 @@ def check_output(out: Path, force: bool, keeps: Collection[str] = ()) -> None:
         _require_no_mount(out)
         return
     if not force:
-        raise OutputError(f"{out} exists; choose another name, or replace it with --force")
+        raise OutputError(f"{out} exists; choose another name, or replace it with --force (in Python force=True)")
     if not _is_model_config(out / CONFIG):
         raise OutputError(
             f"{out} is not a model folder (it holds no config.json of one), so --force does not replace it"

@@ -264,8 +264,8 @@ TargetBits = Annotated[
     typer.Option(
         "--target-bits",
         metavar="B",
-        help="Mixed precision: each layer on 2 (a trellis), 3, 4 or 8 bits, for the least foreseen loss at B bits a "
-        "weight of the linears. Needs --calibration.",
+        help="Mixed precision: each layer on a trellis of 2 or 3 bits or groups of 3, 4 or 8, for the least foreseen "
+        "loss at B bits a weight of the linears. Needs --calibration.",
         show_default=False,
     ),
 ]

@@ -89,7 +89,7 @@ def _require_free(target: Path, source: Path, force: bool) -> None:
     if not target.exists():
         return
     if not force:
-        raise OutputError(f"{target} exists; --force replaces it")
+        raise OutputError(f"{target} exists; --force replaces it (in Python force=True)")
     if not target.is_dir() or not (target / ROOM).is_dir():
         raise OutputError(f"{target} is no folder of an ONNX model, and is not replaced")
 

@@ -38,11 +38,11 @@ from neoquant.quantization.trial import Trial
 from neoquant.quantizers import Gptq, Hessian
 from neoquant.tensor import QuantizedTensor
 
-SMALLEST: tuple[Grid, ...] = (TrellisGrid(64), Affine(2, 32))
-"""The grid of two bits: the trellis loses less in fewer bits, but without the native library its search takes hours."""
-
 GRIDS: tuple[Grid, ...] = (Affine(3, 64), Affine(4, 64), Affine(8, 128))
-"""What layers may go on beside that."""
+"""What layers may go on, beside trellises, or the grid in their place."""
+TRELLISES: tuple[Grid, ...] = (TrellisGrid(64, 2), TrellisGrid(64, 3))
+SMALLEST: Grid = Affine(2, 32)
+"""Trellises lose less in fewer bits, but without the native library their search takes hours."""
 
 KEEP = "keep"
 HELD_OUT = 8  # one sample of so many is not shown, and
@@ -51,7 +51,7 @@ HELD_TOKENS = 4096  # so many tokens at most
 
 def candidate_grids() -> tuple[Grid, ...]:
     """What layers may go on, here."""
-    return (SMALLEST[trellis.refuse() is not None], *GRIDS)
+    return (*(TRELLISES if trellis.refuse() is None else (SMALLEST,)), *GRIDS)
 
 
 def foresee(
