@@ -139,8 +139,14 @@ def unpack(packed: Any, width: int, n: int) -> Any:
     if width == 8:
         return packed
     eights = packed.reshape(*packed.shape[:-1], -1, width).astype(jnp.uint32)
-    word = sum(eights[..., k] << jnp.uint32(8 * k) for k in range(width))
-    codes = (word[..., None] >> (width * jnp.arange(8, dtype=jnp.uint32))) & jnp.uint32((1 << width) - 1)
+    starts, mask = width * jnp.arange(8, dtype=jnp.uint32), jnp.uint32((1 << width) - 1)
+    if width <= 4:
+        words = sum(eights[..., k] << jnp.uint32(8 * k) for k in range(width))[..., None]
+        codes = (words >> starts) & mask
+    else:  # eight codes are more than a word: each is taken from the byte that it begins in, and the next
+        first = [width * k // 8 for k in range(8)]
+        later = [min(byte + 1, width - 1) for byte in first]
+        codes = ((eights[..., jnp.array(first)] | eights[..., jnp.array(later)] << jnp.uint32(8)) >> starts % 8) & mask
     return codes.reshape(*packed.shape[:-1], -1)[..., :n].astype(jnp.uint8)
 
 

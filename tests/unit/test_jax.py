@@ -22,12 +22,12 @@ import jax.numpy as jnp  # noqa: E402
 from flax import nnx  # noqa: E402
 
 import neoquant  # noqa: E402
-from neoquant import demo  # noqa: E402
+from neoquant import demo, packing  # noqa: E402
 from neoquant.errors import CheckpointError, ContextError, RequestError  # noqa: E402
 from neoquant.generation.generate import Sampling, generate  # noqa: E402
 from neoquant.grids import Affine, Codebook, legal_pairs, make_grid  # noqa: E402
 from neoquant.jax import FlaxGPTNeoForCausalLM, FlaxGPTNeoModel  # noqa: E402
-from neoquant.jax.weights import FlaxPacked, FlaxWeight  # noqa: E402
+from neoquant.jax.weights import FlaxPacked, FlaxWeight, unpack  # noqa: E402
 from neoquant.quantization.recipe import Recipe  # noqa: E402
 from neoquant.quantizers import Nearest  # noqa: E402
 from neoquant.tensor import QuantizedTensor  # noqa: E402
@@ -153,6 +153,15 @@ def test_the_bare_network_gives_every_hidden_state(source: Path) -> None:
     assert len(found.hidden_states) == len(expected.hidden_states) == 3
     for mine, theirs_too in zip(found.hidden_states, expected.hidden_states, strict=True):
         assert_close(mine, theirs_too, RIGHT)
+
+
+@pytest.mark.parametrize("width", range(1, 9))
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 40, 129])
+def test_codes_of_every_width_are_unpacked(width: int, n: int) -> None:
+    codes = torch.randint(0, 1 << width, (3, n), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
+    packed = packing.pack(codes, width)
+    packed = packed if width == 8 else torch.nn.functional.pad(packed, (0, -packed.shape[1] % width))
+    np.testing.assert_array_equal(unpack(jnp.asarray(packed.numpy()), width, n), codes.numpy())
 
 
 @pytest.mark.parametrize("mask", [None, LEFT], ids=["", "padded"])
