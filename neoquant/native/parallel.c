@@ -110,6 +110,12 @@ NQ_EXPORT int nq_version(void) { return 16; }
 NQ_EXPORT void nq_use_team(void *gomp_parallel) { team = gomp_parallel ? (team_function)gomp_parallel : nq_pool; }
 
 NQ_EXPORT int nq_shuffles_are_fast;
+#ifdef NQ_X86
+__attribute__((constructor)) static void look_at_processor(void) {
+    __builtin_cpu_init();
+    nq_shuffles_are_fast = __builtin_cpu_is("amd") || __builtin_cpu_supports("gfni");
+}
+#endif
 
 /* Whether this machine runs an instruction set. */
 NQ_EXPORT int nq_runs(int isa) {
@@ -119,7 +125,6 @@ NQ_EXPORT int nq_runs(int isa) {
     int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    nq_shuffles_are_fast = __builtin_cpu_is("amd") || __builtin_cpu_supports("gfni");
     if (isa == NQ_ISA_AVX2) return avx2;
     if (isa == NQ_ISA_AVX512) return avx512;
     if (isa == NQ_ISA_AVX512VNNI) return avx512 && __builtin_cpu_supports("avx512vnni");

@@ -110,7 +110,7 @@ enum { NQ_MOST_ROWS = 480 };
 const struct nq_kernels *nq_kernels_of(int isa);
 
 /* Whether this processor shuffles bytes within 128 bits more often in a cycle than it permutes numbers across 256: those of
- * AMD, and Intel's since Ice Lake. Set by nq_runs; changed by tests. */
+ * AMD, and Intel's since Ice Lake. Set when the library is loaded; changed by tests. */
 extern NQ_EXPORT int nq_shuffles_are_fast;
 
 /* A weight with its bias[rows] (or 0), and y[count, rows], in float32. With `int8`, x is rounded to int8 in runs of inputs;

@@ -77,8 +77,12 @@ def test_products_are_right(
 @given(grid=codebooks, rows=st.integers(1, 30), columns=columns, count=st.integers(1, 4))
 def test_both_ways_to_look_up_are_right(fast: int, grid: Grid, rows: int, columns: int, count: int) -> None:
     with forced("avx2"):
-        ctypes.c_int.in_dll(native.active().library, "nq_shuffles_are_fast").value = fast
-        require_right(grid, (rows, columns), count, torch.float32, False)
+        switch = ctypes.c_int.in_dll(native.active().library, "nq_shuffles_are_fast")
+        before, switch.value = switch.value, fast
+        try:
+            require_right(grid, (rows, columns), count, torch.float32, False)
+        finally:
+            switch.value = before
 
 
 @pytest.mark.isa("avx2")
