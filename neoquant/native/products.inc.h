@@ -1040,8 +1040,8 @@ NQ_INLINE void few8(
 
 #define FEW8(BITS, M)                                                                                                 \
     static void few8_##BITS##_##M(const struct nq_product *p, int64_t begin, int64_t end, int64_t m0) {             \
-        if (BITS < 8 && codes_are_numbers(p->w)) few8(p, begin, end, m0, BITS, 1, M, FEW_TOGETHER(M));                \
-        else few8(p, begin, end, m0, BITS, 0, M, FEW_TOGETHER(M));                                                    \
+        if (BITS < 8 && codes_are_numbers(p->w)) few8(p, begin, end, m0, BITS, 1, M, FEW8_TOGETHER(M, BITS));         \
+        else few8(p, begin, end, m0, BITS, 0, M, FEW8_TOGETHER(M, BITS));                                             \
     }
 #define FEW8_OF(BITS) FEW8(BITS, 1) FEW8(BITS, 2) FEW8(BITS, 3) FEW8(BITS, 4)
 FEW8_OF(2)

@@ -3,7 +3,8 @@
 #define NAME(name) name##_avx2
 #define X_FLIP 0
 enum { TILE = 6, TILE8 = 2 };
-#define FEW_TOGETHER(M) ((M) == 1 ? 2 : 1)
+#define FEW_TOGETHER(M) ((M) == 1 ? 4 : 2)
+#define FEW8_TOGETHER(M, BITS) ((M) == 1 ? 4 : (BITS) == 8 || ((M) == 2 && (BITS) == 4) ? 2 : 1)
 #define CODES_AS_NUMBERS 1
 #define TABLES_OF_BYTES 1
 enum { FEW_MOST = 4 };

@@ -2,6 +2,7 @@
 #define LANES 16
 enum { TILE = 12, TILE8 = 6 };
 #define FEW_TOGETHER(M) ((M) <= 2 ? 4 : 2)
+#define FEW8_TOGETHER(M, BITS) FEW_TOGETHER(M)
 #define CODES_AS_NUMBERS 0
 #define TABLES_OF_BYTES 0
 enum { FEW_MOST = 8 };

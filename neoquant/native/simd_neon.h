@@ -4,6 +4,7 @@
 #define X_FLIP 0
 enum { TILE = 8, TILE8 = 6 };
 #define FEW_TOGETHER(M) ((M) <= 2 ? 2 : 1)
+#define FEW8_TOGETHER(M, BITS) FEW_TOGETHER(M)
 #define CODES_AS_NUMBERS 0
 #define TABLES_OF_BYTES 0
 enum { FEW_MOST = 4 };

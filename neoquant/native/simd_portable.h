@@ -4,6 +4,7 @@
 #define X_FLIP 0
 enum { TILE = 4, TILE8 = 2 };
 #define FEW_TOGETHER(M) 1
+#define FEW8_TOGETHER(M, BITS) 1
 #define CODES_AS_NUMBERS 0
 #define TABLES_OF_BYTES 0
 enum { FEW_MOST = 4 };
