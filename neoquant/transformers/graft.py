@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from neoquant.errors import CheckpointError
@@ -42,7 +43,7 @@ def graft(network: Network, model: Any, tied: dict[str, str]) -> None:
     for name, module in network.named_modules(remove_duplicate=False):
         if isinstance(module, QuantEmbedding | QuantLinear | StoredEmbedding | StoredLinear):
             if not name.endswith(".table"):
-                _replace(model, prefix + name, _twin(module, twins))
+                _replace(model, prefix + name, _twin(module, twins, network.dtype))
         elif module._parameters:
             _share(model.get_submodule(prefix + name), prefix + name, module)
     use_fused_blocks(model)
@@ -74,7 +75,9 @@ def _of_the_network(model: Any) -> list[nn.Module]:
 
 
 def _twin(
-    module: QuantEmbedding | QuantLinear | StoredEmbedding | StoredLinear, twins: dict[nn.Module, nn.Module]
+    module: QuantEmbedding | QuantLinear | StoredEmbedding | StoredLinear,
+    twins: dict[nn.Module, nn.Module],
+    computed: torch.dtype,
 ) -> nn.Module:
     """A layer of transformers' kind with the same tensors; the same one for the same."""
     if module not in twins:
@@ -87,7 +90,7 @@ def _twin(
         elif isinstance(module, StoredLinear):
             twins[module] = StoredLinear(module.get_parameter("weight"), module._parameters.get("bias"))
         else:
-            twins[module] = TransformersLinear(module)
+            twins[module] = TransformersLinear(module, computed)
     return twins[module]
 
 

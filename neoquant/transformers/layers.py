@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from neoquant.errors import RequestError
 from neoquant.nn.linear import QuantEmbedding, QuantLinear, StoredEmbedding, StoredLinear
 
 
 class TransformersLinear(QuantLinear, nn.Linear):  # type: ignore[misc]  # a quantized layer may have no bias
     """A quantized layer that is an `nn.Linear` for who asks, so that PEFT's own adapters stand beside it."""
 
-    def __init__(self, layer: QuantLinear) -> None:
-        """`layer`'s tensors are shared."""
+    def __init__(self, layer: QuantLinear, computed: torch.dtype) -> None:
+        """`layer`'s tensors are shared; `computed` is the type that the model computes in, in which the weight is
+        shown."""
         nn.Module.__init__(self)
+        self.computed = computed
         self.compute_dtype, self.grid, self.dtype, self.kernel = (
             layer.compute_dtype, layer.grid, layer.dtype, layer.kernel
         )  # fmt: skip
@@ -25,9 +31,8 @@ class TransformersLinear(QuantLinear, nn.Linear):  # type: ignore[misc]  # a qua
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """What holds the quantized weight, packed, as bitsandbytes' layers show theirs: it tells where it lies. It is
-        no floating-point tensor, so that nothing can be added to it; `quantized.dequantize()` gives the values."""
-        return self.qweight.detach()
+        """The values [O, I] that the layer multiplies by, to be read: decoded where somebody computes with them."""
+        return DecodedWeight(self)
 
     def reset_parameters(self) -> None:
         """Nothing: what is quantized is not drawn."""
@@ -39,9 +44,86 @@ class TransformersEmbedding(QuantEmbedding):
     def __init__(self, embedding: QuantEmbedding) -> None:
         """`embedding`'s tensors are shared."""
         nn.Module.__init__(self)
-        self.table = TransformersLinear(embedding.table)
-        self.register_buffer("like", embedding.get_buffer("like"), persistent=False)
+        like = embedding.get_buffer("like")
+        self.table: TransformersLinear = TransformersLinear(embedding.table, like.dtype)
+        self.register_buffer("like", like, persistent=False)
         self.num_embeddings, self.embedding_dim = self.table.shape
+
+    @property
+    def weight(self) -> Tensor:
+        """The rows [V, C], as the table shows them."""
+        return DecodedWeight(self.table)
+
+
+class ReadOnlyError(RequestError, RuntimeError):
+    """A quantized weight was to be written to. A RuntimeError, too: torch raises one for tensors that are read-only."""
+
+
+class DecodedWeight(Tensor):
+    """A quantized weight as a tensor of its values, for programs that read a layer's `weight` instead of calling it.
+
+    TRL computes its losses with that of the head, PEFT's DoRA with every one's. Type, shape and device are known
+    without a value; the first operation decodes the weight, which is kept as long as this tensor is. What is written
+    to it would have to be rounded again: that is a ReadOnlyError. What operations give (slices, copies) is torch's own,
+    and no longer the layer's.
+    """
+
+    _layer: TransformersLinear
+    _kept: Tensor | None
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, layer: TransformersLinear) -> DecodedWeight:
+        shown: DecodedWeight = torch.Tensor._make_wrapper_subclass(
+            cls, layer.shape, dtype=layer.computed, device=layer.qweight.device
+        )
+        shown._layer, shown._kept = layer, None
+        return shown
+
+    def __init__(self, layer: TransformersLinear) -> None:
+        pass
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """`func` with the values in the places of such tensors."""
+        given: dict[str, Any] = kwargs or {}
+        for number, argument in enumerate(func._schema.arguments):
+            value = args[number] if number < len(args) else given.get(argument.name)
+            if isinstance(value, cls) and argument.alias_info is not None and argument.alias_info.is_write:
+                raise cls._refusal()
+        return func(*tree_map(_decoded, args), **tree_map(_decoded, given))
+
+    def decoded(self) -> Tensor:
+        """The values [O, I], as a tensor of torch's own."""
+        if self._kept is None:
+            self._kept = self._layer.quantized.dequantize(self.dtype)
+        return self._kept
+
+    @property
+    def data(self) -> Tensor:
+        """This tensor: it has no gradient."""
+        return self
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise self._refusal()
+
+    @staticmethod
+    def _refusal() -> ReadOnlyError:
+        return ReadOnlyError(
+            "a quantized weight cannot be written to, which would round it again: adapters stay beside it, and "
+            "model.dequantize() makes plain layers"
+        )
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"DecodedWeight({tuple(self.shape)}, dtype={self.dtype}, of {self._layer.grid})"
+
+
+def _decoded(value: Any) -> Any:
+    return value.decoded() if isinstance(value, DecodedWeight) else value
 
 
 def plain_layer(layer: nn.Module, dtype: torch.dtype) -> nn.Module | None:

@@ -408,3 +408,41 @@ def test_the_block_is_one_call_where_nothing_listens(
     assert not entered
     model(IDS)  # gradients may be wanted
     assert entered
+
+
+@EVERY
+@quiet
+def test_weights_can_be_read_and_not_written(folder: Callable[[str], Path], name: str) -> None:
+    """Programs read `weight` instead of calling a layer (TRL the head's, DoRA every one's): it is the values."""
+    peft = pytest.importorskip("peft")
+    model = inside.from_pretrained(folder(name))
+    plain = copy.deepcopy(model).dequantize()
+    pairs = [(model.lm_head, plain.lm_head), (model.get_input_embeddings(), plain.get_input_embeddings())]
+    blocks = zip(model.transformer.h, plain.transformer.h, strict=True)
+    pairs += [(block.mlp.c_fc, other.mlp.c_fc) for block, other in blocks]
+    x = torch.randn(5, 64, requires_grad=True)
+    for layer, expected in pairs:
+        shown, values = layer.weight, expected.weight
+        assert shown.shape == values.shape and shown.is_floating_point() and torch.equal(shown.float(), values)
+        found, wanted = (torch.autograd.grad((x @ w.float().t()).sin().sum(), x)[0] for w in (shown, values))
+        assert torch.equal(found, wanted)
+    stored = {key: value.clone() for key, value in model.named_buffers()}
+    weight, ones = model.transformer.h[0].mlp.c_fc.weight, torch.ones(256, 64)
+    writes: list[Callable[[], Any]] = [
+        lambda: weight.add_(1), lambda: weight.data.mul_(0), lambda: setattr(weight, "data", ones),
+        lambda: torch.add(ones, 1, out=weight),
+    ]  # fmt: skip
+    for write in writes:
+        with pytest.raises(RuntimeError, match="cannot be written to"):
+            write()
+    assert torch.equal(weight, plain.transformer.h[0].mlp.c_fc.weight)
+
+    ids, logits = IDS[:, :5], []
+    for each in (model, plain):
+        torch.manual_seed(0)
+        dora = peft.LoraConfig(r=2, target_modules=["c_fc", "v_proj"], use_dora=True, init_lora_weights=False)
+        adapted = peft.get_peft_model(each, dora)
+        logits.append(adapted(ids).logits)
+    assert (logits[0] - logits[1]).abs().max() <= 2e-5 * logits[1].abs().max()
+    assert all(torch.equal(value, stored[key.replace("base_model.model.", "").replace(".base_layer", "")])
+               for key, value in model.named_buffers() if "lora" not in key)  # fmt: skip

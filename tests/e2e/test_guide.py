@@ -42,8 +42,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize("code", PYTHON, ids=lambda code: str(PYTHON.index(code)))
 @pytest.mark.filterwarnings("ignore::neoquant.LoadWarning")
 def test_a_snippet_runs(code: str) -> None:
-    if "peft" in code and find_spec("peft") is None:
-        pytest.skip("peft is not installed")
+    for package in ("peft", "trl"):
+        if f"from {package} import" in code and find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
     for asked, instead in NEEDS_GPU.items():
         if asked in code and not torch.cuda.is_available():
             with pytest.raises(RequestError, match=r"has 0 CUDA devices|not possible here"):
