@@ -118,7 +118,7 @@ class DecodedWeight(Tensor):
             "model.dequantize() makes plain layers"
         )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"DecodedWeight({tuple(self.shape)}, dtype={self.dtype}, of {self._layer.grid})"
 
 
