@@ -71,6 +71,14 @@ def is_companion(name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in COMPANIONS)
 
 
+def is_written(name: str) -> bool:
+    """Whether a file of this name is one of those that saving a model writes: config.json, weights, their index."""
+    if name in (CONFIG, *WEIGHT_FILES[:2]):
+        return True
+    shard = _SHARD.fullmatch(name)
+    return shard is not None and (shard[1], shard[4]) == ("model", ".safetensors")
+
+
 def may_be_weights(name: str) -> bool:
     """Whether a reader might take a file of this name for a model's weights, or for their index."""
     stored = name.removesuffix(_INDEX).endswith((".safetensors", ".bin"))

@@ -45,7 +45,7 @@ class CheckpointWriter:
         tensors: how many are to come, to reserve space for the header; a wrong guess costs time, not correctness.
         force: replace an existing model folder. The old one stays until the new one is complete.
         shard_size: bytes of tensors in a file, at most, unless one tensor alone is larger.
-        keeps: names of files that `out` may hold without `force`, since they will be among the files of `finish`.
+        keeps: names of files that `out` may hold without `force`: they will be among what `finish` writes, or may go.
 
     Raises:
         OutputError: on entering, where `out` may not be written; later, where the disk is full or refuses.
@@ -174,7 +174,7 @@ class CheckpointWriter:
 def check_output(out: Path, force: bool, keeps: Collection[str] = ()) -> None:
     """Raise OutputError unless `out` is free, empty, or, with `force`, a model folder that may be replaced.
 
-    It may also hold files named in `keeps`, which are to be kept.
+    It may also hold files named in `keeps`, which are to be kept or may be replaced.
 
     Replacing is deleting, so whatever is not plainly a model folder is left alone.
     """
@@ -192,12 +192,14 @@ def check_output(out: Path, force: bool, keeps: Collection[str] = ()) -> None:
         raise OutputError(f"{out} exists; choose another name, or replace it with --force (in Python force=True)")
     if not _is_model_config(out / CONFIG):
         raise OutputError(
-            f"{out} is not a model folder (it holds no config.json of one), so --force does not replace it"
+            f"{out} is not a model folder (it holds no config.json of one), so --force (in Python force=True) does not "
+            "replace it"
         )
     for entry in entries:
         if entry.is_dir():
             raise OutputError(
-                f"{out} holds a folder ({entry.name}), which is more than a model, so --force does not replace it"
+                f"{out} holds a folder ({entry.name}), which is more than a model, so --force (in Python "
+                "force=True) does not replace it"
             )
     _require_no_mount(out)
 

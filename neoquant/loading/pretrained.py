@@ -110,7 +110,8 @@ class PreTrainedModel(ModelMethods):
     ) -> None:
         """Write a folder that transformers and neoquant read, in safetensors files of at most `max_shard_size` ("5GB").
 
-        `force` replaces a model that is there; without it, that is an OutputError.
+        A model of the same kind that was saved there before is replaced when this one is complete; `force` replaces any
+        other, too, which without it is an OutputError.
         """
         _require_safe(safe_serialization)
         save_model(self, folder, force=force, shard_size=max_shard_size)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from neoquant import formats
 from neoquant.checkpoint import SHARD_SIZE, CheckpointWriter, Push, companion_files
 from neoquant.checkpoint.upload import CARD, push_files, require_repo
-from neoquant.checkpoint.weight_files import CONFIG
-from neoquant.errors import RequestError
+from neoquant.checkpoint.weight_files import CONFIG, is_written
+from neoquant.errors import CheckpointError, RequestError
 from neoquant.files.reading import read_json
 from neoquant.files.writing import write_file
 from neoquant.formats import Format
@@ -32,24 +32,27 @@ def save_model(model: Network, folder: str | Path, *, force: bool = False, shard
     """Write a model's configuration and weights as a folder that transformers and neoquant read.
 
     Quantized layers are written in the format that they were loaded from, or else in the first that holds them all,
-    without rounding again. What lies in the folder beside a model (a tokenizer, a license) is kept, also where `force`
-    replaces a model there. `shard_size` bounds a weight file, in bytes or like "5GB".
+    without rounding again. What lies in the folder beside a model (a tokenizer, a license) is kept. A model of the same
+    kind that was saved there before (`_replaced`) is replaced at once, when the new one is complete; any other only
+    with `force`. So is the folder from which this model's weights are mapped: its files live on until they are let go.
+    `shard_size` bounds a weight file, in bytes or like "5GB".
 
-    Raises OutputError where a model is there already (and is not replaced by `force`), RequestError for what is no
-    size, and leaves nothing half-written.
+    Raises OutputError where something else is there already (and is not replaced by `force`), RequestError for what is
+    no size, and leaves nothing half-written.
     """
     largest = parse_size(shard_size, "max_shard_size")
     weights = _Weights.of(model, model.tied_weights())
     format = _choose_format(model, weights)
     dtype = None if format is None else _common_type(weights.plain.values())
     companions = companion_files(Path(folder))
-    names = [path.name for path in companions]
+    config = _config(model, weights, format, dtype)
+    names = [*(path.name for path in companions), *_replaced(Path(folder), config)]
     with CheckpointWriter(folder, tensors=weights.count, force=force, shard_size=largest, keeps=names) as sink:
         for name, tensor in _tensors(weights, format, dtype):
             sink.put(name, tensor)
         files: dict[str, Path | str] = {path.name: path for path in companions}
         files |= model.companions()
-        sink.finish(_config(model, weights, format, dtype), files=files)
+        sink.finish(config, files=files)
 
 
 def push_model(
@@ -167,6 +170,32 @@ def _tensors(weights: _Weights, format: Format | None, dtype: torch.dtype | None
         assert format is not None
         for suffix, tensor in format.encode(layer.quantized.to("cpu")).items():
             yield name + suffix, tensor
+
+
+_SAME = ("model_type", "architectures", "hidden_size", "num_layers")
+
+
+def _replaced(folder: Path, config: Mapping[str, Any]) -> list[str]:
+    """The files that were saved in a folder, if a model of this config.json may take their place without being asked.
+
+    That is what a training loop does that saves at every epoch. A model of another class or size, or one that is
+    quantized otherwise or not at all, or has plain weights in more bits, is worth a question.
+    """
+    try:
+        there = read_json(folder / CONFIG)
+    except CheckpointError:
+        return []
+    if not isinstance(there, dict) or any(there.get(name) != config.get(name) for name in _SAME):
+        return []
+    former, now = there.get("quantization_config"), config.get("quantization_config")
+    if isinstance(former, dict) and isinstance(now, dict):
+        same = all(former[name] == now[name] for name in former.keys() & now.keys())
+    else:
+        same = former is now is None
+    dtype = there.get("dtype", there.get("torch_dtype"))
+    if not same or config["dtype"] not in (dtype, "float32"):
+        return []
+    return [path.name for path in folder.iterdir() if is_written(path.name)]
 
 
 def _config(model: Network, weights: _Weights, format: Format | None, dtype: torch.dtype | None) -> dict[str, Any]:

@@ -113,8 +113,61 @@ def test_a_model_goes_where_a_tokenizer_is(make_model: MakeModel, tmp_path: Path
     model.save_pretrained(folder, force=force)
     assert before.items() <= {path.name: path.read_bytes() for path in folder.iterdir()}.items()
     assert torch.equal(neoquant.load(folder)[0](IDS).logits, model(IDS).logits)
-    with pytest.raises(OutputError, match="exists"):
+
+
+@pytest.mark.parametrize("said", [None, NF4, Recipe.simple(4, "affine", group_size=32, format="neoquant")])
+@pytest.mark.parametrize("by", ["neoquant", "transformers"])
+def test_a_model_is_saved_over_its_former_self(make_model: MakeModel, tmp_path: Path, said: Any, by: str) -> None:
+    """As training loops do at every epoch, and into the folder that its own weights are mapped from."""
+    folder = tmp_path / "out"
+    first = GPTNeoForCausalLM.from_pretrained(make_model(**WIDE), quantization_config=said)
+    if by == "neoquant":
+        first.save_pretrained(folder, max_shard_size="20kB")
+    else:
+        pytest.importorskip("transformers")
+        first.to_transformers().save_pretrained(folder)
+    write_tokenizer(folder)
+    kept = (folder / "tokenizer.json").read_bytes()
+    model = GPTNeoForCausalLM.from_pretrained(folder)
+    for number in range(2):
+        with torch.no_grad():
+            model.transformer.ln_f.bias += number + 1.0
         model.save_pretrained(folder)
+        expected = model(IDS).logits  # what was mapped is there as long as it is used
+        assert torch.equal(GPTNeoForCausalLM.from_pretrained(folder)(IDS).logits, expected)
+    assert (folder / "tokenizer.json").read_bytes() == kept
+    assert not list(folder.glob("model-*")), "shards of the former one would be read, or lie there for nothing"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_what_would_be_lost_is_asked_for(make_model: MakeModel, tmp_path: Path) -> None:
+    """A model of another kind, or what saving did not write, is replaced by force only."""
+    folder = tmp_path / "out"
+    plain = GPTNeoForCausalLM.from_pretrained(make_model(**WIDE), dtype=torch.float32)
+    plain.save_pretrained(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    nf4 = GPTNeoForCausalLM.from_pretrained(folder, quantization_config=NF4)
+    others = {
+        "quantized": nf4,
+        "in half the bits": GPTNeoForCausalLM.from_pretrained(folder, dtype=torch.float16),
+        "of another class": neoquant.GPTNeoModel.from_pretrained(folder),
+        "of another size": GPTNeoForCausalLM.from_pretrained(make_model("small", hidden_size=32, num_heads=4)),
+    }
+    for what, other in others.items():
+        with pytest.raises(OutputError, match=r"exists.*force=True"):
+            other.save_pretrained(folder)
+        assert before == {path.name: path.read_bytes() for path in folder.iterdir()}, what
+    (folder / "notes.txt").write_text("the only copy")
+    with pytest.raises(OutputError, match=r"exists.*force=True"):
+        plain.save_pretrained(folder)
+    assert (folder / "notes.txt").exists()
+    (folder / "notes.txt").unlink()
+    nf4.save_pretrained(folder, force=True)
+    int8 = GPTNeoForCausalLM.from_pretrained(make_model("again", **WIDE), quantization_config={"load_in_8bit": True})
+    for other in (plain, int8):
+        with pytest.raises(OutputError, match=r"exists.*force=True"):
+            other.save_pretrained(folder)
+    assert torch.equal(GPTNeoForCausalLM.from_pretrained(folder)(IDS).logits, nf4(IDS).logits)
 
 
 def test_other_files_are_not_replaced(make_model: MakeModel, tmp_path: Path) -> None:
