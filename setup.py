@@ -16,13 +16,7 @@ from setuptools.command.build_ext import build_ext
 ISAS = ("portable", "avx2", "avx512", "avx512vnni", "neon")
 NAMES = ("gptq", "multiply", "parallel", "pool", "quantize", "step", "trellis", *(f"products_{isa}" for isa in ISAS))
 SOURCES = [f"neoquant/native/{name}.c" for name in NAMES]
-HEADERS = [
-    "cpu.h",
-    "weight.h",
-    "products.inc.h",
-    "step.inc.h",
-    *(f"simd_{isa}.h" for isa in ("portable", "avx2", "avx512", "neon")),
-]
+HEADERS = sorted(path.name for path in Path("neoquant/native").glob("*.h"))
 
 # No contraction to fused multiply-add: where a rounding decides a byte, it is bitsandbytes' rounding. Nobody catches
 # floating-point exceptions: lest they were raised otherwise, compilers would leave a choice between two numbers out of

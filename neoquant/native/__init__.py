@@ -1,8 +1,8 @@
 """A small C library for CPUs: compiled when neoquant is installed, never needed.
 
 pool.c and parallel.c (threads), quantize.c, gptq.c and multiply.c are the library. Its products are written once, in
-products.inc.h, in a few operations that simd_*.h names for each instruction set; step.c joins them to what a block does
-for one position. loader.py finds the library, the other modules give it tensors. It knows nothing of grids.
+products.inc.h and the parts that it includes, in a few operations that simd_*.h names for each instruction set; step.c
+joins them to what a block does for one position. loader.py finds the library, the other modules give it tensors. It knows nothing of grids.
 """
 
 from __future__ import annotations
