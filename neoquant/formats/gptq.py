@@ -22,6 +22,16 @@ from neoquant.grids import Affine, Grid
 from neoquant.tensor import QuantizedTensor
 
 V1, V2 = "gptq", "gptq_v2"
+PACKINGS = {
+    "auto": V1,
+    "auto_round:gptq": V1,
+    "auto_round:auto_gptq": V1,
+    "auto_round:gptqmodel": V2,
+    "auto_round": V2,
+}
+"""AutoRound's `packing_format` -> the version in which it stores zeros: its own, and GPTQModel's, as they are."""
+STATES_VERSION = ("checkpoint_format", "format", "packing_format")
+"""The keys of a `quantization_config` that say in which version zeros are stored; the first that is there counts."""
 MULTIPLE = 32  # of inputs and outputs: whole words at every number of bits
 
 
@@ -67,7 +77,7 @@ class GptqFormat(Format):
             return self, ()
         (version,) = versions
         said = {key: value for key, value in self.said.items() if key != "format"} | {"checkpoint_format": version}
-        verb = "says" if {"checkpoint_format", "format"} & self.said.keys() else "leaves it at"
+        verb = "says" if self.said.keys() & set(STATES_VERSION) else "leaves it at"
         note = f"qzeros are of checkpoint_format {version!r}, as sym: true shows, and config.json {verb} {stated!r}"
         return GptqFormat(said), (f"{note}; they are read as {version!r}",)
 
@@ -211,9 +221,13 @@ class GptqFormat(Format):
 
     def _stated(self) -> tuple[Affine, str]:
         """The grid and the version that config.json states."""
-        version = self.said.get("checkpoint_format", self.said.get("format", V1))
-        if version not in (V1, V2):
-            raise FormatError(f"config.json says checkpoint_format {version!r}; neoquant reads {V1} and {V2}")
+        key = next((key for key in STATES_VERSION if key in self.said), "checkpoint_format")
+        word = self.said.get(key, V1)
+        legal = PACKINGS if key == "packing_format" else {V1: V1, V2: V2}
+        if not isinstance(word, str) or word not in legal:
+            asked = "packing_format" if legal is PACKINGS else "checkpoint_format"
+            raise FormatError(f"config.json says {asked} {word!r:.100}; neoquant reads {' and '.join(legal)}")
+        version = legal[word]
         stated = [self.said.get(key) for key in ("bits", "group_size", "sym")]
         if None in stated:
             raise FormatError("the quantization_config of a GPTQ checkpoint states bits, group_size and sym")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import product
 from pathlib import Path
 
@@ -160,6 +161,34 @@ def test_the_version_may_be_called_format() -> None:
     assert GptqFormat(said | {"format": "gptq_v2"}).decode(FORMATS["gptq"].encode(q)).equals(q)
     with pytest.raises(FormatError, match="checkpoint_format 'gptq_p'; neoquant reads gptq and gptq_v2"):
         GptqFormat(said | {"format": "gptq_p"}).decode(FORMATS["gptq"].encode(q))
+
+
+@pytest.mark.parametrize(
+    ("packing", "version"),
+    [("auto_round:gptqmodel", 2), ("auto_round", 2), ("auto_round:auto_gptq", 1), ("auto_round:gptq", 1), (None, 1)],
+)
+def test_autoround_says_by_its_packing_format_how_zeros_are_stored(packing: str | None, version: int) -> None:
+    """Its `qlinear_torch` (0.16) stores a zero as it is, `qlinear_torch_zp` less one; nothing else tells them apart."""
+    codes = torch.arange(32 * 64).reshape(32, 64).remainder(16).to(torch.uint8)
+    scale = torch.linspace(0.01, 0.1, 64).reshape(32, 2).half()
+    zero = torch.arange(64).reshape(32, 2).remainder(15) + 1
+    tensors = by_definition(codes, scale, zero, torch.arange(64) // 32, 4, version)
+    said = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": False, "data_type": "int"}
+    said |= {} if packing is None else {"packing_format": packing}
+    found, notes = detect_checked(
+        {"quantization_config": said}, [f"a{suffix}" for suffix in tensors], lambda name: tensors[name[1:]]
+    )
+    assert found is not None and notes == ()
+    each = [zero.repeat_interleave(32, 1), scale.float().repeat_interleave(32, 1)]
+    assert torch.equal(found.decode(tensors).dequantize(torch.float32), (codes.float() - each[0]) * each[1])
+
+
+@pytest.mark.parametrize("packing", ["auto_round:auto_awq", "auto_round:llm_compressor", ["auto_round"], None])
+def test_other_packing_formats_of_autoround_are_refused(packing: object) -> None:
+    said = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": False, "packing_format": packing}
+    tensors = FORMATS["gptq"].encode(Nearest().quantize(make_weight((32, 64), torch.float16, "normal"), Affine(4, 32)))
+    with pytest.raises(FormatError, match=f"packing_format {re.escape(repr(packing))}; neoquant reads auto and"):
+        GptqFormat(said).decode(tensors)
 
 
 def test_zeros_count_more_than_what_is_said_of_symmetry() -> None:
