@@ -27,6 +27,7 @@ class Format(ABC):
     name: ClassVar[str]
     family: ClassVar[str]  # what a recipe says: "bitsandbytes", "gptq", "compressed-tensors" or "neoquant"
     markers: ClassVar[tuple[str, ...]]  # a layer X is quantized if a tensor X + one of these exists
+    stems: ClassVar[tuple[str, ...]] = (".weight",)  # what all suffixes of a layer begin with
     other_methods: ClassVar[tuple[str, ...]] = ()  # quant_methods with the same markers that pack weights otherwise
     holds_order: ClassVar[bool] = False  # whether an activation order can be stored
     holds_dtype: ClassVar[bool] = False  # whether a layer says what type its weight was before
@@ -112,7 +113,10 @@ class Format(ABC):
         return None if name is None else dtype_from_name(str(name).removeprefix("torch."))
 
     def quantized(self, names: Iterable[str]) -> dict[str, list[str]]:
-        """Layer -> suffixes of its stored tensors, for the quantized layers among a checkpoint's tensor names."""
+        """Layer -> suffixes of its stored tensors, for the quantized layers among a checkpoint's tensor names.
+
+        What else stands inside a layer (its bias, an adapter, another program's scale) is none of the format's.
+        """
         names = list(names)
         layers: dict[str, list[str]] = {}
         for name in names:
@@ -123,8 +127,8 @@ class Format(ABC):
             layer = name
             while layer not in layers and "." in layer:
                 layer = layer.rpartition(".")[0]
-            if layer in layers and name != f"{layer}.bias":
-                layers[layer].append(name.removeprefix(layer))
+            if layer in layers and (suffix := name.removeprefix(layer)).startswith(self.stems):
+                layers[layer].append(suffix)
         return layers
 
     def _require_holdable(self, q: QuantizedTensor) -> None:

@@ -26,6 +26,7 @@ class Bnb8(Format):
     name: ClassVar[str] = "bnb8"
     family: ClassVar[str] = "bitsandbytes"
     markers: ClassVar[tuple[str, ...]] = (".SCB",)
+    stems: ClassVar[tuple[str, ...]] = (".weight", ".SCB")
 
     def refuse(self, grid: Grid, shape: tuple[int, ...]) -> str | None:
         return None if isinstance(grid, Int8Rows) else f"bitsandbytes' 8-bit format holds int8, not {grid.name}"

@@ -41,6 +41,7 @@ class GptqFormat(Format):
     name: ClassVar[str] = "gptq"
     family: ClassVar[str] = "gptq"
     markers: ClassVar[tuple[str, ...]] = (".qweight", ".g_idx")
+    stems: ClassVar[tuple[str, ...]] = (".qweight", ".qzeros", ".scales", ".g_idx")
     other_methods: ClassVar[tuple[str, ...]] = ("awq",)
     holds_order: ClassVar[bool] = True
 

@@ -22,7 +22,7 @@ from neoquant.grids import Grid, make_grid
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.names import EMBEDDING, TABLES, TIED_HEAD, canonical_layer, left_out
 from neoquant.model.shapes import head_shapes, network_shapes
-from neoquant.quantization.plan_checks import FLOATS, refuse_quantized, require_network
+from neoquant.quantization.plan_checks import FLOATS, refuse_quantized, require_free_names, require_network
 from neoquant.quantization.plan_notes import dropped_notes, format_notes, grid_notes, layer_notes
 from neoquant.quantization.plan_rows import Action, PlanRow, RowMaker, Target, is_linear_weight, matrix_shape
 from neoquant.quantization.recipe import Recipe, Rule
@@ -171,6 +171,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, shard_size: int = SHARD
     format, passed_over = _require_possible(recipe, headers, treatment)
     dtype = _half_dtype(headers, recipe.dtype)
     grids = {**treatment.grids, **_table_grids(recipe, format, treatment.tables)}
+    require_free_names(checkpoint.headers, grids, format)
     maker = RowMaker(treatment.rules, grids, format, dtype, network_shapes(config) | head_shapes(config))
     tied_head = TIED_HEAD if config.tie_word_embeddings else None
     rows = tuple(maker.tied_head(header) if header.name == tied_head else maker.row(header) for header in headers)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch
 
 from neoquant.checkpoint import Checkpoint, TensorHeader
 from neoquant.errors import CheckpointError, FormatError, RequestError
-from neoquant.formats import detect
+from neoquant.formats import Format, detect
 from neoquant.formats.base import dtype_name
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.names import canonical_tensor
@@ -70,6 +70,22 @@ def require_network(headers: Iterable[TensorHeader], config: GPTNeoConfig) -> No
         if name in linears and header.dtype not in FLOATS:
             legal = ", ".join(map(dtype_name, FLOATS))
             raise CheckpointError(f"{name} is {dtype_name(header.dtype)}, expected one of {legal}")
+
+
+def require_free_names(names: Iterable[str], layers: Container[str], format: Format) -> None:
+    """Raise CheckpointError for a tensor of the source that readers of `format` would take for a part of one of the
+    `layers` that are to be quantized, a fake quantizer's scale for one."""
+    for name in names:
+        stored = canonical_tensor(name)
+        layer = stored
+        while layer not in layers and "." in layer:
+            layer = layer.rpartition(".")[0]
+        suffix = stored.removeprefix(layer)
+        if layer in layers and suffix != ".weight" and suffix.startswith(format.stems):
+            raise CheckpointError(
+                f"tensor {name!r} would be taken for a part of the quantized {layer}: take it out of the file, or keep "
+                "the layer as it is"
+            )
 
 
 def _sizes(config: GPTNeoConfig) -> str:

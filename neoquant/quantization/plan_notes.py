@@ -24,7 +24,8 @@ def layer_notes(rows: Sequence[PlanRow], rules: Mapping[str, Rule | None]) -> It
         yield f"{len(unmatched)} linears stay in half precision because no rule matches them: {_some(unmatched)}"
     unknown = [row.name for row in rows if row.reason == UNKNOWN]
     if unknown:
-        yield f"{len(unknown)} tensors are no part of a GPT-Neo that neoquant knows; kept: {_some(unknown)}"
+        are = "1 tensor is" if len(unknown) == 1 else f"{len(unknown)} tensors are"
+        yield f"{are} no part of a GPT-Neo that neoquant knows; kept: {_some(unknown)}"
 
 
 def grid_notes(targets: Targets) -> Iterator[str]:

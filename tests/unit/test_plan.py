@@ -210,6 +210,14 @@ def test_what_is_unknown_is_kept_and_said() -> None:
     assert not any("no part of a GPT-Neo" in note for note in planned(TINY_CONFIG).notes)
 
 
+def test_what_readers_would_take_for_a_part_of_a_layer_is_refused() -> None:
+    layer = "transformer.h.0.mlp.c_fc"
+    shapes = tiny_shapes(TINY_CONFIG) | {f"{layer}.weight_fake_quant.scale": (1,)}
+    with pytest.raises(CheckpointError, match=rf"{layer}\.weight_fake_quant\.scale' would be taken for a part of"):
+        planned(TINY_CONFIG, shapes=shapes)
+    planned(TINY_CONFIG, Recipe.simple(4, "nf4", keep=[layer]), shapes=shapes)
+
+
 def test_a_plan_is_plain_values() -> None:
     import json
 

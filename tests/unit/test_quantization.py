@@ -261,6 +261,36 @@ def test_old_checkpoints(make_model: MakeModel, tmp_path: Path) -> None:
     assert any(note.startswith("2 old mask buffers") for note in result.plan.notes)
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe.simple(4, "nf4"),
+        Recipe.simple(8, "int8"),
+        Recipe.simple(4, "affine", group_size=32, format="gptq"),
+        Recipe.simple(4, "affine", group_size=32, format="compressed-tensors"),
+        Recipe.simple(4, "mxfp4"),
+    ],
+    ids=lambda recipe: f"{recipe.name}-{recipe.format}",
+)
+def test_what_else_stands_inside_a_layer_is_kept_and_no_part_of_it(
+    make_model: MakeModel, tmp_path: Path, recipe: Recipe
+) -> None:
+    """An adapter that is not merged, or another program's scale: transformers reads past it, with a warning."""
+    folder = make_model(hidden_size=32, num_heads=4)
+    inside = "transformer.h.0.attn.attention.q_proj"
+    extra = {f"{inside}.lora_A.weight": torch.ones(2, 32), f"{inside}.input_scale": torch.ones(1)}
+    plain = quantize(folder, tmp_path / "plain", recipe)
+    save_file(load_file(folder / "model.safetensors") | extra, folder / "model.safetensors", metadata={"format": "pt"})
+    made = quantize(folder, tmp_path / "made", recipe)
+    assert any("2 tensors are no part" in note for note in made.plan.notes)
+    with pytest.warns(
+        neoquant.LoadWarning, match=rf"also holds {inside}\.input_scale, {inside}\.lora_A\.weight, which"
+    ):
+        model = neoquant.GPTNeoForCausalLM.from_pretrained(made.folder)
+    ids = torch.arange(20)[None]
+    assert torch.equal(model(ids).logits, neoquant.GPTNeoForCausalLM.from_pretrained(plain.folder)(ids).logits)
+
+
 def test_heads_tied_and_not(make_model: MakeModel, tmp_path: Path) -> None:
     source = make_model()
     tensors = load_file(source / "model.safetensors")
