@@ -10,20 +10,23 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
+from neoquant.checkpoint.folder import reading
 from neoquant.checkpoint.headers import DTYPE_NAMES, TensorHeader
 from neoquant.checkpoint.shard import Layout, Shard, header_reserve
 from neoquant.checkpoint.weight_files import CONFIG
 from neoquant.errors import CheckpointError, OutputError
 from neoquant.files.exchanging import exchange
 from neoquant.files.locks import close_folder, open_folder, take_lock
+from neoquant.files.names import resolved
 from neoquant.files.reading import read_json
 from neoquant.files.writing import as_bytes, sync_folder
 
@@ -60,7 +63,7 @@ class CheckpointWriter:
         shard_size: int = SHARD_SIZE,
         keeps: Collection[str] = (),
     ) -> None:
-        self.out = Path(out).resolve()
+        self.out = resolved(out)
         self.shard_size = shard_size
         self._force, self._keeps = force, keeps
         self._reserve = header_reserve(tensors)
@@ -94,7 +97,7 @@ class CheckpointWriter:
         for shard in self._shards:
             shard.abandon()
         close_folder(self._lock)
-        shutil.rmtree(self._partial, ignore_errors=True)
+        _remove(self._partial)
         if error is None and not self._finished:
             raise RuntimeError("finish() was not called, so no checkpoint was written")
 
@@ -167,7 +170,7 @@ class CheckpointWriter:
                     self._replaced.rename(self.out)
                 raise
             sync_folder(self.out.parent)
-            shutil.rmtree(self._replaced, ignore_errors=True)
+            _remove(self._replaced)
         sync_folder(self.out.parent)
 
 
@@ -261,6 +264,8 @@ def _write_file(path: Path, content: bytes | str | Path) -> None:
     if path.exists():
         raise ValueError(f"{path.name!r} is written twice")
     if isinstance(content, Path):
+        with reading(content):
+            content.open("rb").close()
         shutil.copyfile(content, path)
     else:
         path.write_bytes(as_bytes(content))
@@ -284,16 +289,23 @@ def _sweep(out: Path) -> None:
 
     for replaced in leftovers("replaced"):
         if out.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
+            _remove(replaced)
         else:  # killed between the two renames: the old checkpoint is the only whole one
             replaced.rename(out)
     for partial in leftovers("partial"):
         descriptor = open_folder(partial)
         try:
             if take_lock(descriptor):  # without locks it might be a living writer's
-                shutil.rmtree(partial, ignore_errors=True)
+                _remove(partial)
         finally:
             close_folder(descriptor)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder of ours as far as that goes; a model that was replaced may have been made read-only."""
+    with suppress(OSError):
+        folder.chmod(stat.S_IRWXU)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import OutputError
 from neoquant.files.locks import claim
+from neoquant.files.names import resolved
 from neoquant.files.writing import write_file
 
 _BEGINNING = 4096  # bytes of a file that say what it is
@@ -107,7 +108,7 @@ def check_writable(path: Path) -> None:
 
 def check_different(*paths: Path | None) -> None:
     """Raise OutputError where two outputs are one file."""
-    named = [path.resolve() for path in paths if path is not None]
+    named = [resolved(path) for path in paths if path is not None]
     for path in named:
         if named.count(path) > 1:
             raise OutputError(f"{path} is named for two outputs: name two files")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from neoquant.errors import OutputError
 from neoquant.files.writing import as_bytes
 
 LEGAL_NAME = "letters, digits, '_', '.' and '-' only"
@@ -29,3 +30,19 @@ def safe_name(text: str) -> str:
 def short_name(source: str | Path) -> str:
     """The last part of a folder, wherever `.` or a link leads, or of a hub id."""
     return Path(source).resolve().name if Path(source).exists() else str(source).rpartition("/")[2]
+
+
+def output_folder(out: str | Path) -> Path:
+    """Where a verb is to make a folder: behind `~` and links, absolute. Raises OutputError for what leads nowhere."""
+    try:
+        return resolved(Path(out).expanduser())
+    except RuntimeError as error:  # nobody's home
+        raise OutputError(f"{out} names no place for a folder: {error}") from None
+
+
+def resolved(path: str | Path) -> Path:
+    """The absolute path behind links. Raises OutputError for a loop of them, and for what is no path."""
+    try:
+        return Path(path).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # Python 3.13 leaves a loop to who opens it
+        raise OutputError(f"{path} leads nowhere: {error}") from None

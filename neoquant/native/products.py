@@ -52,10 +52,19 @@ class Weight:
         self.rows, self.columns = shape
         self.tensors = tensors
         group_bits = _WHOLE_ROW if group is None else group.bit_length() - 1
-        addresses = tuple([(name, tensor.data_ptr()) for name, tensor in tensors.items() if tensor is not None])
+        addresses = tuple([(name, _address(tensor)) for name, tensor in tensors.items() if tensor is not None])
         numbers = (self.rows, self.columns, groups, kind, bits, group_bits, level_step, plain, half_zeros, multiplier)
         self.struct = _struct(addresses, *numbers)
         self.address = ctypes.addressof(self.struct)
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a tensor lies. Raises RuntimeError for one of another device, which the library must not read."""
+    if not tensor.is_cpu:
+        raise RuntimeError(
+            f"a product on the CPU was given a tensor on {tensor.device}: weights and activations must be on one device"
+        )
+    return tensor.data_ptr()
 
 
 @lru_cache(maxsize=1 << 12)
@@ -132,8 +141,8 @@ def multiply(x: Tensor, w: Weight, bias: Tensor | None, int8: bool = False) -> T
     x = x.contiguous()
     y = torch.empty(x.shape[0], w.rows, dtype=torch.float32)
     active().call(
-        "nq_multiply_int8" if int8 else "nq_multiply", w.address, x.data_ptr(), x.shape[0],
-        None if bias is None else bias.data_ptr(), y.data_ptr(), active().isa, threads(),
+        "nq_multiply_int8" if int8 else "nq_multiply", w.address, _address(x), x.shape[0],
+        None if bias is None else _address(bias), y.data_ptr(), active().isa, threads(),
     )  # fmt: skip
     return y
 
@@ -147,7 +156,7 @@ def decode_rows(w: Weight, rows: Tensor) -> Tensor:
     """Rows of the weight, by their numbers int64[N]: float32[N, I]."""
     rows = rows.contiguous()
     out = torch.empty(len(rows), w.columns, dtype=torch.float32)
-    active().call("nq_decode", w.address, rows.data_ptr(), 0, len(rows), out.data_ptr(), threads())
+    active().call("nq_decode", w.address, _address(rows), 0, len(rows), out.data_ptr(), threads())
     return out
 
 

@@ -68,7 +68,7 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         inside = x if self.compute_dtype is None else x.to(self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(inside.dtype)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or inside.is_meta:
             y: Tensor = operators.linear(inside, list(self.state.values()), self.described, bias)
         else:
             y = self.kernel.linear(inside, self.state, self.grid, self.shape, bias)
@@ -81,7 +81,7 @@ class QuantLinear(nn.Module):
 
     def embedding(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of the weight, ids[...] -> dtype[..., I]."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or ids.is_meta:
             rows: Tensor = operators.embedding(ids, list(self.state.values()), self.described, dtype)
             return rows
         return self.kernel.embedding(ids, self.state, self.grid, self.shape, dtype)

@@ -12,7 +12,10 @@ from typing import Any
 import onnx
 
 from neoquant.checkpoint import companion_files, open_checkpoint
+from neoquant.checkpoint.weight_files import CONFIG, is_companion
 from neoquant.errors import OutputError, RequestError, locate
+from neoquant.files.exchanging import exchange
+from neoquant.files.names import output_folder
 from neoquant.files.writing import explaining, sync_folder, write_file
 from neoquant.loading.load import folder_of, read_model
 from neoquant.loading.pretrained import GPTNeoForCausalLM
@@ -22,6 +25,7 @@ from neoquant.onnx.layers import refuse
 from neoquant.progress import SILENT, Progress
 
 ROOM = "onnx"  # where transformers.js looks
+GENAI_CONFIG = "genai_config.json"
 LARGEST = (1 << 31) - (1 << 20)  # bytes in one file of protobuf
 
 
@@ -53,7 +57,7 @@ def export(
         OutputError: `out` is there (and is not to be replaced by `force`), or cannot be written.
         CheckpointError, FormatError, HubError: the source cannot be read.
     """
-    target = Path(out).resolve()
+    target = output_folder(out)
     with open_checkpoint(source, revision=revision, progress=progress) as checkpoint:
         folder = folder_of(checkpoint)
         _require_free(target, folder, force)
@@ -74,13 +78,19 @@ def export(
             for path, content in _companions(model, folder, name, graph.bytes).items():
                 write_file(temporary / path, content)
             with explaining(target):
-                if target.exists():
-                    shutil.rmtree(target)
-                temporary.replace(target)
-                sync_folder(target.parent)
+                _put_in_place(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return OnnxExport(target, target / ROOM / name, graph.bytes, len(layers))
+
+
+def _put_in_place(made: Path, target: Path) -> None:
+    """Give the folder its name, and what had it, if anything, the other's: there is a whole one at every moment."""
+    if not target.exists() or not exchange(made, target):
+        if target.exists():
+            shutil.rmtree(target)
+        made.replace(target)
+    sync_folder(target.parent)
 
 
 def _require_free(target: Path, source: Path, force: bool) -> None:
@@ -90,8 +100,27 @@ def _require_free(target: Path, source: Path, force: bool) -> None:
         return
     if not force:
         raise OutputError(f"{target} exists; --force replaces it (in Python force=True)")
-    if not target.is_dir() or not (target / ROOM).is_dir():
-        raise OutputError(f"{target} is no folder of an ONNX model, and is not replaced")
+    if reason := _more_than_an_export(target):
+        raise OutputError(f"{target} is no folder of an ONNX model ({reason}), and is not replaced")
+
+
+def _more_than_an_export(folder: Path) -> str | None:
+    """Why a folder is not one that `export` made, or has been given more; None where it may be replaced, which is
+    deleting."""
+    if not folder.is_dir() or not (folder / ROOM).is_dir():
+        return f"it holds no folder {ROOM}"
+    if folder == Path.cwd():
+        return "it is the current folder"
+    if not (folder / CONFIG).is_file():
+        return f"it holds no {CONFIG}"
+    for entry in folder.iterdir():
+        made_here = entry.name in (CONFIG, GENAI_CONFIG) or is_companion(entry.name)
+        if entry.name != ROOM and not (made_here and entry.is_file() and not entry.is_symlink()):
+            return f"it holds {entry.name} as well"
+    for entry in (folder / ROOM).iterdir():
+        if not entry.is_file() or not entry.name.endswith((".onnx", ".onnx_data")):
+            return f"it holds {ROOM}/{entry.name} as well"
+    return None
 
 
 def _suffix(layers: Any) -> str:
@@ -120,8 +149,8 @@ def _companions(model: GPTNeoForCausalLM, folder: Path, file: str, nbytes: int) 
     config["transformers.js_config"] = {"dtype": kind, "use_external_data_format": nbytes > LARGEST}
     files: dict[str, str | bytes] = {path.name: path.read_bytes() for path in companion_files(folder)}
     return files | {
-        "config.json": json.dumps(config, indent=2) + "\n",
-        "genai_config.json": json.dumps(genai_config(model, f"{ROOM}/{file}"), indent=4) + "\n",
+        CONFIG: json.dumps(config, indent=2) + "\n",
+        GENAI_CONFIG: json.dumps(genai_config(model, f"{ROOM}/{file}"), indent=4) + "\n",
     }
 
 

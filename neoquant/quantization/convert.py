@@ -16,6 +16,7 @@ import torch
 from neoquant.checkpoint import SHARD_SIZE, Checkpoint, CheckpointWriter, TensorHeader, open_checkpoint
 from neoquant.checkpoint.headers import float_type
 from neoquant.errors import RequestError, locate
+from neoquant.files.names import output_folder
 from neoquant.files.reading import read_text
 from neoquant.formats import FORMATS, Format, detect_checked
 from neoquant.formats.base import dtype_name
@@ -112,7 +113,7 @@ def convert(
         OutputError: `out` cannot be written.
     """
     started = time.perf_counter()
-    folder = Path(out).resolve()
+    folder = output_folder(out)
     if to is not None and to not in TARGETS:
         raise RequestError(f"no format is called {to!r}; there are {', '.join(TARGETS)}")
     require_another_folder(source, folder)

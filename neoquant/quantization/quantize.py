@@ -18,6 +18,7 @@ from neoquant.calibration.memory import CalibrationMemory, estimate_memory
 from neoquant.checkpoint import SHARD_SIZE, Checkpoint, CheckpointWriter, check_output, free_bytes, open_checkpoint
 from neoquant.distributed import SINGLE_PROCESS, ProcessGroup
 from neoquant.errors import CheckpointError, OutputError, RequestError
+from neoquant.files.names import output_folder
 from neoquant.files.reading import MAX_LARGE_BYTES, read_json
 from neoquant.files.writing import as_bytes
 from neoquant.model.config import GPTNeoConfig
@@ -160,7 +161,7 @@ def quantize(
     """
     started = time.perf_counter()
     recipe, place = Recipe.of(recipe), resolve_device(device)
-    out = Path(out).expanduser().resolve()
+    out = output_folder(out)
     require_another_folder(source, out)
     check_output(out, force)
     with open_checkpoint(source, revision=revision, headers_only=True, progress=progress) as headers:

@@ -20,6 +20,7 @@ from torch import Tensor
 from neoquant.calibration.dataset import Calibration
 from neoquant.checkpoint import SHARD_SIZE, Checkpoint, CheckpointWriter, check_output, open_checkpoint
 from neoquant.errors import CheckpointError, RequestError, locate
+from neoquant.files.names import output_folder
 from neoquant.formats import Format, detect
 from neoquant.loading.contents import Contents
 from neoquant.loading.load import read_model
@@ -144,7 +145,7 @@ def tune(
     """
     started = time.perf_counter()
     _require_legal(steps, learning_rate)
-    folder = Path(out).expanduser().resolve()
+    folder = output_folder(out)
     for each in (source, base):
         require_another_folder(each, folder)
     check_output(folder, force)

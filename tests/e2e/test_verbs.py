@@ -247,6 +247,20 @@ def test_a_truncated_file_is_one_line(cli: Cli, make_model: Callable[..., Path])
         assert result.code == 1 and "model.safetensors" in result.error
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["quantize {} --bits 4 --type nf4", "convert {} --to neoquant", "convert {} --to onnx", "tune {} --base {}"],
+)
+@pytest.mark.parametrize("out", ["loop", "~nobody-of-that-name/x"])
+def test_a_place_that_is_none_is_one_line(cli: Cli, tiny_model: Path, words: str, out: str) -> None:
+    Path("loop").symlink_to("loop")
+    words = words.replace("{}", str(tiny_model))
+    calibration = ["--calibration", "demo"] if "tune" in words else []
+    result = cli(*words.split(), *calibration, "--out", out)
+    assert result.code == 1 and out in result.error and "this is a bug" not in result.error
+    assert not Path(out).is_dir()
+
+
 def test_devices_and_types_are_checked(cli: Cli, tiny_model: Path) -> None:
     for words in (["--device", "tpu"], ["--dtype", "int4"]):
         result = cli("generate", tiny_model, "-p", "x", *words)

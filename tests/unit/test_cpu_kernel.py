@@ -240,3 +240,18 @@ def test_every_half_is_itself(isa: str) -> None:
             expected = torch.where(expected.abs() < 1.2e-38, alone, expected)
         assert torch.equal(alone.nan_to_num(7), expected.nan_to_num(7))
         assert torch.equal(many.T.reshape(-1), values.nan_to_num(0, 0, 0).float())
+
+
+@pytest.mark.parametrize("grid", SOME, ids=str)
+def test_the_library_is_handed_no_address_of_a_tensor_without_values(grid: Grid) -> None:
+    """On the device `meta` every tensor lies at address 0, which the library would read."""
+    layer = QuantLinear(Nearest().quantize(make_weight((32, 64), torch.float16, "normal"), grid), torch.ones(32))
+    ids, x = torch.tensor([[1, 2]]), torch.ones(2, 3, 64)
+    assert layer(x.to("meta")).is_meta and layer.embedding(ids.to("meta"), torch.float32).shape == (1, 2, 64)
+    layer.to("meta")
+    assert layer(x.to("meta")).shape == (2, 3, 32)
+    for grad in (False, True):
+        with pytest.raises(RuntimeError, match="given a tensor on meta: weights and activations must be on one device"):
+            layer(x.clone().requires_grad_(grad))
+    with pytest.raises(RuntimeError, match="given a tensor on meta"):
+        layer.embedding(ids, torch.float32)

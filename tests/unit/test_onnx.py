@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -268,6 +269,22 @@ def test_folders_are_made_whole(made: Made, tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OutputError, match="cannot be written: the disk is full"):
         export(folder, tmp_path / "out", force=True)
     assert (tmp_path / "out" / "onnx" / "model_bnb4.onnx").is_file() and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "mine", [".git/HEAD", "model.safetensors", "README.md", "onnx/notes.txt", "onnx/quantized/a.onnx"]
+)
+def test_a_folder_that_holds_more_than_an_export_is_not_replaced(made: Made, tmp_path: Path, mine: str) -> None:
+    """As a repository for transformers.js does: replacing it would delete the rest."""
+    folder, _, _ = made("nf4")
+    export(folder, tmp_path / "out")
+    kept = tmp_path / "out" / mine
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text("kept")
+    named = mine if mine.startswith("onnx/notes") else mine.rpartition("/")[0] or mine
+    with pytest.raises(OutputError, match=rf"no folder of an ONNX model \(it holds {re.escape(named)} as well\)"):
+        export(folder, tmp_path / "out", force=True)
+    assert kept.read_text() == "kept"
 
 
 def broken(*_: Any, **__: Any) -> None:
