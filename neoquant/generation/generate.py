@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from neoquant.errors import CheckpointError, ContextError, RequestError
+from neoquant.errors import CheckpointError, ContextError, NeoquantError, RequestError
 from neoquant.generation.cuda_graph import Choose, GraphedSteps, refuse
 from neoquant.generation.padding import left_padded
 from neoquant.model.cache import KVCache
@@ -425,7 +425,7 @@ def stream(
                 looked += 1
                 row, is_usable, is_last = endings.take(ids)
                 if not is_usable:
-                    raise not_finite(model, looked)
+                    raise no_choice(model, looked, sampling, None if chosen is not None else raw)
                 yield row
                 if is_last:
                     if given is not None:
@@ -473,7 +473,18 @@ def require_beginning(cache: KVCache, ids: Tensor) -> KVCache:
     return cache
 
 
-def not_finite(model: CausalLM, number: int) -> CheckpointError:
+def no_choice(model: CausalLM, number: int, sampling: Sampling, raw: Tensor | None) -> NeoquantError:
+    """Why no token could be chosen: what was asked for rules all out, or the model's logits `raw` `[B, V]`, or those
+    that nobody has kept, are not finite."""
+    ruling_out = [
+        f"{name}={value}" if isinstance(value, int) else f"{name} ({len(value)} of them)"
+        for name in ("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "min_new_tokens")
+        if (value := getattr(sampling, name))
+    ]
+    if ruling_out and raw is not None and bool(raw.amax(-1).isfinite().all()):
+        return RequestError(
+            f"new token {number} cannot be chosen: {' and '.join(ruling_out)} rule out all {raw.shape[-1]:,} tokens"
+        )
     dtype = str(model.dtype).removeprefix("torch.")
     advice = "the weights may be damaged"
     if model.dtype == torch.float16:

@@ -15,7 +15,8 @@ class GenerateDecoderOnlyOutput(ModelOutput):
     """`sequences[B, T + new]`, and for each new token, where they are asked for, `scores[B, V]`, by which it was chosen
     (-inf on what could not be), and `logits[B, V]`, as the model gave them; 0 in rows that had ended.
     `past_key_values` holds all positions but the last: with it, `generate` goes on from `sequences` and what follows
-    them. Of several rows that may end apart, only where it was given: rows that had ended are then computed as well."""
+    them. Of several rows that may end apart, only where it was given: rows that had ended are then computed as well.
+    There is none of rows with padding behind their tokens."""
 
     sequences: Tensor
     scores: tuple[Tensor, ...] | None = None

@@ -50,3 +50,11 @@ def left_padded(ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         raise RequestError("attention_mask leaves a row no token: every prompt needs at least one")
     order = keep.int().argsort(dim=1, stable=True)
     return keep.gather(1, order), order
+
+
+def stands_before(attention_mask: Tensor | None) -> bool:
+    """Whether no padding of `attention_mask[B, T]` stands behind a token of its row."""
+    if attention_mask is None:
+        return True
+    keep = attention_mask.bool()
+    return not bool((keep[..., :-1] & ~keep[..., 1:]).any())

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from neoquant.errors import RequestError
 from neoquant.generation.drafting import MOST_DRAFTED, Draft, Drafter
-from neoquant.generation.generate import NOTHING, Endings, Sampling, Stop, check_room, distribution, not_finite
+from neoquant.generation.generate import NOTHING, Endings, Sampling, Stop, check_room, distribution, no_choice
 from neoquant.model.cache import KVCache
 from neoquant.model.gpt_neo import CausalLM
 from neoquant.native.step import rows_alike
@@ -86,7 +86,7 @@ def stream_with_drafts(
         room = min(width, most, last - len(ids) - 1)
         # The prompt is read alone: what comes of many positions need not be what comes of one.
         draft = drafter.propose(ids, room if cache.length else 0, generator)
-        tokens, finite = _check(model, cache, ids, draft, sampling, last - max_new_tokens, generator)
+        tokens, unusable = _check(model, cache, ids, draft, sampling, last - max_new_tokens, generator)
         accepted, drafted = len(tokens) - 1, len(draft.tokens)
         width = accepted + 1 if accepted < drafted else accepted + 2
         acceptance.steps += 1
@@ -95,8 +95,8 @@ def stream_with_drafts(
         for number, token in enumerate(tokens):
             ids.append(token)
             chosen, _, is_last = endings.take(torch.tensor([token]))
-            if number == accepted and not finite:
-                raise not_finite(model, len(ids) - (last - max_new_tokens))
+            if number == accepted and unusable is not None:
+                raise no_choice(model, len(ids) - (last - max_new_tokens), sampling, unusable)
             yield chosen
             if is_last:
                 return
@@ -105,9 +105,9 @@ def stream_with_drafts(
 def _check(
     model: CausalLM, cache: KVCache, ids: list[int], draft: Draft, sampling: Sampling, prompt: int,
     generator: torch.Generator | None,
-) -> tuple[list[int], bool]:  # fmt: skip
-    """The guesses that are taken and the token behind them, and whether there was one to choose; `cache` then holds all
-    but the last. The first `prompt` of `ids` were given."""
+) -> tuple[list[int], Tensor | None]:  # fmt: skip
+    """The guesses that are taken and the token behind them, and, where there was none to choose, the logits `[1, V]`
+    that it was to be chosen by; `cache` then holds all but the last. The first `prompt` of `ids` were given."""
     k, device = len(draft.tokens), model.device
     held = cache.length
     new = torch.tensor([[*ids[held:], *draft.tokens.tolist()]], device=device)
@@ -131,7 +131,7 @@ def _check(
         following = p[k] if accepted == k else instead[accepted]
     next_token = int(torch.multinomial(following, 1, generator=generator)) if finite[accepted] else 0
     cache.crop(len(ids) + accepted)
-    return [*draft.tokens.tolist()[:accepted], next_token], bool(finite[accepted])
+    return [*draft.tokens.tolist()[:accepted], next_token], None if finite[accepted] else logits[accepted, None]
 
 
 def _seen(ids: list[int], draft: Draft, sampling: Sampling) -> Tensor:

@@ -18,7 +18,7 @@ from neoquant.generation.config import GenerationConfig, OnlyInTransformersError
 from neoquant.generation.drafting import drafter_of
 from neoquant.generation.generate import Processor, Streamer, as_ids, collect, generate, in_turn
 from neoquant.generation.outputs import KeptScores
-from neoquant.generation.padding import inferred_mask
+from neoquant.generation.padding import inferred_mask, stands_before
 from neoquant.generation.speculative import stream_with_drafts
 from neoquant.generation.stopping import ends_by, ends_with
 from neoquant.loading.handed_over import generate_there
@@ -313,7 +313,8 @@ class GPTNeoForCausalLM(PreTrainedModel, CausalLM):
         asked_for = bool(config.output_scores), bool(config.output_logits)
         scores = KeptScores(*asked_for) if config.return_dict_in_generate else None
         cache = past_key_values
-        if cache is None and scores is not None and (len(ids) == 1 or not config.ends()):
+        together = len(ids) == 1 or not config.ends()
+        if cache is None and scores is not None and together and stands_before(given["attention_mask"]):
             cache = KVCache.of(self.config, ids.shape[1] + options["max_new_tokens"], config.cache_dtype)
         if assistant_model is None and not config.prompt_lookup_num_tokens:
             options |= {"processor": in_turn(logits_processor), "record": scores, "streamer": streamer, "cache": cache}

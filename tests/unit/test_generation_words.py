@@ -323,6 +323,28 @@ def test_what_was_computed_is_given_where_no_row_ended_before_the_others(pair: t
     assert pair[0].generate(IDS, **asked, eos_token_id=0).past_key_values is None
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("ends", [None, 0])
+def test_padding_on_the_right_has_scores_too(pair: tuple[Any, Any], rows: int, ends: int | None) -> None:
+    """Only the cache goes without: what it would hold stands in another order."""
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]])[:rows]
+    asked = {"attention_mask": mask, "max_new_tokens": 4, "eos_token_id": ends, "pad_token_id": 0}
+    whole = pair[0].generate(IDS[:rows], return_dict_in_generate=True, output_scores=True, **asked)
+    assert whole.sequences.tolist() == pair[0].generate(IDS[:rows], **asked).tolist()
+    assert len(whole.scores) == whole.sequences.shape[1] - 5 and whole.past_key_values is None
+    for row, kept in enumerate(mask.sum(1).tolist()):
+        alone = pair[0].generate(IDS[row : row + 1, :kept], max_new_tokens=1, eos_token_id=ends)
+        assert whole.sequences[row, 5] == alone[0, -1]
+
+
+@pytest.mark.parametrize("drafts", [{}, {"prompt_lookup_num_tokens": 2}])
+def test_a_request_that_leaves_no_token_is_named(pair: tuple[Any, Any], drafts: dict[str, int]) -> None:
+    asked = {"no_repeat_ngram_size": 1, "suppress_tokens": list(range(5, 29)), "max_new_tokens": 8}
+    message = r"new token 6 cannot .*: no_repeat_ngram_size=1 and suppress_tokens \(24 of them\) rule out all 29 tokens"
+    with pytest.raises(RequestError, match=message):
+        pair[0].generate(torch.tensor([[6]]), eos_token_id=None, **asked, **drafts)
+
+
 @pytest.mark.parametrize("look_every", [1, 5])
 def test_rows_of_a_given_cache_go_on_together(pair: tuple[Any, Any], look_every: int) -> None:
     """Padding on the left, one row that ends before the other, and more that was computed than is kept."""
