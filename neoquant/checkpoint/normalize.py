@@ -28,6 +28,9 @@ _PARTS: Mapping[str, str] = {
 _ADAPTED = "base_layer"  # where PEFT puts a layer that it gives an adapter
 _ROOTS = (BASE_PREFIX.rstrip("."), "wte", "wpe", "h", "ln_f", *HEADS)  # what the network's own names begin with
 
+_TWICE = (f"{BASE_PREFIX}{BASE_PREFIX}", *(f"{BASE_PREFIX}{head}." for head in HEADS))
+_OWN_EMBEDDING = EMBEDDING.removeprefix(BASE_PREFIX)
+
 
 class Normalized(NamedTuple):
     """A checkpoint's tensors by GPT-Neo's names.
@@ -102,6 +105,9 @@ def _unwrapped(names: list[str]) -> tuple[list[str], list[str]]:
         names = [name.removeprefix(prefix) for name in names]
         wrapper = _PREFIXES.get(prefix, "a module around the model")
         notes.append(f"{prefix} is left out of the tensors' names; {wrapper} puts it there")
+    if prefix := _prefix_of_the_network(names):
+        names = [name.removeprefix(prefix) for name in names]
+        notes.append(f"{prefix} is left out of the tensors' names that begin with it, a module around the model's")
     return names, notes
 
 
@@ -109,12 +115,28 @@ def _common_prefix(names: Sequence[str]) -> str:
     """What a wrapper puts in front of all names: a known word, or what stands before the network's own; or nothing."""
     if not names:
         return ""
+    if all(name.startswith(_TWICE) for name in names):
+        return BASE_PREFIX  # of a wrapper that calls the whole model as it calls its network
     words = names[0].split(".")
     before = next((place for place, word in enumerate(words) if word in _ROOTS), 0)
     for prefix in (*_PREFIXES, "".join(f"{word}." for word in words[:before])):
         if prefix and all(name.startswith(prefix) for name in names):
             return prefix
     return ""
+
+
+def _prefix_of_the_network(names: Sequence[str]) -> str:
+    """What stands before the network's names alone, beside other tensors (a value head's, for one); or nothing.
+
+    Raises CheckpointError where several networks are there.
+    """
+    if any(name.split(".", 1)[0] in _ROOTS for name in names):
+        return ""
+    embeddings = [name for name in names if f".{name}".endswith(f".{_OWN_EMBEDDING}")]
+    prefixes = [name.removesuffix(_OWN_EMBEDDING).removesuffix(BASE_PREFIX) for name in embeddings]
+    if len(prefixes) > 1:
+        raise CheckpointError(f"holds several networks, {' and '.join(prefixes)}: save the one that is meant alone")
+    return prefixes[0] if prefixes else ""
 
 
 def _without_second_names(stored: dict[str, Stored]) -> tuple[dict[str, Stored], list[str]]:

@@ -46,6 +46,7 @@ WRAPPERS: dict[str, Callable[[str], str]] = {
     "_orig_mod and module.": lambda name: f"_orig_mod.module.{name}",
     "base_model.model.": lambda name: f"base_model.model.{name}",
     "net.decoder.": lambda name: f"net.decoder.{name}",
+    "transformer.": lambda name: f"transformer.{name}",
     "module. and gpt_neo.": lambda name: f"module.gpt_neo.{name}",
 }
 
@@ -101,6 +102,25 @@ def test_an_adapter_that_is_not_merged_is_named(make_model: MakeModel) -> None:
     }
     rewrite(folder, {f"base_model.model.{name}": tensor for name, tensor in state.items()}, "safetensors")
     with pytest.raises(CheckpointError, match=rf"{layer}\.base_layer\.weight' has an adapter .*merge_and_unload"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("prefix", ["pretrained_model.", "model.actor."])
+@pytest.mark.parametrize("base", [False, True])
+def test_a_wrapper_with_tensors_of_its_own(make_model: MakeModel, prefix: str, base: bool) -> None:
+    """As a model with a value head is stored by those who train it."""
+    folder = make_model()
+    expected, state = logits(folder), load_file(folder / "model.safetensors")
+    named = {name.removeprefix("transformer.") if base else name: tensor for name, tensor in state.items()}
+    head = {"v_head.summary.weight": torch.ones(1, 24)}
+    rewrite(folder, {f"{prefix}{name}": tensor for name, tensor in named.items()} | head, "safetensors")
+    with pytest.warns(LoadWarning, match=rf"{prefix} is left out|also holds .*v_head\.summary\.weight, which"):
+        GPTNeoForCausalLM.from_pretrained(folder)
+    assert torch.equal(logits(folder), expected)
+    rewrite(
+        folder, {f"{which}.{name}": t.clone() for which in ("new", "old") for name, t in named.items()}, "safetensors"
+    )
+    with pytest.raises(CheckpointError, match=r"holds several networks, new\. and old\.: save the one that is meant"):
         open_checkpoint(folder)
 
 
