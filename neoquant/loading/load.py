@@ -126,6 +126,7 @@ def read_model(
         model.load_report = Filler(checkpoint, model, format, contents, kind, places, compute_dtype).fill(progress)
     if len(set(places.units.values())) > 1:
         model.hf_device_map = places.describe()
+    model.name_or_path = str(checkpoint.source)
     model.quantization_format = None if format is None else format.name
     checkpoint.require_unchanged()
     _arrange(model, activations)

@@ -39,6 +39,8 @@ class Network(nn.Module):
     """What was found when it was loaded from a checkpoint."""
     quantization_format: str | None = None
     """The format that its quantized layers were loaded from, which saving keeps; None where that is to be chosen."""
+    name_or_path = ""
+    """The folder or the id on the hub that it was loaded from: what PEFT notes as the base model of adapters."""
     hf_device_map: dict[str, int | str]
     """Where each part lies, by transformers' name; there is none while all of it is on one device."""
     base_model_prefix = "transformer"

@@ -66,6 +66,8 @@ class SpecialTokens:
 
     backend: tokenizers.Tokenizer
     settings: TokenizerSettings
+    name_or_path: str
+    """The folder or the id on the hub that it was read from."""
 
     bos_token = SpecialToken()
     eos_token = SpecialToken()
@@ -88,12 +90,17 @@ class SpecialTokens:
         set_field(self, "settings", settings)
         set_field(self, "_sha256", None)
         set_field(self, "_silenced", {})
+        set_field(self, "name_or_path", "")
 
     def __setattr__(self, name: str, value: Any) -> None:
         known = getattr(type(self), name, None)
         if name in self.settings.special and known is None:
             self.set_special_token(name, value)
-        elif isinstance(known, SpecialToken | SpecialTokenId) or (isinstance(known, property) and known.fset):
+        elif (
+            name == "name_or_path"
+            or isinstance(known, SpecialToken | SpecialTokenId)
+            or (isinstance(known, property) and known.fset)
+        ):
             object.__setattr__(self, name, value)
         elif isinstance(known, property) or name in ("backend", "settings"):
             raise AttributeError(f"a tokenizer's {name} cannot be set: load one with it, from_pretrained(..., {name}=)")
@@ -109,10 +116,12 @@ class SpecialTokens:
         raise AttributeError(f"a tokenizer has no attribute {name!r}")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"backend": self.backend, "settings": self.settings}
+        return {"backend": self.backend, "settings": self.settings, "name_or_path": self.name_or_path}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        name_or_path = state.pop("name_or_path", "")
         SpecialTokens.__init__(self, **state)
+        self.name_or_path = name_or_path
 
     def set_special_token(self, name: str, value: object) -> None:
         """Make a token the `name` ("pad_token" and the like); None for none. It need not be in the vocabulary yet."""

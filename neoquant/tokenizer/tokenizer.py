@@ -95,7 +95,9 @@ class Tokenizer(Vocabulary):
         """
         source = pretrained_model_name_or_path if source is None else source
         settings = without_keywords(settings)
-        return cls.from_folder(find_companions(source, revision=revision), **settings)
+        tokenizer = cls.from_folder(find_companions(source, revision=revision), **settings)
+        tokenizer.name_or_path = tokenizer.name_or_path if source is None else str(source)
+        return tokenizer
 
     @classmethod
     def from_folder(cls, folder: str | Path, **settings: Any) -> Tokenizer:
@@ -111,8 +113,9 @@ class Tokenizer(Vocabulary):
                 raise CheckpointError(f"no tokenizer here: neither {FAST} nor {SLOW_VOCAB} with {SLOW_MERGES}")
             fast = _read_fast(folder / FAST) if has_fast else None
             read = read_settings(folder, fast, settings)
-            backend = build_backend(folder, fast, read)
-            return cls(backend, read)
+            tokenizer = cls(build_backend(folder, fast, read), read)
+        tokenizer.name_or_path = str(folder)
+        return tokenizer
 
     def __call__(
         self,

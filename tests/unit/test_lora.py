@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,7 @@ def test_adapters_learn_on_a_quantized_model(tmp_path: Path) -> None:
     assert adapted.generate(ids, max_new_tokens=2).shape == (1, ids.shape[1] + 2)
     adapted.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").stat().st_size < 500_000
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == str(MODEL)
     fresh = neoquant.AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=NF4)
     again = neoquant.load_peft_model(fresh, tmp_path)
     with torch.no_grad():

@@ -315,6 +315,18 @@ def test_transformers_name_of_the_source(tiny_model: Path) -> None:
     assert model.config.vocab_size == neoquant.AutoConfig.from_pretrained(tiny_model).vocab_size
 
 
+def test_where_models_and_tokenizers_were_read_from(tiny_model: Path) -> None:
+    for read in (neoquant.AutoTokenizer, neoquant.AutoModelForCausalLM, neoquant.GPTNeoModel):
+        named = read.from_pretrained(tiny_model)
+        theirs = getattr(transformers, read.__name__).from_pretrained(tiny_model)
+        assert named.name_or_path == theirs.name_or_path == str(tiny_model)
+        assert copy.deepcopy(named).name_or_path == str(tiny_model)
+    quantized = neoquant.AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config={"load_in_4bit": True})
+    assert quantized.name_or_path == str(tiny_model) and neoquant.load(tiny_model)[1].name_or_path == str(tiny_model)
+    config = neoquant.GPTNeoConfig(hidden_size=8, num_heads=1, num_layers=2, attention_types=[[["global"], 2]])
+    assert neoquant.GPTNeoForCausalLM(config).name_or_path == ""
+
+
 def test_what_was_found_is_given_beside_the_model(tiny_model: Path) -> None:
     with pytest.warns(neoquant.LoadWarning):
         model, info = neoquant.GPTNeoForTokenClassification.from_pretrained(tiny_model, output_loading_info=True)
