@@ -90,7 +90,7 @@ def bits_chart(offered: list[Choice]) -> str:
             axes.plot(*zip(*points, strict=True), mark, color=ink, markerfacecolor=ink if ink == ACCENT else PAPER,
                       markersize=6, label=way)  # fmt: skip
         axes.set_xlim(2, 10.5)
-        axes.set_ylim(2e-4, 0.6)
+        axes.set_ylim(2e-4, 2 * max(kl for choice in offered for kl in choice.losses.values()))
         axes.set_xticks([2, 3, 4, 6, 8], ["2", "3", "4", "6", "8"])
         axes.minorticks_off()
         axes.grid(axis="y")
