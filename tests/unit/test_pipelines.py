@@ -86,6 +86,17 @@ def test_generated_text_is_transformers(generators: tuple[Any, Any], options: di
             assert ours(PROMPTS, batch_size=3, **options) == theirs(PROMPTS, batch_size=3, **options)
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("kind", [list, lambda texts: (text for text in texts)], ids=["list", "generator"])
+def test_samples_of_several_texts_are_transformers(generators: tuple[Any, Any], batch_size: int, kind: Any) -> None:
+    made = []
+    for generator in generators:
+        torch.manual_seed(12)
+        results = generator(kind(PROMPTS), batch_size=batch_size, max_new_tokens=8, temperature=1.3)
+        made.append([*results, torch.rand(1).item()])
+    assert made[0] == made[1]
+
+
 def test_generators_are_answered_as_they_come(generators: tuple[Any, Any]) -> None:
     drawn: list[str] = []
 

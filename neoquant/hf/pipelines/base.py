@@ -48,6 +48,7 @@ class Pipeline(ABC):
         return list(results) if isinstance(inputs, list | tuple) else results
 
     def _batches(self, inputs: Iterable[Any], size: int, options: dict[str, Any]) -> Iterator[Any]:
+        torch.empty((), dtype=torch.int64).random_()  # as the DataLoader does that transformers has
         remaining = iter(inputs)
         while batch := list(islice(remaining, size)):
             yield from self._run(batch, options)
