@@ -16,6 +16,9 @@ _BEGINNINGS = (
     (b"GGUF", "is a GGUF file, as llama.cpp writes it: give the model it was made from"),
     (b"<!DOCTYPE html", "is a web page, not the file: download it again (from /resolve/, not /blob/)"),
     (b"<html", "is a web page, not the file: download it again (from /resolve/, not /blob/)"),
+    (b"\x1f\x8b", "is compressed by gzip: unpack it"),
+    (b"\xfd7zXZ", "is compressed by xz: unpack it"),
+    (b"(\xb5/\xfd", "is compressed by zstd: unpack it"),
 )
 
 # Pattern of a name in the folder -> what the folder is. The first that matches counts.
@@ -77,7 +80,10 @@ def explain_file(path: Path) -> str | None:
     Raises OSError where it cannot be opened.
     """
     with path.open("rb") as file:
-        beginning = file.read(_READ_BYTES).lstrip()
+        read = file.read(_READ_BYTES)
+    if path.suffix != ".safetensors" and read[8:10] == b'{"' and b'"data_offsets"' in read:
+        return "is a safetensors file by another name: call it model.safetensors"
+    beginning = read.lstrip()
     for begins, what in _BEGINNINGS:
         if beginning[: len(begins)].lower() == begins.lower():
             return what

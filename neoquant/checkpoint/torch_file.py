@@ -8,6 +8,7 @@ compressed or big-endian members, must be loaded whole.
 from __future__ import annotations
 
 import pickle
+import tarfile
 import zipfile
 from bisect import bisect_right
 from collections.abc import Mapping
@@ -107,6 +108,8 @@ def _load(path: Path, device: str) -> tuple[Mapping[str, torch.Tensor], str | No
     except Exception as error:  # a damaged pickle can raise anything: unpickling is running a small program
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error):
+            if beginning := _no_file_of_torch(path):
+                raise CheckpointError(f"the file was not written by torch.save: it begins with {beginning}") from error
             raise CheckpointError(
                 "the pickle holds more than tensors, and running it could do anything, so it is not loaded; "
                 "convert the model to safetensors where you trust it"
@@ -122,6 +125,17 @@ def _load(path: Path, device: str) -> tuple[Mapping[str, torch.Tensor], str | No
             f"the file holds tensors under {' and '.join(map(repr, inside))}: save the ones that are meant alone"
         )
     raise CheckpointError("the file holds something else than a mapping of names to dense tensors")
+
+
+def _no_file_of_torch(path: Path) -> str | None:
+    """The first bytes of a file that begins neither as a zip, nor as a pickle, nor as a tar; None for one of these.
+
+    torch says of any other that it holds more than tensors: its first byte is an instruction that torch does not know.
+    """
+    with path.open("rb") as file:
+        beginning = file.read(4)
+    known = beginning.startswith((b"PK\x03\x04", b"\x80")) or tarfile.is_tarfile(path)
+    return None if known else f"{beginning!r}"
 
 
 def _states_inside(content: object) -> dict[str, Mapping[str, torch.Tensor]]:

@@ -15,7 +15,7 @@ import torch
 
 from neoquant.calibration.memory import CUDA_LIBRARIES, CalibrationMemory
 from neoquant.checkpoint import SHARD_SIZE, Checkpoint, TensorHeader, expected_size
-from neoquant.errors import RecipeError
+from neoquant.errors import RecipeError, locate
 from neoquant.formats import NAMED, Format, first_that_holds
 from neoquant.formats.base import dtype_name
 from neoquant.grids import Grid, make_grid
@@ -165,13 +165,16 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, shard_size: int = SHARD
     """
     headers = list(checkpoint.headers.values())
     refuse_quantized(checkpoint)
-    config = GPTNeoConfig.from_dict(checkpoint.config)
-    require_network(headers, config)
+    with locate(f"{checkpoint.source}/config.json"):
+        config = GPTNeoConfig.from_dict(checkpoint.config)
+    with locate(checkpoint.source):
+        require_network(headers, config)
     treatment = _treat(headers, recipe)
     format, passed_over = _require_possible(recipe, headers, treatment)
     dtype = _half_dtype(headers, recipe.dtype)
     grids = {**treatment.grids, **_table_grids(recipe, format, treatment.tables)}
-    require_free_names(checkpoint.headers, grids, format)
+    with locate(checkpoint.source):
+        require_free_names(checkpoint.headers, grids, format)
     maker = RowMaker(treatment.rules, grids, format, dtype, network_shapes(config) | head_shapes(config))
     tied_head = TIED_HEAD if config.tie_word_embeddings else None
     rows = tuple(maker.tied_head(header) if header.name == tied_head else maker.row(header) for header in headers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from collections.abc import Callable
@@ -39,12 +40,23 @@ def test_a_git_lfs_pointer_is_called_one(make_model: MakeModel, name: str) -> No
         (b"\x89HDF\r\n\x1a\n" + bytes(64), "HDF5 file"),
         (b"GGUF" + bytes(64), "GGUF file"),
         (b"\n<!doctype html><html><body>Sign in</body></html>", "a web page, not the file: download it again"),
+        (gzip.compress(bytes(64)), "compressed by gzip: unpack it"),
     ],
 )
 def test_files_of_other_kinds_are_named(make_model: MakeModel, content: bytes, message: str) -> None:
     folder = make_model()
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(folder)
+
+
+def test_a_bin_that_torch_did_not_write_is_not_said_to_hold_more_than_tensors(make_model: MakeModel) -> None:
+    folder = make_model()
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: is a safetensors file by another name"):
+        open_checkpoint(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"7z\xbc\xaf" + bytes(64))
+    with pytest.raises(CheckpointError, match=r"was not written by torch\.save: it begins with b'7z\\xbc\\xaf'"):
         open_checkpoint(folder)
 
 
