@@ -600,6 +600,27 @@ def in_turn(processors: Sequence[Processor] | None) -> Processor | None:
 
 
 def as_ids(values: Tensor | Sequence[Sequence[int]] | Sequence[int]) -> Tensor:
-    """Token ids in any usual form as `[B, T]`."""
-    ids = torch.as_tensor(values)
+    """Token ids in any usual form as `[B, T]`. Raises RequestError for what are none."""
+    try:
+        ids = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # a text, rows of several lengths, ...
+        raise RequestError(
+            f"input_ids are {values!r:.60}: {error}; legal are a tensor [B, T] of token ids, or lists of equal "
+            "lengths, as a tokenizer makes them"
+        ) from None
+    if ids.ndim not in (1, 2) or (ids.numel() and ids.dtype not in (torch.int64, torch.int32)):
+        raise RequestError(f"input_ids are {ids.dtype} {list(ids.shape)}; legal are token ids int64 or int32 [B, T]")
     return ids[None] if ids.ndim == 1 else ids
+
+
+def require_in_vocabulary(model: CausalLM, ids: Tensor, attention_mask: Tensor | None) -> None:
+    """Raise RequestError where `ids[B, T]` that are no padding are none of the model's tokens; on a GPU nobody looks,
+    which would wait for it."""
+    if ids.device.type != "cpu" or (attention_mask is not None and attention_mask.device.type != "cpu"):
+        return
+    outside = (ids < 0) | (ids >= model.config.vocab_size)
+    if attention_mask is not None and attention_mask.shape == ids.shape:
+        outside &= attention_mask.bool()
+    if bool(outside.any()):
+        first = int(ids[outside][0])
+        raise RequestError(f"input_ids hold {first}; the model's tokens are 0 to {model.config.vocab_size - 1:,}")

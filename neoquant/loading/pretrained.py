@@ -16,7 +16,7 @@ from neoquant.errors import RequestError, locate
 from neoquant.generation.config import FILE as GENERATION_FILE
 from neoquant.generation.config import GenerationConfig, OnlyInTransformersError
 from neoquant.generation.drafting import drafter_of
-from neoquant.generation.generate import Processor, Streamer, as_ids, collect, generate, in_turn
+from neoquant.generation.generate import Processor, Streamer, as_ids, collect, generate, in_turn, require_in_vocabulary
 from neoquant.generation.outputs import KeptScores
 from neoquant.generation.padding import inferred_mask, stands_before
 from neoquant.generation.speculative import stream_with_drafts
@@ -296,6 +296,7 @@ class GPTNeoForCausalLM(PreTrainedModel, CausalLM):
         given = dict(given)
         if given.get("attention_mask") is None:
             given["attention_mask"] = inferred_mask(ids, config.pad_token_id, config.ends())
+        require_in_vocabulary(self, ids, given["attention_mask"])
         copies = config.copies()
         if copies > 1:
             rows, ids = len(ids), ids.repeat_interleave(copies, dim=0)

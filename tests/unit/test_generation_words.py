@@ -337,6 +337,31 @@ def test_padding_on_the_right_has_scores_too(pair: tuple[Any, Any], rows: int, e
         assert whole.sequences[row, 5] == alone[0, -1]
 
 
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        ("a text", r"input_ids are 'a text': .* as a tokenizer makes them"),
+        ([[1, 2], [3]], r"input_ids are \[\[1, 2\], \[3\]\]: .* lists of equal lengths"),
+        (torch.ones(1, 3), r"input_ids are torch\.float32 \[1, 3\]; legal are token ids int64 or int32"),
+        (torch.tensor([[True]]), r"input_ids are torch\.bool"),
+        (torch.tensor(5), r"input_ids are torch\.int64 \[\]"),
+        (torch.ones(1, 2, 3, dtype=torch.int64), r"input_ids are torch\.int64 \[1, 2, 3\]"),
+        ([[5, 29]], "input_ids hold 29; the model's tokens are 0 to 28"),
+        ([[5, -100]], "input_ids hold -100; the model's tokens are 0 to 28"),
+    ],
+)
+def test_what_are_no_ids_is_said(pair: tuple[Any, Any], ids: Any, said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        pair[0].generate(ids, max_new_tokens=2, pad_token_id=None)
+
+
+def test_padding_may_be_no_token(pair: tuple[Any, Any]) -> None:
+    asked = {"max_new_tokens": 4, "eos_token_id": None}
+    plain = pair[0].generate(IDS, attention_mask=MASK, **asked)
+    outside = pair[0].generate(IDS.where(MASK.bool(), -1), attention_mask=MASK, **asked)
+    assert outside[:, 5:].tolist() == plain[:, 5:].tolist()
+
+
 @pytest.mark.parametrize("drafts", [{}, {"prompt_lookup_num_tokens": 2}])
 def test_a_request_that_leaves_no_token_is_named(pair: tuple[Any, Any], drafts: dict[str, int]) -> None:
     asked = {"no_repeat_ngram_size": 1, "suppress_tokens": list(range(5, 29)), "max_new_tokens": 8}
