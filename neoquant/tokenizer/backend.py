@@ -104,14 +104,20 @@ def set_template(backend: tokenizers.Tokenizer, first: str | None, last: str | N
     from tokenizers.processors import TemplateProcessing
 
     def part(letter: str, kind: int) -> list[str]:
-        return [f"{token}:{kind}" for token in (first, f"${letter}", last) if token is not None]
+        pieces = (named(first), f"${letter}", named(last))
+        return [f"{piece}:{kind}" for piece in pieces if piece is not None]
+
+    def named(token: str | None) -> str | None:
+        """What it is called in the template, where a token that begins with a dollar would be read as a text."""
+        return token if token is None or not token.startswith("$") else f"token {token}"
 
     ids = {token: backend.token_to_id(token) for token in (first, last) if token is not None}
     for token, number in ids.items():
         if number is None:
             raise RequestError(f"{token!r} is no token of this tokenizer, so it cannot begin or end a text")
     single, second = part("A", 0), part("B", 1)
-    backend.post_processor = TemplateProcessing(single=single, pair=[*single, *second], special_tokens=[*ids.items()])
+    special = [{"id": named(token), "ids": [number], "tokens": [token]} for token, number in ids.items()]
+    backend.post_processor = TemplateProcessing(single=single, pair=[*single, *second], special_tokens=special)
 
 
 def _check_ids(backend: tokenizers.Tokenizer, fast: dict[str, Any] | None, settings: TokenizerSettings) -> None:

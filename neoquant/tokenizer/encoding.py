@@ -28,6 +28,17 @@ _STRATEGIES = ("longest_first", "only_first", "only_second")
 _TRUNCATION = (None, False, "do_not_truncate", True, *_STRATEGIES)
 
 
+class Span(NamedTuple):
+    """Where something begins, and the place behind its end."""
+
+    start: int
+    end: int
+
+
+def _span(found: tuple[int, int] | None) -> Span | None:
+    return None if found is None else Span(*found)
+
+
 class BatchEncoding(dict[str, Any]):
     """`input_ids` and `attention_mask` (0 on padding), reached as keys or attributes; `**encoding` feeds a model.
 
@@ -52,15 +63,46 @@ class BatchEncoding(dict[str, Any]):
         # In rows of what was cut off, the library has forgotten it where no template puts tokens around texts.
         return [None if special else kind if number is None else number for number, kind, special in known]
 
+    words = word_ids
+    """transformers' older name."""
+
     def char_to_token(self, row_or_char: int, char: int | None = None, sequence_index: int = 0) -> int | None:
         """The place of the token that a character of a text is in: of the only row, or of a row; None for none."""
-        row, place = (0, row_or_char) if char is None else (row_or_char, char)
-        return self.encoding(row).char_to_token(place, sequence_index)
+        found: int | None = self._aligned("char_to_token", row_or_char, char, sequence_index)
+        return found
 
-    def token_to_chars(self, row_or_token: int, token: int | None = None) -> tuple[int, int] | None:
+    def char_to_word(self, row_or_char: int, char: int | None = None, sequence_index: int = 0) -> int | None:
+        """The number of the word that a character is in."""
+        found: int | None = self._aligned("char_to_word", row_or_char, char, sequence_index)
+        return found
+
+    def token_to_chars(self, row_or_token: int, token: int | None = None) -> Span | None:
         """Where the token at a place begins and ends in its text, of the only row, or of a row; None for none."""
         row, place = (0, row_or_token) if token is None else (row_or_token, token)
-        return self.encoding(row).token_to_chars(place)
+        return _span(self.encoding(row).token_to_chars(place))
+
+    def token_to_word(self, row_or_token: int, token: int | None = None) -> int | None:
+        """The number of the word that the token at a place is in."""
+        found: int | None = self._aligned("token_to_word", row_or_token, token)
+        return found
+
+    def token_to_sequence(self, row_or_token: int, token: int | None = None) -> int | None:
+        """Whether the token at a place is of the first text, 0, or the second, 1."""
+        row, place = (0, row_or_token) if token is None else (row_or_token, token)
+        return self.sequence_ids(row)[place]
+
+    def word_to_tokens(self, row_or_word: int, word: int | None = None, sequence_index: int = 0) -> Span | None:
+        """From where to where the tokens of a word are; None for none."""
+        return _span(self._aligned("word_to_tokens", row_or_word, word, sequence_index))
+
+    def word_to_chars(self, row_or_word: int, word: int | None = None, sequence_index: int = 0) -> Span | None:
+        """From where to where a word is in its text; None for none."""
+        return _span(self._aligned("word_to_chars", row_or_word, word, sequence_index))
+
+    def _aligned(self, method: str, row_or_place: int, place: int | None, *more: int) -> Any:
+        """What the library's method says of a place in the only row, or in a row."""
+        row, at = (0, row_or_place) if place is None else (row_or_place, place)
+        return getattr(self.encoding(row), method)(at, *more)
 
     def encoding(self, row: int = 0) -> tokenizers.Encoding:
         """The library's own, of a row. Raises RequestError where there is none."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from neoquant.errors import RequestError
 from neoquant.tokenizer.settings import END_OF_TEXT, EXTRA_TOKENS, SPECIAL_TOKENS, TokenizerSettings
+from neoquant.tokenizer.words import missing
 
 if TYPE_CHECKING:
     import tokenizers
@@ -113,7 +114,7 @@ class SpecialTokens:
                 if stem in self.settings.special:
                     token = self.settings.special[stem]
                     return self.require_id(token, stem) if is_id and token is not None else token
-        raise AttributeError(f"a tokenizer has no attribute {name!r}")
+        raise missing(name)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"backend": self.backend, "settings": self.settings, "name_or_path": self.name_or_path}
@@ -260,6 +261,8 @@ class SpecialTokens:
         added: list[Any] = []
         for name, value in tokens.items():
             if name in EXTRA_TOKENS:
+                if not isinstance(value, list | tuple):
+                    raise RequestError(f"{name} is {value!r:.60}; legal is a list of tokens")
                 replaces = replace_extra_special_tokens and replace_additional_special_tokens
                 former = [] if replaces else self.settings.additional
                 self.additional_special_tokens = list(dict.fromkeys((*former, *map(str, value))))

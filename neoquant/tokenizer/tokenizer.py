@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +29,9 @@ from neoquant.tokenizer.settings import (
     read_object,
     read_settings,
 )
+from neoquant.tokenizer.training import trained_backend
 from neoquant.tokenizer.vocabulary import Vocabulary
+from neoquant.tokenizer.words import refuse_options
 
 if TYPE_CHECKING:
     import tokenizers
@@ -49,23 +54,33 @@ class Tokenizer(Vocabulary):
         *,
         vocab: str | Path | Mapping[str, int] | None = None,
         merges: str | Path | Sequence[Any] | None = None,
+        vocab_file: str | Path | None = None,
+        merges_file: str | Path | None = None,
+        tokenizer_file: str | Path | None = None,
+        tokenizer_object: tokenizers.Tokenizer | None = None,
         **options: Any,
     ) -> None:
-        """From a pipeline, or from GPT-2's vocabulary and merges, which are contents or files.
+        """From a pipeline, from GPT-2's vocabulary and merges, which are contents or files, or from a tokenizer.json.
 
         Args:
             backend: the pipeline. Without `settings`, the end of text is `<|endoftext|>`, where it knows that.
             vocab: token -> id, with `merges`, in the place of a pipeline.
             merges: pairs of tokens, or "first second", in their order.
+            vocab_file, merges_file, tokenizer_object: transformers 4's names of `vocab`, `merges` and `backend`.
+            tokenizer_file: the path of a tokenizer.json.
             options: settings beside vocabulary and merges, those of `from_pretrained`.
 
         Raises RequestError for neither or both, CheckpointError for what is no vocabulary.
         """
+        backend = tokenizer_object if backend is None else backend
+        vocab, merges = vocab_file if vocab is None else vocab, merges_file if merges is None else merges
         if backend is None:
             with tempfile.TemporaryDirectory() as temp:
-                write_vocabulary(Path(temp), vocab, merges)
-                settings = read_settings(Path(temp), None, options)
-                backend = build_backend(Path(temp), None, settings)
+                if tokenizer_file is None:
+                    write_vocabulary(Path(temp), vocab, merges)
+                fast = None if tokenizer_file is None else _read_fast(Path(tokenizer_file))
+                settings = read_settings(Path(temp), fast, options)
+                backend = build_backend(Path(temp), fast, settings)
         elif vocab is not None or merges is not None or options:
             raise RequestError("vocab, merges and settings by name make a tokenizer that is given no backend")
         # A file may carry truncation or padding that some training run left in it: neither belongs to a text.
@@ -134,8 +149,9 @@ class Tokenizer(Vocabulary):
             text_pair_target: as many texts that follow those.
             options: those of `encoded`.
 
-        Raises RequestError where neither texts nor targets are given, and what `encoded` does.
+        Raises RequestError where neither texts nor targets are given, for other options, and what `encoded` does.
         """
+        refuse_options("calling a tokenizer", options, _CALLED)
         targets = None if text_target is None else self.encoded(text_target, text_pair_target, **options)
         if text is not None:
             made = self.encoded(text, text_pair, **options)
@@ -165,6 +181,7 @@ class Tokenizer(Vocabulary):
         return_special_tokens_mask: bool = False,
         return_offsets_mapping: bool = False,
         return_length: bool = False,
+        split_special_tokens: bool | None = None,
         verbose: bool = True,
     ) -> BatchEncoding:
         """What calling the tokenizer gives for texts without targets.
@@ -189,6 +206,7 @@ class Tokenizer(Vocabulary):
             return_special_tokens_mask: give `special_tokens_mask`, 1 on added tokens and padding.
             return_offsets_mapping: give `offset_mapping`, where each token begins and ends in its text.
             return_length: give `length`, the tokens of each row, padding included.
+            split_special_tokens: spell special tokens in a text out like any other text; None is the tokenizer's.
             verbose: for transformers' sake; nothing is said either way.
 
         Raises RequestError for padding without a `pad_token`, texts of several lengths as a tensor, or illegal values.
@@ -203,7 +221,7 @@ class Tokenizer(Vocabulary):
         single = isinstance(text, str) or is_words
         given: Any = [text] if is_words else text
         pairs: Any = [text_pair] if is_words and text_pair is not None else text_pair
-        with truncating(self.backend, wanted, self.truncation_side):
+        with truncating(self.backend, wanted, self.truncation_side), self._splitting(split_special_tokens):
             encodings = self.backend.encode_batch(
                 _inputs(given, pairs), add_special_tokens=add_special_tokens, is_pretokenized=is_split_into_words
             )
@@ -234,6 +252,19 @@ class Tokenizer(Vocabulary):
             made = BatchEncoding({**columns, **whole})
         made.encodings = encodings
         return made
+
+    @contextmanager
+    def _splitting(self, split: bool | None) -> Iterator[None]:
+        """Let the library spell special tokens out, or not, while this lasts. It keeps this in the tokenizer itself."""
+        own = self.backend.encode_special_tokens
+        if split is None or bool(split) == own:
+            yield
+            return
+        self.backend.encode_special_tokens = bool(split)
+        try:
+            yield
+        finally:
+            self.backend.encode_special_tokens = own
 
     def _gives(self, column: str, asked: bool | None) -> bool:
         return column in self.model_input_names if asked is None else asked
@@ -338,8 +369,12 @@ class Tokenizer(Vocabulary):
             raise RequestError("the prompt is empty, and the tokenizer has no bos_token to begin a text with")
         return [self.bos_token_id]
 
-    def tokenize(self, text: str, pair: str | None = None, *, add_special_tokens: bool = False) -> list[str]:
-        """The tokens of a text, or of a pair, as the vocabulary spells them."""
+    def tokenize(
+        self, text: str, pair: str | None = None, *, add_special_tokens: bool = False, **options: Any
+    ) -> list[str]:
+        """The tokens of a text, or of a pair, as the vocabulary spells them; `options` are those of calling."""
+        if options:
+            return self(text, pair, add_special_tokens=add_special_tokens, **options).tokens()
         return self.backend.encode(text, pair, add_special_tokens=add_special_tokens).tokens
 
     def pad(
@@ -411,14 +446,50 @@ class Tokenizer(Vocabulary):
         decoded = self.decode(rows, skip_special_tokens, **options)
         return [decoded] if isinstance(decoded, str) and len(rows) else list(decoded)
 
-    def save_pretrained(self, folder: str | Path, *, save_jinja_files: bool = True) -> tuple[str, ...]:
+    def save_pretrained(self, folder: str | Path, *, save_jinja_files: bool = True, **others: Any) -> tuple[str, ...]:
         """Write `tokenizer.json` and `tokenizer_config.json` into a folder, which is made if need be.
 
         They hold all that the folder said from which the tokenizer comes, and what was set since. Chat templates have
         files of their own (`chat_template.jinja`), or are in `tokenizer_config.json` with `save_jinja_files=False`.
-        Returns the files' paths. Raises RequestError for the name of a template that is no file's.
+        Returns the files' paths. Raises RequestError for the name of a template that is no file's, and for `others`,
+        transformers' options, that ask for other files.
         """
+        asked = [name for name, value in others.items() if value not in (None, False)]
+        refuse_options("a tokenizer's save_pretrained", asked, ("save_jinja_files",))
         return save_tokenizer(self.backend, self.settings, Path(folder), save_jinja_files)
+
+    def train_new_from_iterator(
+        self,
+        text_iterator: Iterable[Any],
+        vocab_size: int,
+        length: int | None = None,
+        new_special_tokens: Sequence[Any] | None = None,
+        special_tokens_map: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> Tokenizer:
+        """A tokenizer with this one's pipeline and settings, whose `vocab_size` tokens are learned from texts.
+
+        Args:
+            text_iterator: texts, or lists of them.
+            vocab_size: special tokens included.
+            length: how many texts there are.
+            new_special_tokens: further ones.
+            special_tokens_map: former special token -> what it is called now.
+            options: of the library's BpeTrainer (`min_frequency`, `max_token_length`, ...).
+
+        Raises RequestError for a model that is no BPE, or what the trainer refuses.
+        """
+        renamed = dict(special_tokens_map or {})
+        backend = trained_backend(
+            self.backend, text_iterator, vocab_size, special=renamed, added=new_special_tokens or (), length=length,
+            options=options,
+        )  # fmt: skip
+        settings = copy.deepcopy(self.settings)
+        settings.special = {name: renamed.get(token or "", token) for name, token in settings.special.items()}
+        settings.additional = [renamed.get(token, token) for token in settings.additional]
+        settings.additional += [str(token) for token in new_special_tokens or ()]
+        settings.added = dict(backend.get_added_tokens_decoder())
+        return Tokenizer(backend, settings)
 
     init_inputs: tuple[Any, ...] = ()
     """What was given without names, as transformers keeps it."""
@@ -474,6 +545,9 @@ def _plain(values: Any) -> Any:
     """Tensors, arrays and numbers of theirs as plain lists and numbers."""
     return values.tolist() if hasattr(values, "tolist") else values
 
+
+_CALLED = [name for name in signature(Tokenizer.encoded).parameters if name not in ("self", "text", "text_pair")]
+"""The options of calling a tokenizer."""
 
 GPT2Tokenizer = Tokenizer
 """The name under which transformers has it: GPT-Neo's vocabulary is GPT-2's."""

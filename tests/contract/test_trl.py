@@ -95,6 +95,8 @@ def adapters(model: Any) -> dict[str, torch.Tensor]:
 @EVERY
 @pytest.mark.parametrize("packing", [False, True], ids=["apart", "packed"])
 def test_sft_with_a_checkpoint_that_is_resumed(folder: Folder, tmp_path: Path, name: str, packing: bool) -> None:
+    if packing and transformers.__version__.startswith("4."):
+        pytest.skip("transformers 4's GPT-Neo takes no packed rows, plain or quantized")
     source = folder(name)
     tokenizer = tokenizer_of(source)
 
