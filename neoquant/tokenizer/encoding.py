@@ -28,15 +28,15 @@ _STRATEGIES = ("longest_first", "only_first", "only_second")
 _TRUNCATION = (None, False, "do_not_truncate", True, *_STRATEGIES)
 
 
-class Span(NamedTuple):
+class TokenSpan(NamedTuple):
     """Where something begins, and the place behind its end."""
 
     start: int
     end: int
 
 
-def _span(found: tuple[int, int] | None) -> Span | None:
-    return None if found is None else Span(*found)
+def _span(found: tuple[int, int] | None) -> TokenSpan | None:
+    return None if found is None else TokenSpan(*found)
 
 
 class BatchEncoding(dict[str, Any]):
@@ -76,7 +76,7 @@ class BatchEncoding(dict[str, Any]):
         found: int | None = self._aligned("char_to_word", row_or_char, char, sequence_index)
         return found
 
-    def token_to_chars(self, row_or_token: int, token: int | None = None) -> Span | None:
+    def token_to_chars(self, row_or_token: int, token: int | None = None) -> TokenSpan | None:
         """Where the token at a place begins and ends in its text, of the only row, or of a row; None for none."""
         row, place = (0, row_or_token) if token is None else (row_or_token, token)
         return _span(self.encoding(row).token_to_chars(place))
@@ -91,11 +91,11 @@ class BatchEncoding(dict[str, Any]):
         row, place = (0, row_or_token) if token is None else (row_or_token, token)
         return self.sequence_ids(row)[place]
 
-    def word_to_tokens(self, row_or_word: int, word: int | None = None, sequence_index: int = 0) -> Span | None:
+    def word_to_tokens(self, row_or_word: int, word: int | None = None, sequence_index: int = 0) -> TokenSpan | None:
         """From where to where the tokens of a word are; None for none."""
         return _span(self._aligned("word_to_tokens", row_or_word, word, sequence_index))
 
-    def word_to_chars(self, row_or_word: int, word: int | None = None, sequence_index: int = 0) -> Span | None:
+    def word_to_chars(self, row_or_word: int, word: int | None = None, sequence_index: int = 0) -> TokenSpan | None:
         """From where to where a word is in its text; None for none."""
         return _span(self._aligned("word_to_chars", row_or_word, word, sequence_index))
 
