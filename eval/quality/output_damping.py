@@ -3,30 +3,39 @@
     python eval/quality/output_damping.py MODEL --text documents.jsonl --json eval/results/output-damping-NAME.json
 
 The package damps by `gptq.GRADIENT_DAMPING` of the mean diagonal. Here the same run is made with other ways in its
-place, `--ways` of those in WAYS, on one seed, and scored as feedback.py does, document by document; a ratio is that to
-the package's own, with its 95 % interval, documents being the sample. What `--work` has scores of is not made again.
+place, `--ways` of those in WAYS, and scored as feedback.py does, document by document; a ratio is that to the package's
+own over all `--seeds`, with its 95 % interval, documents being the sample. The walk through the unquantized model and
+back is made once for each seed, and every way takes the Hessians that it left. What `--work` has scores of is not made
+again; delete it after a change of the package.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from candidates import SHORT, Candidate, Maker, file_sha256, source_sha256
-from feedback import Row, dumps, rounded, scores
+from feedback import Pooled, Row, dumps, scores
 from provenance import ROOT, provenance
-from texts import DEMO_RULE, RULE, texts
+from texts import DEMO_RULE, RULE, Texts, texts
+from torch import Tensor
 
+from neoquant.calibration.loss_hessian import OutputMoments
 from neoquant.calibration.memory import gradient_rows
-from neoquant.evaluation.statistics import ratio_interval
 from neoquant.loading.pretrained import load_tokenizer
-from neoquant.quantizers.hessian import OutputFactor
+from neoquant.quantization import calibrated, reverse
+from neoquant.quantization.resume import ResumableRun
+from neoquant.quantizers import Gptq
+from neoquant.tokenizer.tokenizer import Tokenizer
 
 MODEL: dict[str, Any] = {"objective": "model", "correction": 0.5}
 OWN = "mean 0.1"  # the package's way
@@ -40,21 +49,28 @@ class Way:
     diagonal   part of each entry itself, before that; so all correlations r shrink by one factor
     estimated  where not 0, that part is instead var(r) / r², both meant over all pairs (Schäfer & Strimmer, 2005), with
                `estimated` / tokens for var(r): as if so many tokens held one independent, normal sample
+    sampled    all correlations shrink by the part var(r) / r² of themselves, both summed over all pairs, with var(r)
+               from how the means of single rows of tokens, which are independent, differ (Schäfer & Strimmer, 2005)
     """
 
     mean: float
     diagonal: float = 0.0
     estimated: float = 0.0
+    sampled: bool = False
 
-    def shrunk(self, K: torch.Tensor, tokens: int) -> torch.Tensor:
-        """K[heads, D, D] with part of each diagonal entry added to it."""
+    def shrunk(self, K: Tensor, squares: Tensor, rows: int, tokens: int) -> Tensor:
+        """K[heads, D, D] with part of each diagonal entry added to it. `squares`[heads, D, D]: the mean of the squared
+        entries that K has on each of so many rows."""
         K, D = K.clone(), K.shape[1]
-        for each in K:
-            part = self.diagonal
+        for each, square in zip(K, squares, strict=True):
+            part, scale = self.diagonal, each.diagonal().clamp(min=1e-30).rsqrt()
+            of_pairs = float((each * scale[:, None] * scale).square().sum() - D)
             if self.estimated:
-                scale = each.diagonal().clamp(min=1e-30).rsqrt()
-                squares = float((each * scale[:, None] * scale).square().sum() - D) / D  # of one row's correlations
-                part = min(1.0, self.estimated * D / tokens / max(squares, 1e-9))
+                part = min(1.0, self.estimated * D * D / tokens / max(of_pairs, 1e-9))
+            if self.sampled:
+                spread = (square - each.square()).clamp_(min=0) * (scale[:, None] * scale).square() / max(1, rows - 1)
+                part = min(0.9, float(spread.sum() - spread.diagonal().sum()) / max(of_pairs, 1e-9))
+                part = part / (1 - part)  # of the diagonal, with which correlations shrink by 1 - part
             each.diagonal().mul_(1 + part)
         return K
 
@@ -63,11 +79,13 @@ WAYS = {
     OWN: Way(0.1),
     "mean 0.03": Way(0.03),
     "mean 0.01": Way(0.01),
+    "mean 0.001": Way(0.001),
     "diagonal 0.3": Way(0.01, diagonal=0.3),
     "diagonal 0.1, mean 0.01": Way(0.01, diagonal=0.1),
     "diagonal 0.1": Way(0.001, diagonal=0.1),
     "diagonal 0.03": Way(0.001, diagonal=0.03),
     "estimated": Way(0.001, estimated=77.0),
+    "sampled": Way(0.001, sampled=True),
 }
 
 
@@ -75,43 +93,32 @@ def main() -> None:
     args = parse()
     ways = list(dict.fromkeys([OWN, *args.ways]))
     tokenizer = load_tokenizer(args.model)
-    args.work.mkdir(parents=True, exist_ok=True)
-    drawn = {"rows": args.rows, "length": args.length, "characters": args.characters, "seed": args.seed}
-    shown = texts(args.text, tokenizer, **drawn, folder=args.work)
-    kept = args.work / f"scores-{args.model.resolve().name}-{args.seed}.json"
-    scored: dict[str, Row] = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
-    tokens = gradient_rows(args.rows, args.length) * args.length
-    made: dict[Candidate, Path] = {}
-    for name in [f"{grid}, {way}" for grid in args.grids for way in ways]:
-        grid, way = name.split(", ", 1)
-        if name not in scored:
-            maker = Maker(args.model, args.work / way.replace(" ", "-"), {}, options=MODEL)
-            (maker.work / "models").mkdir(parents=True, exist_ok=True)
-            with damped(WAYS[way], tokens):
-                candidate = Candidate("neoquant", SHORT[grid])
-                made[Candidate(name, candidate.grid)], _ = maker.make(candidate, shown.calibration)
-    if made:
-        for candidate, row in scores(args.model, made, shown, tokenizer).items():
-            scored[candidate.tool] = {key: row[key] for key in ("tokens", "kl")}
-        kept.write_text(json.dumps(scored), "utf-8")
-    result = {
-        "what": "GPTQ by the model's loss, output-side Hessians damped in several ways: loss on held-out text",
-        "options": MODEL,
-        "ways": {way: asdict(WAYS[way]) for way in ways},
-        "model": {"name": args.model.resolve().name, "sha256": file_sha256(args.model / "model.safetensors")},
-        "text": {
-            "name": Path(args.text).name,
-            "rule": DEMO_RULE if args.text == "demo" else RULE,
-            "characters": args.characters,
-        },
-        "provenance": provenance(("neoquant", "torch")) | {"source_sha256": source_sha256()},
-        "calibration": shown.calibration.describe(),
-        "scored": {"sha256": shown.sha256, "documents": shown.names},
-        "rows": [row for grid in args.grids for row in figures(scored, grid, ways)],
-    }
-    args.json.write_text(dumps(result), encoding="utf-8")
-    for row in result["rows"]:
-        print(f"{row['label']:34} {row['way']:24} KL {1e4 * row['kl']:8.4f}e-4  {row['ratio']} {row['interval']}")
+    seeds = []
+    for seed in args.seeds:
+        work = args.work / f"{args.model.resolve().name}-{seed}"
+        work.mkdir(parents=True, exist_ok=True)
+        drawn = {"rows": args.rows, "length": args.length, "characters": args.characters, "seed": seed}
+        shown = texts(args.text, tokenizer, **drawn, folder=work)
+        seeds.append(
+            score_seed(args.model, [(grid, way) for grid in args.grids for way in ways], work, shown, tokenizer)
+        )
+        result = {
+            "what": "GPTQ by the model's loss, output-side Hessians damped in several ways: loss on held-out text",
+            "options": MODEL,
+            "ways": {way: asdict(WAYS[way]) for way in ways},
+            "model": {"name": args.model.resolve().name, "sha256": file_sha256(args.model / "model.safetensors")},
+            "text": {
+                "name": Path(args.text).name,
+                "rule": DEMO_RULE if args.text == "demo" else RULE,
+                "characters": args.characters,
+            },
+            "provenance": provenance(("neoquant", "torch")) | {"source_sha256": source_sha256()},
+            "seeds": [{key: each[key] for key in ("calibration", "scored")} for each in seeds],
+            "rows": [row for grid in args.grids for row in figures(seeds, grid, ways)],
+        }
+        args.json.write_text(dumps(result), encoding="utf-8")
+        for row in result["rows"]:
+            print(f"{row['label']:34} {row['way']:24} KL {1e4 * row['kl']:8.4f}e-4  {row['ratio']} {row['interval']}")
 
 
 def parse() -> argparse.Namespace:
@@ -120,40 +127,121 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text", required=True, help="documents in the Pile's form (.jsonl), or demo")
     parser.add_argument("--json", type=Path, required=True, help="the result")
     parser.add_argument("--work", type=Path, default=ROOT / ".feedback" / "damping", help="what is made on the way")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--length", type=int, default=1024, help="tokens of a calibration row")
     parser.add_argument("--characters", type=int, default=2048, help="of each scored document")
-    parser.add_argument("--grids", nargs="+", choices=SHORT, default=["affine3-g64"])
+    parser.add_argument("--grids", nargs="+", choices=SHORT, default=["affine3-g64", "nf4"])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="beside the package's own")
     return parser.parse_args()
 
 
+def score_seed(
+    model: Path, asked: list[tuple[str, str]], work: Path, shown: Texts, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """Of each grid and way the sums over each document's tokens; what has no score yet is made."""
+    kept = work / "scores.json"
+    scored: dict[str, Row] = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
+    rows, length = shown.calibration.ids.shape
+    rows = gradient_rows(rows, length)
+    made: dict[Candidate, Path] = {}
+    for grid, way in asked:
+        if f"{grid}, {way}" not in scored:
+            maker = Maker(model, work / way.replace(" ", "-"), {}, options=MODEL)
+            (maker.work / "models").mkdir(parents=True, exist_ok=True)
+            with damped(WAYS[way], rows, rows * length), walked_once(work / "walk"):
+                candidate = Candidate("neoquant", SHORT[grid])
+                made[Candidate(f"{grid}, {way}", candidate.grid)], _ = maker.make(candidate, shown.calibration)
+            print(f"seed {shown.calibration.seed}: {grid}, {way}", flush=True)
+    if made:
+        for candidate, row in scores(model, made, shown, tokenizer).items():
+            scored[candidate.tool] = row
+        kept.write_text(json.dumps(scored), "utf-8")
+    first = next(iter(scored.values()))
+    return {
+        "calibration": shown.calibration.describe(),
+        "scored": {"sha256": shown.sha256, "documents": shown.names}
+        | {key: first[key] for key in ("tokens", "reference_nats")},
+        "rows": {Candidate(name, SHORT[name.split(", ", 1)[0]]): row for name, row in scored.items()},
+    }
+
+
+class SampledMoments(OutputMoments):
+    """Also the means over single rows: `matrices` are twice as many, those of the mean square of these behind K."""
+
+    def __init__(self, rows: int, width: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(rows, width, device)
+        self._count = 0
+        self._squares = torch.zeros(rows // self.piece, self.piece, self.piece, device=device)
+
+    def add(self, gradients: Tensor) -> None:
+        super().add(gradients)
+        for row in gradients:  # [T, O]
+            some = row.view(len(row), -1, self.piece).transpose(0, 1)
+            self._squares += (some.mT @ some).div_(len(row)).square_()
+            self._count += 1
+
+    def matrices(self) -> Tensor:
+        return torch.cat([super().matrices(), self._squares / self._count])
+
+
 @contextmanager
-def damped(way: Way, tokens: int) -> Iterator[None]:
-    """Have output-side Hessians, of gradients at so many tokens, damped in this way."""
-    own = OutputFactor.of
-    OutputFactor.of = staticmethod(lambda K, damping: own(way.shrunk(K, tokens), way.mean))  # type: ignore[method-assign]
-    try:
+def damped(way: Way, rows: int, tokens: int) -> Iterator[None]:
+    """Have output-side Hessians, of gradients at so many rows of tokens, damped in this way."""
+    read = ResumableRun.output_hessians
+
+    def shrunk(run: ResumableRun, number: int) -> dict[str, Tensor]:
+        halves = {name: found.chunk(2) for name, found in read(run, number).items()}
+        return {name: way.shrunk(K, squares, rows, tokens) for name, (K, squares) in halves.items()}
+
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (reverse, "OutputMoments", SampledMoments),
+            (ResumableRun, "output_hessians", shrunk),
+            (Gptq, "_output_damping", way.mean),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, value))
         yield
-    finally:
-        OutputFactor.of = staticmethod(own)  # type: ignore[method-assign]
 
 
-def figures(scored: dict[str, Row], grid: str, ways: list[str]) -> list[Row]:
+@contextmanager
+def walked_once(folder: Path) -> Iterator[None]:
+    """Have the walk through the unquantized model leave its files in `folder` too, or take those that are there."""
+    walk, kept = calibrated.look_at_unquantized, re.compile(r"(input|curvature)-.*")
+
+    def linked(source: Path, target: Path) -> None:
+        for path in source.iterdir():
+            if kept.fullmatch(path.name):
+                os.link(path, target / path.name)
+
+    def look(checkpoint: Any, plan: Any, calibration: Any, memory: Any, run: ResumableRun, progress: Any) -> None:
+        if folder.exists():
+            linked(folder, run.folder)
+            return
+        walk(checkpoint, plan, calibration, memory, run, progress)
+        part = folder.with_suffix(".part")
+        part.mkdir()
+        linked(run.folder, part)
+        part.rename(folder)
+
+    with mock.patch.object(calibrated, "look_at_unquantized", look):
+        yield
+
+
+def figures(seeds: list[dict[str, Any]], grid: str, ways: list[str]) -> list[Row]:
     """Of each way the mean KL divergence, and its ratio to that of the package's own."""
-    rows, sums = [], {way: torch.tensor(scored[f"{grid}, {way}"]["kl"], dtype=torch.float64) for way in ways}
-    for way, kl in sums.items():
-        tokens, interval = scored[f"{grid}, {way}"]["tokens"], ratio_interval(kl, sums[OWN])
+    rows = []
+    pooled = {way: Pooled(seeds, Candidate(f"{grid}, {way}", SHORT[grid])) for way in ways}
+    for way, sums in pooled.items():
+        figures = sums.figures()
         rows.append(
             {
                 "label": Candidate("", SHORT[grid]).label,
                 "way": way,
-                "kl": rounded(float(kl.sum()) / sum(tokens)),
-                "ratio": round(float(kl.sum() / sums[OWN].sum()), 4),
-                "interval": [round(end, 4) for end in interval] if interval else None,
-                "tokens": tokens,
-                "by_document": [rounded(each) for each in kl.tolist()],
+                "kl": figures["kl"],
+                "kl_by_seed": figures["kl_by_seed"],
+                **sums.ratio(pooled[OWN]),
+                "by_document": [seed["rows"][Candidate(f"{grid}, {way}", SHORT[grid])]["kl"] for seed in seeds],
             }
         )
     return rows
