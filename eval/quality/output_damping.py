@@ -207,7 +207,7 @@ def damped(way: Way, rows: int, tokens: int) -> Iterator[None]:
 @contextmanager
 def walked_once(folder: Path) -> Iterator[None]:
     """Have the walk through the unquantized model leave its files in `folder` too, or take those that are there."""
-    walk, kept = calibrated.look_at_unquantized, re.compile(r"(input|curvature)-.*")
+    walk, kept = calibrated.look_at_unquantized, re.compile(r"(input|behind|curvature)-.*")
 
     def linked(source: Path, target: Path) -> None:
         for path in source.iterdir():

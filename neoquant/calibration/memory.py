@@ -129,7 +129,7 @@ def _estimate(
         peak = max(peak + curvature, _gradient_memory(config, first, length, spilled) + block)
         disk += config.num_layers * curvature
     if methods != PLAIN:
-        disk += (config.num_layers + 4) * kept
+        disk += ((2 if methods.reference else 1) * config.num_layers + 4) * kept
     peak += _RESIDENT_BYTES
     return CalibrationMemory(all_rows, length, peak, disk, spilled, keeps_inner, methods, processes=processes)
 
@@ -189,9 +189,9 @@ def _multiplications_of_rounding(config: GPTNeoConfig) -> float:
 
 
 def _multiplications_of_reference(config: GPTNeoConfig, tokens: int, walked: bool) -> float:
-    """Of attention in the unquantized model, of what outputs lack, and of all of that model unless it is `walked`."""
+    """Of what outputs lack, and of the unquantized model unless it is `walked`."""
     C, inner = config.hidden_size, config.inner_size
-    forward = tokens * (4 * C * C + (0 if walked else 4 * C * C + 2 * C * inner))
+    forward = 0 if walked else tokens * (4 * C * C + 2 * C * inner)
     lacking = tokens * (4 * C * C + 2 * C * inner)
     return config.num_layers * (forward + lacking + 4 * C**3 + 0.6 * C * inner * (C + inner))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from neoquant.calibration.block_forward import Stage
 from neoquant.calibration.hidden_states import HiddenStates
-from neoquant.model.gpt_neo import AttentionMasks, Block
+from neoquant.model.gpt_neo import Block
 
 ADDED = ("attn.attention.out_proj", "mlp.c_proj")
 """The layers whose output is added to the hidden states."""
@@ -29,12 +29,8 @@ class UnquantizedBlock:
     Of the first calibration samples only, where that is enough.
     """
 
-    def __init__(self, block: Block, before: HiddenStates, after: HiddenStates, window_size: int) -> None:
-        """`block` is as yet as it was."""
-        length = before.shape[1]
-        masks = AttentionMasks(length, length, window_size, None, before.device)
-        self.before, self.behind, self.after = before, before.empty_like(), after
-        self.behind.replace(x + block.attn(block.ln_1(x), masks, None) for x in before.batches())
+    def __init__(self, block: Block, before: HiddenStates, behind: HiddenStates, after: HiddenStates) -> None:
+        self.before, self.behind, self.after = before, behind, after
         self._norms = block.ln_1, block.ln_2
 
     def aims(self, name: str) -> Iterator[Tensor]:

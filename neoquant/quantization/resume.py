@@ -6,7 +6,8 @@
       block-4-<digest>.safetensors        what the output holds of that block, and its layers' reports
       hidden-5-<digest>                   the calibration rows as block 5 sees them, float32[R, T, C]
       input-5-<digest>                    what it sees before anything is quantized, for gradients and correction
-      gradient-5-<digest>                 the gradients there
+      behind-5-<digest>                   what is behind its attention then, for correction
+      gradient-5-<digest>                 the gradients at what it sees
       curvature-5-<digest>.safetensors    the output-side Hessians of its layers
       scratch-..., *.new                  in the making: of no use to another process
 
@@ -53,7 +54,7 @@ _NEW = ".new"
 _DIGITS = 16  # of a digest, in a file's name
 _OURS = re.compile(
     rf"\.?(run\.json|(block|curvature)-\d+-[0-9a-f]{{{_DIGITS}}}\.safetensors|"
-    rf"(hidden|input|gradient)-\d+(-[0-9a-f]{{{_DIGITS}}})?)(.*\.new)?|{SCRATCH}.*"
+    rf"(hidden|input|behind|gradient)-\d+(-[0-9a-f]{{{_DIGITS}}})?)(.*\.new)?|{SCRATCH}.*"
 )
 _RANK = re.compile(r"rank-(\d+)")
 
@@ -229,7 +230,7 @@ class ResumableRun:
             self._keep_block(number, block)
         self.finished = number + 1
         self.group.wait()  # it does, and what was before it is needed no more
-        self.drop(f"hidden-{number}", f"input-{number}", f"curvature-{number}")
+        self.drop(f"hidden-{number}", f"input-{number}", f"behind-{number}", f"curvature-{number}")
 
     def _keep_block(self, number: int, block: FinishedBlock) -> None:
         tensors = {name: tensor.contiguous() for stored in block.output.values() for name, tensor in stored.items()}

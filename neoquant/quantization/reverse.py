@@ -9,6 +9,7 @@ interrupted walk goes on, to the same bytes (on a GPU up to the order of sums).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -93,8 +94,9 @@ def calibrating(
         weight = share.first / share.firsts  # each is a mean over its process's samples
         return {name: run.group.add_up(found[name] * weight) for name in sorted(found)}
 
-    def unquantized(number: int) -> HiddenStates:
-        return run.states(f"input-{number}", shape, memory.spilled, hidden.device)
+    def unquantized(number: int, behind_attention: bool = False) -> HiddenStates:
+        kind = "behind" if behind_attention else "input"
+        return run.states(f"{kind}-{number}", shape, memory.spilled, hidden.device)
 
     methods = memory.methods
     return Calibrating(
@@ -140,11 +142,20 @@ class _Walk:
         advance(at)
         for number in range(at, last):
             block = self._block(number)
-            hidden.replace(block(x, self.masks) for x in hidden.batches())
+            self._pass(block, number, hidden)
             self.run.keep_states(f"input-{number + 1}", hidden)
             advance(1)
         if at < last:
             hidden.close()
+
+    def _pass(self, block: Block, number: int, hidden: HiddenStates) -> None:
+        """Through a block. Where layers are corrected, what is behind its attention is kept as `behind-0` and so on."""
+        if not self.memory.methods.reference:
+            hidden.replace(block(x, self.masks) for x in hidden.batches())
+            return
+        hidden.replace(x + block.attn(block.ln_1(x), self.masks, None) for x in hidden.batches())
+        self.run.keep_states(f"behind-{number}", hidden)
+        hidden.replace(x + block.mlp(block.ln_2(x)) for x in hidden.batches())
 
     def backward(self, advance: Advance) -> None:
         """Keep the output-side Hessians of every block, from the last to the first."""
@@ -195,16 +206,18 @@ class _Walk:
         """The gradient at what a block sees, batch by batch; `moments` are shown those at its layers' outputs."""
         block = self._block(number)
         hidden, gradient = self._states(f"input-{number}"), self._states(f"gradient-{number + 1}")
-        for x, at_output in zip(hidden.batches(), gradient.batches(), strict=True):
-            at_input, found = gradients_in_block(block, x, at_output, self.masks, names)
+        behind = self._states(f"behind-{number}") if self.memory.methods.reference else None
+        middles: Iterator[Tensor | None] = repeat(None) if behind is None else behind.batches()
+        for x, at_output, middle in zip(hidden.batches(), gradient.batches(), middles, strict=False):
+            at_input, found = gradients_in_block(block, x, at_output, self.masks, names, middle)
             for name, each in found.items():
                 moments[name].add(each)
             yield at_input
         for name, summed in moments.items():  # once, as a GPU is waited for
             with locate(f"the gradient at {name} of block {number}"):
                 summed.require_finite()
-        hidden.close()
-        gradient.close()
+        for states in filter(None, (hidden, gradient, behind)):
+            states.close()
 
     def _names(self, number: int) -> tuple[str, ...]:
         """The layers of a block that are rounded for the loss."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,12 @@ OutputHessians = Callable[[int], dict[str, Tensor]]
 Made = tuple[QuantizedTensor, LayerReport | None]
 """A quantized weight, and its report."""
 
-UnquantizedStates = Callable[[int], HiddenStates]
-"""Number of a block -> what it sees in the unquantized model, of the first calibration samples at least."""
+
+class UnquantizedStates(Protocol):
+    """Hidden states of the unquantized model, of the first calibration samples at least."""
+
+    def __call__(self, number: int, behind_attention: bool = False) -> HiddenStates:
+        """What a block sees, or what is behind its attention."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +157,8 @@ def quantize_blocks(
             unquantized = None
             if samples.unquantized is not None:
                 before = samples.unquantized(number) if after is None else after
-                after = samples.unquantized(number + 1)
-                unquantized = UnquantizedBlock(block, before, after, config.window_size)
+                behind, after = samples.unquantized(number, True), samples.unquantized(number + 1)
+                unquantized = UnquantizedBlock(block, before, behind, after)
             yield _quantize_block(block, rows, forward, unquantized, for_loss, samples.share)
             if unquantized is not None:
                 unquantized.close()

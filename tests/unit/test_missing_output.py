@@ -42,11 +42,12 @@ def inputs_and_output(model: nn.Module, block: nn.Module, layer: str, ids: Tenso
 
 
 def states_around_blocks(model: nn.Module, ids: Tensor) -> list[Tensor]:
-    """What the first block of a whole model sees, and what each gives."""
+    """What each block of a whole model sees and what is behind its attention, in turn, and what the last one gives."""
     states: list[Tensor] = []
+    seen = [layer for block in model.transformer.h for layer in (block.ln_1, block.ln_2)]
     hooks = [
         layer.register_forward_hook(lambda _, given, output: states.append(given[0]))
-        for layer in (*model.transformer.h, model.transformer.ln_f)
+        for layer in (*seen, model.transformer.ln_f)
     ]
     model(ids)
     for hook in hooks:
@@ -67,8 +68,8 @@ def test_against_whole_models(rows: int, tmp_path: Path) -> None:
     known = states_around_blocks(plain, ids[:rows])
     quantized = 0
     for number, (block, original) in enumerate(zip(changed.transformer.h, plain.transformer.h, strict=True)):
-        before, after = (HiddenStatesInMemory.of(x.clone(), 2 * 20) for x in known[number : number + 2])
-        unquantized = UnquantizedBlock(block, before, after, window)
+        before, behind, after = (HiddenStatesInMemory.of(x.clone(), 2 * 20) for x in known[2 * number : 2 * number + 3])
+        unquantized = UnquantizedBlock(block, before, behind, after)
         for stage in forward.stages(block):
             missing = MissingOutput(stage, forward.hidden, unquantized)
             shown = torch.cat(list(missing.gather()))
