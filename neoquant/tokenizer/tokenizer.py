@@ -124,8 +124,11 @@ class Tokenizer(Vocabulary):
         folder = Path(folder)
         with locate(str(folder)):
             has_fast = (folder / FAST).exists()
-            if not has_fast and not all((folder / name).exists() for name in (SLOW_VOCAB, SLOW_MERGES)):
-                raise CheckpointError(f"no tokenizer here: neither {FAST} nor {SLOW_VOCAB} with {SLOW_MERGES}")
+            if not has_fast and not _has_slow_files(folder):
+                raise CheckpointError(
+                    f"no tokenizer here: neither {FAST} nor {SLOW_VOCAB} with {SLOW_MERGES}; copy the files of the one "
+                    f"that the model was trained with into the folder ({_where_it_may_be(folder)})"
+                )
             fast = _read_fast(folder / FAST) if has_fast else None
             read = read_settings(folder, fast, settings)
             tokenizer = cls(build_backend(folder, fast, read), read)
@@ -519,6 +522,19 @@ class Tokenizer(Vocabulary):
             return push_files(
                 Path(temp), repo_id, private=bool(private), revision=revision, message=message, token=token
             )
+
+
+def _has_slow_files(folder: Path) -> bool:
+    return all((folder / name).exists() for name in (SLOW_VOCAB, SLOW_MERGES))
+
+
+def _where_it_may_be(folder: Path) -> str:
+    """Where people find the tokenizer of a model that was saved without one: a training run saves it beside its
+    checkpoints, if at all, and models of GPT-2's vocabulary have GPT-Neo's."""
+    parent = folder.resolve().parent
+    if (parent / FAST).exists() or _has_slow_files(parent):
+        return f"{parent} holds one"
+    return "with GPT-2's vocabulary, those of EleutherAI/gpt-neo-125m"
 
 
 def _read_fast(path: Path) -> dict[str, Any]:

@@ -207,9 +207,16 @@ def test_tokenizer_faults_are_named(make_model: Callable[..., Path]) -> None:
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read as a tokenizer"):
         neoquant.load(folder)
-    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").rename(folder / "kept")
     with pytest.raises(CheckpointError, match=r"no tokenizer here: neither tokenizer\.json nor vocab\.json"):
         neoquant.load_tokenizer(folder)
+    with pytest.raises(CheckpointError, match=r"the model was trained with .*those of EleutherAI/gpt-neo-125m\)"):
+        neoquant.load_tokenizer(folder)
+    saved = folder / "checkpoint-90"  # as a training run leaves it
+    saved.mkdir()
+    (folder / "kept").rename(folder / "tokenizer.json")
+    with pytest.raises(CheckpointError, match=rf"no tokenizer here: .* into the folder \({folder} holds one\)"):
+        neoquant.load_tokenizer(saved)
 
 
 @pytest.mark.parametrize(
