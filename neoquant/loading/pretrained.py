@@ -52,7 +52,7 @@ class PreTrainedModel(ModelMethods):
         dtype: torch.dtype | str | None = None,
         device_map: Any = None,
         max_memory: Mapping[int | str, int | str] | None = None,
-        attn_implementation: str = "sdpa",
+        attn_implementation: str | None = "sdpa",
         quantization_config: Any = None,
         mmap: bool = True,
         torch_dtype: torch.dtype | str | None = None,
@@ -72,6 +72,7 @@ class PreTrainedModel(ModelMethods):
         `quantization_config`, a BitsAndBytesConfig or GPTQConfig (neoquant's or transformers'), their values or a
         Recipe (or the name of one), a plain checkpoint is quantized on the way.
         `mmap=False` copies weights that would lie in their file's own memory, which must not be cut short.
+        `attn_implementation=None` is the default, as transformers has it.
         `torch_dtype` is transformers 4's name of `dtype`, `pretrained_model_name_or_path` its name of `source`.
         `num_labels` or `id2label` (or its inverse, `label2id`), and `problem_type`, are of a head that is to be
         trained. With `output_loading_info`, the model comes in a pair with what its `load_report` says, by
@@ -89,7 +90,7 @@ class PreTrainedModel(ModelMethods):
             "dtype": torch_dtype if dtype is None else dtype,
             "device": device_map,
             "max_memory": max_memory,
-            "attn_implementation": attn_implementation,
+            "attn_implementation": attn_implementation or "sdpa",
             "mmap": mmap,
         }
         if quantization_config is not None:

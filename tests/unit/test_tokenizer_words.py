@@ -311,7 +311,10 @@ def test_transformers_name_of_the_source(tiny_model: Path) -> None:
     for read in (neoquant.AutoTokenizer, neoquant.GPT2Tokenizer):
         named = read.from_pretrained(pretrained_model_name_or_path=tiny_model)
         assert json.loads(named.backend.to_str()) == json.loads(read.from_pretrained(tiny_model).backend.to_str())
-    model = neoquant.AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path=tiny_model)
+    model = neoquant.AutoModelForCausalLM.from_pretrained(
+        pretrained_model_name_or_path=tiny_model, attn_implementation=None, quantization_config=None, dtype=None
+    )
+    assert model.attn_implementation == "sdpa"
     assert model.config.vocab_size == neoquant.AutoConfig.from_pretrained(tiny_model).vocab_size
 
 
