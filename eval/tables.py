@@ -48,12 +48,9 @@ BY_LOSS = {"objective": "model", "correction": 0.5}
 ATTENTION = {"objective": "attention", "correction": 0.0}
 OBJECTIVES = {name: ROOT / "eval" / "results" / f"objectives-{name}.json" for name in ("demo", "neo-8m")}
 OUTPUT_DAMPING = {  # what each column says
-    name: ROOT / "eval" / "results" / f"output-damping-{file}.json"
-    for name, file in (
-        ("bundled model, 3 bits", "demo"),
-        ("neo-8m, 3 bits", "neo-8m"),
-        ("neo-8m, NF4", "neo-8m-nf4"),
-    )
+    f"{name}, {grid}": (ROOT / "eval" / "results" / f"output-damping-{file}.json", label)
+    for name, file in (("bundled model", "demo"), ("neo-8m", "neo-8m"))
+    for grid, label in (("3 bits", "3 bits, groups of 64, asymmetric"), ("NF4", "NF4, double quantization"))
 }
 TO_ORDER = ROOT / "eval" / "results" / "to-order-demo.json"
 TUNED = ROOT / "eval" / "results" / "tuned-demo.json"
@@ -488,10 +485,10 @@ def objectives(path: Path) -> str:
 
 
 def output_damping() -> str:
-    """What GPTQ by the model's loss loses, output-side Hessians damped in other ways, as a part of the package's."""
+    """What GPTQ by the model's loss loses, output-side Hessians damped in several ways, as a part of the first."""
     columns = {
-        name: {row["way"]: row for row in json.loads(path.read_text("utf-8"))["rows"]}
-        for name, path in OUTPUT_DAMPING.items()
+        name: {row["way"]: row for row in json.loads(path.read_text("utf-8"))["rows"] if row["label"] == label}
+        for name, (path, label) in OUTPUT_DAMPING.items()
     }
     lines = [f"| damped by | {' | '.join(columns)} |", f"| --- |{' --: |' * len(columns)}"]
     for way in dict.fromkeys(way for rows in columns.values() for way in rows):

@@ -2,11 +2,11 @@
 
     python eval/quality/output_damping.py MODEL --text documents.jsonl --json eval/results/output-damping-NAME.json
 
-The package damps by `gptq.GRADIENT_DAMPING` of the mean diagonal. Here the same run is made with other ways in its
-place, `--ways` of those in WAYS, and scored as feedback.py does, document by document; a ratio is that to the package's
-own over all `--seeds`, with its 95 % interval, documents being the sample. The walk through the unquantized model and
-back is made once for each seed, and every way takes the Hessians that it left. What `--work` has scores of is not made
-again; delete it after a change of the package.
+The package shrinks correlations as cross-validation between two halves of the samples says
+(`calibration.loss_hessian.shrunk`). Here the same run is made with other ways in its place, `--ways` of those in WAYS,
+and scored as feedback.py does, document by document; a ratio is that to BASE over all `--seeds`, with its 95 %
+interval, documents being the sample. The walk through the unquantized model and back is made once for each seed, and
+every way takes the Hessians that it left. What `--work` has scores of is not made again; rows say by which source.
 """
 
 from __future__ import annotations
@@ -22,15 +22,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
 from candidates import SHORT, Candidate, Maker, file_sha256, source_sha256
 from feedback import Pooled, Row, dumps, scores
 from provenance import ROOT, provenance
 from texts import DEMO_RULE, RULE, Texts, texts
 from torch import Tensor
 
-from neoquant.calibration.loss_hessian import OutputMoments
-from neoquant.calibration.memory import gradient_rows
 from neoquant.loading.pretrained import load_tokenizer
 from neoquant.quantization import calibrated, reverse
 from neoquant.quantization.resume import ResumableRun
@@ -38,7 +35,7 @@ from neoquant.quantizers import Gptq
 from neoquant.tokenizer.tokenizer import Tokenizer
 
 MODEL: dict[str, Any] = {"objective": "model", "correction": 0.5}
-OWN = "mean 0.1"  # the package's way
+BASE = "mean 0.1"
 
 
 @dataclass(frozen=True)
@@ -46,37 +43,22 @@ class Way:
     """What is added to the diagonal of K[D, D], the mean of g gᵀ over some tokens.
 
     mean       part of the mean diagonal
-    diagonal   part of each entry itself, before that; so all correlations r shrink by one factor
-    estimated  where not 0, that part is instead var(r) / r², both meant over all pairs (Schäfer & Strimmer, 2005), with
-               `estimated` / tokens for var(r): as if so many tokens held one independent, normal sample
-    sampled    all correlations shrink by the part var(r) / r² of themselves, both summed over all pairs, with var(r)
-               from how the means of single rows of tokens, which are independent, differ (Schäfer & Strimmer, 2005)
+    diagonal   part of each entry itself, before that; so all correlations shrink by one factor
     """
 
     mean: float
     diagonal: float = 0.0
-    estimated: float = 0.0
-    sampled: bool = False
 
-    def shrunk(self, K: Tensor, squares: Tensor, rows: int, tokens: int) -> Tensor:
-        """K[heads, D, D] with part of each diagonal entry added to it. `squares`[heads, D, D]: the mean of the squared
-        entries that K has on each of so many rows."""
-        K, D = K.clone(), K.shape[1]
-        for each, square in zip(K, squares, strict=True):
-            part, scale = self.diagonal, each.diagonal().clamp(min=1e-30).rsqrt()
-            of_pairs = float((each * scale[:, None] * scale).square().sum() - D)
-            if self.estimated:
-                part = min(1.0, self.estimated * D * D / tokens / max(of_pairs, 1e-9))
-            if self.sampled:
-                spread = (square - each.square()).clamp_(min=0) * (scale[:, None] * scale).square() / max(1, rows - 1)
-                part = min(0.9, float(spread.sum() - spread.diagonal().sum()) / max(of_pairs, 1e-9))
-                part = part / (1 - part)  # of the diagonal, with which correlations shrink by 1 - part
-            each.diagonal().mul_(1 + part)
+    def shrunk(self, first: Tensor, second: Tensor, weight: float) -> Tensor:
+        """K[heads, D, D] of two halves, of which the first has the part `weight` of the samples, with part of each
+        diagonal entry added to it."""
+        K = weight * first + (1 - weight) * second
+        K.diagonal(dim1=1, dim2=2).mul_(1 + self.diagonal)
         return K
 
 
-WAYS = {
-    OWN: Way(0.1),
+WAYS: dict[str, Way | None] = {
+    BASE: Way(0.1),
     "mean 0.03": Way(0.03),
     "mean 0.01": Way(0.01),
     "mean 0.001": Way(0.001),
@@ -84,14 +66,13 @@ WAYS = {
     "diagonal 0.1, mean 0.01": Way(0.01, diagonal=0.1),
     "diagonal 0.1": Way(0.001, diagonal=0.1),
     "diagonal 0.03": Way(0.001, diagonal=0.03),
-    "estimated": Way(0.001, estimated=77.0),
-    "sampled": Way(0.001, sampled=True),
+    "cross-validated": None,  # the package's way
 }
 
 
 def main() -> None:
     args = parse()
-    ways = list(dict.fromkeys([OWN, *args.ways]))
+    ways = list(dict.fromkeys([BASE, *args.ways]))
     tokenizer = load_tokenizer(args.model)
     seeds = []
     for seed in args.seeds:
@@ -105,7 +86,7 @@ def main() -> None:
         result = {
             "what": "GPTQ by the model's loss, output-side Hessians damped in several ways: loss on held-out text",
             "options": MODEL,
-            "ways": {way: asdict(WAYS[way]) for way in ways},
+            "ways": {way: asdict(found) if (found := WAYS[way]) else "the package's" for way in ways},
             "model": {"name": args.model.resolve().name, "sha256": file_sha256(args.model / "model.safetensors")},
             "text": {
                 "name": Path(args.text).name,
@@ -132,7 +113,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=1024, help="tokens of a calibration row")
     parser.add_argument("--characters", type=int, default=2048, help="of each scored document")
     parser.add_argument("--grids", nargs="+", choices=SHORT, default=["affine3-g64", "nf4"])
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="beside the package's own")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help=f"beside {BASE}")
     return parser.parse_args()
 
 
@@ -142,20 +123,18 @@ def score_seed(
     """Of each grid and way the sums over each document's tokens; what has no score yet is made."""
     kept = work / "scores.json"
     scored: dict[str, Row] = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
-    rows, length = shown.calibration.ids.shape
-    rows = gradient_rows(rows, length)
     made: dict[Candidate, Path] = {}
     for grid, way in asked:
         if f"{grid}, {way}" not in scored:
             maker = Maker(model, work / way.replace(" ", "-"), {}, options=MODEL)
             (maker.work / "models").mkdir(parents=True, exist_ok=True)
-            with damped(WAYS[way], rows, rows * length), walked_once(work / "walk"):
+            with damped(WAYS[way]), walked_once(work / "walk"):
                 candidate = Candidate("neoquant", SHORT[grid])
                 made[Candidate(f"{grid}, {way}", candidate.grid)], _ = maker.make(candidate, shown.calibration)
             print(f"seed {shown.calibration.seed}: {grid}, {way}", flush=True)
     if made:
         for candidate, row in scores(model, made, shown, tokenizer).items():
-            scored[candidate.tool] = row
+            scored[candidate.tool] = row | {"source_sha256": source_sha256()}
         kept.write_text(json.dumps(scored), "utf-8")
     first = next(iter(scored.values()))
     return {
@@ -166,41 +145,13 @@ def score_seed(
     }
 
 
-class SampledMoments(OutputMoments):
-    """Also the means over single rows: `matrices` are twice as many, those of the mean square of these behind K."""
-
-    def __init__(self, rows: int, width: int, device: torch.device | str = "cpu") -> None:
-        super().__init__(rows, width, device)
-        self._count = 0
-        self._squares = torch.zeros(rows // self.piece, self.piece, self.piece, device=device)
-
-    def add(self, gradients: Tensor) -> None:
-        super().add(gradients)
-        for row in gradients:  # [T, O]
-            some = row.view(len(row), -1, self.piece).transpose(0, 1)
-            self._squares += (some.mT @ some).div_(len(row)).square_()
-            self._count += 1
-
-    def matrices(self) -> Tensor:
-        return torch.cat([super().matrices(), self._squares / self._count])
-
-
 @contextmanager
-def damped(way: Way, rows: int, tokens: int) -> Iterator[None]:
-    """Have output-side Hessians, of gradients at so many rows of tokens, damped in this way."""
-    read = ResumableRun.output_hessians
-
-    def shrunk(run: ResumableRun, number: int) -> dict[str, Tensor]:
-        halves = {name: found.chunk(2) for name, found in read(run, number).items()}
-        return {name: way.shrunk(K, squares, rows, tokens) for name, (K, squares) in halves.items()}
-
+def damped(way: Way | None) -> Iterator[None]:
+    """Have output-side Hessians from gradients damped in this way."""
     with ExitStack() as stack:
-        for owner, name, value in (
-            (reverse, "OutputMoments", SampledMoments),
-            (ResumableRun, "output_hessians", shrunk),
-            (Gptq, "_output_damping", way.mean),
-        ):
-            stack.enter_context(mock.patch.object(owner, name, value))
+        if way is not None:
+            stack.enter_context(mock.patch.object(reverse, "shrunk", way.shrunk))
+            stack.enter_context(mock.patch.object(Gptq, "_output_damping", way.mean))
         yield
 
 
@@ -229,7 +180,7 @@ def walked_once(folder: Path) -> Iterator[None]:
 
 
 def figures(seeds: list[dict[str, Any]], grid: str, ways: list[str]) -> list[Row]:
-    """Of each way the mean KL divergence, and its ratio to that of the package's own."""
+    """Of each way the mean KL divergence, and its ratio to that of BASE."""
     rows = []
     pooled = {way: Pooled(seeds, Candidate(f"{grid}, {way}", SHORT[grid])) for way in ways}
     for way, sums in pooled.items():
@@ -240,7 +191,10 @@ def figures(seeds: list[dict[str, Any]], grid: str, ways: list[str]) -> list[Row
                 "way": way,
                 "kl": figures["kl"],
                 "kl_by_seed": figures["kl_by_seed"],
-                **sums.ratio(pooled[OWN]),
+                **sums.ratio(pooled[BASE]),
+                "source_sha256": [
+                    seed["rows"][Candidate(f"{grid}, {way}", SHORT[grid])].get("source_sha256") for seed in seeds
+                ],
                 "by_document": [seed["rows"][Candidate(f"{grid}, {way}", SHORT[grid])]["kl"] for seed in seeds],
             }
         )

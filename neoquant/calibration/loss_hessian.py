@@ -20,9 +20,13 @@ from torch import Tensor, nn
 from neoquant.model.gpt_neo import MLP, AttentionMasks, Block
 from neoquant.model.names import SHARED_INPUTS
 from neoquant.quantizers import Hessian
+from neoquant.quantizers.hessian import OutputFactor
 
 POSITIONS = 512  # whose logits are alive at once
 COLUMNS = 4096  # of them that one product gives
+PARTS = (1.0, 0.1, 0.01, 0.001)  # of an output-side Hessian's diagonal that may be added to it
+RIDGE = 0.001  # of its mean diagonal that is added in any case
+EVERY = 4  # row of the errors that are looked at for that
 BEFORE_ATTENTION, (OUT_PROJ,), (C_FC,), (C_PROJ,) = SHARED_INPUTS
 GELU_BY_TANH = ("gelu_new", "gelu_pytorch_tanh")  # their names in config.json
 
@@ -36,25 +40,74 @@ def coupled_rows(rows: int, width: int) -> int:
 
 
 class OutputMoments:
-    """The mean of g gᵀ over gradients g[O] at a layer's output, of each piece of coupled rows."""
+    """The mean of g gᵀ over gradients g[O] at a layer's output, of each piece of coupled rows, in two halves of the
+    samples: these are independent of each other, as the tokens of one are not."""
 
-    def __init__(self, rows: int, width: int, device: torch.device | str = "cpu") -> None:
-        self.piece = coupled_rows(rows, width)
-        self._pieces = [Hessian(self.piece, device) for _ in range(rows // self.piece)]
+    def __init__(self, rows: int, width: int, device: torch.device | str = "cpu", first: int | None = None) -> None:
+        """`first`: how many samples are the first half; None: there is but one, and each half of it counts as one."""
+        self.piece, self.first = coupled_rows(rows, width), first
+        self._halves = [[Hessian(self.piece, device) for _ in range(rows // self.piece)] for _ in range(2)]
+        self._seen = 0
 
     def add(self, gradients: Tensor) -> None:
-        """Add gradients[..., O]; `require_finite` says whether they were finite."""
-        for hessian, some in zip(self._pieces, torch.split(gradients, self.piece, dim=-1), strict=True):
-            hessian.add(some, checked=False)
+        """Add gradients[B, T, O], a sample in each row; `require_finite` says whether they were finite."""
+        if self.first is None:
+            parts = gradients.tensor_split(2, dim=1)
+        else:
+            here = min(max(self.first - self._seen, 0), len(gradients))
+            parts = gradients[:here], gradients[here:]
+            self._seen += len(gradients)
+        for half, part in zip(self._halves, parts, strict=True):
+            if part.numel():
+                for hessian, some in zip(half, torch.split(part, self.piece, dim=-1), strict=True):
+                    hessian.add(some, checked=False)
 
     def require_finite(self) -> None:
         """Raise FormatError if some gradient that was added was not finite."""
-        for hessian in self._pieces:
-            hessian.require_finite()
+        for first, second in zip(*self._halves, strict=True):
+            first.require_finite(second)
 
-    def matrices(self) -> Tensor:
-        """K, float32[O / piece, piece, piece]."""
-        return torch.stack([hessian.matrix for hessian in self._pieces]).div_(2)
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """K of each half, float32[O / piece, piece, piece]."""
+        first, second = (torch.stack([hessian.matrix for hessian in half]).div_(2) for half in self._halves)
+        return first, second
+
+
+def shrunk(first: Tensor, second: Tensor, weight: float, damping: float = RIDGE) -> Tensor:
+    """K[heads, D, D] of all samples, with what lies off its diagonals smaller by the factor that rounding profits from.
+
+    Means over few samples have correlations that others have not. How many is told by cross-validation (Stone, "Cross-
+    validatory choice and assessment of statistical predictions", 1974): errors, alike and independent in all rows, are
+    compensated by what the first half of the samples says, with each of some parts of its diagonal added to it; taken
+    is the part that has the second half lose least. What holds for one piece of coupled rows is taken for all.
+
+    Args:
+        first: K of the first half of the samples.
+        second: that of the others.
+        weight: the part of all samples that the first half has.
+        damping: part of the mean diagonal that is added in any case.
+    """
+    K = weight * first + (1 - weight) * second
+    part = chosen_part(first[0], second[0], damping)
+    diagonal = K.diagonal(dim1=1, dim2=2).clone()
+    K.div_(1 + part).diagonal(dim1=1, dim2=2).copy_(diagonal)
+    return K
+
+
+def chosen_part(first: Tensor, second: Tensor, damping: float) -> float:
+    """Of PARTS that of the diagonal of first[D, D] with which second[D, D] loses least; from the largest on, as long as
+    they gain."""
+    found, least = PARTS[0], float("inf")
+    for part in PARTS:
+        K = first.clone()
+        K.diagonal().mul_(1 + part)
+        factor = OutputFactor.of(K[None], damping)
+        order, some = factor.row_order[0], factor.unit[0, ::EVERY]
+        lost = float((some @ second[order[:, None], order]).mul_(some).sum())
+        if not lost < least:
+            break
+        found, least = part, lost
+    return found
 
 
 def drawn_uniforms(rows: int, length: int, seed: int, numbers: Sequence[int] | None = None) -> Tensor:

@@ -123,9 +123,8 @@ def _estimate(
         peak += (0 if spilled else 3) * kept + piece + 2 * 4 * C * inner
         disk += (3 if spilled else 0) * kept
     if methods.gradients:
-        curvature = 4 * (
-            5 * C * C + inner * coupled_rows(config.inner_size, config.hidden_size)
-        )  # output-side Hessians of one block
+        # output-side Hessians of one block, of two halves
+        curvature = 2 * 4 * (5 * C * C + inner * coupled_rows(config.inner_size, config.hidden_size))
         peak = max(peak + curvature, _gradient_memory(config, first, length, spilled) + block)
         disk += config.num_layers * curvature
     if methods != PLAIN:
@@ -141,7 +140,7 @@ def _gradient_memory(config: GPTNeoConfig, rows: int, length: int, spilled: bool
     tokens = min(rows, rows_of_batch(length)) * length
     head = 4 * (V * C + 3 * POSITIONS * V + 4 * tokens * C)
     scores = 4 * config.num_heads * tokens * length
-    moments = 6 * C * C + 3 * inner * coupled_rows(config.inner_size, config.hidden_size)
+    moments = 2 * (6 * C * C + 3 * inner * coupled_rows(config.inner_size, config.hidden_size))
     through = 4 * tokens * (_ACTIVATIONS * C + _INNER_ACTIVATIONS * inner) + scores + 4 * moments
     return held + max(head, through)
 

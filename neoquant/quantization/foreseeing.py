@@ -20,7 +20,7 @@ from torch import Tensor
 
 from neoquant.calibration.block_forward import BlockForward
 from neoquant.calibration.dataset import Calibration
-from neoquant.calibration.memory import estimate_memory
+from neoquant.calibration.memory import estimate_memory, gradient_rows
 from neoquant.checkpoint import Checkpoint
 from neoquant.errors import locate
 from neoquant.grids import Affine, Grid, TrellisGrid
@@ -32,7 +32,7 @@ from neoquant.quantization.allocation import Candidates
 from neoquant.quantization.plan import EMBEDDING_GRIDS, Plan, make_plan
 from neoquant.quantization.recipe import Recipe
 from neoquant.quantization.resume import ResumableRun
-from neoquant.quantization.reverse import look_at_unquantized, methods_of
+from neoquant.quantization.reverse import look_at_unquantized, methods_of, shrunk_hessians
 from neoquant.quantization.sequential import embed, read_block, require_calibration
 from neoquant.quantization.trial import Trial
 from neoquant.quantizers import Gptq, Hessian
@@ -145,7 +145,8 @@ class _Foreseeing:
                 embed(self.checkpoint, ids, hidden)
                 forward = BlockForward(hidden, config.window_size, self.memory.keeps_inner)
                 for number in range(config.num_layers):
-                    found.layers |= self._block(number, forward, run.output_hessians(number))
+                    hessians = shrunk_hessians(run.output_hessians(number), gradient_rows(*ids.shape))
+                    found.layers |= self._block(number, forward, hessians)
                     advance(1)
                 hidden.close()
             run.remove()

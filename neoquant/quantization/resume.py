@@ -51,6 +51,7 @@ from neoquant.files.writing import sync_folder, write_file
 
 _RUN = "run.json"
 _NEW = ".new"
+_OTHER_HALF = "/other-half"
 _DIGITS = 16  # of a digest, in a file's name
 _OURS = re.compile(
     rf"\.?(run\.json|(block|curvature)-\d+-[0-9a-f]{{{_DIGITS}}}\.safetensors|"
@@ -197,18 +198,20 @@ class ResumableRun:
         """Whether those of a block's layers are kept."""
         return self.has(f"curvature-{number}")
 
-    def keep_output_hessians(self, number: int, found: Mapping[str, Tensor]) -> None:
-        """Keep those of a block's layers, [heads, D, D] by name."""
-        content = save({name: tensor.contiguous() for name, tensor in found.items()})
+    def keep_output_hessians(self, number: int, found: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Keep those of a block's layers by name, of both halves of the samples: [heads, D, D] each."""
+        pairs = {name: dict(zip((name, name + _OTHER_HALF), pair, strict=True)) for name, pair in found.items()}
+        content = save({name: tensor.contiguous() for pair in pairs.values() for name, tensor in pair.items()})
         digest = hashlib.sha256(content).hexdigest()
         self._write(f"curvature-{number}-{digest[:_DIGITS]}.safetensors", content)
 
-    def output_hessians(self, number: int) -> dict[str, Tensor]:
+    def output_hessians(self, number: int) -> dict[str, tuple[Tensor, Tensor]]:
         """What `keep_output_hessians` kept. Raises OutputError if that is damaged or missing."""
         path = self._find(f"curvature-{number}-*.safetensors")
         if path is None:
             raise self._damaged(f"curvature-{number}")
-        return load(self._content(path))
+        found = load(self._content(path))
+        return {name: (found[name], found[name + _OTHER_HALF]) for name in found if not name.endswith(_OTHER_HALF)}
 
     def reached(self, blocks: int) -> int | None:
         """The lowest block whose output-side Hessians are kept; None before that of the last of so many."""

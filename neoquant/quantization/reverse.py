@@ -8,7 +8,7 @@ interrupted walk goes on, to the same bytes (on a GPU up to the order of sums).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import repeat
 from typing import Any
 
@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from neoquant.calibration.dataset import Calibration
 from neoquant.calibration.hidden_states import HiddenStates
-from neoquant.calibration.loss_hessian import OutputMoments, drawn_uniforms, gradient_at_head, gradients_in_block
+from neoquant.calibration.loss_hessian import (
+    OutputMoments,
+    drawn_uniforms,
+    gradient_at_head,
+    gradients_in_block,
+    shrunk,
+)
 from neoquant.calibration.memory import PLAIN, CalibrationMemory, Methods, gradient_rows
 from neoquant.calibration.share import Share
 from neoquant.checkpoint import Checkpoint
@@ -50,6 +56,21 @@ def gradients_record(plan: Plan, calibration: Calibration) -> dict[str, Any]:
         return {}
     labels = {"rows": gradient_rows(*calibration.ids.shape), "labels": "drawn from the model", "seed": calibration.seed}
     return {"gradients": labels}
+
+
+def shrunk_hessians(found: Mapping[str, tuple[Tensor, Tensor]], rows: int) -> dict[str, Tensor]:
+    """Output-side Hessians as a run keeps them, of so many calibration samples, as layers are rounded by them."""
+    weight = rows // 2 / rows if rows > 1 else 0.5
+    return {name: shrunk(first, second, weight) for name, (first, second) in found.items()}
+
+
+def _halves(share: Share) -> tuple[int, int]:
+    """How many of a process's samples that the unquantized model sees are of the first half of all such, and how many
+    of the other; one sample alone counts as one of each."""
+    if share.firsts == 1:
+        return share.first, share.first
+    first = sum(number < share.firsts // 2 for number in share.first_numbers)
+    return first, share.first - first
 
 
 def look_at_unquantized(
@@ -89,10 +110,15 @@ def calibrating(
 
     def output_hessians(number: int) -> dict[str, Tensor]:
         found = run.output_hessians(number)
-        if run.group.size == 1:
-            return found
-        weight = share.first / share.firsts  # each is a mean over its process's samples
-        return {name: run.group.add_up(found[name] * weight) for name in sorted(found)}
+        if run.group.size > 1:  # each is a mean over its process's samples
+            counts, totals = _halves(share), (max(1, share.firsts // 2), share.firsts - share.firsts // 2)
+            weights = [count / total for count, total in zip(counts, totals, strict=True)]
+            add_up = run.group.add_up
+            found = {
+                name: (add_up(found[name][0] * weights[0]), add_up(found[name][1] * weights[1]))
+                for name in sorted(found)
+            }
+        return shrunk_hessians(found, share.firsts)
 
     def unquantized(number: int, behind_attention: bool = False) -> HiddenStates:
         kind = "behind" if behind_attention else "input"
@@ -168,9 +194,13 @@ class _Walk:
         for number in reversed(range(reached)):
             names = self._names(number)
             width = self.config.hidden_size
-            moments = {name: OutputMoments(self._outputs(name), width, self.device) for name in names}
+            first = None if self.share.firsts == 1 else _halves(self.share)[0]
+            moments = {name: OutputMoments(self._outputs(name), width, self.device, first) for name in names}
             self._keep_gradient(number, self._in_block(number, names, moments))
-            self.run.keep_output_hessians(number, {name: each.matrices().cpu() for name, each in moments.items()})
+            found = {name: each.matrices() for name, each in moments.items()}
+            self.run.keep_output_hessians(
+                number, {name: (K.cpu(), squares.cpu()) for name, (K, squares) in found.items()}
+            )
             self.run.drop(f"gradient-{number + 1}")
             if not self.memory.methods.reference:
                 self.run.drop(f"input-{number + 1}")

@@ -22,7 +22,7 @@ REPORTED_ROWS = 256  # of a weight, whose part of its errors is reported: measur
 ORDERS = ("static", "off", "dynamic")
 SCALES = ("range", "mse", "weighted")
 OBJECTIVES = ("attention", "layer", "model")
-GRADIENT_DAMPING = 0.1  # of output Hessians from gradients, at least
+GRADIENT_DAMPING = 0.1  # of output Hessians from gradients, which are shrunk already: as a part of `damping`
 PIECE = 64  # coupled rows where neither the native library nor Triton runs
 
 
@@ -68,7 +68,8 @@ class Gptq(Quantizer):
     scales     range: they cover the weights. mse: of least squared error. weighted: each input's error by its diagonal
                entry of the Hessian. Both clip large weights, which cannot be compensated: on GPT-Neo they lose more.
     damping    part of the Hessian's mean diagonal that is added to all of it; raised tenfold where that is too little.
-               Output Hessians from gradients are damped by at least a tenth: they are of fewer tokens.
+               Output Hessians from gradients come shrunk by what their samples say (`calibration.loss_hessian`); a
+               tenth of the damping is added to them.
     objective  attention: queries, keys and values are rounded for the output of attention, not for their own: a row's
                error is also compensated in the later rows of its head (see `hessian.OutputFactor`). layer: every layer
                for its own output, as in the paper. model: every layer for the model's loss, to second order: all its
@@ -126,7 +127,7 @@ class Gptq(Quantizer):
 
     @property
     def _output_damping(self) -> float:
-        return max(self.damping, GRADIENT_DAMPING) if self.needs_gradients else self.damping
+        return self.damping * GRADIENT_DAMPING if self.needs_gradients else self.damping
 
     @property
     def needs_reference(self) -> bool:

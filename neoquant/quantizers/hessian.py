@@ -59,9 +59,12 @@ class Hessian:
         self._factors.clear()
         self.require_finite()
 
-    def require_finite(self) -> None:
-        """Raise FormatError if some input that was added was not finite, or its square is not."""
-        if not bool(self._sum.diagonal().sum().isfinite()):
+    def require_finite(self, *others: Hessian) -> None:
+        """Raise FormatError if some input that was added, here or to `others`, was not finite, or its square is not."""
+        total = self._sum.diagonal().sum()
+        for other in others:
+            total = total + other._sum.diagonal().sum()
+        if not bool(total.isfinite()):
             raise FormatError("the layer's inputs hold infinity or NaN, or are too large to be squared")
 
     @property

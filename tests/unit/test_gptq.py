@@ -251,7 +251,7 @@ def test_many_rows_as_a_kronecker_product(grid: Grid, tall: int, rows: int, monk
     monkeypatch.setattr(feedback, "TALL", tall)
     monkeypatch.setattr(feedback, "ROWS", rows)
     w, hessian, K = make_weight((12, 96), torch.float32, "normal"), seen(correlated(300, 96)), output_hessians(1, 12)
-    expected = kronecker(w, hessian, K, grid.columns(grid.fit(w), (12, 96)), gptq.GRADIENT_DAMPING)
+    expected = kronecker(w, hessian, K, grid.columns(grid.fit(w), (12, 96)), 0.01 * gptq.GRADIENT_DAMPING)
     found = Gptq(objective="model").quantize(w, grid, hessian, K)
     assert (found.codes != expected).float().mean() < 2e-3  # a value within 1e-6 of the middle may go either way
 

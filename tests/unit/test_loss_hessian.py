@@ -16,7 +16,7 @@ from torch import Tensor
 
 from neoquant.calibration import loss_hessian, memory
 from neoquant.calibration.dataset import Calibration
-from neoquant.calibration.loss_hessian import draw_labels, drawn_uniforms
+from neoquant.calibration.loss_hessian import OutputMoments, draw_labels, drawn_uniforms, shrunk
 from neoquant.calibration.memory import estimate_memory, gradient_rows
 from neoquant.checkpoint import open_checkpoint
 from neoquant.loading.load import load_model
@@ -46,7 +46,12 @@ def kept(folder: Path, out: Path, recipe: Recipe = MODEL, max_memory: int | None
         run.begin({}, config.num_layers)
         look_at_unquantized(checkpoint, plan, calibration(), needed, run, SILENT)
         assert sorted(path.name.split("-")[0] for path in run.folder.iterdir()) == ["curvature"] * 2 + ["run.json"]
-        found = [run.output_hessians(number) for number in range(config.num_layers)]
+        rows = gradient_rows(ROWS, LENGTH)
+        halves = [run.output_hessians(number) for number in range(config.num_layers)]
+        found = [
+            {name: (rows // 2 * one + (rows - rows // 2) * other) / rows for name, (one, other) in of_block.items()}
+            for of_block in halves
+        ]
         run.remove()
     return found
 
@@ -180,3 +185,78 @@ def test_drawing_labels_warns_of_nothing() -> None:
     finally:
         torch.set_warn_always(False)
     assert labels.shape == (3, 2)
+
+
+def halves_of(gradients: Tensor, width: int, first: int | None) -> tuple[Tensor, Tensor]:
+    moments = OutputMoments(gradients.shape[2], width, first=first)
+    for some in torch.split(gradients, 2):
+        moments.add(some)
+    moments.require_finite()
+    return moments.matrices()
+
+
+@pytest.mark.parametrize(("outputs", "width"), [(6, 6), (12, 6), (10, 6)])
+@pytest.mark.parametrize("first", [2, 3])
+def test_moments_of_halves(outputs: int, width: int, first: int) -> None:
+    gradients = torch.randn(5, 9, outputs, generator=torch.Generator().manual_seed(0))
+    halves = halves_of(gradients, width, first)
+    for found, samples in zip(halves, (gradients[:first], gradients[first:]), strict=True):
+        tokens = samples.flatten(0, 1).double()
+        assert_pieces(found, sum(torch.outer(g, g) for g in tokens) / len(tokens))
+
+
+def test_one_sample_counts_as_two() -> None:
+    gradients = torch.randn(1, 8, 6, generator=torch.Generator().manual_seed(0))
+    halves = halves_of(gradients.view(2, 4, 6), 6, 1)
+    for found, expected in zip(halves_of(gradients, 6, None), halves, strict=True):
+        assert torch.allclose(found, expected, atol=1e-6)
+
+
+def lost(first: Tensor, second: Tensor, part: float, every: int) -> float:
+    """What errors of one in each row add up to in the second half, compensated by the first, in double precision: row
+    after row, each error moves all later rows to where the first half has them lose least."""
+    K = first.double() + (part * first.diagonal() + 0.001 * first.diagonal().mean()).double().diag()
+    order = first.diagonal().argsort(descending=True, stable=True)
+    K, other = K[order[:, None], order], second.double()[order[:, None], order]
+    total = 0.0
+    for i in range(0, len(K), every):
+        error = torch.zeros(len(K), dtype=torch.float64)
+        error[i] = 1
+        error[i + 1 :] = -torch.linalg.solve(K[i + 1 :, i + 1 :], K[i + 1 :, i])
+        total += float(error @ other @ error)
+    return total
+
+
+@settings(deadline=None, max_examples=40)
+@given(size=st.integers(1, 9), tokens=st.integers(2, 60), every=st.integers(1, 3), seed=st.integers(0, 99))
+def test_the_part_that_is_chosen(size: int, tokens: int, every: int, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(size, size, generator=random)
+    first, second = (g.T @ g / tokens for g in torch.randn(2, tokens, size, generator=random) @ mixing)
+    losses = [lost(first, second, part, every) for part in loss_hessian.PARTS]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_hessian, "EVERY", every)
+        found = loss_hessian.PARTS.index(loss_hessian.chosen_part(first, second, 0.001))
+    tied = 1e-3 * losses[0]
+    assert all(losses[n + 1] < losses[n] + tied for n in range(found))
+    assert found == len(losses) - 1 or losses[found + 1] > losses[found] - tied
+
+
+def test_shrunk_as_much_as_halves_differ() -> None:
+    """Hardly where they are alike, the most where they have nothing in common; diagonals are kept."""
+    random = torch.Generator().manual_seed(0)
+    mixing = torch.randn(12, 12, generator=random)
+    alike = (torch.randn(1, 300, 12, generator=random) @ mixing).expand(6, 300, 12)
+    other = torch.randn(6, 300, 12, generator=random) @ mixing
+    few = torch.randn(6, 2, 60, generator=random)
+    for gradients, part in ((alike, 0.001), (other, 0.001), (few, 1.0)):
+        K = gradients.flatten(0, 1).T @ gradients.flatten(0, 1) / gradients[..., 0].numel()
+        found = shrunk(*halves_of(gradients, gradients.shape[2], 2), 2 / 6)[0]
+        assert torch.allclose(found.diagonal(), K.diagonal(), rtol=1e-4)
+        expected = (K - K.diagonal().diag()) / (1 + part)
+        assert torch.allclose(found - found.diagonal().diag(), expected, rtol=1e-3, atol=1e-4 * float(K.max()))
+
+
+def test_nothing_to_learn_of_outputs_that_do_not_count() -> None:
+    nothing = torch.zeros(1, 4, 4)
+    assert torch.equal(shrunk(nothing, nothing, 0.5), nothing)
