@@ -205,8 +205,17 @@ def _explained(source: str, revision: str | None) -> Iterator[None]:
         raise HubError(f"{source} has no revision {revision!r}, expected a branch, tag or commit") from error
     except transport_errors() as error:
         raise HubError(_transport_problem(source, error)) from error
+    except UnicodeEncodeError as error:
+        raise no_token() from error
     except (ValueError, KeyError, TypeError) as error:  # JSON that is none, or another's
         raise not_the_hub(source) from error
+
+
+def no_token() -> HubError:
+    """What is sent as a token cannot be one: nothing else that is sent may hold more than ASCII."""
+    return HubError(
+        "the token (HF_TOKEN, or what `hf auth login` saved) is none of the hub's: it holds more than ASCII"
+    )
 
 
 def not_the_hub(source: str) -> HubError:

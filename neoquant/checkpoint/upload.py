@@ -252,6 +252,8 @@ def _explained(repo: str) -> Iterator[None]:
         yield
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise hub.not_the_hub(repo) from error
+    except UnicodeEncodeError as error:
+        raise hub.no_token() from error
     except (errors.HFValidationError, ValueError) as error:
         if isinstance(error, errors.HfHubHTTPError):
             raise HubError(_refusal(repo, error)) from error

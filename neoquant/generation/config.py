@@ -161,6 +161,8 @@ class GenerationConfig:
         faults, repositories = [], []
         for name, value in self.others.items():
             only = ONLY[name]
+            if reason := fault(name, value):
+                raise RequestError(reason)
             if value not in only:
                 instead = " or ".join(map(repr, only)) or "None"
                 given = f"a {type(value).__name__}" if isinstance(value, Tensor) else f"{value!r:.80}"

@@ -106,6 +106,7 @@ LEGAL: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("num_return_sequences", "bos_token_id", "pad_token_id", "seed"), _COUNT),
     **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), _NUMBER),
     **dict.fromkeys(("do_sample", "return_dict_in_generate", "output_scores", "output_logits"), _SWITCH),
+    "num_beams": (lambda value: _is_count(value) and value > 0, "an integer of at least 1"),
     "eos_token_id": (_are_ids, "an integer of 64 bits or a list of them"),
     "suppress_tokens": (_are_ids, "an integer of 64 bits or a list of them"),
     "bad_words_ids": (_are_words, "a list of lists of integers, none of them empty"),

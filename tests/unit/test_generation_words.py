@@ -355,6 +355,12 @@ def test_what_are_no_ids_is_said(pair: tuple[Any, Any], ids: Any, said: str) -> 
         pair[0].generate(ids, max_new_tokens=2, pad_token_id=None)
 
 
+@pytest.mark.parametrize("beams", [0, -1, 1.5, "2", True])
+def test_what_is_no_number_of_beams_is_said(pair: tuple[Any, Any], beams: Any) -> None:
+    with pytest.raises(RequestError, match=r"num_beams is .*; legal is an integer of at least 1"):
+        pair[0].generate(IDS, num_beams=beams, max_new_tokens=2)
+
+
 def test_padding_may_be_no_token(pair: tuple[Any, Any]) -> None:
     asked = {"max_new_tokens": 4, "eos_token_id": None}
     plain = pair[0].generate(IDS, attention_mask=MASK, **asked)

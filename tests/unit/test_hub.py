@@ -199,6 +199,12 @@ def test_what_the_hub_refuses(stand_in: StandIn, refusal: tuple[int, str], messa
     assert "\n" not in str(caught.value)
 
 
+def test_what_cannot_be_a_token_is_said(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_\u00fcml\u00e4ut")
+    with pytest.raises(HubError, match=r"the token \(HF_TOKEN, .*\) is none of the hub's: it is not ASCII"):
+        open_checkpoint("user/neo")
+
+
 def test_a_revision_that_is_not_there(stand_in: StandIn) -> None:
     with pytest.raises(HubError, match="user/neo has no revision 'v9', expected a branch, tag or commit"):
         open_checkpoint("user/neo", revision="v9")
