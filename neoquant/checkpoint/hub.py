@@ -213,9 +213,7 @@ def _explained(source: str, revision: str | None) -> Iterator[None]:
 
 def no_token() -> HubError:
     """What is sent as a token cannot be one: nothing else that is sent may hold more than ASCII."""
-    return HubError(
-        "the token (HF_TOKEN, or what `hf auth login` saved) is none of the hub's: it holds more than ASCII"
-    )
+    return HubError("the token (HF_TOKEN, or what `hf auth login` saved) is none of the hub's: it is not ASCII")
 
 
 def not_the_hub(source: str) -> HubError:
