@@ -9,9 +9,12 @@ import torch
 from lm_eval.api.model import TemplateLM
 
 from neoquant.errors import DataError, RequestError
+from neoquant.evaluation.accumulator import TokenScores
 from neoquant.evaluation.answers import Answer, Answers, digest
 from neoquant.evaluation.corpus import Window
 from neoquant.evaluation.scoring import Model, batch_limits, batches, score_batches
+from neoquant.evaluation.shared_context import SharedContext, by_context
+from neoquant.model.base import Network
 from neoquant.progress import Progress
 
 
@@ -19,7 +22,8 @@ class HarnessModel(TemplateLM):
     """Log-likelihoods of continuations; nothing is generated.
 
     What is read and scored is what lm_eval's own `hf` model reads and scores: context and continuation are tokenized
-    together, and cut on the left to the tokens that the model has positions for. `number` tells the answers of several
+    together, and cut on the left to the tokens that the model has positions for. On a CPU, a context with several
+    continuations is read once. `number` tells the answers of several
     models apart.
     """
 
@@ -91,15 +95,21 @@ class HarnessModel(TemplateLM):
         if not windows:
             return
         limits = batch_limits(self.model.device)
+        # Launches of a GPU take longer than what a shared context saves.
+        shares = isinstance(self.model, Network) and self.model.device.type == "cpu"
+        shared = list(by_context(windows, limits.positions)) if shares else []
+        rest = sorted(set(range(len(windows))) - {number for batch in shared for number in batch})
+        alone = [[rest[number] for number in b] for b in batches([windows[n] for n in rest], limits.positions)]
         with self.progress.task("scoring", total=sum(window.scored for window in windows)) as advance:
-            work = list(batches(windows, limits.positions))
-            chosen = ([windows[number] for number in batch] for batch in work)
-            found = score_batches([self.model], chosen, limits.rows, advance)
-            for batch, (scores,) in zip(work, found, strict=True):
-                lengths = [windows[number].scored for number in batch]
-                nats, hits = torch.split(scores.nats, lengths), torch.split(scores.hit, lengths)
-                answers: dict[str, Answer] = {
-                    keys[number]: (float(loss.sum()), bool(hit.all()))
-                    for number, loss, hit in zip(batch, nats, hits, strict=True)
-                }
-                self.answers.add(answers)
+            for model, work in ((SharedContext(self.model), shared), (self.model, alone)):
+                chosen = ([windows[number] for number in batch] for batch in work)
+                found = score_batches([model], chosen, limits.rows, advance)
+                for batch, (scores,) in zip(work, found, strict=True):
+                    self._keep([keys[number] for number in batch], [windows[number].scored for number in batch], scores)
+
+    def _keep(self, keys: Sequence[str], lengths: list[int], scores: TokenScores) -> None:
+        nats, hits = torch.split(scores.nats, lengths), torch.split(scores.hit, lengths)
+        answers: dict[str, Answer] = {
+            key: (float(loss.sum()), bool(hit.all())) for key, loss, hit in zip(keys, nats, hits, strict=True)
+        }
+        self.answers.add(answers)
