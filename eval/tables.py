@@ -48,9 +48,14 @@ BY_LOSS = {"objective": "model", "correction": 0.5}
 ATTENTION = {"objective": "attention", "correction": 0.0}
 OBJECTIVES = {name: ROOT / "eval" / "results" / f"objectives-{name}.json" for name in ("demo", "neo-8m")}
 OUTPUT_DAMPING = {  # what each column says
-    f"{name}, {grid}": (ROOT / "eval" / "results" / f"output-damping-{file}.json", label)
-    for name, file in (("bundled model", "demo"), ("neo-8m", "neo-8m"))
-    for grid, label in (("3 bits", "3 bits, groups of 64, asymmetric"), ("NF4", "NF4, double quantization"))
+    name: (ROOT / "eval" / "results" / f"output-damping-{file}.json", label)
+    for name, file, label in (
+        ("bundled model, 3 bits", "demo", "3 bits, groups of 64, asymmetric"),
+        ("bundled model, NF4", "demo", "NF4, double quantization"),
+        ("neo-8m, 3 bits", "neo-8m", "3 bits, groups of 64, asymmetric"),
+        ("neo-8m, NF4", "neo-8m", "NF4, double quantization"),
+        ("bundled model, 3 bits, 4 x 128 tokens", "demo-few", "3 bits, groups of 64, asymmetric"),
+    )
 }
 TO_ORDER = ROOT / "eval" / "results" / "to-order-demo.json"
 TUNED = ROOT / "eval" / "results" / "tuned-demo.json"
