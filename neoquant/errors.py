@@ -2,6 +2,7 @@
 
     NeoquantError                 exit code 1: the work could not be done
     ├── CheckpointError           a model folder or one of its files is missing, damaged or not what it says
+    │   ├── ShapeError            a tensor has another shape than config.json says (also a RuntimeError)
     │   └── ConfigError           config.json describes something that is not a legal GPT-Neo
     ├── FormatError               tensors that do not spell a quantized weight
     ├── DataError                 a suite, document file or data set that cannot be read as one
@@ -41,6 +42,10 @@ class NeoquantError(Exception):
 
 class CheckpointError(NeoquantError):
     """A model folder or one of its files is missing, damaged or not what it says it is."""
+
+
+class ShapeError(CheckpointError, RuntimeError):
+    """A tensor has another shape than the model's. It is a RuntimeError, too, as transformers raises for it."""
 
 
 class ConfigError(CheckpointError):

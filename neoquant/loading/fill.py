@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from neoquant.errors import CheckpointError, RequestError, locate
+from neoquant.errors import CheckpointError, RequestError, ShapeError, locate
 from neoquant.formats import Format
 from neoquant.formats.base import dtype_name
 from neoquant.loading.contents import Contents, Readable
@@ -94,7 +94,7 @@ class Filler:
     def _load_plain(self, name: str, stored: str, parameter: Tensor) -> None:
         header = self.checkpoint.headers[stored]
         if problem := shape_problem({stored: header.shape}, {stored: tuple(parameter.shape)}):
-            raise CheckpointError(problem)
+            raise ShapeError(problem)
         if not header.dtype.is_floating_point:
             raise CheckpointError(f"tensor {stored!r} is {header.dtype}, a weight is floating-point")
         _set_parameter(self.model, name, nn.Parameter(self._tensor(stored, name)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -219,6 +219,10 @@ class GPTNeoConfig(metaclass=_TakesOthers):
             if not isinstance(values, dict):
                 raise ConfigError(f"holds a {type(values).__name__}, not an object")
             return cls.from_dict(values)
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of what `to_dict` gives, as transformers' configurations are gone through."""
+        return iter(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """The object to write as `config.json`, in transformers' spelling."""

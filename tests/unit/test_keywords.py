@@ -110,3 +110,12 @@ def test_quantized_weights_count_as_what_they_stand_for(tiny_model: Path) -> Non
     quantized = 12 * 24 * 24 * 2  # of two blocks
     assert small.num_parameters(only_trainable=True) < plain.num_parameters(only_trainable=True) - quantized + 1
     assert small.get_memory_footprint() < plain.get_memory_footprint() - 2 * quantized
+
+
+@pytest.mark.filterwarnings("ignore::neoquant.LoadWarning")
+def test_a_head_of_another_size_is_a_runtime_error_as_in_transformers(make_model: Any, tmp_path: Path) -> None:
+    model = neoquant.GPTNeoForSequenceClassification.from_pretrained(make_model(), num_labels=3)
+    model.save_pretrained(tmp_path / "out")
+    with pytest.raises(RuntimeError, match=r"score\.weight"):
+        neoquant.GPTNeoForSequenceClassification.from_pretrained(tmp_path / "out", num_labels=5)
+    assert list(model.config) == list(model.config.to_dict())
