@@ -20,6 +20,7 @@ _ATTRIBUTES = {
     "save_vocabulary": "save_pretrained writes the vocabulary, in tokenizer.json; get_vocab() gives it",
     "clean_up_tokenization": "decode(clean_up_tokenization_spaces=) does what is to be done",
     "sanitize_special_tokens": "add_special_tokens adds those that are new",
+    "all_special_tokens_extended": "all_special_tokens gives the texts, added_tokens_decoder the flags",
     "bpe": _SLOW,
     "byte_encoder": _SLOW,
     "byte_decoder": _SLOW,
