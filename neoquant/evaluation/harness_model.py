@@ -22,8 +22,8 @@ class HarnessModel(TemplateLM):
     """Log-likelihoods of continuations; nothing is generated.
 
     What is read and scored is what lm_eval's own `hf` model reads and scores: context and continuation are tokenized
-    together, and cut on the left to the tokens that the model has positions for. On a CPU, a context with several
-    continuations is read once. `number` tells the answers of several
+    together, and cut on the left to the tokens that the model has positions for. On a CPU, a long context with
+    several continuations is read once. `number` tells the answers of several
     models apart.
     """
 
