@@ -197,10 +197,8 @@ class _Walk:
             first = None if self.share.firsts == 1 else _halves(self.share)[0]
             moments = {name: OutputMoments(self._outputs(name), width, self.device, first) for name in names}
             self._keep_gradient(number, self._in_block(number, names, moments))
-            found = {name: each.matrices() for name, each in moments.items()}
-            self.run.keep_output_hessians(
-                number, {name: (K.cpu(), squares.cpu()) for name, (K, squares) in found.items()}
-            )
+            halves = {name: each.matrices() for name, each in moments.items()}
+            self.run.keep_output_hessians(number, {name: (a.cpu(), b.cpu()) for name, (a, b) in halves.items()})
             self.run.drop(f"gradient-{number + 1}")
             if not self.memory.methods.reference:
                 self.run.drop(f"input-{number + 1}")

@@ -166,15 +166,16 @@ def test_a_result_has_one_writer(tmp_path: Path, cli: Cli) -> None:
     """While a process has it, no other gets it, from the command line neither; when that is killed, the next does."""
     path = tmp_path / "results" / "plan.json"
     path.parent.mkdir()
+    reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        claim(path)
+        os.write(writing, b"claimed" if claim(path) else b"refused")
         time.sleep(60)
         os._exit(0)
+    os.close(writing)
     try:
-        while (give_back := claim(path)) is not None:  # until the other process has it
-            give_back()
-            time.sleep(0.01)
+        assert os.read(reading, 7) == b"claimed"
+        os.close(reading)
         refused = cli("plan", "neoquant-demo", "--json", path)
         assert refused.code == 1 and "plan.json is being written by another neoquant" in refused.error
         assert not path.exists()
