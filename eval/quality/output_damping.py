@@ -151,7 +151,7 @@ def damped(way: Way | None) -> Iterator[None]:
     with ExitStack() as stack:
         if way is not None:
             stack.enter_context(mock.patch.object(reverse, "shrunk", way.shrunk))
-            stack.enter_context(mock.patch.object(Gptq, "_output_damping", way.mean))
+            stack.enter_context(mock.patch.object(Gptq, "_output_damping", mock.Mock(return_value=way.mean)))
         yield
 
 

@@ -23,6 +23,7 @@ ORDERS = ("static", "off", "dynamic")
 SCALES = ("range", "mse", "weighted")
 OBJECTIVES = ("attention", "layer", "model")
 GRADIENT_DAMPING = 0.1  # of output Hessians from gradients, which are shrunk already: as a part of `damping`
+COARSE_DAMPING = 0.1  # of the same where codes have two bits: errors, and what they move in other rows, are large
 PIECE = 64  # coupled rows where neither the native library nor Triton runs
 
 
@@ -69,7 +70,7 @@ class Gptq(Quantizer):
                entry of the Hessian. Both clip large weights, which cannot be compensated: on GPT-Neo they lose more.
     damping    part of the Hessian's mean diagonal that is added to all of it; raised tenfold where that is too little.
                Output Hessians from gradients come shrunk by what their samples say (`calibration.loss_hessian`); a
-               tenth of the damping is added to them.
+               tenth of the damping is added to them, and of codes of two bits a tenth of the mean diagonal.
     objective  attention: queries, keys and values are rounded for the output of attention, not for their own: a row's
                error is also compensated in the later rows of its head (see `hessian.OutputFactor`). layer: every layer
                for its own output, as in the paper. model: every layer for the model's loss, to second order: all its
@@ -125,9 +126,10 @@ class Gptq(Quantizer):
     def needs_gradients(self) -> bool:
         return self.objective == "model"
 
-    @property
-    def _output_damping(self) -> float:
-        return self.damping * GRADIENT_DAMPING if self.needs_gradients else self.damping
+    def _output_damping(self, grid: Grid) -> float:
+        if not self.needs_gradients:
+            return self.damping
+        return max(self.damping, COARSE_DAMPING) if grid.bits <= 2 else self.damping * GRADIENT_DAMPING
 
     @property
     def needs_reference(self) -> bool:
@@ -191,12 +193,12 @@ class Gptq(Quantizer):
         """By what errors are compensated in other rows of weight[O, I]."""
         place, chain = weight.device, columns.grid.decoding.trellis
         if chain is not None:
-            return SpanFactor.of(output_hessian.to(place), chain.span, self._output_damping)
+            return SpanFactor.of(output_hessian.to(place), chain.span, self._output_damping(columns.grid))
         if whole_block(weight, columns) is None:
             output_hessian = diagonal_pieces(output_hessian, PIECE)
         # a GPU takes more launches for many small matrices than they are worth
         output_hessian = output_hessian.to("cpu" if output_hessian.shape[1] <= TALL else place)
-        return OutputFactor.of(output_hessian, self._output_damping).to(place)
+        return OutputFactor.of(output_hessian, self._output_damping(columns.grid)).to(place)
 
     def _refit(self, hessian: Hessian, order: Tensor | None) -> Refit:
         """How groups are fitted, with the inputs in `order`."""
