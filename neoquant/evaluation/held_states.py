@@ -6,27 +6,18 @@ from typing import Any
 
 import torch
 
-from neoquant.evaluation.scoring import Model
+from neoquant.evaluation.scoring import Model, ModelAround
 from neoquant.model.cache import KVCache, require_storage
 
 
-class HeldStates:
+class HeldStates(ModelAround):
     """A `Model` that meets the keys and values of all positions in float32, float16 or int8 (see `KVCache`)."""
 
     def __init__(self, model: Model, storage: str) -> None:
         """Raises RequestError for another type."""
         require_storage(storage)
-        self.config: Any = model.config
-        self.lm_head = model.lm_head
-        self._model, self._storage = model, storage
-
-    @property
-    def device(self) -> torch.device:
-        return self._model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._model.dtype
+        super().__init__(model)
+        self._storage = storage
 
     def transformer(self, ids: torch.Tensor, **options: Any) -> Any:
         cache = KVCache.of(self.config, max(1, ids.shape[1]), self._storage)

@@ -57,6 +57,23 @@ class Model(Protocol):
     def dtype(self) -> torch.dtype: ...
 
 
+class ModelAround:
+    """A `Model` but for its `transformer`, which has another's meet its ids in a way of its own."""
+
+    def __init__(self, model: Model) -> None:
+        self.config: Any = model.config
+        self.lm_head = model.lm_head
+        self._model = model
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._model.dtype
+
+
 def last_hidden_state(model: Model, ids: torch.Tensor) -> torch.Tensor:
     """What `model` gives for `ids[B, T]` before its head, [B, T, C]; no keys and values are kept."""
     alone = {"use_cache": False, "output_attentions": False, "output_hidden_states": False}

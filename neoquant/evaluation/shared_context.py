@@ -9,28 +9,15 @@ from typing import Any
 import torch
 
 from neoquant.evaluation.corpus import Window
-from neoquant.evaluation.scoring import Model
+from neoquant.evaluation.scoring import ModelAround
 from neoquant.model.cache import KVCache
 
 
-class SharedContext:
+class SharedContext(ModelAround):
     """A `Model` that reads what all rows of a batch begin with in one row, and the rest of each after it.
 
     What it gives is what the model gives: a causal model's states at the beginning do not depend on what follows.
     """
-
-    def __init__(self, model: Model) -> None:
-        self.config: Any = model.config
-        self.lm_head = model.lm_head
-        self._model = model
-
-    @property
-    def device(self) -> torch.device:
-        return self._model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._model.dtype
 
     def transformer(self, ids: torch.Tensor, **options: Any) -> Any:
         """`last_hidden_state[B, T, C]` of ids[B, T]."""
