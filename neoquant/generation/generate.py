@@ -81,6 +81,11 @@ class Sampling:
             if not legal:
                 raise RequestError(f"{name} is {getattr(self, name)}; legal is {what}")
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether what has been said before decides what may come."""
+        return bool(self.repetition_penalty != 1 or self.no_repeat_ngram_size or self.bad_words_ids)
+
 
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     """`logits[B, V]` in float32 after temperature, top-k, top-p and min-p; what falls out is -inf."""
@@ -440,13 +445,8 @@ def stream(
 def _by_logits(sampling: Sampling, generator: torch.Generator | None) -> Choose | None:
     """`choose` for a token behind the first, by its logits `[B, V]` alone: `[B]`, NOTHING where there is none; None
     where more than the logits decides, or numbers come from torch's own generator, from which others draw as well."""
-    by_what_is_there = sampling.repetition_penalty != 1 or sampling.no_repeat_ngram_size or sampling.min_new_tokens > 1
-    if (
-        by_what_is_there
-        or sampling.bad_words_ids
-        or sampling.suppress_tokens
-        or (sampling.temperature > 0 and generator is None)
-    ):
+    by_more = sampling.looks_back or sampling.suppress_tokens or sampling.min_new_tokens > 1
+    if by_more or (sampling.temperature > 0 and generator is None):
         return None
 
     def chosen(logits: Tensor) -> Tensor:

@@ -137,7 +137,7 @@ def _check(
 def _seen(ids: list[int], draft: Draft, sampling: Sampling) -> Tensor:
     """All before each position that is checked, `[k + 1, S]`, where that is asked for, behind NOTHING."""
     k = len(draft.tokens)
-    if sampling.repetition_penalty == 1 and not sampling.no_repeat_ngram_size:
+    if not sampling.looks_back:
         return torch.empty(k + 1, 0, dtype=torch.int64)
     text = torch.tensor([*[NOTHING] * k, *ids, *draft.tokens.tolist()])
     return text.unfold(0, k + len(ids), 1)

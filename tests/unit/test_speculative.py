@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +61,21 @@ def test_greedy_tokens_are_the_same(kind: str, penalty: float) -> None:
     assert count.accepted <= count.drafted and count.steps + count.accepted >= len(expected)
     if kind == "itself":
         assert count.accepted == count.drafted > count.steps
+
+
+@pytest.mark.parametrize(
+    "ruled_out",
+    [{"bad_words_ids": ((3, 7), (3, 1), (4, 2, 4))}, {"no_repeat_ngram_size": 2}, {"suppress_tokens": (3, 7)}],
+    ids=lambda ruled_out: next(iter(ruled_out)),
+)
+def test_what_may_not_come_does_not_come_with_drafts(ruled_out: dict[str, Any]) -> None:
+    model, sampling, prompt = make(), Sampling(**ruled_out), torch.tensor([[5, 9, 2, 7, 5, 9]])
+    expected = [int(ids) for ids in stream(model, prompt, max_new_tokens=60, sampling=sampling)]
+    assert expected != [int(ids) for ids in stream(model, prompt, max_new_tokens=60)]
+    truth = [*prompt[0].tolist(), *(int(ids) for ids in stream(model, prompt, max_new_tokens=60))]
+    for drafter in (PromptLookup(), Scripted(truth, 1), ModelDrafter(make(seed=1), sampling)):
+        found = stream_with_drafts(model, prompt, drafter, max_new_tokens=60, sampling=sampling)
+        assert [int(ids) for ids in found] == expected
 
 
 @settings(deadline=None, max_examples=40)
