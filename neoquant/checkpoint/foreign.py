@@ -50,6 +50,7 @@ _FOLDERS = (
         r"zero_to_fp32\.py|global_step\d+|.*_optim_states\.pt",
         "{} is of a DeepSpeed checkpoint: python zero_to_fp32.py . pytorch_model.bin makes its weights",
     ),
+    (r"qmodel\.pt", "{} holds weights quantized by hqq: give the model they were made from"),
     (r".*\.gguf", "{} is a GGUF file, as llama.cpp writes it: give the model it was made from"),
     (r".*\.onnx", "{} is an ONNX file: give the model it was exported from"),
 )

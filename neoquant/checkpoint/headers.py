@@ -22,6 +22,10 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -60,6 +64,14 @@ def float_type(headers: Iterable[TensorHeader]) -> torch.dtype | None:
     return floats[min(floats)] if floats else None
 
 
+def require_storable(header: TensorHeader) -> None:
+    """Raise CheckpointError for a tensor whose type the format does not have."""
+    if header.dtype not in DTYPE_NAMES:
+        raise CheckpointError(
+            f"tensor {header.name!r} is {header.dtype}, which safetensors cannot hold: take it out of the checkpoint"
+        )
+
+
 def parse_header(text: bytes, data_bytes: int | None) -> list[tuple[TensorHeader, int]]:
     """Read the JSON of a safetensors header.
 
@@ -95,10 +107,14 @@ def parse_header(text: bytes, data_bytes: int | None) -> list[tuple[TensorHeader
 
 
 def render_header(tensors: Iterable[TensorHeader]) -> bytes:
-    """The JSON of a safetensors header for tensors that follow one another without holes, not yet padded."""
+    """The JSON of a safetensors header for tensors that follow one another without holes, not yet padded.
+
+    Raises CheckpointError for a type that the format does not have.
+    """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for tensor in tensors:
+        require_storable(tensor)
         end = position + tensor.nbytes
         entries[tensor.name] = {
             "dtype": DTYPE_NAMES[tensor.dtype],

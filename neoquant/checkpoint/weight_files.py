@@ -37,6 +37,7 @@ COMPANIONS = (
 _INDEX = ".index.json"
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _OF_TRAINING = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "adapter_model", "random_states")
+_OF_OTHER_PROGRAMS = ("qmodel.pt",)  # hqq's, of which a folder is told by name
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(\.\w+)")
 
 
@@ -56,7 +57,7 @@ def choose_weight_files(names: Iterable[str]) -> WeightFiles | None:
 
     Raises CheckpointError where several may be meant.
     """
-    names = sorted(names)
+    names = sorted(name for name in names if name not in _OF_OTHER_PROGRAMS)
     for name in WEIGHT_FILES:
         if name in names:
             return _with_index(name, names) if name.endswith(_INDEX) else WeightFiles(None, (name,))

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from neoquant.checkpoint.folder import reading
-from neoquant.checkpoint.headers import DTYPE_NAMES, TensorHeader
+from neoquant.checkpoint.headers import TensorHeader, require_storable
 from neoquant.checkpoint.shard import Layout, Shard, header_reserve
 from neoquant.checkpoint.weight_files import CONFIG
 from neoquant.errors import CheckpointError, OutputError
@@ -106,13 +106,13 @@ class CheckpointWriter:
 
         Raises:
             OutputError: the disk is full, or cannot be written to.
-            ValueError: the name was used before, or the type cannot be stored.
+            CheckpointError: safetensors files have no such type.
+            ValueError: the name was used before.
         """
         header = TensorHeader(name, tensor.dtype, tuple(tensor.shape))
         if name in self._names:
             raise ValueError(f"tensor {name!r} was written already")
-        if tensor.dtype not in DTYPE_NAMES:
-            raise ValueError(f"tensor {name!r} is {tensor.dtype}, which safetensors cannot hold")
+        require_storable(header)
         self._names.add(name)
         with _explained(f"write tensor {name!r}", self.out, header.nbytes):
             if not self._shards or not self._shards[-1].takes(header, self.shard_size):

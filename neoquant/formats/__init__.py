@@ -16,6 +16,7 @@ from neoquant.formats.bnb4 import Bnb4
 from neoquant.formats.bnb8 import Bnb8
 from neoquant.formats.compressed import CompressedTensors
 from neoquant.formats.gptq import V1, V2, GptqFormat
+from neoquant.formats.others import GIVE_THE_ORIGINAL, other_program
 from neoquant.formats.packed import PackedFormat
 from neoquant.grids import Grid
 
@@ -108,14 +109,22 @@ def detect(config: Mapping[str, Any], names: Iterable[str]) -> Format | None:
     )
     if by_names and method not in by_names[0].other_methods:
         return by_names[0].configured(said)
+    families = dict.fromkeys(format.family for format in FORMATS.values())
     if not method:
-        return None
+        if (what := other_program(names)) is None:
+            return None
+        raise FormatError(f"{what}; neoquant reads {', '.join(families)}: {GIVE_THE_ORIGINAL}")
     if not isinstance(method, str):
         raise FormatError(f"config.json says quant_method = {method!r:.100}, expected a string")
-    families = dict.fromkeys(format.family for format in FORMATS.values())
     if method in families:
-        raise FormatError(f"config.json says {method}, but no tensor of the checkpoint is quantized that way")
-    raise FormatError(f"config.json says quant_method {method!r}; neoquant reads {', '.join(families)}")
+        stored = f" of format {said['format']!r:.100}" if "format" in said else ""
+        raise FormatError(
+            f"config.json says {method}{stored}, but no tensor of the checkpoint is quantized as neoquant reads that: "
+            f"{GIVE_THE_ORIGINAL}"
+        )
+    raise FormatError(
+        f"config.json says quant_method {method!r:.100}; neoquant reads {', '.join(families)}: {GIVE_THE_ORIGINAL}"
+    )
 
 
 def detect_checked(

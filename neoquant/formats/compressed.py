@@ -81,6 +81,7 @@ class CompressedTensors(Format):
         stored = shape_from_json(tensors[".weight_shape"].tolist())
         require_shape(stored, shape)
         grid = self._grid(tensors, stored)
+        tensors = _with_packed_zeros(tensors, grid)
         ordered = ".weight_g_idx" in tensors
         layout = self.layout(grid, stored, ordered=ordered)
         require_suffixes(tensors, layout)
@@ -146,7 +147,7 @@ class CompressedTensors(Format):
         raise FormatError(f"a weight {list(shape)} with these tensors is on none of config.json's grids: {said}")
 
     def _fits(self, grid: Affine, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> bool:
-        layout = self.layout(grid, shape)
+        layout, tensors = self.layout(grid, shape), _with_packed_zeros(tensors, grid)
         of_kind = grid.symmetric == (".weight_zero_point" not in tensors)
         return of_kind and all(tuple(tensors[name].shape) == size for name, (_, size) in layout.items())
 
@@ -169,6 +170,24 @@ class CompressedTensors(Format):
                 yield Affine(weights.get("num_bits"), size, weights.get("symmetric", True))  # type: ignore[arg-type]
             except RequestError as error:
                 raise FormatError(f"config_groups {name!r}: {error}") from error
+
+
+def _with_packed_zeros(tensors: Mapping[str, Tensor], grid: Affine) -> Mapping[str, Tensor]:
+    """Zeros as they are written since version 0.9.4: packed, and none on symmetric grids. Before, they were int8[O, G],
+    signed like the codes, and 0 on symmetric grids."""
+    signed = tensors.get(".weight_zero_point")
+    if signed is None or signed.dtype != torch.int8 or signed.dim() != 2:
+        return tensors
+    if grid.symmetric:
+        left = {name: tensor for name, tensor in tensors.items() if name != ".weight_zero_point"}
+        return tensors if signed.any() else left
+    zeros = signed.int() + grid.middle
+    if zeros.numel() and not 0 <= int(zeros.min()) <= int(zeros.max()) <= grid.top:
+        raise FormatError(
+            f"weight_zero_point holds {int(signed.min())} to {int(signed.max())}; legal with {grid.bits} bits are "
+            f"{-grid.middle} to {grid.top - grid.middle}"
+        )
+    return {**tensors, ".weight_zero_point": to_words(zeros.to(torch.uint8).T, grid.bits).T.contiguous()}
 
 
 def _require(group: str, key: str, found: object, *legal: object) -> None:

@@ -231,7 +231,10 @@ class GptqFormat(Format):
         version = legal[word]
         stated = [self.said.get(key) for key in ("bits", "group_size", "sym")]
         if None in stated:
-            raise FormatError("the quantization_config of a GPTQ checkpoint states bits, group_size and sym")
+            raise FormatError(
+                "the quantization_config of a GPTQ checkpoint states bits, group_size and sym (where it is lacking, "
+                "the weights may be of AWQ, which names them alike, and which neoquant does not read)"
+            )
         try:
             return Affine(*stated), version  # type: ignore[arg-type]
         except RequestError as error:

@@ -10,6 +10,7 @@ from neoquant.checkpoint import Checkpoint, TensorHeader
 from neoquant.errors import CheckpointError, FormatError, RequestError
 from neoquant.formats import Format, detect
 from neoquant.formats.base import dtype_name
+from neoquant.formats.others import GIVE_THE_ORIGINAL
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.names import canonical_tensor
 from neoquant.model.shapes import head_shapes, network_shapes, shape_problem
@@ -24,16 +25,12 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
     try:
         found = detect(checkpoint.config, checkpoint.headers)
     except FormatError as error:
-        how, as_it_is = str(error), ""
-    else:
-        if found is None:
-            return
-        how = f"format {found.name}"
-        as_it_is = "; to use this one as it is, neoquant generate, eval and compare take it"
-    raise RequestError(
-        f"{checkpoint.source} is already quantized ({how}), and quantizing twice loses twice: "
-        f"give the model it was made from, in full or half precision{as_it_is}"
-    )
+        raise RequestError(f"{checkpoint.source} is already quantized: {error}") from error
+    if found is not None:
+        raise RequestError(
+            f"{checkpoint.source} is already quantized (format {found.name}), and quantizing twice loses twice: "
+            f"{GIVE_THE_ORIGINAL}; to use this one as it is, neoquant generate, eval and compare take it"
+        )
 
 
 def require_tensors(names: Iterable[str], config: GPTNeoConfig) -> None:

@@ -149,7 +149,7 @@ def converted(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return weight
     converted = weight.to(dtype)
     if not _is_finite(converted):
-        largest = max(abs(float(edge)) for edge in weight.aminmax())
+        largest = max(abs(float(edge)) for edge in weight.float().aminmax())
         hint = '; a recipe with dtype = "bfloat16" can store it' if dtype == torch.float16 else ""
         raise CheckpointError(
             f"holds {largest:.6g}, more than {dtype_name(dtype)} can ({torch.finfo(dtype).max:.6g}){hint}"
@@ -158,6 +158,8 @@ def converted(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _require_finite(weight: torch.Tensor) -> None:
+    if weight.itemsize == 1:
+        weight = weight.float()  # torch compares no numbers of eight bits
     if not _is_finite(weight):
         bad = int((~torch.isfinite(weight)).sum())
         raise CheckpointError(f"holds NaN or infinity ({bad} of {weight.numel()} values); the checkpoint is damaged")

@@ -71,6 +71,28 @@ def test_by_hand() -> None:
     assert q.dequantize().tolist() == [[-3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5]]
 
 
+@every_grid
+def test_zeros_of_older_versions_are_not_packed(grid: Affine) -> None:
+    """Signed, as the field's own package unpacks those of today."""
+    from compressed_tensors.compressors.pack_quantized import unpack_from_int32
+
+    q = random_weight(grid)
+    tensors = FORMAT.encode(q)
+    groups = tensors[".weight_scale"].shape[1]
+    if grid.symmetric:
+        tensors[".weight_zero_point"] = torch.zeros(5, groups, dtype=torch.int8)
+    else:
+        packed = tensors[".weight_zero_point"]
+        tensors[".weight_zero_point"] = unpack_from_int32(packed, grid.bits, torch.Size((5, groups)), packed_dim=0)
+    assert tensors[".weight_zero_point"].dtype == torch.int8
+    assert reader(grid).decode(tensors).equals(q)
+    tensors[".weight_zero_point"][0, 0] = -128
+    if grid.bits < 8 or grid.symmetric:
+        message = "is on none of config.json's grids" if grid.symmetric else "weight_zero_point holds -128 to .*; legal"
+        with pytest.raises(FormatError, match=message):
+            reader(grid).decode(tensors)
+
+
 def ordered_tensors(grid: Affine) -> tuple[dict[str, Tensor], Tensor]:
     """What versions before 0.20 wrote for a weight with an activation order, and the weight."""
     q = random_weight(grid)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import neoquant
 from neoquant import GPTNeoForCausalLM, LoadWarning
 from neoquant.checkpoint import find_companions, open_checkpoint
 from neoquant.checkpoint.weight_files import WeightFiles, choose_weight_files
@@ -70,6 +71,7 @@ def test_a_bin_that_torch_did_not_write_is_not_said_to_hold_more_than_tensors(ma
         (["shard_0/0.npz"], "shard_0 is of a Mesh Transformer JAX checkpoint"),
         (["zero_to_fp32.py", "latest", "global_step8/mp_rank_00_model_states.pt"], "python zero_to_fp32.py"),
         (["adapter_config.json", "adapter_model.safetensors"], "an adapter .*load_peft_model"),
+        (["qmodel.pt"], "weights quantized by hqq"),
         (["model.onnx"], "ONNX file"),
         (["training_args.bin", "optimizer.pt"], r"expected one of model\.safetensors, .*index\.json$"),
     ],
@@ -180,3 +182,43 @@ def test_autogptqs_own_file_says_how_weights_are_quantized(make_model: MakeModel
     (made / "quantize_config.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"quantize_config\.json: not a JSON object"):
         open_checkpoint(made)
+
+
+EXTRA = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "C64": torch.complex64,
+    "complex128": torch.complex128,
+}
+
+
+@pytest.mark.parametrize("dtype", EXTRA.values(), ids=EXTRA)
+def test_tensors_beside_the_models_may_be_of_any_type(
+    make_model: MakeModel, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """What no safetensors file holds is refused by name where one would be written."""
+    folder = make_model()
+    weights = load_file(folder / "model.safetensors")
+    extra = torch.tensor([1.0, 2.0]).to(dtype)
+    if dtype == torch.complex128:
+        (folder / "model.safetensors").unlink()
+        torch.save({**weights, "extra": extra}, folder / "pytorch_model.bin")
+    else:
+        save_file({**weights, "extra": extra}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.warns(LoadWarning, match="also holds extra"):
+        model = GPTNeoForCausalLM.from_pretrained(folder)
+    assert torch.equal(model.transformer.ln_f.bias, weights["transformer.ln_f.bias"])
+    for make in (
+        lambda out: neoquant.quantize(folder, out, "nf4"),
+        lambda out: neoquant.convert(folder, out, "safetensors"),
+    ):
+        if dtype == torch.complex128:
+            with pytest.raises(CheckpointError, match=r"tensor 'extra' is torch\.complex128, which safetensors cannot"):
+                make(tmp_path / "out")
+            assert not (tmp_path / "out").exists()
+            continue
+        make(tmp_path / "out")
+        found = load_file(tmp_path / "out" / "model.safetensors")["extra"]
+        assert found.to(torch.complex64).tolist() == [1, 2]
+        shutil.rmtree(tmp_path / "out")

@@ -124,6 +124,33 @@ def test_detect_says_what_it_cannot_read() -> None:
         detect({"quantization_config": {"load_in_4bit": True}}, ["a.weight"])
     with pytest.raises(FormatError, match="several formats are mixed: bnb4, bnb8"):
         detect({}, [f"a{STATE}", "b.SCB"])
+    naive = {"quantization_config": {"quant_method": "compressed-tensors", "format": "float-quantized"}}
+    with pytest.raises(FormatError, match="says compressed-tensors of format 'float-quantized', but no tensor"):
+        detect(naive, ["a.weight", "a.weight_scale"])
+    with pytest.raises(FormatError, match=r"states bits, group_size and sym .*may be of AWQ"):
+        found = detect({}, ["a.qweight", "a.qzeros", "a.scales"])
+        assert found is not None
+        found.decode({f".{name}": torch.zeros(8, 8) for name in ("qweight", "qzeros", "scales", "g_idx")})
+
+
+@pytest.mark.parametrize(
+    ("beside", "program"),
+    [
+        ("W_q", "hqq"),
+        ("weight._data", "optimum-quanto"),
+        ("weight._data._data", "optimum-quanto"),
+        ("_weight_qdata", "torchao"),
+        ("weight_scales", "EETQ"),
+        ("weight_scale_inv", "a program for FP8"),
+        ("weight_scale", "a program for FP8 or int8"),
+    ],
+)
+def test_weights_of_other_programs_are_no_plain_ones(beside: str, program: str) -> None:
+    """Though config.json says nothing, and the rest is as in a plain checkpoint."""
+    layer = "transformer.h.0.mlp.c_fc"
+    message = f"^tensor '{layer}.{beside}' is of a weight quantized by {program}; neoquant reads .*: give the model"
+    with pytest.raises(FormatError, match=message):
+        detect({}, [f"{layer}.weight", f"{layer}.{beside}", "transformer.wte.weight"])
 
 
 def test_rows_that_others_misread_are_pointed_out() -> None:

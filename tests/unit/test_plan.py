@@ -164,7 +164,7 @@ def test_formats() -> None:
 
 @pytest.mark.parametrize("method", [{"quant_method": "bitsandbytes", "load_in_4bit": True}, {"quant_method": "gptq"}])
 def test_quantized_sources_are_refused(method: dict[str, Any]) -> None:
-    with pytest.raises(RequestError, match=r"already quantized .*give the model it was made from"):
+    with pytest.raises(RequestError, match=r"already quantized: .*give the model it was made from"):
         planned(TINY_CONFIG | {"quantization_config": method})
 
 
