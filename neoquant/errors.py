@@ -37,7 +37,18 @@ class NeoquantError(Exception):
         self.places: list[str] = []
 
     def __str__(self) -> str:
-        return ": ".join([*reversed(self.places), self.message])
+        text = self.message
+        for place in self.places:
+            text = _behind(place, text)
+        return text
+
+
+def _behind(place: str, text: str) -> str:
+    """`place: text`, or `text` where it begins with the place: whoever raised it may know the file, too."""
+    for name in (place, place.rpartition("/")[2]):
+        if name and text.startswith((f"{name}:", f"{name} ")):
+            return place + text[len(name) :]
+    return f"{place}: {text}"
 
 
 class CheckpointError(NeoquantError):

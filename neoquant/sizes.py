@@ -1,4 +1,4 @@
-"""Bytes: sizes as people write them, and the memory that this process has held."""
+"""Counts and sizes in bytes, as people write and read them, and the memory that this process has held."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from neoquant.errors import RequestError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_SHOWN = ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "KB"))
 
 
 def parse_size(text: str | int, option: str, *, least: int = 1) -> int:
@@ -21,6 +22,22 @@ def parse_size(text: str | int, option: str, *, least: int = 1) -> int:
     if size < least:
         raise RequestError(f"{option} {text!r} is not a size; write it like 500MB, 5GB or 2GiB")
     return size
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that people would use: `65.5 TB`, `838.1 MB`, `512 bytes`. Decimal, as hubs and disks count.
+
+    Below 10 GB in megabytes, so that models beside each other have one unit.
+    """
+    for unit, name in _SHOWN:
+        if count >= (1e10 if name == "GB" else 0.99995 * unit):
+            return f"{count / unit:,.1f} {name}"
+    return plural(round(count), "byte")
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 document`, `1,234 documents`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def peak_rss_bytes() -> int:

@@ -15,12 +15,13 @@ from typing import Any, Literal, NamedTuple
 
 from neoquant import demo
 from neoquant.checkpoint import open_checkpoint
-from neoquant.errors import RequestError
+from neoquant.errors import RequestError, locate
 from neoquant.evaluation.result import Record
 from neoquant.files.names import short_name
 from neoquant.formats import Format, detect
 from neoquant.kernels import ACTIVATIONS
 from neoquant.model.cache import require_storage
+from neoquant.model.config import GPTNeoConfig
 from neoquant.model.devices import device_name, resolve_device
 from neoquant.progress import SILENT, Progress
 
@@ -103,9 +104,15 @@ class Request:
     without_bf16: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("prompt", 1), ("new", 2), ("repeats", 1), ("threads", 1), ("batch", 1)):
-            if getattr(self, name) < least:
-                raise RequestError(f"{name} is {getattr(self, name)}; legal is at least {least}")
+        for name, what, least in (
+            ("prompt", "prompt tokens", 1),
+            ("new", "new tokens", 2),
+            ("repeats", "repeats", 1),
+            ("threads", "threads", 1),
+            ("batch", "prompts together", 1),
+        ):
+            if (count := getattr(self, name)) < least:
+                raise RequestError(f"{what}: {count}; legal is at least {least}")
         for peer in (*self.against, *self.pythons):
             if peer not in PEERS:
                 raise RequestError(f"there is no peer {peer!r}; there are {', '.join(PEERS)}")
@@ -201,7 +208,8 @@ def _inspect_model(source: str, request: Request) -> _Model:
     """Read the model's headers. Raises RequestError where its context is too short."""
     with open_checkpoint(source, headers_only=True) as checkpoint:
         format = detect(checkpoint.config, checkpoint.headers)
-        limit = int(checkpoint.config.get("max_position_embeddings", 2048))
+        with locate(f"{source}/config.json"):
+            limit = GPTNeoConfig.from_dict(checkpoint.config).max_position_embeddings
     if request.prompt + request.new > limit:
         raise RequestError(f"{request.prompt} + {request.new} tokens; the context of {source} is {limit}")
     return _Model(source, Path(source).resolve().name if Path(source).exists() else source, format)

@@ -17,6 +17,7 @@ from neoquant.data.fingerprints import hash_texts
 from neoquant.data.suite import FileData, StdlibData, Suite, load_suite, suite_names
 from neoquant.errors import RequestError
 from neoquant.progress import SILENT, Progress
+from neoquant.sizes import plural
 from neoquant.tokenizer.tokenizer import Tokenizer
 
 ROWS, LENGTH = 128, 2048  # of text, where nothing else is asked for; a row is never longer than the context
@@ -63,11 +64,13 @@ def draw(texts: Sequence[Sequence[int]], end: int, rows: int, length: int, seed:
     Raises RequestError if there is less text than one row.
     """
     if rows < 1 or length < 1:
-        raise RequestError(f"{rows} rows of {length} tokens: at least one of each is needed")
+        raise RequestError(f"{plural(rows, 'row')} of {plural(length, 'token')}: at least one of each is needed")
     if not 0 <= seed < 2**63:
         raise RequestError(f"seed is {seed}; legal is 0 to {2**63 - 1}")
     if rows * length > MAX_TOKENS:
-        raise RequestError(f"{rows:,} rows of {length:,} tokens: at most {MAX_TOKENS:,} tokens are drawn")
+        raise RequestError(
+            f"{plural(rows, 'row')} of {plural(length, 'token')}: at most {MAX_TOKENS:,} tokens are drawn"
+        )
     stream = torch.tensor([token for text in texts for token in (*text, end)], dtype=torch.int64)
     return torch.stack([stream[start : start + length] for start in _starts(len(stream), rows, length, seed)])
 
@@ -87,7 +90,7 @@ def drawn_from(texts: Sequence[Sequence[int]], rows: int, length: int, seed: int
 def _starts(total: int, rows: int, length: int, seed: int) -> list[int]:
     """Where in a stream of so many ids each row begins."""
     if total < length:
-        raise RequestError(f"calibration needs {length} tokens for a row, the text has {total}")
+        raise RequestError(f"calibration needs {plural(length, 'token')} for a row, the text has {total}")
     random = torch.Generator().manual_seed(seed)
     starts: list[int] = torch.randint(0, total - length + 1, (rows,), generator=random).tolist()
     return starts

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from neoquant.errors import OutputError
 from neoquant.model.transfers import on_host, to_device
+from neoquant.sizes import plural
 
 CPU = torch.device("cpu")
 TOKENS = 4096  # of a piece, about: large enough for whole matrix products, small beside a block
@@ -127,7 +128,7 @@ class HiddenStatesOnDisk(HiddenStates):
             while view:
                 count = os.preadv(self._file, [view], place)
                 if not count:
-                    raise OutputError(f"{self.folder}: hidden states end {len(view)} bytes too early")
+                    raise OutputError(f"{self.folder}: hidden states end {plural(len(view), 'byte')} too early")
                 view, place = view[count:], place + count
             yield to_device(piece, self.device)
 

@@ -11,6 +11,7 @@ from neoquant.calibration.hidden_states import rows_of_batch
 from neoquant.calibration.loss_hessian import POSITIONS, coupled_rows
 from neoquant.errors import RequestError
 from neoquant.model.config import GPTNeoConfig
+from neoquant.sizes import size
 from neoquant.triton import gptq as triton
 
 _FREE = 0.9  # of a GPU's free memory: what is allocated is not all of it in one piece
@@ -97,8 +98,7 @@ def estimate_memory(
     if little.memory <= max_memory:
         return little
     raise RequestError(
-        f"calibrating needs about {little.memory / 1e6:,.0f} MB for one block, "
-        f"more than the {max_memory / 1e6:,.0f} MB it may take"
+        f"calibrating needs about {size(little.memory)} for one block, more than the {size(max_memory)} it may take"
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from neoquant.errors import CheckpointError
+from neoquant.sizes import plural
 
 DTYPES = {
     "F64": torch.float64,
@@ -102,7 +103,9 @@ def parse_header(text: bytes, data_bytes: int | None) -> list[tuple[TensorHeader
         position = end
     if data_bytes is not None and position != data_bytes:
         found = "is truncated" if data_bytes < position else "has bytes left over"
-        raise CheckpointError(f"the file {found}: the header describes {position} bytes of tensors, {data_bytes} exist")
+        raise CheckpointError(
+            f"the file {found}: the header describes {plural(position, 'byte')} of tensors, {data_bytes} exist"
+        )
     return [(header, begin) for header, begin, _ in spans]
 
 

@@ -31,6 +31,7 @@ from neoquant.checkpoint.weight_files import is_companion
 from neoquant.errors import CheckpointError, locate
 from neoquant.model.names import EMBEDDING, TIED_HEAD
 from neoquant.progress import SILENT, Progress
+from neoquant.sizes import plural
 
 __all__ = ["Checkpoint", "Stored", "companion_files", "find_companions", "open_checkpoint"]
 
@@ -136,7 +137,7 @@ class Checkpoint:
             there = min(len(mapped), os.fstat(self._open(path).fileno()).st_size)
             if place.begin + header.nbytes > there:
                 missing = place.begin + header.nbytes - there
-                raise CheckpointError(f"ends {missing} bytes before the end of tensor {header.name!r}")
+                raise CheckpointError(f"ends {plural(missing, 'byte')} before the end of tensor {header.name!r}")
             _populate(mapped, place.begin, header)
             tensor = torch.frombuffer(mapped, dtype=header.dtype, count=header.numel, offset=place.begin)
         return tensor.reshape(header.shape)
@@ -320,7 +321,7 @@ def _read_strided(file: BinaryIO, header: TensorHeader, span: Span) -> torch.Ten
     while view:
         count = file.readinto(view)  # type: ignore[attr-defined]  # an unbuffered file; one call reads 2 GiB at most
         if not count:
-            raise CheckpointError(f"ends {len(view)} bytes before the end of tensor {header.name!r}")
+            raise CheckpointError(f"ends {plural(len(view), 'byte')} before the end of tensor {header.name!r}")
         view = view[count:]
     tensor = buffer.view(header.dtype)
     if span.stride:

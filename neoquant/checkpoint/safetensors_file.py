@@ -6,6 +6,7 @@ from pathlib import Path
 
 from neoquant.checkpoint.headers import MAX_HEADER_BYTES, TensorHeader, parse_header
 from neoquant.errors import CheckpointError
+from neoquant.sizes import plural
 
 
 def list_tensors(path: Path) -> list[tuple[TensorHeader, int]]:
@@ -20,7 +21,8 @@ def list_tensors(path: Path) -> list[tuple[TensorHeader, int]]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or 8 + length > size:
             raise CheckpointError(
-                f"truncated, or not a safetensors file: {size} bytes, but the header alone should end at {8 + length}"
+                f"truncated, or not a safetensors file: {plural(size, 'byte')}, but the header "
+                f"alone should end at {8 + length}"
             )
         if length > MAX_HEADER_BYTES:
             raise CheckpointError(f"the header claims {length} bytes, at most {MAX_HEADER_BYTES} are legal")

@@ -21,6 +21,7 @@ from neoquant.checkpoint.weight_files import CONFIG, GPTQ_CONFIG, may_be_weights
 from neoquant.errors import CheckpointError, HubError, RequestError
 from neoquant.files.reading import MAX_LARGE_BYTES, read_text
 from neoquant.progress import SILENT, Progress
+from neoquant.sizes import size
 
 CARD = "README.md"
 GATED = ("auto", "manual")
@@ -217,7 +218,7 @@ def _send(planned: Push, terms: _Terms, progress: Progress) -> Push:
         operations: list[Any] = [CommitOperationDelete(name) for name in stale]
         operations += [CommitOperationAdd(name, planned.folder / name) for name in files]
         message = terms.message or f"Upload {planned.folder.resolve().name}"
-        with progress.task(f"sending {sum(files.values()) / 1e6:,.1f} MB to {repo}", total=None):
+        with progress.task(f"sending {size(sum(files.values()))} to {repo}", total=None):
             done = api.create_commit(repo, operations, commit_message=message, revision=revision)
     return replace(planned, files=files, removed=stale, commit=done.oid, url=done.commit_url)
 

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from neoquant.errors import CheckpointError
+from neoquant.sizes import plural
 
 CONFIG, GPTQ_CONFIG = "config.json", "quantize_config.json"
 """What describes a model; and where AutoGPTQ wrote how it is quantized, before that stood in the former."""
@@ -106,7 +107,9 @@ def _only(suffix: str, names: list[str]) -> WeightFiles | None:
     if len(parts) == len(files) and len({(part[1], part[3]) for part in parts}) == 1:
         stem, count = parts[0][1], int(parts[0][3])
         if [int(part[2]) for part in parts] == list(range(1, count + 1)):
-            return WeightFiles(None, tuple(files), f"the {count} shards of {stem}{suffix} have no index; all are read")
+            return WeightFiles(
+                None, tuple(files), f"no index names the {plural(count, 'shard')} of {stem}{suffix}; all are read"
+            )
         raise CheckpointError(
             f"holds {len(files)} of {count} shards of {stem}{suffix}, and no index; download the others as well"
         )

@@ -29,6 +29,7 @@ from neoquant.files.locks import close_folder, open_folder, take_lock
 from neoquant.files.names import resolved
 from neoquant.files.reading import read_json
 from neoquant.files.writing import as_bytes, sync_folder
+from neoquant.sizes import size
 
 SHARD_SIZE = 5_000_000_000
 
@@ -315,8 +316,9 @@ def _explained(deed: str, out: Path, nbytes: int | None = None) -> Iterator[None
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            needed = "" if nbytes is None else f"{nbytes} bytes needed, "
+            needed = "" if nbytes is None else f"{size(nbytes)} needed, "
             raise OutputError(
-                f"{out}: the disk is full: cannot {deed} ({needed}{free_bytes(out)} free); nothing was left behind"
+                f"{out}: the disk is full: cannot {deed} ({needed}{size(free_bytes(out))} free); "
+                "nothing was left behind"
             ) from error
         raise OutputError(f"{out}: cannot {deed} ({error.strerror or error})") from error

@@ -16,6 +16,7 @@ from neoquant.cli.generation import require_cache, settings
 from neoquant.cli.models import find_model
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import RequestError
+from neoquant.sizes import plural
 
 if TYPE_CHECKING:
     from neoquant.generation.config import GenerationConfig
@@ -191,7 +192,9 @@ class _Chat:
         require_known_tokens(self.network, ids)
         room = context - self.longest
         if len(ids) > room:
-            self.terminal.note(f"the text has {len(ids)} tokens: the first {len(ids) - room} no longer fit the context")
+            self.terminal.note(
+                f"the text has {plural(len(ids), 'token')}: the first {len(ids) - room} no longer fit the context"
+            )
             ids = ids[-room:]
         stops = (*self.settings.stops(), *((f"\n{self.names[0]}:",) if self.names else ()))
         shown = _Shown(stops, self.terminal)
@@ -209,8 +212,8 @@ class _Chat:
         self.turns.append((typed, shown.end()))
         self.seed += 1  # or every turn would draw alike
         seconds = time.perf_counter() - started
-        used = f"{len(ids) + tokens} of {context} positions"
-        self.terminal.note(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s; {used}")
+        used = f"{len(ids) + tokens} of {plural(context, 'position')}"
+        self.terminal.note(f"{plural(tokens, 'token')} in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s; {used}")
 
 
 class _Shown:

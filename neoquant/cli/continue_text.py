@@ -13,6 +13,7 @@ from neoquant import demo
 from neoquant.cli.generation import settings
 from neoquant.cli.models import Loading
 from neoquant.cli.terminal import Terminal
+from neoquant.sizes import plural
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,7 +96,7 @@ def continue_text(
     repeat = "" if sampling.temperature == 0 else f"; to repeat: --seed {seed}"
     if acceptance.drafted:
         terminal.note(f"drafts: {acceptance}")
-    terminal.note(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s{repeat}")
+    terminal.note(f"{plural(tokens, 'token')} in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s{repeat}")
 
 
 def _drafter(

@@ -14,8 +14,8 @@ from neoquant.cli.models import find_model, short_name
 from neoquant.cli.output import check_output_file, json_kind, write_text
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import RequestError
-from neoquant.report.formatting import duration, size
-from neoquant.sizes import parse_size
+from neoquant.report.formatting import duration
+from neoquant.sizes import parse_size, plural, size
 
 ONNX = "onnx"
 
@@ -101,7 +101,8 @@ def convert(
         terminal.note(f"note: {note}")
     layers = sum(row["action"] != "copy" and row["action"] != "drop" for row in made.tensors)
     terminal.show(
-        f"{folder}: {made.before} -> {made.after}, {layers} quantized layers of {len(made.tensors)} tensors, "
+        f"{folder}: {made.before} -> {made.after}, {plural(layers, 'quantized layer')} of "
+        f"{plural(len(made.tensors), 'tensor')}, "
         f"{size(made.source_bytes)} -> {size(made.weights_bytes)}"
     )
     terminal.note(f"took {duration(made.seconds)} and {size(made.peak_rss_bytes)} of memory")

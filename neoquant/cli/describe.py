@@ -37,7 +37,8 @@ class Description:
     def grids(self) -> str:
         """The grids and their options: counted where neoquant's record lists them, else what config.json says."""
         from neoquant.grids import grid_from_dict
-        from neoquant.report.formatting import grid_label, plural
+        from neoquant.report.formatting import grid_label
+        from neoquant.sizes import plural
 
         rows = [row["grid"] for row in self.record.get("tensors", []) if "grid" in row]
         try:

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from neoquant import __version__
+from neoquant.sizes import plural
 
 Fact = tuple[str, str]
 
@@ -38,7 +39,8 @@ def facts() -> Iterator[Fact]:
     yield "neoquant", f"{__version__}, Python {platform.python_version()}, {platform.platform(terse=True)}"
     yield "libraries", ", ".join(f"{name} {installed(name)}" for name in LIBRARIES)
     model, features = _cpu()
-    yield "cpu", f"{model}, {os.cpu_count()} cores, torch runs {torch.get_num_threads()} threads"
+    cores, running = plural(os.cpu_count() or 1, "core"), plural(torch.get_num_threads(), "thread")
+    yield "cpu", f"{model}, {cores}, torch runs {running}"
     yield "features", f"{', '.join(features) or 'none known'}; torch uses {torch.backends.cpu.get_cpu_capability()}"
     if hasattr(os, "sysconf"):  # not on Windows
         yield "memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB"

@@ -32,7 +32,7 @@ def cache_memory(config: GPTNeoConfig, context: int | None, batch: int) -> str:
     """
     from neoquant.model.cache import cache_bytes
     from neoquant.model.stored_states import STORAGES
-    from neoquant.report.formatting import plural, size
+    from neoquant.sizes import plural, size
 
     limit = config.max_position_embeddings
     positions = limit if context is None else context

@@ -12,7 +12,7 @@ from neoquant.cli.generation import cache_memory
 from neoquant.cli.models import find_model, shown_name
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import RequestError
-from neoquant.report.formatting import plural, size
+from neoquant.sizes import plural, size
 
 if TYPE_CHECKING:
     from neoquant.checkpoint import Checkpoint
@@ -74,8 +74,8 @@ def _facts(checkpoint: Checkpoint, found: Description) -> list[tuple[str, str]]:
     facts = [
         ("model", f"{shown_name(checkpoint.source)}{f' at {checkpoint.revision}' if checkpoint.revision else ''}"),
         ("layers", f"{config.num_layers}, {local} with local attention of window {config.window_size}"),
-        ("width", f"{config.hidden_size}, {config.num_heads} heads, MLP {config.inner_size}"),
-        ("context", f"{config.max_position_embeddings:,} tokens, vocabulary {config.vocab_size:,}"),
+        ("width", f"{config.hidden_size}, {plural(config.num_heads, 'head')}, MLP {config.inner_size}"),
+        ("context", f"{plural(config.max_position_embeddings, 'token')}, vocabulary {config.vocab_size:,}"),
         ("parameters", f"{found.parameters:,}"),
         ("size", f"{size(found.bytes)} in {plural(len(checkpoint.headers), 'tensor')}"),
         (

@@ -146,6 +146,9 @@ Json = Annotated[
 ]
 
 Force = Annotated[bool, typer.Option("--force", help="Let --json replace a FILE that this command did not write.")]
+ForceReport = Annotated[
+    bool, typer.Option("--force", help="Let --html and --markdown replace a FILE that this command did not write.")
+]
 
 FailIf = Annotated[
     list[str] | None,

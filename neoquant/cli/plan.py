@@ -17,8 +17,8 @@ from neoquant.cli.models import find_model, shown_name
 from neoquant.cli.output import check_output_file, json_kind, write_text
 from neoquant.cli.recipes import RecipeOptions, choose_recipe, refuse_idle_options
 from neoquant.cli.terminal import Terminal
-from neoquant.report.formatting import duration, grid_label, plural, size
-from neoquant.sizes import parse_size
+from neoquant.report.formatting import duration, grid_label
+from neoquant.sizes import parse_size, plural, size
 
 if TYPE_CHECKING:
     from neoquant.quantization.plan import Plan, PlanRow

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from neoquant.cli.terminal import Terminal
 from neoquant.errors import LostProcessError, RequestError
+from neoquant.sizes import plural
 
 if TYPE_CHECKING:
     from neoquant.distributed import ProcessGroup
@@ -52,7 +53,9 @@ def own_device(device: str, group: ProcessGroup) -> str:
     if device == "auto" and not gpus:
         return "cpu"
     if gpus < group.local_size:
-        raise RequestError(f"{group.local_size} processes on this machine, and {gpus} CUDA devices: start one for each")
+        raise RequestError(
+            f"{group.local_size} processes on this machine, and {plural(gpus, 'CUDA device')}: start one for each"
+        )
     torch.cuda.set_device(group.local_rank)
     return f"cuda:{group.local_rank}"
 

@@ -11,7 +11,7 @@ import typer
 from neoquant.cli import options
 from neoquant.cli.output import check_output_file, json_kind, write_text
 from neoquant.cli.terminal import Terminal
-from neoquant.report.formatting import plural, size
+from neoquant.sizes import plural, size
 
 
 def push(

@@ -18,8 +18,8 @@ from neoquant.cli.terminal import Terminal
 from neoquant.cli.to_order import SizeTarget, recipe_to_order
 from neoquant.demo import NAME as BUNDLED
 from neoquant.errors import RequestError
-from neoquant.report.formatting import duration, size
-from neoquant.sizes import parse_size
+from neoquant.report.formatting import duration
+from neoquant.sizes import parse_size, size
 
 if TYPE_CHECKING:
     from neoquant.distributed import ProcessGroup

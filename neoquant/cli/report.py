@@ -45,7 +45,7 @@ def report(
             show_default=False,
         ),
     ] = None,
-    force: options.Force = False,
+    force: options.ForceReport = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:

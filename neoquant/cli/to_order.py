@@ -102,8 +102,8 @@ def _with_fields(recipe: Recipe, options: RecipeOptions) -> Recipe:
 def show_frontier(candidates: Candidates, chosen: Allocation, terminal: Terminal) -> None:
     """Print the least loss that is foreseen at each size, with the chosen one among them."""
     from neoquant.quantization.allocation import frontier
-    from neoquant.report.formatting import size
     from neoquant.report.split_table import Column, SplitTable
+    from neoquant.sizes import size
 
     points = sorted([*frontier(candidates), chosen], key=lambda point: point.size)
     most = max(math.log1p(1e4 * point.loss) for point in points) or 1.0

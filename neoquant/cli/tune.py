@@ -15,8 +15,8 @@ from neoquant.cli.output import check_output_file, json_kind, write_text
 from neoquant.cli.samples import read_samples
 from neoquant.cli.terminal import Terminal
 from neoquant.demo import resolve
-from neoquant.report.formatting import duration, plural, size
-from neoquant.sizes import parse_size
+from neoquant.report.formatting import duration
+from neoquant.sizes import parse_size, plural, size
 
 if TYPE_CHECKING:
     from neoquant.tuning.tune import TuneResult

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from neoquant.data.pile import pile_subsets
 from neoquant.errors import DataError, RequestError
 from neoquant.files.reading import read_toml
+from neoquant.sizes import plural
 
 Protocol = Literal["rolling", "joined", "strided", "last-word"]
 Names = Annotated[tuple[str, ...], Field(strict=False)]  # TOML arrays arrive as lists
@@ -114,10 +115,15 @@ class Suite(Strict):
 
         Raises RequestError if the suite's windows are longer than the model's context.
         """
+        if positions < 2:
+            raise RequestError(
+                f"the model has {plural(positions, 'position')}, and text is scored in windows of 2 tokens or more"
+            )
         context = self.context or positions
         if context > positions:
             raise RequestError(
-                f"suite {self.name} asks for a context of {context} tokens, but the model has {positions} positions: "
+                f"suite {self.name} asks for a context of {plural(context, 'token')}, but the model has "
+                f"{plural(positions, 'position')}: "
                 f"give a context of at most {positions}"
             )
         stride = (self.stride or context // 2) if self.protocol == "strided" else None

@@ -14,9 +14,10 @@ import torch
 from neoquant.data.documents import Document, Source, open_documents, require_short, select
 from neoquant.data.suite import Suite
 from neoquant.data.tasks import last_word, wikitext
-from neoquant.errors import DataError, RequestError
+from neoquant.errors import DataError, RequestError, locate
 from neoquant.evaluation.windows import WindowSpan, joined, rolling, strided
 from neoquant.progress import Progress
+from neoquant.sizes import plural
 
 
 class TokenizerLike(Protocol):
@@ -82,7 +83,7 @@ def read_corpus(
         units, windows = _by_document(stream, tokenizer, suite.context)
         notes = _plural_note(sum(unit.tokens == 0 for unit in units), "{} empty, with nothing to score")
     elif suite.protocol == "last-word":
-        units, windows = _by_last_word(stream, tokenizer, suite.context)
+        units, windows = _by_last_word(stream, tokenizer, suite.context, source.name)
         notes = []
     else:
         read = list(stream)
@@ -146,7 +147,9 @@ def _require_tokens(suite: Suite, stream: _DocumentStream, units: list[Unit]) ->
                 f"subset {subset!r} of suite {suite.name} leaves nothing to score: " + _no_text(count, suite)
             )
     if not stream.counts:
-        raise DataError(f"nothing of suite {suite.name} is left: all {stream.excluded} documents were calibrated on")
+        raise DataError(
+            f"nothing of suite {suite.name} is left: calibrated on all of {plural(stream.excluded, 'document')}"
+        )
 
 
 def _no_text(count: int, suite: Suite) -> str:
@@ -177,7 +180,7 @@ def _excluded_note(stream: _DocumentStream) -> list[str]:
     empty = [subset for subset in stream.subsets if subset not in stream.counts]
     subsets = f", with them all of {', '.join(empty)}" if empty else ""
     whole = stream.excluded + len(stream.fingerprints)
-    return [f"{stream.excluded} of {whole} documents were calibrated on and are left out{subsets}"]
+    return [f"calibrated on and left out: {stream.excluded} of {plural(whole, 'document')}{subsets}"]
 
 
 def _hash(document: Document, digest: hashlib._Hash) -> None:
@@ -214,19 +217,20 @@ def _by_document(
 
 
 def _by_last_word(
-    documents: Iterable[Document], tokenizer: TokenizerLike, context: int
+    documents: Iterable[Document], tokenizer: TokenizerLike, context: int, source: str
 ) -> tuple[list[Unit], list[Window]]:
     """One window a document: as much of the passage as fits, and the last word, which alone is scored."""
     units, windows = [], []
     for number, document in enumerate(documents):
-        passage, word = last_word(document)
+        with locate(source):
+            passage, word = last_word(document)
         before = tokenizer.encode(passage, add_special_tokens=False)
         ids = tokenizer.encode(passage + word, add_special_tokens=False)
         scored = len(ids) - len(before)
         if not before and tokenizer.eos_token_id is not None:
             ids = [tokenizer.eos_token_id, *ids]
         if scored < 1 or scored > context or ids[: len(ids) - scored][-len(before) :] != before:
-            raise DataError(f"{document.id}: the last word is not tokenized apart from what precedes it")
+            raise DataError(f"{source}: {document.id}: the last word is not tokenized apart from what precedes it")
         units.append(Unit(document.id, document.subset, scored, len(word.encode()), 1))
         windows.append(Window(number, torch.tensor(ids[-context - 1 :], dtype=torch.int32), scored))
     return units, windows
@@ -251,7 +255,7 @@ def _by_subset(
             units.append(Unit(f"window {number}", subset, span.scored, size))
         dropped = len(ids) - (spans[-1].end if spans else 0)
         if dropped:
-            notes.append(f"{subset}: the last {dropped} tokens fill no window and are dropped")
+            notes.append(f"{subset}: dropped for filling no window: the last {plural(dropped, 'token')}")
         advance(len(text))
     return units, windows, notes
 

@@ -16,6 +16,7 @@ from neoquant.evaluation.scoring import Model, batch_limits, batches, score_batc
 from neoquant.evaluation.shared_context import SharedContext, by_context
 from neoquant.model.base import Network
 from neoquant.progress import Progress
+from neoquant.sizes import plural
 
 
 class HarnessModel(TemplateLM):
@@ -80,7 +81,8 @@ class HarnessModel(TemplateLM):
     def _window(self, text: tuple[str, str], context: list[int], continuation: list[int]) -> Window:
         if not 0 < len(continuation) <= self.context:
             raise DataError(
-                f"the continuation {text[1][:60]!r} has {len(continuation)} tokens; 1 to {self.context} can be scored"
+                f"the continuation {text[1][:60]!r} has {plural(len(continuation), 'token')}; 1 to {self.context} "
+                "can be scored"
             )
         ids = torch.tensor((context + continuation)[-(self.context + 1) :], dtype=torch.int32)
         vocabulary = int(self.model.config.vocab_size)

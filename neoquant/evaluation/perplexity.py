@@ -23,6 +23,7 @@ from neoquant.evaluation.result import DataInfo, Environment, Evaluation, Macro,
 from neoquant.evaluation.scoring import Model, score
 from neoquant.native import active
 from neoquant.progress import SILENT, Progress
+from neoquant.sizes import plural
 
 JOURNAL_VERSION = 3
 """Of what a journal holds; a journal of another version is not read."""
@@ -178,7 +179,7 @@ def contamination_notes(name: str, contaminated: int, corpus: Corpus) -> Iterato
     """The note that model `name` was calibrated on so many of the documents, if it was on any."""
     if contaminated:
         yield (
-            f"{contaminated} of the {len(corpus.fingerprints)} documents were calibrated on by {name}: "
+            f"{name} was calibrated on {contaminated} of the {plural(len(corpus.fingerprints), 'document')}: "
             "its figures flatter it; leave them out with --exclude-calibrated"
         )
 

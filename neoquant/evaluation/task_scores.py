@@ -26,6 +26,7 @@ from neoquant.evaluation.task_result import (
     TaskScore,
 )
 from neoquant.progress import SILENT, Progress
+from neoquant.sizes import plural
 
 
 def evaluate_tasks(
@@ -48,7 +49,7 @@ def evaluate_tasks(
     """
     positions = min(int(entry.model.config.max_position_embeddings) for entry in evaluated)
     if context is not None and not 0 < context <= positions:
-        raise RequestError(f"a context of {context} tokens: the model has {positions} positions")
+        raise RequestError(f"a context of {plural(context, 'token')}: the model has {plural(positions, 'position')}")
     context = context or positions
     answers = Answers(journal, _key(evaluated, tokenizer, context))
     return tuple(
@@ -183,8 +184,8 @@ def _notes(model: str, tasks: Sequence[HarnessTask], scores: Sequence[TaskScore]
         if task.left_out
     ]
     notes += [
-        f"{score.calibrated_on} of the {score.documents} documents of {score.task} were calibrated on by {model}: "
-        "its figures flatter it"
+        f"{model} was calibrated on {score.calibrated_on} of the {plural(score.documents, 'document')} of "
+        f"{score.task}: its figures flatter it"
         for score in scores
         if score.calibrated_on
     ]

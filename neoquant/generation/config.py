@@ -17,6 +17,7 @@ from neoquant.generation.generate import Sampling
 from neoquant.generation.words import ON_THE_HUB, ONLY, WITHOUT_EFFECT, fault
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.gpt_neo import CausalLM
+from neoquant.sizes import plural
 
 FILE = "generation_config.json"
 DEFAULT_NEW_TOKENS = 20  # transformers' own
@@ -190,8 +191,8 @@ class GenerationConfig:
             return max(1, min(default, context - prompt))
         if self.max_length <= prompt:
             raise RequestError(
-                f"max_length is {self.max_length}, and the prompt alone has {prompt} tokens: raise it, or say "
-                "max_new_tokens, which does not count the prompt"
+                f"max_length is {self.max_length}, and the prompt alone has {plural(prompt, 'token')}: raise it, or "
+                "say max_new_tokens, which does not count the prompt"
             )
         return self.max_length - prompt
 

@@ -14,6 +14,7 @@ from neoquant.generation.cuda_graph import Choose, GraphedSteps, refuse
 from neoquant.generation.padding import left_padded
 from neoquant.model.cache import KVCache
 from neoquant.model.gpt_neo import CausalLM
+from neoquant.sizes import plural
 
 Stop = Callable[[Tensor, Tensor | None], Tensor]
 """From all ids so far `[B, S]`, and which hold tokens (None: all), to whether each row ends here, bool `[B]`; all on
@@ -465,11 +466,11 @@ def require_beginning(cache: KVCache, ids: Tensor) -> KVCache:
         )
     if cache.length >= ids.shape[1]:
         raise RequestError(
-            f"past_key_values holds {cache.length} positions, input_ids has {ids.shape[1]}: give all ids, those that "
-            "the cache holds included, and at least one more"
+            f"past_key_values holds {plural(cache.length, 'position')}, input_ids has {ids.shape[1]}: give all ids, "
+            "those that the cache holds included, and at least one more"
         )
     if cache.length and (rows := cache.states(0)[0].shape[0]) != len(ids):
-        raise RequestError(f"past_key_values is of {rows} rows, input_ids has {len(ids)}")
+        raise RequestError(f"past_key_values is of {plural(rows, 'row')}, input_ids has {len(ids)}")
     return cache
 
 
@@ -521,11 +522,11 @@ def check_room(model: CausalLM, prompt: int, max_new_tokens: int) -> None:
     if max_new_tokens < 0:
         raise RequestError(f"max_new_tokens is {max_new_tokens}; legal is at least 0")
     if prompt > limit:
-        raise ContextError(f"the prompt has {prompt} tokens; this model's context is {limit}")
+        raise ContextError(f"the prompt has {plural(prompt, 'token')}; this model's context is {limit}")
     if prompt + max_new_tokens > limit:
         raise ContextError(
-            f"{prompt} tokens of prompt and {max_new_tokens} new ones make {prompt + max_new_tokens}; "
-            f"this model's context is {limit}: ask for at most {limit - prompt} new tokens"
+            f"{plural(prompt, 'token')} of prompt and {max_new_tokens:,} new make {prompt + max_new_tokens:,}; "
+            f"this model's context is {limit}: ask for at most {plural(limit - prompt, 'new token')}"
         )
 
 

@@ -27,6 +27,7 @@ from neoquant.jax.source import TorchSource
 from neoquant.jax.weights import PRECISION
 from neoquant.loading.pretrained import GPTNeoForCausalLM, GPTNeoModel, PreTrainedModel
 from neoquant.model.config import GPTNeoConfig
+from neoquant.sizes import plural
 
 _tanh_gelu = partial(jax.nn.gelu, approximate=True)
 ACTIVATION: dict[str, Callable[[Any], Any]] = {
@@ -153,7 +154,7 @@ class _PreTrained(nnx.Module):
         """An empty cache for so many rows and positions. Raises ContextError beyond the model's own."""
         config = self.config
         if max_length > config.max_position_embeddings:
-            raise ContextError(f"{max_length} positions; this model has {config.max_position_embeddings}")
+            raise ContextError(f"{plural(max_length, 'position')}; this model has {config.max_position_embeddings}")
         shape = (batch_size, config.num_heads, max_length, config.hidden_size // config.num_heads)
         empty = tuple(jnp.zeros(shape, self.dtype) for _ in range(config.num_layers))
         return FlaxCache(empty, empty, 0)
@@ -174,9 +175,9 @@ class _PreTrained(nnx.Module):
         if not isinstance(total, jax.core.Tracer):
             limit = self.config.max_position_embeddings
             if position_ids is None and int(total) > limit:
-                raise ContextError(f"{int(total)} positions; this model has {limit}")
+                raise ContextError(f"{plural(int(total), 'position')}; this model has {limit}")
             if int(total) > room:
-                raise ContextError(f"{int(total)} positions; this cache has room for {room}")
+                raise ContextError(f"{plural(int(total), 'position')}; this cache has room for {room}")
         if position_ids is not None:
             require_within("position_ids", position_ids, self.config.max_position_embeddings)
         keep = None

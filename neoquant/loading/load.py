@@ -27,6 +27,7 @@ from neoquant.nn.block_step import block_step
 from neoquant.nn.fused_blocks import fused_blocks
 from neoquant.nn.linear import QuantLinear
 from neoquant.progress import SILENT, Progress
+from neoquant.sizes import plural
 
 ModelT = TypeVar("ModelT", bound=Network)
 
@@ -175,7 +176,7 @@ def require_fit(config: GPTNeoConfig, names: Iterable[str]) -> None:
     numbers = {place[0] for name in inside if (place := in_block(name)) is not None}
     if len(numbers) < config.num_layers:
         raise CheckpointError(
-            f"config.json says num_layers = {config.num_layers:,}, the tensors are of {len(numbers):,} blocks"
+            f"config.json says num_layers = {config.num_layers:,}, the tensors are of {plural(len(numbers), 'block')}"
         )
 
 

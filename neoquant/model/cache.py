@@ -14,6 +14,7 @@ from torch import Tensor
 from neoquant.errors import RequestError
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.stored_states import STORAGES, StoredStates, bytes_a_head
+from neoquant.sizes import plural
 
 TAKEN_BACK = 16
 """Positions before a local layer's window that are still held, so that as many new ones can be taken back."""
@@ -145,7 +146,9 @@ class _Layer:
     def crop(self, positions: int) -> None:
         least = self.window - 1 if self.window is not None and self.forgotten else 0
         if self.held - positions < least:
-            raise RequestError(f"{positions} positions cannot be taken back from a cache: it holds too few before them")
+            raise RequestError(
+                f"{plural(positions, 'position')} cannot be taken back from a cache: it holds too few before them"
+            )
         self.held -= positions
 
     def _kept(self) -> int:

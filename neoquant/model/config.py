@@ -12,6 +12,7 @@ from neoquant.errors import ConfigError, locate
 from neoquant.files.reading import read_json
 from neoquant.files.writing import write_file
 from neoquant.model.config_values import MAX_LAYERS, check_extra, check_values, require
+from neoquant.sizes import plural
 
 ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu", "silu", "swish", "tanh")
 ATTENTION_TYPES = ("global", "local")
@@ -95,8 +96,8 @@ class GPTNeoConfig(metaclass=_TakesOthers):
         layers = self.attention_layers
         if len(layers) != self.num_layers:
             raise ConfigError(
-                f"attention_types describes {len(layers)} layers ({self.attention_types!r:.100}), but num_layers is "
-                f"{self.num_layers}: they must agree"
+                f"attention_types describes {plural(len(layers), 'layer')} ({self.attention_types!r:.100}), but "
+                f"num_layers is {self.num_layers}: they must agree"
             )
         require(
             self.hidden_size % self.num_heads == 0, "num_heads", self.num_heads, f"a divisor of {self.hidden_size=}"

@@ -34,7 +34,7 @@ from neoquant.quantization.sequential import ATTENTION_INPUTS, needs_calibration
 from neoquant.quantization.source_hash import join_hashes
 from neoquant.quantization.streaming import Written, write_streaming
 from neoquant.quantizers.base import LayerReport
-from neoquant.sizes import peak_rss_bytes
+from neoquant.sizes import peak_rss_bytes, size
 
 RECORD = "neoquant.json"
 """File in the output folder that says, for machines, what was done."""
@@ -312,7 +312,7 @@ def _resumable(
 def _require_space(out: Path, needed: int) -> None:
     free = free_bytes(out)
     if free < needed:
-        raise OutputError(f"{out}: {needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free on this disk")
+        raise OutputError(f"{out}: {size(needed)} needed, {size(free)} free on this disk")
 
 
 def _own_files(

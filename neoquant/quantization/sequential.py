@@ -28,6 +28,7 @@ from neoquant.progress import Progress
 from neoquant.quantization.plan import Plan, PlanRow
 from neoquant.quantizers import Hessian, Quantizer, calibrated_quantizers
 from neoquant.quantizers.base import LayerReport
+from neoquant.sizes import plural
 from neoquant.tensor import QuantizedTensor
 
 ATTENTION_INPUTS = frozenset(SHARED_INPUTS[0])
@@ -88,7 +89,8 @@ def require_samples_fit(calibration: Calibration, config: GPTNeoConfig) -> None:
     length, largest = calibration.ids.shape[1], int(calibration.ids.max())
     if length > config.max_position_embeddings:
         raise RequestError(
-            f"calibration rows of {length} tokens: the model has {config.max_position_embeddings} positions"
+            f"calibration rows of {plural(length, 'token')}: the model has "
+            f"{plural(config.max_position_embeddings, 'position')}"
         )
     if largest >= config.vocab_size:
         raise RequestError(f"calibration holds token {largest}: the model's end at {config.vocab_size - 1}")

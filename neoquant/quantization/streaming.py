@@ -21,6 +21,7 @@ from neoquant.progress import Progress
 from neoquant.quantization.plan import IN_FLIGHT_BYTES, Plan, PlanRow
 from neoquant.quantization.source_hash import hash_tensor, join_hashes
 from neoquant.quantizers import Quantizer
+from neoquant.sizes import plural
 from neoquant.tensor import QuantizedTensor
 
 
@@ -162,7 +163,9 @@ def _require_finite(weight: torch.Tensor) -> None:
         weight = weight.float()  # torch compares no numbers of eight bits
     if not _is_finite(weight):
         bad = int((~torch.isfinite(weight)).sum())
-        raise CheckpointError(f"holds NaN or infinity ({bad} of {weight.numel()} values); the checkpoint is damaged")
+        raise CheckpointError(
+            f"holds NaN or infinity ({bad:,} of {plural(weight.numel(), 'value')}); the checkpoint is damaged"
+        )
 
 
 def _is_finite(weight: torch.Tensor) -> bool:

@@ -6,8 +6,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from neoquant.benchmark.run import Speed
-from neoquant.report.formatting import plural, size
 from neoquant.report.split_table import Column, SplitTable
+from neoquant.sizes import plural, size
 
 
 def speed_table(result: Speed) -> RenderableType:

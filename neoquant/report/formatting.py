@@ -12,19 +12,7 @@ if TYPE_CHECKING:
 
 NONE = "-"
 
-_SIZES = ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "KB"))
 _DURATIONS = ((86400 * 365, "year"), (86400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
-
-
-def size(count: float) -> str:
-    """Bytes in the unit that people would use: `65.5 TB`, `838.1 MB`, `512 bytes`. Decimal, as hubs and disks count.
-
-    Below 10 GB in megabytes, so that models beside each other have one unit.
-    """
-    for unit, name in _SIZES:
-        if count >= (1e10 if name == "GB" else 0.99995 * unit):
-            return f"{count / unit:,.1f} {name}"
-    return plural(round(count), "byte")
 
 
 def duration(seconds: float) -> str:
@@ -36,11 +24,6 @@ def duration(seconds: float) -> str:
             text = f"{value:,.{digits}f}"
             return f"{text} {name}{'' if text == '1' else 's'}"
     raise AssertionError
-
-
-def plural(count: int, noun: str) -> str:
-    """`1 document`, `1,234 documents`."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def divergence(kl: float | None) -> str:

@@ -15,7 +15,6 @@ from neoquant.report.formatting import (
     divergence,
     divergence_interval,
     nats_interval,
-    plural,
     signed,
     suite_label,
 )
@@ -24,6 +23,7 @@ from neoquant.report.page_elements import Cell, Heat, HeatRow
 from neoquant.report.shades import anchored
 from neoquant.report.subsets import subset_names
 from neoquant.report.verdict import DIVERGENCE, TOLERANCE
+from neoquant.sizes import plural
 
 
 def subset_heats(result: Comparison, short: Mapping[str, str]) -> list[Heat]:
@@ -47,8 +47,8 @@ def inspection_note(result: Inspection) -> str:
     """On which text layers were measured, and what the whole model loses there."""
     together = result.together
     note = (
-        f"On {plural(result.windows, 'window')} of {suite_label(result.suite)}, {result.tokens:,} tokens. The whole "
-        f"model there, with 95 % intervals: KL {divergence_interval(together)}, change "
+        f"On {plural(result.windows, 'window')} of {suite_label(result.suite)}, {plural(result.tokens, 'token')}. "
+        f"The whole model there, with 95 % intervals: KL {divergence_interval(together)}, change "
         f"{nats_interval(together.nats_per_token, together.low, together.high)} nats a token."
     )
     losses = [layer.loss for layer in result.layers if layer.loss]

@@ -19,13 +19,13 @@ from neoquant.report.formatting import (
     divergence_interval,
     grid_label,
     nats_interval,
-    plural,
     share,
     suite_label,
 )
 from neoquant.report.shades import Shade, anchored, relative
 from neoquant.report.split_table import Column, SplitTable
 from neoquant.report.verdict import DIVERGENCE
+from neoquant.sizes import plural
 
 WORST = 10
 

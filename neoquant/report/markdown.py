@@ -16,7 +16,6 @@ from neoquant.report.formatting import (
     divergence_interval,
     number,
     perplexity,
-    size,
     suite_label,
 )
 from neoquant.report.measured_speed import NO_SPEED, MeasuredSpeed
@@ -24,6 +23,7 @@ from neoquant.report.remarks import remarks
 from neoquant.report.subsets import FEW_NOTE, subset_names
 from neoquant.report.tasks import task_provenance, task_rows
 from neoquant.report.verdict import percent_change, percent_interval, recommended, verdict, verdict_of
+from neoquant.sizes import plural, size
 
 MARK = "<!-- neoquant: report -->"
 """The first line of a file of Markdown, by which it is known again; Markdown does not show it."""
@@ -88,7 +88,7 @@ def provenance(result: Comparison) -> str:
     reference = result.reference
     total, machine = reference.total, reference.environment
     return (
-        f"{total.documents:,} documents, {total.tokens:,} tokens, {total.bytes:,} bytes of "
+        f"{plural(total.documents, 'document')}, {plural(total.tokens, 'token')}, {plural(total.bytes, 'byte')} of "
         f"{escape_markdown(_source_name(reference))} "
         f"({escape_markdown(suite_label(reference.suite))}, sha256 {reference.data.sha256[:12]}); intervals over "
         f"{result.resampling.unit}s; "

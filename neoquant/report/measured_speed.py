@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from neoquant.benchmark.run import Run, Speed
 from neoquant.errors import RequestError
-from neoquant.report.formatting import NONE, size
+from neoquant.report.formatting import NONE
+from neoquant.sizes import plural, size
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def measured_speed(results: Mapping[str, Speed]) -> MeasuredSpeed:
 
 def _settings(result: Speed) -> str:
     return (
-        f"{result.prompt_tokens} prompt tokens, {result.new_tokens} new ones, {result.threads} threads, {result.dtype}"
+        f"{plural(result.prompt_tokens, 'prompt token')}, {result.new_tokens} new ones, "
+        f"{plural(result.threads, 'thread')}, {result.dtype}"
         + (f", {result.batch} sequences together" if result.batch > 1 else "")
         + (f", keys and values in {result.cache}" if result.cache else "")
         + (", CUDA graphs" if result.static_cache else "")

@@ -7,7 +7,7 @@ from typing import Any
 
 from neoquant.report import provenance, summary, svg
 from neoquant.report.candidate_section import candidate_section
-from neoquant.report.formatting import perplexity, plural, suite_label
+from neoquant.report.formatting import perplexity, suite_label
 from neoquant.report.gather import Gathered
 from neoquant.report.heat_maps import inspection_note, layer_heats, subset_heats
 from neoquant.report.page_elements import Chart, Heat, Tile, unbroken, visible
@@ -15,6 +15,7 @@ from neoquant.report.remarks import remarks
 from neoquant.report.subsets import FEW_NOTE, has_few_documents
 from neoquant.report.tasks import task_provenance, task_rows
 from neoquant.report.verdict import headline, recommended, short_names, subject
+from neoquant.sizes import plural
 
 
 def render_page(gathered: Gathered) -> str:
@@ -58,7 +59,8 @@ class _Page:
         total, suite = reference.total, suite_label(reference.suite)
         return unbroken(
             f"{suite[:1].upper()}{suite[1:]}: {plural(total.documents, 'document')} of "
-            f"{plural(len(reference.subsets), 'subset')}, {total.tokens:,} tokens, {total.bytes:,} bytes. "
+            f"{plural(len(reference.subsets), 'subset')}, {plural(total.tokens, 'token')}, "
+            f"{plural(total.bytes, 'byte')}. "
             f"{self.reference} itself: perplexity {perplexity(total)}, {total.bits_per_byte:.4f} bits a byte."
         )
 

@@ -8,10 +8,11 @@ from typing import Any
 from neoquant.evaluation.inspection_result import Inspection
 from neoquant.evaluation.result import Comparison, ModelInfo
 from neoquant.evaluation.task_result import TaskComparison
-from neoquant.report.formatting import duration, plural, size, suite_label
+from neoquant.report.formatting import duration, suite_label
 from neoquant.report.measured_speed import MeasuredSpeed
 from neoquant.report.page_elements import visible
 from neoquant.report.verdict import DIVERGENCE, TOLERANCE
+from neoquant.sizes import plural, size
 
 
 def method(result: Comparison) -> list[str]:

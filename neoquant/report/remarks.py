@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from neoquant.evaluation.result import Comparison
-from neoquant.report.formatting import divergence, size
+from neoquant.report.formatting import divergence
 from neoquant.report.verdict import recommended, size_of
+from neoquant.sizes import size
 
 NOTICED = 0.0005
 """Nats a token: below this mean KL divergence nobody will notice that predictions changed."""

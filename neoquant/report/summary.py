@@ -8,15 +8,7 @@ from typing import Any
 
 from neoquant.evaluation.result import Candidate, Comparison, Evaluation
 from neoquant.report import charts
-from neoquant.report.formatting import (
-    NONE,
-    agreement,
-    agreement_interval,
-    divergence,
-    number,
-    perplexity,
-    size,
-)
+from neoquant.report.formatting import NONE, agreement, agreement_interval, divergence, number, perplexity
 from neoquant.report.measured_speed import MeasuredSpeed
 from neoquant.report.page_elements import Chart, Tile, chart, unbroken
 from neoquant.report.verdict import (
@@ -30,6 +22,7 @@ from neoquant.report.verdict import (
     subject,
     verdict_of,
 )
+from neoquant.sizes import size
 
 
 def tiles(result: Comparison, speed: MeasuredSpeed) -> list[Tile]:

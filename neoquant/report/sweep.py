@@ -14,14 +14,13 @@ from neoquant.report.formatting import (
     divergence_interval,
     number,
     perplexity,
-    plural,
-    size,
 )
 from neoquant.report.gather import Gathered
 from neoquant.report.markdown import escape_markdown
 from neoquant.report.page import render_page
 from neoquant.report.page_elements import visible
 from neoquant.report.verdict import figures, headline, subject, verdict_of
+from neoquant.sizes import plural, size
 
 INDEX = "report.html"
 

@@ -17,13 +17,12 @@ from neoquant.report.formatting import (
     duration,
     number,
     perplexity,
-    plural,
-    size,
     suite_label,
 )
 from neoquant.report.measured_speed import NO_SPEED, MeasuredSpeed
 from neoquant.report.split_table import Column, SplitTable
 from neoquant.report.subsets import FEW_NOTE, subset_names
+from neoquant.sizes import plural, size
 
 
 def evaluation_table(result: Evaluation) -> RenderableType:

@@ -10,8 +10,9 @@ from rich.text import Text
 
 from neoquant.evaluation.task_result import MeanScore, TaskChange, TaskComparison, TaskEvaluation
 from neoquant.report.escaping import escape_controls
-from neoquant.report.formatting import NONE, duration, plural, signed
+from neoquant.report.formatting import NONE, duration, signed
 from neoquant.report.split_table import Column, SplitTable
+from neoquant.sizes import plural
 
 MEAN = "mean of {} tasks"
 

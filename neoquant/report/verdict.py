@@ -13,7 +13,8 @@ from enum import Enum
 from typing import NamedTuple
 
 from neoquant.evaluation.result import Candidate, Change, Comparison, ModelInfo
-from neoquant.report.formatting import divergence, divergence_interval, signed, size
+from neoquant.report.formatting import divergence, divergence_interval, signed
+from neoquant.sizes import size
 
 TOLERANCE = 0.01
 """The bound of the loss of perplexity, as a ratio."""

@@ -10,6 +10,7 @@ import torch
 from typing_extensions import Self
 
 from neoquant.errors import RequestError
+from neoquant.sizes import plural
 from neoquant.tokenizer.settings import NO_LIMIT, require_side
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ def lengths(
     if padded == "max_length":
         padded = None if unlimited else length
     if strategy is not None and padded is not None and multiple is not None and length % multiple:
-        raise RequestError(f"texts truncated to {length} tokens cannot be padded to a multiple of {multiple}")
+        raise RequestError(f"texts truncated to {plural(length, 'token')} cannot be padded to a multiple of {multiple}")
     return Lengths(str(strategy) if strategy else None, length, padded, multiple, stride)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from neoquant.errors import RequestError
+from neoquant.sizes import plural
 from neoquant.tokenizer.words import refuse_options
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def trained_backend(
         stated |= {"initial_alphabet": _alphabet(state)} | dict(options)
         made.train_from_iterator(texts, BpeTrainer(**stated), length=length)
     except Exception as error:  # the library raises nothing more precise
-        raise RequestError(f"no vocabulary of {size} tokens can be trained: {error}") from None
+        raise RequestError(f"no vocabulary of {plural(size, 'token')} can be trained: {error}") from None
     whole = json.loads(made.to_str())
     whole["post_processor"] = _renumbered(post, made, special)
     return tokenizers.Tokenizer.from_str(json.dumps(whole))

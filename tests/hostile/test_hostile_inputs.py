@@ -231,7 +231,7 @@ def evaluated(cli: Cli, tiny_model: Path, name: str, content: bytes) -> Any:
     ("content", "says"),
     [
         (b"[" * 100_000, "line 1: not JSON: it is nested too deeply"),
-        ('{"text": "a"}'.encode("utf-16"), "x.jsonl is UTF-16: convert it to UTF-8"),
+        ('{"text": "a"}'.encode("utf-16"), "error: x.jsonl is UTF-16: convert it to UTF-8"),
         (b'{"text": 5}', 'line 1: "text" is 5; expected a string'),
         (b'{"text": "a", "meta": {"pile_set_name": ["x"]}}', """line 1: "pile_set_name" is ['x']; expected a string"""),
         (b'{"text": "' + b"x" * 3000 + b'"}', "line 1 has more than 1,000 bytes; set NEOQUANT_MAX_TEXT_SIZE"),
@@ -241,6 +241,20 @@ def test_lines(cli: Cli, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, cont
     if "more than" in says:
         monkeypatch.setattr(documents, "MAX_TEXT_BYTES", 1000)
     assert says in evaluated(cli, tiny_model, "x.jsonl", content).error
+
+
+def test_documents_without_a_last_word_are_named_with_their_file(cli: Cli, tiny_model: Path) -> None:
+    Path("x.jsonl").write_text('{"text": "two words"}\n{"text": "one"}\n')
+    found = cli("eval", tiny_model, "--data", "x.jsonl", "--context", "16", "--protocol", "last-word")
+    assert found.error == "error: x.jsonl: line 2: no last word after a space to predict"
+
+
+def test_a_context_of_one_position(cli: Cli, make_model: Callable[..., Path], text_file: Path) -> None:
+    model = make_model(max_position_embeddings=1)
+    found = cli("eval", model, "--data", text_file)
+    assert "the model has 1 position, and text is scored in windows of 2 tokens or more" in found.error
+    found = cli("generate", model, "--prompt", "a", "--max-new-tokens", "2")
+    assert "1 token of prompt and 2 new make 3; this model's context is 1: ask for at most 0 new tokens" in found.error
 
 
 def test_zstandard_of_a_line_of_zeros_is_refused_in_bounded_memory(cli: Cli, tiny_model: Path) -> None:

@@ -164,7 +164,7 @@ def test_the_peers_loop_names_the_cache_as_the_peer_does(peer: type[torch.nn.Mod
     ("request_", "message"),
     [
         ({"against": ["llama"]}, "no peer 'llama'; there are transformers, openvino"),
-        ({"new": 1}, "new is 1; legal is at least 2"),
+        ({"new": 1}, "new tokens: 1; legal is at least 2"),
         ({"prompt": 4000}, "4000 \\+ 64 tokens; the context of .* is 32"),
         ({"dtype": "int8"}, "dtype is 'int8'; legal are"),
         ({"device": "tpu"}, "device is 'tpu'; legal are"),

@@ -35,7 +35,7 @@ def test_grows_with_the_text_and_not_with_it_in_files() -> None:
     spilled = estimate_memory(CONFIG, 4000, 512, max_memory=many.memory - 1)
     assert spilled.spilled and spilled.memory < many.memory
     assert estimate_memory(CONFIG, 8000, 512, max_memory=many.memory - 1).memory == spilled.memory
-    with pytest.raises(RequestError, match="for one block, more than the 100 MB it may take"):
+    with pytest.raises(RequestError, match=r"for one block, more than the 100\.0 MB it may take"):
         estimate_memory(CONFIG, 8, 512, max_memory=100_000_000)
 
 

@@ -72,14 +72,14 @@ def test_what_was_calibrated_on_is_counted_or_left_out(tiny_model: Path, tmp_pat
 
     met = evaluate(model, Bytes(), chosen, describe=ModelInfo(name="it"), calibrated_on=known)
     assert (met.calibrated_on, met.data.excluded) == (2, 0)
-    assert met.notes[-1].startswith("2 of the 6 documents were calibrated on by it: its figures flatter it; leave them")
+    assert met.notes[-1].startswith("it was calibrated on 2 of the 6 documents: its figures flatter it; leave them")
     plain, other = EvaluatedModel(model, ModelInfo(name="base")), EvaluatedModel(model, ModelInfo(name="it"), known)
     result = compare(plain, [other], Bytes(), chosen, exclude_calibrated=True)
     expected = evaluate(model, Bytes(), suite(rest, protocol=protocol, context=16), describe=ModelInfo(name="x"))
     for evaluation in (result.reference, result.candidates[0].evaluation):
         assert (evaluation.calibrated_on, evaluation.data.excluded) == (0, 2)
         assert evaluation.total.nats == pytest.approx(expected.total.nats) and evaluation.total.documents == 4
-        assert "2 of 6 documents were calibrated on and are left out" in evaluation.notes
+        assert "calibrated on and left out: 2 of 6 documents" in evaluation.notes
     paired = compare(plain, [other], Bytes(), chosen)
     assert [paired.reference.calibrated_on, paired.candidates[0].evaluation.calibrated_on] == [0, 2]
 
@@ -88,9 +88,9 @@ def test_what_was_calibrated_on_is_counted_or_left_out(tiny_model: Path, tmp_pat
         model, Bytes(), chosen, describe=ModelInfo(name="it"), calibrated_on=subset, exclude_calibrated=True
     )
     assert [score.subset for score in gone.subsets] == ["A"]
-    assert "3 of 6 documents were calibrated on and are left out, with them all of B" in gone.notes
+    assert "calibrated on and left out: 3 of 6 documents, with them all of B" in gone.notes
     everything = frozenset(map(fingerprint, TEXTS))
-    with pytest.raises(DataError, match="all 6 documents were calibrated on"):
+    with pytest.raises(DataError, match="calibrated on all of 6 documents"):
         evaluate(
             model, Bytes(), chosen, describe=ModelInfo(name="it"), calibrated_on=everything, exclude_calibrated=True
         )
@@ -103,18 +103,18 @@ def test_the_command_line_says_it(cli: Cli, tiny_model: Path, tmp_path: Path) ->
     record = json.loads(Path("made/calibration.json").read_text())
     assert sorted(record["documents"]) == sorted(map(fingerprint, TEXTS[:2]))
     result = cli("compare", tiny_model, "made", "--data", unseen, "--json", "cost.json")
-    assert "note: 2 of the 4 documents were calibrated on by made: its figures flatter it" in result.err
+    assert "note: made was calibrated on 2 of the 4 documents: its figures flatter it" in result.err
     result = cli("compare", tiny_model, "made", "--data", unseen, "--exclude-calibrated", "--json", "cost.json")
-    assert "2 of 4 documents were calibrated on and are left out" in result.err and "flatter" not in result.err
+    assert "calibrated on and left out: 2 of 4 documents" in result.err and "flatter" not in result.err
     assert json.loads(Path("cost.json").read_text())["reference"]["data"]["excluded"] == 2
     assert "flatter" in cli("eval", "made", "--data", unseen).err
     assert "flatter" not in cli("eval", tiny_model, "--data", unseen).err
     look = ("inspect", "made", "--against", tiny_model, "--data", unseen, "--json", "layers.json")
-    assert "2 of the 4 documents were calibrated on by made: its figures flatter it" in cli(*look).err
+    assert "made was calibrated on 2 of the 4 documents: its figures flatter it" in cli(*look).err
     assert json.loads(Path("layers.json").read_text())["calibrated_on"] == 2
-    assert "2 of 4 documents were calibrated on and are left out" in cli(*look, "--exclude-calibrated").err
+    assert "calibrated on and left out: 2 of 4 documents" in cli(*look, "--exclude-calibrated").err
     assert json.loads(Path("layers.json").read_text())["data"]["excluded"] == 2
-    assert "2 documents were calibrated on" in cli("eval", "made", "--data", shown, "--exclude-calibrated").error
+    assert "calibrated on all of 2 documents" in cli("eval", "made", "--data", shown, "--exclude-calibrated").error
 
 
 def test_calibration_on_the_pile(monkeypatch: pytest.MonkeyPatch) -> None:

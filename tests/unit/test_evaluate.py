@@ -314,7 +314,7 @@ def test_refusals(models: Models, make_suite: Callable[..., Suite]) -> None:
 def test_notes_say_what_was_dropped_or_differs(make_suite: Callable[..., Suite]) -> None:
     corpus = read_corpus(make_suite(protocol="joined", context=20, documents=2, sha256="0" * 64), Bytes(), SILENT)
     code = sum(len(text) for subset, text in TEXTS[:3] if subset == "code") + 2
-    assert corpus.notes[0] == f"code: the last {code % 20} tokens fill no window and are dropped"
+    assert corpus.notes[0] == f"code: dropped for filling no window: the last {code % 20} tokens"
     assert corpus.notes[-1].startswith("the documents are not those of the published figures (sha256 ")
     short = read_corpus(make_suite(context=20, documents=50), Bytes(), SILENT)
     assert short.notes[-1] == "fewer than 50 documents: code 3, prose 3"

@@ -129,7 +129,7 @@ def test_shards_without_an_index(make_model: MakeModel) -> None:
         save_file({name: weights[name] for name in part}, folder / f"model-0000{number}-of-00002.safetensors")
     with open_checkpoint(folder) as checkpoint:
         assert checkpoint.headers.keys() == weights.keys()
-        assert checkpoint.notes == ("the 2 shards of model.safetensors have no index; all are read",)
+        assert checkpoint.notes == ("no index names the 2 shards of model.safetensors; all are read",)
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"holds 1 of 2 shards of model\.safetensors, and no index"):
         open_checkpoint(folder)

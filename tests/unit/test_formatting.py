@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from neoquant.report.formatting import divergence, duration, plural, signed, size
+from neoquant.errors import NeoquantError
+from neoquant.report.formatting import divergence, duration, signed
+from neoquant.sizes import plural, size
 
 
 @pytest.mark.parametrize(
@@ -50,3 +52,20 @@ def test_plurals_and_signs() -> None:
     assert [plural(n, "document") for n in (0, 1, 2345)] == ["0 documents", "1 document", "2,345 documents"]
     assert [signed(v, 2) for v in (0.001, -0.5, 1234.5)] == ["0.00", "−0.50", "+1,234.50"]
     assert [divergence(v) for v in (None, 0.0, 3e-6, 0.00065)] == ["-", "0.00000", "3.0e-06", "0.00065"]
+
+
+@pytest.mark.parametrize(
+    ("message", "places", "text"),
+    [
+        ("no such file", ["a/t.txt"], "a/t.txt: no such file"),
+        ("no such file", ["a/t.txt", "a/t.txt"], "a/t.txt: no such file"),
+        ("t.txt is UTF-16", ["a/t.txt"], "a/t.txt is UTF-16"),
+        ("t.txt: is UTF-16", ["a/t.txt", "b"], "b: a/t.txt: is UTF-16"),
+        ("t.txt2 is UTF-16", ["t.txt"], "t.txt: t.txt2 is UTF-16"),
+        ("bad", ["line 1", "line 1 of x"], "line 1 of x: line 1: bad"),
+    ],
+)
+def test_errors_name_a_place_once(message: str, places: list[str], text: str) -> None:
+    error = NeoquantError(message)
+    error.places = places
+    assert str(error) == text

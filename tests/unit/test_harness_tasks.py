@@ -224,7 +224,7 @@ def test_documents_that_were_calibrated_on_are_counted(tasks: Path) -> None:
     entry = EvaluatedModel(model, ModelInfo(name="demo"), known)
     (result,) = evaluate_tasks([entry], tokenizer, read_tasks(["complete"], tasks, None, SILENT), documents=6)
     assert result.tasks[0].calibrated_on == 2
-    assert "2 of the 6 documents of complete were calibrated on by demo: its figures flatter it" in result.notes
+    assert "demo was calibrated on 2 of the 6 documents of complete: its figures flatter it" in result.notes
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ from neoquant.errors import DataError, RequestError
 from neoquant.evaluation import Comparison
 from neoquant.evaluation.inspection_result import Inspection
 from neoquant.quantization.model_card import with_measured
-from neoquant.report.formatting import size
 from neoquant.report.gather import Gathered, gather
 from neoquant.report.markdown import markdown_report, measured_block
 from neoquant.report.page import render_page
@@ -42,6 +41,7 @@ from neoquant.report.verdict import (
     verdict,
     verdict_of,
 )
+from neoquant.sizes import size
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "path", "use", "rect"}
 
