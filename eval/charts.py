@@ -99,7 +99,8 @@ def bits_chart(offered: list[Choice]) -> str:
         plain_log(axes, "y")
         axes.legend(frameon=False, fontsize=10.5, loc="lower left")
         least = [charts.Point(c.grid, c.bits, min(c.losses.values()), None, None, False) for c in offered]
-        name_points(axes, least)
+        marks = [(c.bits, kl) for c in offered for kl in c.losses.values() if kl != min(c.losses.values())]
+        name_points(axes, least, marks)
     return done.svg
 
 

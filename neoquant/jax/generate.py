@@ -13,6 +13,7 @@ from flax import nnx
 from neoquant.errors import ContextError, RequestError
 from neoquant.jax.cache import FlaxCache
 from neoquant.jax.checks import require_within
+from neoquant.sizes import plural
 
 
 def generate(
@@ -43,7 +44,7 @@ def generate(
     if T < 1:
         raise RequestError("the prompt is empty: it needs at least one token, for example the end-of-text token")
     if T + max_new_tokens > limit:
-        raise ContextError(f"{T} tokens of prompt and {max_new_tokens} new ones; this model's context is {limit}")
+        raise ContextError(f"{plural(T, 'token')} of prompt and {max_new_tokens} new; this model's context is {limit}")
     aligned, keep = _align(ids, attention_mask)
     require_within("input_ids", aligned, model.config.vocab_size)
     if max_new_tokens == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from neoquant.report.svg import ACCENT, INK
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LETTER = 6.6  # width of a letter, as most are in most fonts
+_NARROW = frozenset(" ,.:;'|()ijlft1")
 
 
 class Named(Protocol):
@@ -35,27 +36,30 @@ def name_rows(axes: Axes, names: Sequence[str], chosen: Sequence[bool]) -> None:
         text.set_fontweight("bold" if strong else "normal")
 
 
-def name_points(axes: Axes, points: Sequence[Named]) -> None:
-    """Names beside the points, each where the fewest others are in its way."""
+def name_points(axes: Axes, points: Sequence[Named], beside: Iterable[tuple[float, float]] = ()) -> None:
+    """Names beside the points, each where the fewest others are in its way, or marks `beside` them (x, y)."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()
     placed: list[tuple[float, float, float, float]] = []
     spots = {point.name: axes.transData.transform((point.megabytes, point.value)) for point in points}
+    marks = [axes.transData.transform(mark) for mark in beside]
     frame = axes.get_window_extent()
     for point in sorted(points, key=lambda point: (not point.chosen, point.megabytes)):
         name = cut(point.name)
         x, y = spots[point.name]
-        width, height = LETTER * len(name), 12
+        width, height = _width(name), 14
         best, least = None, math.inf
         for dx, dy, side in ((9, 0, "left"), (-9, 0, "right"), (9, 11, "left"), (9, -11, "left"), (-9, 11, "right"),
-                             (-9, -11, "right"), (0, 15, "center"), (0, -15, "center")):  # fmt: skip
+                             (-9, -11, "right"), (0, 15, "center"), (0, -15, "center"), (9, 20, "left"),
+                             (9, -20, "left")):  # fmt: skip
             left = x + dx - {"left": 0, "right": width, "center": width / 2}[side]
             box = (left, y + dy - height / 2, left + width, y + dy + height / 2)
-            others = [(sx - 5, sy - 5, sx + 5, sy + 5) for other, (sx, sy) in spots.items() if other != point.name]
+            in_the_way = [*(spot for other, spot in spots.items() if other != point.name), *marks]
+            others = [(sx - 5, sy - 5, sx + 5, sy + 5) for sx, sy in in_the_way]
             cost = sum(_overlap(box, other) for other in (*placed, *others))
             cost += (
-                5 * max(0, frame.x0 - box[0]) + 5 * max(0, box[2] - frame.x1 - 12) + 0.01 * (abs(dy) + (side != "left"))
+                5 * max(0, frame.x0 - box[0]) + 5 * max(0, box[2] - frame.x1 - 6) + 0.01 * (abs(dy) + (side != "left"))
             )
             if cost < least:
                 best, least = (dx, dy, side, box), cost
@@ -73,6 +77,11 @@ def name_points(axes: Axes, points: Sequence[Named]) -> None:
             color=ACCENT if point.chosen else INK,
             fontsize=10.5,
         )
+
+
+def _width(name: str) -> float:
+    """How wide a name is, about."""
+    return sum(LETTER / 2 if letter in _NARROW else LETTER for letter in name)
 
 
 def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:

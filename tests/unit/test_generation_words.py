@@ -402,7 +402,7 @@ def test_caches_that_do_not_fit_are_refused(pair: tuple[Any, Any]) -> None:
     cache = model.generate(IDS[:1], max_new_tokens=3, return_dict_in_generate=True).past_key_values
     for ids, kept, words in (
         (IDS[:1], cache, "holds 7 positions, input_ids has 5"),
-        (IDS.repeat(1, 2), cache, "is of 1 rows, input_ids has 2"),
+        (IDS.repeat(1, 2), cache, "is of 1 row, input_ids has 2"),
         (IDS, transformers.DynamicCache(), "past_key_values is a DynamicCache"),
     ):
         with pytest.raises(RequestError, match=words):

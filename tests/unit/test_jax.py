@@ -293,7 +293,7 @@ def test_what_cannot_be_is_refused(source: Path, model: FlaxGPTNeoForCausalLM, t
         model(np.zeros((1, 33), int))
     with pytest.raises(ContextError, match="33 positions; this model has 32"):
         model.init_cache(1, 33)
-    with pytest.raises(ContextError, match="21 tokens of prompt and 12 new ones; this model's context is 32"):
+    with pytest.raises(ContextError, match="21 tokens of prompt and 12 new; this model's context is 32"):
         model.generate(IDS, max_new_tokens=12)
     for ids in ([[3, 259]], [[-1, 3]]):
         with pytest.raises(RequestError, match="input_ids are 0 to 258, got"):

@@ -25,11 +25,14 @@ from neoquant.errors import DataError, RequestError
 from neoquant.evaluation import Comparison
 from neoquant.evaluation.inspection_result import Inspection
 from neoquant.quantization.model_card import with_measured
+from neoquant.report.chart_labels import name_points
+from neoquant.report.charts import Point
 from neoquant.report.gather import Gathered, gather
 from neoquant.report.markdown import markdown_report, measured_block
 from neoquant.report.page import render_page
 from neoquant.report.page_elements import visible
 from neoquant.report.remarks import remarks
+from neoquant.report.svg import drawing
 from neoquant.report.sweep import page_path, sweep_pages, sweep_table
 from neoquant.report.verdict import (
     State,
@@ -213,6 +216,23 @@ def test_many_candidates_and_long_names() -> None:
         make_comparison(*(make_candidate(n, 0.01, bytes_on_disk=s) for n, s in zip(names, sizes, strict=True)))
     )
     assert all(name in parsed.said for name in names) and "…" in html
+
+
+def test_names_keep_off_marks_of_others() -> None:
+    """Whichever side of the point they stand on."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    for beside in ((0.62, 0.5), (0.38, 0.5), (0.62, 0.54), (0.5, 0.58)):
+        with drawing(380, "key", "title") as (axes, _):
+            name_points(axes, [Point("trellis", 0.5, 0.5, None, None, False)], [beside])
+            figure = axes.get_figure(root=True)
+            assert figure is not None
+            (label,) = axes.texts
+            assert isinstance(label, Text)
+            box = label.get_window_extent(FigureCanvasAgg(figure).get_renderer())
+            x, y = axes.transData.transform(beside)
+            assert not (box.x0 - 3 < x < box.x1 + 3 and box.y0 - 3 < y < box.y1 + 3), beside
 
 
 @pytest.mark.parametrize(
