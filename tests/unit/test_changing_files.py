@@ -44,7 +44,7 @@ def test_a_file_that_was_cut_short_is_an_error(source: Path, viewed_before: bool
         if viewed_before:
             checkpoint.view(LARGE)  # the file is mapped
         os.truncate(weights(source), weights(source).stat().st_size - 1)
-        with pytest.raises(CheckpointError, match=r"model\.safetensors.* (ends 1 bytes before the end|cut short)"):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors.* (ends 1 byte before the end|cut short)"):
             checkpoint.view(last)
         with pytest.raises(CheckpointError, match=r"model\.safetensors.* was changed by another program"):
             checkpoint.require_unchanged()

@@ -290,5 +290,5 @@ def test_a_continuation_beyond_the_context(tasks: Path) -> None:
     entry, found = EvaluatedModel(model, ModelInfo(name="demo")), read_tasks(["choose"], tasks, None, SILENT)
     with pytest.raises(DataError, match=r"choose: the continuation .* has \d+ tokens; 1 to 2 can be scored"):
         evaluate_tasks([entry], tokenizer, found, context=2)
-    with pytest.raises(RequestError, match="a context of 100000 tokens"):
+    with pytest.raises(RequestError, match="a context of 100,000 tokens"):
         evaluate_tasks([entry], tokenizer, found, context=100_000)
