@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -260,17 +261,24 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    activation: str | None
+    """The name of `act`, for whoever computes it otherwise; None where another function was put there."""
+
     def __init__(self, config: GPTNeoConfig) -> None:
         super().__init__()
         self.c_fc = nn.Linear(config.hidden_size, config.inner_size)
         self.c_proj = nn.Linear(config.inner_size, config.hidden_size)
-        self.activation = config.activation_function
-        self.act = ACTIVATION[self.activation]
+        self.act = ACTIVATION[config.activation_function]
         self.dropout = nn.Dropout(config.resid_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.c_proj(self.act(self.c_fc(x)))
         return self.dropout(y) if self.training else y
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "act":
+            self.activation = next((known for known, act in ACTIVATION.items() if act is value), None)
 
 
 class Block(nn.Module):

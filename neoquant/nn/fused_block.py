@@ -84,7 +84,7 @@ class Anatomy(NamedTuple):
     layer: int
     heads: int
     window: int | None
-    activation: str
+    activation: str | None
     epsilons: tuple[float, float]
     is_plain: bool
     """Whether attention is computed in the ordinary way."""
@@ -240,7 +240,7 @@ def _prepare(block: Any, anatomy: Callable[[Parts], Anatomy]) -> PreparedBlock |
     linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, mlp.c_fc, mlp.c_proj]
     norms = [parts.ln_1, parts.ln_2]
     modules = [parts.attn, attention, mlp, *linears, *norms]
-    activation = ACTIVATIONS.get(found.activation)
+    activation = ACTIVATIONS.get(found.activation or "")
     if activation is None or not found.is_plain or _is_training(block, parts) or any(map(is_hooked, modules)):
         return None
     if not all(map(_is_taken, linears)):

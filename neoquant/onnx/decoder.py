@@ -15,6 +15,7 @@ import torch
 from onnx import TensorProto
 from torch import nn
 
+from neoquant.errors import RequestError
 from neoquant.model.gpt_neo import Block, CausalLM
 from neoquant.onnx.graph import Graph, value
 from neoquant.onnx.layers import embedding, linear
@@ -79,6 +80,8 @@ def _block(graph: Graph, number: int, block: Block, x: str, masks: dict[bool, st
     x = graph.node("Add", x, _attention(graph, number, block, inside, masks))
     inside = _norm(graph, f"{name}.ln_2", block.ln_2, x)
     inner = linear(graph, f"{name}.mlp.c_fc", block.mlp.c_fc, inside)
+    if block.mlp.activation is None:
+        raise RequestError(f"{name}.mlp.act is none of the activations of GPT-Neo: {', '.join(ACTIVATIONS)}")
     inner = ACTIVATIONS[block.mlp.activation](graph, inner)
     return graph.node("Add", x, linear(graph, f"{name}.mlp.c_proj", block.mlp.c_proj, inner))
 

@@ -281,6 +281,22 @@ def plain() -> GPTNeoModel:
 
 
 @needs_native
+def test_another_activation_is_computed(steps: list[bool]) -> None:
+    """It was put in the place of GPT-Neo's own, after the block had been described."""
+    model, x = make(), torch.randn(1, 5, 40)
+    masks = AttentionMasks(5, 5, 3, None, x.device)
+    with torch.no_grad():
+        before = model.h[0](x, masks)
+        model.h[0].mlp.act = torch.nn.Tanh()
+        found = model.h[0](x, masks)
+        assert steps == [True, False] and model.h[0].mlp.activation is None
+        model.h[0].step = None
+        assert torch.equal(found, model.h[0](x, masks)) and not torch.allclose(found, before)
+    other = make(activation_function="relu")
+    assert other.h[0].mlp.activation == "relu" and copy.deepcopy(other).h[0].mlp.activation == "relu"
+
+
+@needs_native
 def test_who_takes_over_torchs_operations_gets_them(steps: list[bool]) -> None:
     model, x = plain(), torch.randn(1, 5, 40)
 
