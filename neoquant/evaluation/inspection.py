@@ -95,7 +95,7 @@ def _networks(base: EvaluatedModel, other: EvaluatedModel) -> list[GPTNeoForCaus
     networks = []
     for model, describe, _ in (base, other):
         if not isinstance(model, GPTNeoForCausalLM):
-            raise RequestError(f"{describe.name} is a {type(model).__name__}, not neoquant's GPT-Neo")
+            raise RequestError(f"{describe.name} is of type {type(model).__name__}, not neoquant's GPT-Neo")
         networks.append(model)
     for key, what in (("num_layers", "layers"), ("hidden_size", "hidden size"), ("inner_size", "inner size")):
         a, b = (getattr(network.config, key) for network in networks)

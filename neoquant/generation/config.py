@@ -133,7 +133,7 @@ class GenerationConfig:
         values = read_json(path, error=ConfigError)
         with _as_config_error(), locate(str(path)):
             if not isinstance(values, dict):
-                raise ConfigError(f"holds a {type(values).__name__}, not an object")
+                raise ConfigError(f"holds JSON of type {type(values).__name__}, not an object")
             return cls._read(values)
 
     @classmethod

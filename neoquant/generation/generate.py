@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -461,7 +461,7 @@ def require_beginning(cache: KVCache, ids: Tensor) -> KVCache:
     """Raise RequestError unless a cache holds the beginnings of `ids[B, T]`, less than all of them."""
     if not isinstance(cache, KVCache):
         raise RequestError(
-            f"past_key_values is a {type(cache).__name__}; generate takes the KVCache that it, or the model, gave "
+            f"past_key_values is of type {type(cache).__name__}; generate takes the KVCache that it, or the model, gave "
             "before (in Python, model.to_transformers().generate takes transformers' own)"
         )
     if cache.length >= ids.shape[1]:
@@ -602,6 +602,8 @@ def in_turn(processors: Sequence[Processor] | None) -> Processor | None:
 
 def as_ids(values: Tensor | Sequence[Sequence[int]] | Sequence[int]) -> Tensor:
     """Token ids in any usual form as `[B, T]`. Raises RequestError for what are none."""
+    if isinstance(values, Mapping):
+        raise RequestError("input_ids are what a tokenizer gives, which is unpacked: generate(**inputs)")
     try:
         ids = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # a text, rows of several lengths, ...

@@ -94,7 +94,7 @@ def stream_with_drafts(
         acceptance.accepted += accepted
         for number, token in enumerate(tokens):
             ids.append(token)
-            chosen, _, is_last = endings.take(torch.tensor([token]))
+            chosen, _, is_last = endings.take(torch.tensor([token], dtype=input_ids.dtype))
             if number == accepted and unusable is not None:
                 raise no_choice(model, len(ids) - (last - max_new_tokens), sampling, unusable)
             yield chosen

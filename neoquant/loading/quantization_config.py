@@ -237,7 +237,7 @@ def read_config(said: Any) -> QuantizationConfig:
         return Recipe.load(said)
     if not isinstance(said, Mapping) and not hasattr(said, "to_dict"):
         legal = "a BitsAndBytesConfig, a GPTQConfig, a Recipe or its name, or a dict"
-        raise RequestError(f"quantization_config is a {type(said).__name__}; legal is {legal}")
+        raise RequestError(f"quantization_config is of type {type(said).__name__}; legal is {legal}")
     values = dict(said if isinstance(said, Mapping) else said.to_dict())
     method = _method(values)
     values.pop("quant_method", None)

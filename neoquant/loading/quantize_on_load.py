@@ -180,7 +180,9 @@ def _calibration(checkpoint: Checkpoint, config: GPTQConfig, progress: Progress)
     tokenizer = config.tokenizer
     if not isinstance(tokenizer, Tokenizer):
         if not isinstance(tokenizer, str | Path | None):
-            raise RequestError(f"tokenizer is a {type(tokenizer).__name__}; legal is neoquant's, or a folder or hub id")
+            raise RequestError(
+                f"tokenizer is of type {type(tokenizer).__name__}; legal is neoquant's, or a folder or hub id"
+            )
         tokenizer = Tokenizer.from_pretrained(checkpoint.source if tokenizer is None else tokenizer)
     context = GPTNeoConfig.from_dict(checkpoint.config).max_position_embeddings
     length = min(LENGTH, context) if config.model_seqlen is None else config.model_seqlen

@@ -218,7 +218,7 @@ class GPTNeoConfig(metaclass=_TakesOthers):
         values = read_json(path, error=ConfigError)
         with locate(str(path)):
             if not isinstance(values, dict):
-                raise ConfigError(f"holds a {type(values).__name__}, not an object")
+                raise ConfigError(f"holds JSON of type {type(values).__name__}, not an object")
             return cls.from_dict(values)
 
     def __iter__(self) -> Iterator[str]:

@@ -30,6 +30,7 @@ from neoquant.model.config import GPTNeoConfig
 from neoquant.model.outputs import BaseModelOutput, CausalLMOutput
 from neoquant.model.tying import share_names
 from neoquant.native import TorchAlone
+from neoquant.sizes import plural
 
 ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": partial(F.gelu, approximate="tanh"),
@@ -366,8 +367,8 @@ class Decoder(Network):
                 x = x + self.wte(token_type_ids.view(-1, T))
         x = self.drop(x) if self.training else x
         keep = attention_mask.bool() if attention_mask is not None else None
-        if keep is not None and keep.shape[1] != past + T:
-            raise RequestError(f"attention_mask covers {keep.shape[1]} positions; {past} held + {T} new are {past + T}")
+        if keep is not None:
+            _require_mask(keep, len(x), past, T)
         masks = AttentionMasks(T, past + T, self.config.window_size, keep, x.device)
         wanted = self.config.output_attentions if output_attentions is None else output_attentions
         masks.weights, masks.heads = [] if wanted else None, _heads(head_mask, self.config)
@@ -418,6 +419,16 @@ class Decoder(Network):
         if looked_at and position_ids.numel() and int(position_ids.max()) >= limit:
             raise ContextError(f"position {int(position_ids.max())}; this model's are 0 to {limit - 1}")
         return position_ids
+
+
+def _require_mask(keep: Tensor, rows: int, past: int, T: int) -> None:
+    """Raise RequestError unless a mask is of so many rows, or of one for all, and of all positions."""
+    if keep.ndim != 2 or keep.shape[0] not in (1, rows):
+        legal = f"[{rows}, {past + T}], 0 on padding"
+        raise RequestError(f"attention_mask is {list(keep.shape)}; legal is {legal}")
+    if keep.shape[1] != past + T:
+        covered = plural(keep.shape[1], "position")
+        raise RequestError(f"attention_mask covers {covered}; {past} held + {T} new are {past + T}")
 
 
 def _heads(head_mask: Tensor | None, config: GPTNeoConfig) -> Tensor | None:

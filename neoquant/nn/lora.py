@@ -29,7 +29,7 @@ def get_peft_model(model: Network, peft_config: Any) -> Any:
     """
     peft = _peft()
     if not isinstance(peft_config, peft.LoraConfig):
-        raise RequestError(f"peft_config is a {type(peft_config).__name__}; legal is a peft.LoraConfig")
+        raise RequestError(f"peft_config is of type {type(peft_config).__name__}; legal is a peft.LoraConfig")
     task = getattr(peft_config.task_type, "value", peft_config.task_type)
     if task in TASK_HEADS and peft_config.modules_to_save is None:
         peft_config.modules_to_save = [TASK_HEADS[task]]

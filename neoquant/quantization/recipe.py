@@ -190,11 +190,14 @@ class Recipe(BaseModel):
         quantizer; None is its own default.
 
         Raises:
-            RequestError: no such grid, or a parameter that it does not have.
+            RequestError: no such grid, a parameter that it does not have, or a value of another kind.
         """
         stated = {"bits": bits, "type": type, "quantizer": quantizer, **options}
         everything = {"match": "*", **{key: value for key, value in stated.items() if value is not None}}
-        rule = Rule.model_validate(everything)
+        try:
+            rule = Rule.model_validate(everything)
+        except ValidationError as error:
+            raise RecipeError("; ".join(_fault(detail) for detail in error.errors())) from error
         rule.check()  # here, so that the message does not speak of a rule nobody wrote
         named = rule.grid().label
         if quantizer not in (None, "nearest"):
@@ -230,7 +233,7 @@ class Recipe(BaseModel):
             return recipe
         if isinstance(recipe, str | Path):
             return cls.load(recipe)
-        raise RecipeError(f"recipe is a {type(recipe).__name__}; legal is a Recipe, a recipe's name or its file")
+        raise RecipeError(f"recipe is of type {type(recipe).__name__}; legal is a Recipe, a recipe's name or its file")
 
     @classmethod
     def load(cls, recipe: str | Path) -> Recipe:

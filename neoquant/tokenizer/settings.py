@@ -142,7 +142,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path.name} is not readable as JSON: {error}") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path.name} holds a {type(value).__name__}, where an object is needed")
+        raise CheckpointError(f"{path.name} holds JSON of type {type(value).__name__}, where an object is needed")
     return value
 
 

@@ -365,6 +365,8 @@ class Tokenizer(Vocabulary):
 
         Raises RequestError where there is nothing to begin with.
         """
+        if not isinstance(prompt, str):
+            raise RequestError(f"a prompt is one text, not of type {type(prompt).__name__}")
         ids = self.backend.encode(prompt).ids
         if ids:
             return ids

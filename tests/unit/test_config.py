@@ -79,7 +79,7 @@ def test_null_means_not_said_except_where_it_is_a_value() -> None:
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
-    for text, message in (("{", "not JSON"), ("[" * 9**5, "nested too deeply"), ("[1]", "holds a list")):
+    for text, message in (("{", "not JSON"), ("[" * 9**5, "nested too deeply"), ("[1]", "holds JSON of type list")):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ConfigError, match=message):
             GPTNeoConfig.from_pretrained(tmp_path)

@@ -340,6 +340,7 @@ def test_padding_on_the_right_has_scores_too(pair: tuple[Any, Any], rows: int, e
 @pytest.mark.parametrize(
     ("ids", "said"),
     [
+        ({"input_ids": IDS}, r"are what a tokenizer gives, which is unpacked: generate\(\*\*inputs\)"),
         ("a text", r"input_ids are 'a text': .* as a tokenizer makes them"),
         ([[1, 2], [3]], r"input_ids are \[\[1, 2\], \[3\]\]: .* lists of equal lengths"),
         (torch.ones(1, 3), r"input_ids are torch\.float32 \[1, 3\]; legal are token ids int64 or int32"),
@@ -403,7 +404,7 @@ def test_caches_that_do_not_fit_are_refused(pair: tuple[Any, Any]) -> None:
     for ids, kept, words in (
         (IDS[:1], cache, "holds 7 positions, input_ids has 5"),
         (IDS.repeat(1, 2), cache, "is of 1 row, input_ids has 2"),
-        (IDS, transformers.DynamicCache(), "past_key_values is a DynamicCache"),
+        (IDS, transformers.DynamicCache(), "past_key_values is of type DynamicCache"),
     ):
         with pytest.raises(RequestError, match=words):
             model.generate(ids, past_key_values=kept, max_new_tokens=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -281,6 +282,9 @@ def test_beyond_the_context_is_a_clear_error() -> None:
         model(torch.zeros(1, 1, dtype=torch.long), position_ids=torch.tensor([[8]]))
     with pytest.raises(RequestError, match="attention_mask covers 3 positions"):
         model(torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 3))
+    for shape in ((3, 2), (2,), (1, 1, 2, 2)):
+        with pytest.raises(RequestError, match=re.escape(f"attention_mask is {list(shape)}; legal is [1, 2], 0 on")):
+            model(torch.zeros(1, 2, dtype=torch.long), torch.ones(shape))
     with pytest.raises(RequestError, match="exactly one of input_ids"):
         model()
     with pytest.raises(RequestError, match="attn_implementation is 'fast'; legal are sdpa, eager"):

@@ -313,7 +313,7 @@ def test_quantized_weights_serve_as_plain_ones_do(tmp_path: Path, task: str) -> 
         ("text-generation", "a", {"return_tensors": True, "return_text": True}, "return_tensors gives no text"),
         ("text-generation", ["a"], {"batch_size": 0}, "batch_size is 0"),
         ("text-classification", "", {}, "an empty text has no token"),
-        ("text-classification", 3, {}, "texts, one or several, not a int"),
+        ("text-classification", 3, {}, "texts, one or several, not of type int"),
         ("text-classification", [3], {}, "a text to classify is a string or"),
         ("text-classification", "a", {"function_to_apply": "relu"}, "legal are 'sigmoid'"),
         ("text-classification", ["a", "b"], {"batch_size": 2}, "a batch of 2 needs pad_token_id"),

@@ -283,7 +283,7 @@ def test_nothing_is_left_of_the_plain_weights(tiny_model: Path) -> None:
             "no linear of a block",
         ),
         (neoquant.Recipe.load("nf4-gptq"), "pass a GPTQConfig"),
-        (4, "quantization_config is a int; legal is a BitsAndBytesConfig"),
+        (4, "quantization_config is of type int; legal is a BitsAndBytesConfig"),
     ],
 )
 def test_what_is_not_done_is_refused(tiny_model: Path, said: Any, message: str) -> None:

@@ -250,6 +250,8 @@ def test_refusals(data: dict[str, object], words: list[str]) -> None:
 def test_simple_does_not_speak_of_rules() -> None:
     with pytest.raises(RequestError, match=r"^5 bits of type 'nf4'"):
         Recipe.simple(5, "nf4")
+    with pytest.raises(RecipeError, match=r"^bits: .*valid integer, got '4'$"):
+        Recipe.simple("4", "nf4")  # type: ignore[arg-type]
 
 
 def test_rules_that_change_nothing() -> None:

@@ -165,6 +165,10 @@ def test_generate_takes_transformers_words_for_it() -> None:
     assert (
         model.generate(prompt, torch.ones(1, 6), max_new_tokens=30, assistant_model=make(seed=1)).tolist() == expected
     )
+    for options in ({}, {"prompt_lookup_num_tokens": 4}):
+        assert (
+            model.generate(torch.tensor([prompt], dtype=torch.int32), max_new_tokens=9, **options).dtype == torch.int32
+        )
     for message, options in {
         "2 prompts are given": {"input_ids": [prompt, prompt], "prompt_lookup_num_tokens": 3},
         "knows 7 tokens, the model 13": {"input_ids": prompt, "assistant_model": make(7)},

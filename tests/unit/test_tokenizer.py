@@ -246,7 +246,11 @@ def test_the_hash_of_a_plain_folder_is_its_files(tiny_model: Path) -> None:
 def test_files_that_are_damaged_are_named(make_model: Callable[..., Path]) -> None:
     for number, (name, text, message) in enumerate(
         (
-            ("tokenizer_config.json", "[1]", "tokenizer_config.json holds a list, where an object is needed"),
+            (
+                "tokenizer_config.json",
+                "[1]",
+                "tokenizer_config.json holds JSON of type list, where an object is needed",
+            ),
             ("tokenizer_config.json", '{"added_tokens_decoder": []}', "added_tokens_decoder is .*; legal is an object"),
             ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "a"}}}', "'x' is no token id"),
             ("tokenizer_config.json", '{"tokenizer_class": 5}', "tokenizer_class is 5"),

@@ -43,7 +43,7 @@ class Pipeline(ABC):
         if isinstance(inputs, str | Mapping):
             return self._run([inputs], options)[0]
         if not isinstance(inputs, Iterable):
-            raise RequestError(f"inputs are texts, one or several, not a {type(inputs).__name__}")
+            raise RequestError(f"inputs are texts, one or several, not of type {type(inputs).__name__}")
         results = self._batches(inputs, size, options)
         return list(results) if isinstance(inputs, list | tuple) else results
 

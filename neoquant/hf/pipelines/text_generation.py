@@ -47,7 +47,7 @@ class TextGenerationPipeline(Pipeline):
         for text in inputs:
             if not isinstance(text, str):
                 raise RequestError(
-                    f"text-generation continues texts, not a {type(text).__name__}: GPT-Neo has no chats"
+                    f"text-generation continues texts, not what is of type {type(text).__name__}: GPT-Neo has no chats"
                 )
         prompts = [options.get("prefix", "") + text for text in inputs]
         # Without a token there is nothing to go on from: an empty text begins with the end of another.

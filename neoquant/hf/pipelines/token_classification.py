@@ -72,7 +72,7 @@ class TokenClassificationPipeline(Pipeline):
     def _chunks(self, text: Any, stride: int | None) -> Iterator[tuple[list[int], list[tuple[int, int]], int]]:
         """Ids and offsets of as much as fits into the context, and the number of the first token."""
         if not isinstance(text, str):
-            raise RequestError(f"token-classification labels the tokens of strings, not of a {type(text).__name__}")
+            raise RequestError(f"token-classification labels the tokens of strings, not of type {type(text).__name__}")
         self._require_bare_texts()
         encoded = self.tokenizer(text, return_offsets_mapping=True)
         ids, offsets, limit = encoded.input_ids, encoded.offset_mapping, self._limit
