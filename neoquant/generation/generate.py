@@ -461,7 +461,7 @@ def require_beginning(cache: KVCache, ids: Tensor) -> KVCache:
     """Raise RequestError unless a cache holds the beginnings of `ids[B, T]`, less than all of them."""
     if not isinstance(cache, KVCache):
         raise RequestError(
-            f"past_key_values is of type {type(cache).__name__}; generate takes the KVCache that it, or the model, gave "
+            f"past_key_values is of type {type(cache).__name__}; generate takes the KVCache that it, or a model, gave "
             "before (in Python, model.to_transformers().generate takes transformers' own)"
         )
     if cache.length >= ids.shape[1]:
