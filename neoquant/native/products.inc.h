@@ -128,6 +128,15 @@ NQ_INLINE void load_scales(
             if (zeros) vf_store(zero + i, vf_sub(vf_of_bytes(zeros + first + i), vf_set1((float)middle)));
             if (halves) vf_store(zero + i, vf_sub(vf_of_halves(halves + first + i), vf_set1((float)middle)));
         }
+#ifdef SOME_LANES
+        if (apart == 0 && i < n) { /* one after the other, they would have to reach the cache before a vector reads them */
+            const int some = (int)(n - i);
+            vf_store(scale + i, vf_of_some_halves(scales + first + i, some));
+            if (zeros) vf_store(zero + i, vf_sub(vf_of_some_bytes(zeros + first + i, some), vf_set1((float)middle)));
+            if (halves) vf_store(zero + i, vf_sub(vf_of_some_halves(halves + first + i, some), vf_set1((float)middle)));
+            i = n;
+        }
+#endif
         for (; i < n; i++) {
             scale[i] = half_to_float(scales[(first + i) >> apart]);
             if (zeros) zero[i] = (float)((int)zeros[(first + i) >> apart] - middle);

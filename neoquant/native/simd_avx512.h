@@ -33,6 +33,15 @@ NQ_INLINE vf vf_of_bytes(const uint8_t *from) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from)));
 }
 
+/* The first n lanes, which alone are read; zeros behind them. */
+#define SOME_LANES
+NQ_INLINE vf vf_of_some_halves(const uint16_t *from, int n) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), from));
+}
+NQ_INLINE vf vf_of_some_bytes(const uint8_t *from, int n) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8((__mmask16)((1u << n) - 1), from)));
+}
+
 NQ_INLINE vi vi_set1(int32_t a) { return _mm512_set1_epi32(a); }
 NQ_INLINE vi vi_load(const void *from) { return _mm512_loadu_si512(from); }
 NQ_INLINE void vi_store(void *to, vi a) { _mm512_storeu_si512(to, a); }
