@@ -7,15 +7,18 @@ that were reordered, a cache that was cropped or copied).
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.models.gpt_neo import modeling_gpt_neo
 
 from neoquant.model.stored_states import StoredStates
+from neoquant.native.step import ACTIVATIONS
 from neoquant.nn.fused_block import Anatomy, Parts, PreparedBlock, prepared_block
 from neoquant.nn.linear import is_hooked, is_traced
 
@@ -92,10 +95,20 @@ def anatomy(parts: Parts) -> Anatomy:
         layer=attention.layer_id,
         heads=attention.num_heads,
         window=config.window_size if parts.attn.attention_type == "local" else None,
-        activation=config.activation_function,
+        activation=_activation(parts.mlp.act, config.activation_function),
         epsilons=(parts.ln_1.eps, parts.ln_2.eps),
         is_plain=type(attention) is modeling_gpt_neo.GPTNeoSelfAttention,
     )
+
+
+def _activation(act: nn.Module, stated: str) -> str | None:
+    """The name of an MLP's activation; None where it is not the one that config.json states, or not the library's."""
+    return stated if stated in ACTIVATIONS and type(act) is _class_of(stated) else None
+
+
+@cache
+def _class_of(activation: str) -> type:
+    return type(ACT2FN[activation])
 
 
 def _is_ordinary(cache: Any) -> bool:

@@ -410,6 +410,19 @@ def test_the_block_is_one_call_where_nothing_listens(
     assert entered
 
 
+def test_another_activation_is_computed(folder: Callable[[str], Path]) -> None:
+    """By the block in one call as by transformers' own, through which a pass with gradients goes."""
+    model = inside.from_pretrained(folder("own, 4 bits"))
+    with torch.no_grad():
+        before = model(IDS).logits
+    model.transformer.h[0].mlp.act = torch.nn.Tanh()
+    with torch.no_grad():
+        found = model(IDS).logits
+    assert torch.allclose(found, model(IDS).logits, rtol=1e-4, atol=1e-4) and not torch.allclose(
+        found, before, atol=1e-2
+    )
+
+
 @EVERY
 @quiet
 def test_weights_can_be_read_and_not_written(folder: Callable[[str], Path], name: str) -> None:

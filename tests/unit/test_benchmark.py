@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -177,6 +178,14 @@ def test_the_peers_loop_names_the_cache_as_the_peer_does(peer: type[torch.nn.Mod
 def test_what_cannot_be_measured_is_named(tiny_model: Path, request_: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         measure(Request([str(tiny_model)], **request_))
+
+
+def test_a_context_that_config_json_leaves_open_is_transformers_default(tiny_model: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(tiny_model, tmp_path / "open"))
+    config = json.loads((copied / "config.json").read_text()) | {"max_position_embeddings": None}
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RequestError, match=r"4000 \+ 64 tokens; the context of .* is 2048"):
+        measure(Request([str(copied)], prompt=4000))
 
 
 def test_a_format_that_only_we_read_needs_the_plain_model_for_peers(tiny_model: Path, tmp_path: Path) -> None:
