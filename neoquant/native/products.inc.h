@@ -33,8 +33,12 @@ NQ_INLINE vi load_words(const struct nq_weight *w, const uint8_t *row, int64_t r
     const uint8_t *from = row + c * bytes;
     uint8_t rest[LANES * 4];
     if ((c + 1) * bytes > row_bytes) {
+#ifdef SOME_LANES /* a call, however rare, would have sums leave their registers */
+        vi_store(rest, vi_load_some_bytes(from, (int)(row_bytes - c * bytes)));
+#else
         memset(rest, 0, sizeof rest);
         memcpy(rest, from, (size_t)(row_bytes - c * bytes));
+#endif
         from = rest;
     }
     if (bits == 2) return vi_load2(from);

@@ -25,7 +25,9 @@ NQ_INLINE vf vf_fnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); }
 NQ_INLINE float vf_sum(vf a) { return _mm512_reduce_add_ps(a); }
 NQ_INLINE vf vf_spread(const float *from, int shift) {
     const vi lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return _mm512_permutexvar_ps(_mm512_srl_epi32(lane, _mm_cvtsi32_si128(shift)), _mm512_loadu_ps(from));
+    const vi which = _mm512_srl_epi32(lane, _mm_cvtsi32_si128(shift));
+    if (shift >= 2) return _mm512_permutexvar_ps(which, _mm512_castps128_ps512(_mm_loadu_ps(from))); /* of one line */
+    return _mm512_permutexvar_ps(which, _mm512_loadu_ps(from));
 }
 NQ_INLINE float half_to_float(uint16_t half) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(half))); }
 NQ_INLINE vf vf_of_halves(const uint16_t *from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)); }
@@ -33,13 +35,16 @@ NQ_INLINE vf vf_of_bytes(const uint8_t *from) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from)));
 }
 
-/* The first n lanes, which alone are read; zeros behind them. */
+/* The first n lanes, or bytes, which alone are read; zeros behind them. */
 #define SOME_LANES
 NQ_INLINE vf vf_of_some_halves(const uint16_t *from, int n) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), from));
 }
 NQ_INLINE vf vf_of_some_bytes(const uint8_t *from, int n) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8((__mmask16)((1u << n) - 1), from)));
+}
+NQ_INLINE __m512i vi_load_some_bytes(const uint8_t *from, int n) {
+    return _mm512_maskz_loadu_epi8(((__mmask64)1 << n) - 1, from);
 }
 
 NQ_INLINE vi vi_set1(int32_t a) { return _mm512_set1_epi32(a); }
