@@ -22,8 +22,7 @@ _RESIDENT_BYTES = 300_000_000 + CUDA_LIBRARIES  # of a process that has imported
 _WIDEST_KEPT = 512_000_000  # inner activations are kept up to here: it saves a tenth of the time
 _SQUARES = 8  # matrices [I, I] alive at once while a Hessian is inverted: measured, itself included
 _WEIGHTS = 4  # and of a weight's size [O, I] while that is rounded
-_UNQUANTIZED_TOKENS = 32_768  # that pass through the unquantized model: of a text's first rows
-_GRADIENT_TOKENS = 16_384  # and back, the first of these: of twice as many nothing measurable was gained
+_GRADIENT_TOKENS = 32_768  # that pass through the unquantized model, and back: of a text's first rows
 _ACTIVATIONS = 14  # of a piece's hidden states, and
 _INNER_ACTIVATIONS = 5  # of its inner activations, that are alive at once while gradients run through a block
 
@@ -66,15 +65,9 @@ class CalibrationMemory:
     """That share the rows; `memory` and `disk` are what each of them takes."""
 
 
-def unquantized_rows(rows: int, length: int) -> int:
-    """Of so many rows, those that outputs are corrected by, for which they pass through the unquantized model: the
-    first ones."""
-    return max(1, min(rows, _UNQUANTIZED_TOKENS // length))
-
-
 def gradient_rows(rows: int, length: int) -> int:
-    """Of so many rows, those whose gradients are looked at: the first ones of those that outputs are corrected by."""
-    return max(1, min(unquantized_rows(rows, length), _GRADIENT_TOKENS // length))
+    """Of so many rows, those that pass through the unquantized model, whose gradients are looked at: the first ones."""
+    return max(1, min(rows, _GRADIENT_TOKENS // length))
 
 
 def estimate_memory(
@@ -113,10 +106,8 @@ def _estimate(
     config: GPTNeoConfig, all_rows: int, length: int, spilled: bool, methods: Methods, processes: int
 ) -> CalibrationMemory:
     C, inner = config.hidden_size, config.inner_size
-    gradients = -(gradient_rows(all_rows, length) // -processes)
-    first = gradients - ((unquantized_rows(all_rows, length) - gradient_rows(all_rows, length)) // -processes)
-    rows = first - ((all_rows - unquantized_rows(all_rows, length)) // -processes)
-    walked = first if methods.reference else gradients  # through the unquantized model
+    first = -(gradient_rows(all_rows, length) // -processes)
+    rows = first - ((all_rows - gradient_rows(all_rows, length)) // -processes)
     states = 4 * rows * length * C
     block = 4 * (4 * C * C + 2 * C * inner)
     piece = 4 * min(rows, rows_of_batch(length)) * length * (2 * inner + 4 * C)
@@ -134,10 +125,10 @@ def _estimate(
     if methods.gradients:
         # output-side Hessians of one block, of two halves
         curvature = 2 * 4 * (5 * C * C + inner * coupled_rows(config.inner_size, config.hidden_size))
-        peak = max(peak + curvature, _gradient_memory(config, walked, length, spilled) + block)
+        peak = max(peak + curvature, _gradient_memory(config, first, length, spilled) + block)
         disk += config.num_layers * curvature
     if methods != PLAIN:
-        disk += ((2 if methods.reference else 1) * config.num_layers + 4) * 4 * walked * length * C
+        disk += ((2 if methods.reference else 1) * config.num_layers + 4) * kept
     peak += _RESIDENT_BYTES
     return CalibrationMemory(all_rows, length, peak, disk, spilled, keeps_inner, methods, processes=processes)
 
@@ -166,13 +157,10 @@ def guess_seconds(
     CPU's where a GPU does the others but has no Triton. Processes have a GPU each, but share the CPU."""
     rounding = _multiplications_of_rounding(config)
     count = _multiplications(config, rows * length) - rounding
-    gradients, first = gradient_rows(rows, length) * length, unquantized_rows(rows, length) * length
-    if methods != PLAIN:
-        count += _multiplications_of_walk(config, first if methods.reference else gradients)
     if methods.reference:
-        count += _multiplications_of_reference(config, first)
+        count += _multiplications_of_reference(config, gradient_rows(rows, length) * length, methods.gradients)
     if methods.gradients:
-        count += _multiplications_of_gradients(config, gradients)
+        count += _multiplications_of_gradients(config, gradient_rows(rows, length) * length)
     device = torch.device(device)
     if device.type == "cpu":
         return (rounding + count) / _rate(device)
@@ -199,23 +187,18 @@ def _multiplications_of_rounding(config: GPTNeoConfig) -> float:
     return config.num_layers * 0.75 * (4 * C**3 + inner * C * C + C * inner * inner)
 
 
-def _multiplications_of_walk(config: GPTNeoConfig, tokens: int) -> float:
-    """Of the walk through the unquantized model."""
+def _multiplications_of_reference(config: GPTNeoConfig, tokens: int, walked: bool) -> float:
+    """Of what outputs lack, and of the unquantized model unless it is `walked`."""
     C, inner = config.hidden_size, config.inner_size
-    return config.num_layers * tokens * (4 * C * C + 2 * C * inner)
-
-
-def _multiplications_of_reference(config: GPTNeoConfig, tokens: int) -> float:
-    """Of what outputs lack, beside that walk."""
-    C, inner = config.hidden_size, config.inner_size
+    forward = 0 if walked else tokens * (4 * C * C + 2 * C * inner)
     lacking = tokens * (4 * C * C + 2 * C * inner)
-    return config.num_layers * (lacking + 4 * C**3 + 0.6 * C * inner * (C + inner))
+    return config.num_layers * (forward + lacking + 4 * C**3 + 0.6 * C * inner * (C + inner))
 
 
 def _multiplications_of_gradients(config: GPTNeoConfig, tokens: int) -> float:
-    """Of the head and the walk back from it, and of rounding with coupled rows."""
+    """Of the walk to the head and back, and of rounding with coupled rows."""
     C, inner, piece = config.hidden_size, config.inner_size, coupled_rows(config.inner_size, config.hidden_size)
-    passes = tokens * (8 * C * C + 3 * C * inner)  # forwards again but for c_proj, and back
+    passes = tokens * (12 * C * C + 5 * C * inner)  # forwards, forwards again but for c_proj, and back
     moments = 0.6 * tokens * (5 * C * C + inner * piece)
     factors = 0.7 * (5 * C**3 + inner * piece**2)
     coupling = 0.5 * (4 * C**3 + C * C * inner + C * inner * piece)

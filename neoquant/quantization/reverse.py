@@ -1,10 +1,9 @@
 """The walk through the model as it is, and back, before anything is rounded.
 
 First the calibration samples pass through the blocks, and what each block sees is kept in a file: by that layers are
-corrected later. Then, for layers that are rounded for the model's loss, its gradients run from the head back, of the
-first of these samples (`gradient_rows`) and one block in memory at a time, and leave the output-side Hessians of every
-layer. What is finished of either is kept, so that an interrupted walk goes on, to the same bytes (on a GPU up to the
-order of sums).
+corrected later. Then, for layers that are rounded for the model's loss, its gradients run from the head back, one block
+in memory at a time, and leave the output-side Hessians of every layer. What is finished of either is kept, so that an
+interrupted walk goes on, to the same bytes (on a GPU up to the order of sums).
 """
 
 from __future__ import annotations
@@ -66,12 +65,12 @@ def shrunk_hessians(found: Mapping[str, tuple[Tensor, Tensor]], rows: int) -> di
 
 
 def _halves(share: Share) -> tuple[int, int]:
-    """How many of a process's samples whose gradients are looked at are of the first half of all such, and how many of
-    the other; one sample alone counts as one of each."""
-    if share.all_gradients == 1:
-        return share.gradients, share.gradients
-    first = sum(number < share.all_gradients // 2 for number in share.gradient_numbers)
-    return first, share.gradients - first
+    """How many of a process's samples that the unquantized model sees are of the first half of all such, and how many
+    of the other; one sample alone counts as one of each."""
+    if share.firsts == 1:
+        return share.first, share.first
+    first = sum(number < share.firsts // 2 for number in share.first_numbers)
+    return first, share.first - first
 
 
 def look_at_unquantized(
@@ -85,9 +84,8 @@ def look_at_unquantized(
     """Have `run` hold what is needed of the unquantized model for every block that is not finished: the output-side
     Hessians of its layers, and what it sees.
 
-    Of the samples, the first `unquantized_rows` are taken through it where outputs are corrected, and the first
-    `gradient_rows` back; labels are drawn by the calibration's seed. Each of several processes takes its share of them,
-    on its own.
+    Of the samples, the first `gradient_rows` are looked at; labels are drawn by the calibration's seed. Each of several
+    processes looks at its share of them, on its own.
     """
     config, methods = GPTNeoConfig.from_dict(checkpoint.config), memory.methods
     last = config.num_layers
@@ -113,15 +111,14 @@ def calibrating(
     def output_hessians(number: int) -> dict[str, Tensor]:
         found = run.output_hessians(number)
         if run.group.size > 1:  # each is a mean over its process's samples
-            rows = share.all_gradients
-            counts, totals = _halves(share), (max(1, rows // 2), rows - rows // 2)
+            counts, totals = _halves(share), (max(1, share.firsts // 2), share.firsts - share.firsts // 2)
             weights = [count / total for count, total in zip(counts, totals, strict=True)]
             add_up = run.group.add_up
             found = {
                 name: (add_up(found[name][0] * weights[0]), add_up(found[name][1] * weights[1]))
                 for name in sorted(found)
             }
-        return shrunk_hessians(found, share.all_gradients)
+        return shrunk_hessians(found, share.firsts)
 
     def unquantized(number: int, behind_attention: bool = False) -> HiddenStates:
         kind = "behind" if behind_attention else "input"
@@ -149,10 +146,9 @@ class _Walk:
     ) -> None:
         self.checkpoint, self.plan, self.config, self.run, self.memory = checkpoint, plan, config, run, memory
         self.share = Share.of(calibration.ids, run.group)
-        self.ids = self.share.ids[: self.share.first if memory.methods.reference else self.share.gradients]
+        self.ids = self.share.first_ids
         length = self.ids.shape[1]
         self.shape = (len(self.ids), length, config.hidden_size)
-        self.gradient_shape = (self.share.gradients, length, config.hidden_size)
         self.seed = calibration.seed
         self.device = torch.device(memory.device)
         self.masks = AttentionMasks(length, length, config.window_size, None, self.device)
@@ -198,7 +194,7 @@ class _Walk:
         for number in reversed(range(reached)):
             names = self._names(number)
             width = self.config.hidden_size
-            first = None if self.share.all_gradients == 1 else _halves(self.share)[0]
+            first = None if self.share.firsts == 1 else _halves(self.share)[0]
             moments = {name: OutputMoments(self._outputs(name), width, self.device, first) for name in names}
             self._keep_gradient(number, self._in_block(number, names, moments))
             halves = {name: each.matrices() for name, each in moments.items()}
@@ -217,12 +213,9 @@ class _Walk:
     def _states(self, name: str) -> HiddenStates:
         return self.run.states(name, self.shape, self.memory.spilled, self.device)
 
-    def _gradients(self, number: int) -> HiddenStates:
-        return self.run.states(f"gradient-{number}", self.gradient_shape, self.memory.spilled, self.device)
-
     def _keep_gradient(self, number: int, batches: Iterator[Tensor]) -> None:
         """Keep the gradient at what block `number` sees, `gradient-L` being that at what the last one gives."""
-        gradient = self.run.new_hidden_states(self.gradient_shape, self.memory.spilled, self.device)
+        gradient = self.run.new_hidden_states(self.shape, self.memory.spilled, self.device)
         gradient.replace(batches)
         self.run.keep_states(f"gradient-{number}", gradient)
         gradient.close()
@@ -230,24 +223,21 @@ class _Walk:
     def _at_head(self) -> Iterator[Tensor]:
         hidden = self._states(f"input-{self.config.num_layers}")
         ln_f, table = read_head(self.checkpoint, self.config)
-        drawn = drawn_uniforms(self.share.all_gradients, self.ids.shape[1], self.seed, self.share.gradient_numbers)
+        drawn = drawn_uniforms(self.share.firsts, self.ids.shape[1], self.seed, self.share.first_numbers)
         ln_f, table, uniforms = ln_f.to(self.device), table.to(self.device), drawn.to(self.device)
-        for some, x in zip(torch.split(uniforms, hidden.batch, dim=1), hidden.batches(), strict=False):
-            count = some.shape[1]
-            if count:  # an empty tensor is one piece too
-                yield gradient_at_head(x[:count], ln_f, table, some)
+        for number, x in enumerate(hidden.batches()):
+            start = number * hidden.batch
+            yield gradient_at_head(x, ln_f, table, uniforms[:, start : start + len(x)])
         hidden.close()
 
     def _in_block(self, number: int, names: tuple[str, ...], moments: dict[str, OutputMoments]) -> Iterator[Tensor]:
         """The gradient at what a block sees, batch by batch; `moments` are shown those at its layers' outputs."""
         block = self._block(number)
-        hidden, gradient = self._states(f"input-{number}"), self._gradients(number + 1)
+        hidden, gradient = self._states(f"input-{number}"), self._states(f"gradient-{number + 1}")
         behind = self._states(f"behind-{number}") if self.memory.methods.reference else None
         middles: Iterator[Tensor | None] = repeat(None) if behind is None else behind.batches()
-        for at_output, x, middle in zip(gradient.batches(), hidden.batches(), middles, strict=False):
-            count = len(at_output)  # the samples that it is of are the first ones
-            middle = None if middle is None else middle[:count]
-            at_input, found = gradients_in_block(block, x[:count], at_output, self.masks, names, middle)
+        for x, at_output, middle in zip(hidden.batches(), gradient.batches(), middles, strict=False):
+            at_input, found = gradients_in_block(block, x, at_output, self.masks, names, middle)
             for name, each in found.items():
                 moments[name].add(each)
             yield at_input

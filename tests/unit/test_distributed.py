@@ -23,7 +23,7 @@ from torch import Tensor
 import neoquant
 from neoquant.calibration.attention_hessian import attention_hessians
 from neoquant.calibration.loss_hessian import drawn_uniforms
-from neoquant.calibration.memory import estimate_memory, gradient_rows, unquantized_rows
+from neoquant.calibration.memory import estimate_memory
 from neoquant.calibration.share import Share
 from neoquant.cli import processes
 from neoquant.distributed import ProcessGroup
@@ -100,13 +100,8 @@ def kl(made: Path) -> float:
 def test_the_weights_are_those_of_one_process(
     folder: Path, ranks: Ranks, method: str, rows: int, counts: tuple[int, ...]
 ) -> None:
-    """Several processes, of which some have no samples: the same codes, but where a sum decides a tie.
-
-    Of nine samples outputs are corrected by five, and gradients looked at of three.
-    """
-    unquantized = (
-        "from neoquant.calibration import memory; memory._UNQUANTIZED_TOKENS = 120; memory._GRADIENT_TOKENS = 72"
-    )
+    """Several processes, of which some have no samples: the same codes, but where a sum decides a tie."""
+    unquantized = "import neoquant.calibration.memory as memory; memory._GRADIENT_TOKENS = 96"  # sees four of nine
     for count in (1, *counts):
         done = ranks(count, *words(f"{method}-{rows}-{count}", *METHODS[method], rows=rows), patch=unquantized)
         assert done.codes == [0] * count, done.err
@@ -316,18 +311,18 @@ def test_shares_are_stretches_of_all(count: int, size: int) -> None:
 
 
 @given(rows=st.integers(1, 30), length=st.sampled_from([3, 5000, 9000]), size=st.integers(1, 9))
-def test_samples_are_shared_with_those_in_front_that_more_is_done_with(rows: int, length: int, size: int) -> None:
+def test_samples_are_shared_with_those_in_front_that_the_unquantized_model_sees(
+    rows: int, length: int, size: int
+) -> None:
     ids = torch.arange(rows)[:, None].expand(rows, length)
     shares = [Share.of(ids, ProcessGroup(rank, size)) for rank in range(size)]
     assert sorted(number for share in shares for number in share.numbers) == list(range(rows))
-    firsts, gradients = unquantized_rows(rows, length), gradient_rows(rows, length)
-    assert sorted(number for share in shares for number in share.numbers[: share.first]) == list(range(firsts))
-    assert sorted(number for share in shares for number in share.gradient_numbers) == list(range(gradients))
+    assert sorted(number for share in shares for number in share.first_numbers) == list(range(shares[0].firsts))
     for share in shares:
         assert list(share.numbers) == sorted(share.numbers) == share.ids[:, 0].tolist()
-        assert share.gradients <= share.first and (share.rows, share.all_gradients) == (rows, gradients)
-        drawn = drawn_uniforms(gradients, 7, 3)[:, list(share.gradient_numbers)]
-        assert torch.equal(drawn_uniforms(gradients, 7, 3, share.gradient_numbers), drawn)
+        assert all(number < share.firsts for number in share.first_numbers) and share.rows == rows
+        drawn = drawn_uniforms(share.firsts, 7, 3)[:, list(share.first_numbers)]
+        assert torch.equal(drawn_uniforms(share.firsts, 7, 3, share.first_numbers), drawn)
 
 
 def test_attention_hessians_of_shares_add_up() -> None:

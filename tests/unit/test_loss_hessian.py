@@ -17,7 +17,7 @@ from torch import Tensor
 from neoquant.calibration import loss_hessian, memory
 from neoquant.calibration.dataset import Calibration
 from neoquant.calibration.loss_hessian import OutputMoments, draw_labels, drawn_uniforms, shrunk
-from neoquant.calibration.memory import estimate_memory, gradient_rows, unquantized_rows
+from neoquant.calibration.memory import estimate_memory, gradient_rows
 from neoquant.checkpoint import open_checkpoint
 from neoquant.loading.load import load_model
 from neoquant.loading.pretrained import GPTNeoForCausalLM
@@ -45,8 +45,7 @@ def kept(folder: Path, out: Path, recipe: Recipe = MODEL, max_memory: int | None
         needed = estimate_memory(config, ROWS, LENGTH, max_memory, methods_of(plan))
         run.begin({}, config.num_layers)
         look_at_unquantized(checkpoint, plan, calibration(), needed, run, SILENT)
-        states = ["behind"] * 2 + ["curvature"] * 2 + ["input"] * 3 if needed.methods.reference else ["curvature"] * 2
-        assert sorted(path.name.split("-")[0] for path in run.folder.iterdir()) == [*states, "run.json"]
+        assert sorted(path.name.split("-")[0] for path in run.folder.iterdir()) == ["curvature"] * 2 + ["run.json"]
         rows = gradient_rows(ROWS, LENGTH)
         halves = [run.output_hessians(number) for number in range(config.num_layers)]
         found = [
@@ -152,32 +151,6 @@ def test_only_the_first_rows_and_the_layers_that_ask_are_looked_at(
         assert not needs_gradients(
             make_plan(checkpoint, Recipe.simple(4, "affine", quantizer="gptq", objective="layer"))
         )
-
-
-@pytest.mark.parametrize("correction", [0.0, 0.5], ids=["rounded", "corrected"])
-@pytest.mark.parametrize("batch", [2, ROWS])
-def test_gradients_of_fewer_samples_than_outputs_are_corrected_by(
-    correction: float, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of six samples that outputs are corrected by, the first three, also where a batch holds others."""
-    folder = write_tiny_model(tmp_path / "plain")
-    monkeypatch.setattr(memory, "_UNQUANTIZED_TOKENS", 6 * LENGTH)
-    monkeypatch.setattr(memory, "_GRADIENT_TOKENS", 3 * LENGTH)
-    for module in ("quantization.resume", "calibration.hidden_states"):
-        monkeypatch.setattr(f"neoquant.{module}.rows_of_batch", lambda length: batch)
-    recipe = Recipe.simple(4, "affine", group_size=16, quantizer="gptq", objective="model", correction=correction)
-    expected = through_the_whole_model(folder, calibration().ids[:3])
-    for found, theirs in zip(kept(folder, tmp_path / "out", recipe), expected, strict=True):
-        assert found.keys() == theirs.keys()
-        for name, K in found.items():
-            assert_pieces(K, theirs[name])
-
-
-@given(rows=st.integers(1, 200), length=st.integers(1, 3000))
-def test_as_many_samples_as_fit_into_so_many_tokens(rows: int, length: int) -> None:
-    for some, tokens in ((unquantized_rows(rows, length), 32_768), (gradient_rows(rows, length), 16_384)):
-        assert 1 <= some <= rows and (some == 1 or some * length <= tokens)
-        assert some == rows or (some + 1) * length > tokens
 
 
 @settings(deadline=None, max_examples=50)
