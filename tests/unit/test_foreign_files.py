@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -182,6 +184,15 @@ def test_autogptqs_own_file_says_how_weights_are_quantized(make_model: MakeModel
     (made / "quantize_config.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"quantize_config\.json: not a JSON object"):
         open_checkpoint(made)
+
+
+def test_types_that_this_torch_lacks_are_not_needed() -> None:
+    """torch.float8_e8m0fnu came with torch 2.7."""
+    program = (
+        "import torch; del torch.float8_e8m0fnu; import neoquant; from neoquant.checkpoint.headers import DTYPES;"
+        "assert 'F8_E8M0' not in DTYPES"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 EXTRA = {
