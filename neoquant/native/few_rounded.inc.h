@@ -73,9 +73,8 @@ NQ_INLINE void few8(
     const int64_t chunks = count_chunks(w), row_bytes = nq_row_bytes(w), stride = few8_chunk(w);
     const int64_t runs = nq_ceil(w->columns, (int64_t)1 << step_bits);
     float scales[4][SEGMENT / 8 + LANES] = {{0}}, zeros[4][SEGMENT / 8 + LANES] = {{0}};
-    int8_t flipped[16];
-    for (int i = 0; i < 16; i++) flipped[i] = (int8_t)(w->levels[i] ^ X_FLIP);
-    const vbtab levels = vb_table(flipped);
+    int8_t table[16];
+    const vbtab levels = level_table(w, X_FLIP, bits, table);
     for (int64_t row = begin; row < end; row += together) {
         int64_t rows[4];
         vf sum[4 * 4];

@@ -82,14 +82,29 @@ static struct panel8 panel8_at(void *scratch, int64_t panel, int64_t runs) {
     return (struct panel8){at, starts, (float *)starts + PANEL * runs, (float *)starts + 2 * PANEL * runs};
 }
 
+/* What vb_lookup finds levels of a weight in, each XORed with `flip`; it may be in `table`. */
+NQ_INLINE vbtab level_table(const struct nq_weight *w, int flip, const int bits, int8_t table[16]) {
+    for (int i = 0; i < 16; i++) table[i] = (int8_t)(w->levels[i] ^ flip);
+#ifdef TWO_BITS_TOGETHER /* every second code is found four times too large */
+    if (bits == 2)
+        for (int code = 1; code < 4; code++) table[4 * code] = table[code];
+#endif
+    (void)bits;
+    return vb_table(table);
+}
+
 /* Four levels a lane of `words`: codes 0 to 3 or 4 to 7 of each word, or one half of each byte. */
 NQ_INLINE vi levels_of(vbtab levels, vi words, int second, const int bits) {
     if (bits == 8) return words;
     if (bits == 4) return vb_lookup(levels, vi_and(vi_srl(words, second ? 4 : 0), vi_set1(0x0f0f0f0f)));
+#ifdef TWO_BITS_TOGETHER
+    if (bits == 2) return vb_lookup(levels, vi_and(vi_two_bits(words, second), vi_set1(0x0c030c03)));
+#endif
     vi found = vi_set1(0);
-    _Pragma("GCC unroll 4") for (int k = 0; k < 4; k++) {
-        vi code = vi_and(vi_srl(words, bits * (4 * second + k)), vi_set1((1 << bits) - 1));
-        found = vi_or(found, vi_sll(code, 8 * k));
+    _Pragma("GCC unroll 4") for (int k = 0; k < 4; k++) { /* from its place in the word to its byte */
+        const int up = 8 * k - bits * (4 * second + k);
+        const vi moved = up < 0 ? vi_srl(words, -up) : vi_sll(words, up);
+        found = vi_or(found, vi_and(moved, vi_set1(((1 << bits) - 1) << 8 * k)));
     }
     return vb_lookup(levels, found);
 }
@@ -99,7 +114,8 @@ NQ_INLINE void levels_panel(
     struct panel8 to) {
     const int per = codes_a_word(bits), chunk = LANES * per, step_bits = nq_step_bits(w, RUN_BITS);
     const int64_t runs = nq_ceil(depth, (int64_t)1 << step_bits);
-    const vbtab levels = vb_table(w->levels);
+    int8_t table[16];
+    const vbtab levels = level_table(w, 0, bits, table);
     panel_scales(w, row, end, column, runs, step_bits, to.scales, to.zeros);
     const int apart = zeros_apart(w), within = w->zeros && !apart;
     if (apart)

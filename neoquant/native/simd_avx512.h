@@ -107,6 +107,15 @@ NQ_INLINE vf vf_lookup_high(vtab table, vi places) {
 NQ_INLINE vbtab vb_table(const int8_t *levels) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)levels));
 }
+/* Of words of eight codes of two bits: codes 0 and 1, or 4 and 5, in the lowest bits of the first two bytes, 2 and 3, or 6 and 7,
+ * in those of the others. */
+#define TWO_BITS_TOGETHER
+NQ_INLINE vi vi_two_bits(vi words, int second) {
+    const vi both = _mm512_xor_si512(words, _mm512_slli_epi32(words, 12)); /* codes 2 and 6 begin the third and fourth byte */
+    const vi which = _mm512_add_epi8(
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14)), _mm512_set1_epi8((char)second));
+    return _mm512_shuffle_epi8(both, which);
+}
 NQ_INLINE vi vb_lookup(vbtab levels, vi index) { return _mm512_shuffle_epi8(levels, index); }
 NQ_INLINE vi vb_sub(vi a, vi b) { return _mm512_sub_epi8(a, b); }
 
