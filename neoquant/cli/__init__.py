@@ -102,30 +102,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         progress_lines.end_with_starter()
     typed = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        command = typer.main.get_command(app)
-        with _our_warnings_only(terminal), command.make_context("neoquant", typed, obj=terminal) as ctx:
-            command.invoke(ctx)
-        sys.stdout.flush()
-    except typer.Exit as exit:
-        return exit.exit_code
-    except (typer.Abort, KeyboardInterrupt) as error:
+        try:
+            command = typer.main.get_command(app)
+            with _our_warnings_only(terminal), command.make_context("neoquant", typed, obj=terminal) as ctx:
+                command.invoke(ctx)
+            sys.stdout.flush()
+            return 0
+        except typer.Exit as exit:
+            return exit.exit_code
+        except typer.Abort:
+            raise
+        except BrokenPipeError:
+            # Whoever read our output has gone (`| head`): there is nobody to tell. Python would complain at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except Exception as error:
+            if terminal.debug:
+                traceback.print_exc()
+            message, code = explain(error)
+            say_last(terminal, f"error: {message}")
+            return code
+    except (typer.Abort, KeyboardInterrupt) as error:  # which may come while an error is told
         terminated = isinstance(error, Terminated)
         say_last(terminal, " ".join(["terminated" if terminated else "interrupted", *map(str, error.args)]))
         return TERMINATED if terminated else INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has gone (`| head`): there is nobody to tell. Python would complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except Exception as error:
-        if terminal.debug:
-            traceback.print_exc()
-        message, code = explain(error)
-        say_last(terminal, f"error: {message}")
-        return code
     finally:
         for give_back in terminal.at_end:
             give_back()
-    return 0
 
 
 @contextmanager

@@ -177,6 +177,17 @@ def test_refusals_are_said_once_before_weights_are_read(
     ]
 
 
+def test_a_signal_that_comes_while_an_error_is_told_leaves_no_traceback(ranks: Ranks) -> None:
+    """torchrun sends one as soon as another process has ended, for the same reason."""
+    late = (
+        "import os, signal, neoquant.cli as c; real = c.explain\n"
+        "c.explain = lambda error: (os.kill(os.getpid(), signal.SIGTERM), real(error))[1]"
+    )
+    for count in (1, 3):
+        ended = ranks(count, "quantize", "plain", "--bits", "nine", patch=late)
+        assert ended.error == "terminated" and ended.codes == [143] * count
+
+
 def test_a_dry_run_says_what_each_takes(ranks: Ranks) -> None:
     done = ranks(2, *words("x"), "--dry-run")
     assert done.codes == [0, 0] and done.out.count("a dry run: x was not written") == 1

@@ -39,7 +39,7 @@ def test_a_recipe_may_be_named_or_be_a_file(make_model: Callable[..., Path], tmp
 
 @pytest.mark.parametrize(
     ("recipe", "message"),
-    [("nf5", "nf5: no such file, and no recipe of that name: .*nf4"), (4, "recipe is a int; legal is a Recipe")],
+    [("nf5", "nf5: no such file, and no recipe of that name: .*nf4"), (4, "recipe is of type int; legal is a Recipe")],
 )
 def test_what_is_no_recipe_is_refused_before_anything_is_read(tmp_path: Path, recipe: Any, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
