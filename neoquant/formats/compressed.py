@@ -147,8 +147,12 @@ class CompressedTensors(Format):
         raise FormatError(f"a weight {list(shape)} with these tensors is on none of config.json's grids: {said}")
 
     def _fits(self, grid: Affine, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> bool:
-        layout, tensors = self.layout(grid, shape), _with_packed_zeros(tensors, grid)
-        of_kind = grid.symmetric == (".weight_zero_point" not in tensors)
+        layout, signed = self.layout(grid, shape), _signed_zeros(tensors)
+        if signed is None:
+            of_kind = grid.symmetric == (".weight_zero_point" not in tensors)
+        else:
+            of_kind = not (grid.symmetric and signed.any())
+            layout = layout | {".weight_zero_point": layout[".weight_scale"]}
         return of_kind and all(tuple(tensors[name].shape) == size for name, (_, size) in layout.items())
 
     def _stated(self) -> Iterator[Affine]:
@@ -172,15 +176,19 @@ class CompressedTensors(Format):
                 raise FormatError(f"config_groups {name!r}: {error}") from error
 
 
+def _signed_zeros(tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """int8[O, G]: zeros as they were written before version 0.9.4, signed like the codes, and 0 on symmetric grids."""
+    zeros = tensors.get(".weight_zero_point")
+    return zeros if zeros is not None and zeros.dtype == torch.int8 and zeros.dim() == 2 else None
+
+
 def _with_packed_zeros(tensors: Mapping[str, Tensor], grid: Affine) -> Mapping[str, Tensor]:
-    """Zeros as they are written since version 0.9.4: packed, and none on symmetric grids. Before, they were int8[O, G],
-    signed like the codes, and 0 on symmetric grids."""
-    signed = tensors.get(".weight_zero_point")
-    if signed is None or signed.dtype != torch.int8 or signed.dim() != 2:
+    """Zeros as they are written since version 0.9.4: packed, and none on symmetric grids."""
+    signed = _signed_zeros(tensors)
+    if signed is None:
         return tensors
     if grid.symmetric:
-        left = {name: tensor for name, tensor in tensors.items() if name != ".weight_zero_point"}
-        return tensors if signed.any() else left
+        return {name: tensor for name, tensor in tensors.items() if name != ".weight_zero_point"}
     zeros = signed.int() + grid.middle
     if zeros.numel() and not 0 <= int(zeros.min()) <= int(zeros.max()) <= grid.top:
         raise FormatError(

@@ -93,6 +93,18 @@ def test_zeros_of_older_versions_are_not_packed(grid: Affine) -> None:
             reader(grid).decode(tensors)
 
 
+def test_zeros_of_older_versions_do_not_hide_which_grid_it_is() -> None:
+    """Those of 8 bits are beyond what 4 bits hold."""
+    grids = [Affine(bits, 32, False) for bits in (4, 8)]
+    configs = [FORMAT.config({"a": grid}, []) for grid in grids]
+    groups = {f"group_{number}": config["config_groups"]["group_0"] for number, config in enumerate(configs)}
+    q = random_weight(grids[1])
+    zeros = (q.params["zero"].int() - 128).to(torch.int8)
+    assert int(zeros.abs().max()) > 8
+    both = CompressedTensors(configs[0] | {"config_groups": groups})
+    assert both.decode({**FORMAT.encode(q), ".weight_zero_point": zeros}).equals(q)
+
+
 def ordered_tensors(grid: Affine) -> tuple[dict[str, Tensor], Tensor]:
     """What versions before 0.20 wrote for a weight with an activation order, and the weight."""
     q = random_weight(grid)
