@@ -19,7 +19,7 @@ static void few_lay(void *argument, int64_t begin, int64_t end) {
     const int per = codes_a_word(w->bits), turn = w->kind == NQ_CODEBOOK; /* codebooks: the high half is the first */
     const int64_t chunk = chunk_columns(w), chunks = count_chunks(w);
     float parts[8];
-    for (int k = 0; k < per; k++) parts[k] = codes_are_numbers(w) ? 1 / (float)(1 << number_shift(k, w->bits)) : 1;
+    for (int k = 0; k < per; k++) parts[k] = codes_are_numbers(w) || w->bits == 8 ? 1 / (float)(1 << number_shift(k, w->bits)) : 1;
     for (int64_t m = begin; m < end; m++) {
         for (int64_t c = 0; c < chunks; c++) {
             float *to = (float *)p->laid + (m * chunks + c) * chunk, *sums = few_sums(p) + (m * chunks + c) * LANES;
@@ -71,8 +71,9 @@ NQ_INLINE void few(
             const int64_t stop = nq_min(chunks, c + SEGMENT / chunk);
             const int64_t first = (c * chunk) >> step_bits;
             const int64_t last = nq_min(runs, nq_ceil(stop * chunk, (int64_t)1 << step_bits));
-            _Pragma("GCC unroll 4") for (int r = 0; r < together; r++)
-                load_scales(w, rows[r], first, last - first, step_bits, scales[r], zeros[r]);
+            if (how != WHOLE_ROWS)
+                _Pragma("GCC unroll 4") for (int r = 0; r < together; r++)
+                    load_scales(w, rows[r], first, last - first, step_bits, scales[r], zeros[r]);
             for (; c < stop; c++) {
                 const int64_t run = ((c * chunk) >> step_bits) - first;
                 const float *x = laid + c * chunk;
@@ -93,6 +94,10 @@ NQ_INLINE void few(
                                 part[m * together + r] = vf_fma(values[i], other, part[m * together + r]);
                             }
                     }
+                if (how == WHOLE_ROWS) {
+                    _Pragma("GCC unroll 16") for (int i = 0; i < count * together; i++) sum[i] = vf_add(sum[i], part[i]);
+                    continue;
+                }
                 _Pragma("GCC unroll 4") for (int r = 0; r < together; r++) {
                     const vf scale = spread_over_lanes(scales[r] + run, spread, bits);
                     vf zero = w->zeros ? spread_over_lanes(zeros[r] + run, spread, bits) : vf_zero();
@@ -106,9 +111,9 @@ NQ_INLINE void few(
             }
         }
         _Pragma("GCC unroll 4") for (int r = 0; r < together; r++) {
-            const float bias = p->bias ? p->bias[rows[r]] : 0;
+            const float bias = p->bias ? p->bias[rows[r]] : 0, scale = how == WHOLE_ROWS ? nq_row_scale(w, rows[r]) : 1;
             _Pragma("GCC unroll 4") for (int m = 0; m < count; m++)
-                p->y[(m0 + m) * w->rows + rows[r]] = vf_sum(sum[m * together + r]) + bias;
+                p->y[(m0 + m) * w->rows + rows[r]] = vf_sum(sum[m * together + r]) * scale + bias;
         }
     }
 }
@@ -118,6 +123,8 @@ NQ_INLINE void few(
         const enum how how = how_of(p->w);                                                                            \
         if (CODES_AS_NUMBERS && BITS < 8 && how == AS_NUMBERS)                                                        \
             few(p, begin, end, m0, BITS, AS_NUMBERS, M, FEW_TOGETHER(M));                                             \
+        else if (BITS == 8 && how == WHOLE_ROWS)                                                                      \
+            few(p, begin, end, m0, BITS, WHOLE_ROWS, M, FEW_TOGETHER(M));                                             \
         else if (TABLES_OF_BYTES && BITS == 4 && how == BY_BYTES)                                                     \
             few(p, begin, end, m0, BITS, BY_BYTES, M, FEW_TOGETHER(M));                                               \
         else few(p, begin, end, m0, BITS, BY_TABLE, M, FEW_TOGETHER(M));                                              \

@@ -65,7 +65,7 @@ NQ_INLINE vi dot_word(vbtab levels, vi sum, vi words, const int32_t *x, const in
 }
 
 NQ_INLINE void few8(
-    const struct nq_product *p, int64_t begin, int64_t end, int64_t m0, const int bits, const int numbers, const int count,
+    const struct nq_product *p, int64_t begin, int64_t end, int64_t m0, const int bits, const enum how how, const int count,
     const int together) {
     const struct nq_weight *w = p->w;
     const int per = codes_a_word(bits), chunk = LANES * per, seconds = per / 4;
@@ -85,39 +85,49 @@ NQ_INLINE void few8(
             const int64_t stop = nq_min(chunks, c + SEGMENT / chunk);
             const int64_t first = (c * chunk) >> step_bits;
             const int64_t last = nq_min(runs, nq_ceil(stop * chunk, (int64_t)1 << step_bits));
-            _Pragma("GCC unroll 4") for (int r = 0; r < together; r++)
-                load_scales(w, rows[r], first, last - first, step_bits, scales[r], zeros[r]);
+            if (how != WHOLE_ROWS)
+                _Pragma("GCC unroll 4") for (int r = 0; r < together; r++)
+                    load_scales(w, rows[r], first, last - first, step_bits, scales[r], zeros[r]);
             for (; c < stop; c++) {
                 const int64_t run = ((c * chunk) >> step_bits) - first;
                 _Pragma("GCC unroll 4") for (int r = 0; r < together; r++) {
                     const uint8_t *codes = w->codes + rows[r] * row_bytes;
                     __builtin_prefetch(ahead + (c * together + r) * (chunk * bits / 8));
                     const vi words = load_words(w, codes, row_bytes, c, bits);
-                    const vf scale = vf_spread(scales[r] + run, spread);
+                    const vf scale = how == WHOLE_ROWS ? vf_zero() : vf_spread(scales[r] + run, spread);
                     _Pragma("GCC unroll 4") for (int m = 0; m < count; m++) {
                         const int32_t *x = (const int32_t *)p->laid + ((m0 + m) * chunks + c) * stride;
-                        vf exact = vf_of(dot_word(levels, vi_load(x + (seconds + 2) * LANES), words, x, bits, numbers));
+                        const vi whole = dot_word(levels, vi_load(x + (seconds + 2) * LANES), words, x, bits, how == AS_NUMBERS);
+                        const vf step = vf_load((const float *)x + seconds * LANES);
+                        vf exact = vf_of(whole);
+                        if (how == WHOLE_ROWS) {
+                            sum[m * together + r] = vf_fma(exact, step, sum[m * together + r]);
+                            continue;
+                        }
                         if (w->zeros)
                             exact = vf_fnma(
                                 vf_spread(zeros[r] + run, spread), vf_load((const float *)x + (seconds + 1) * LANES), exact);
-                        sum[m * together + r] = vf_fma(
-                            vf_mul(exact, vf_load((const float *)x + seconds * LANES)), scale, sum[m * together + r]);
+                        sum[m * together + r] = vf_fma(vf_mul(exact, step), scale, sum[m * together + r]);
                     }
                 }
             }
         }
         _Pragma("GCC unroll 4") for (int r = 0; r < together; r++) {
-            const float bias = p->bias ? p->bias[rows[r]] : 0;
+            const float bias = p->bias ? p->bias[rows[r]] : 0, scale = how == WHOLE_ROWS ? nq_row_scale(w, rows[r]) : 1;
             _Pragma("GCC unroll 4") for (int m = 0; m < count; m++)
-                p->y[(m0 + m) * w->rows + rows[r]] = vf_sum(sum[m * together + r]) + bias;
+                p->y[(m0 + m) * w->rows + rows[r]] = vf_sum(sum[m * together + r]) * scale + bias;
         }
     }
 }
 
 #define FEW8(BITS, M)                                                                                                 \
     static void few8_##BITS##_##M(const struct nq_product *p, int64_t begin, int64_t end, int64_t m0) {             \
-        if (BITS < 8 && codes_are_numbers(p->w)) few8(p, begin, end, m0, BITS, 1, M, FEW8_TOGETHER(M, BITS));         \
-        else few8(p, begin, end, m0, BITS, 0, M, FEW8_TOGETHER(M, BITS));                                             \
+        const enum how how = how_of(p->w);                                                                            \
+        if (BITS < 8 && how == AS_NUMBERS)                                                                            \
+            few8(p, begin, end, m0, BITS, AS_NUMBERS, M, FEW8_TOGETHER(M, BITS));                                     \
+        else if (BITS == 8 && how == WHOLE_ROWS)                                                                      \
+            few8(p, begin, end, m0, BITS, WHOLE_ROWS, M, FEW8_TOGETHER(M, BITS));                                     \
+        else few8(p, begin, end, m0, BITS, BY_TABLE, M, FEW8_TOGETHER(M, BITS));                                      \
     }
 #define FEW8_OF(BITS) FEW8(BITS, 1) FEW8(BITS, 2) FEW8(BITS, 3) FEW8(BITS, 4)
 FEW8_OF(2)

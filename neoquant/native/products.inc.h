@@ -59,8 +59,9 @@ NQ_INLINE vf value_at(vtab table, vi words, int k, const int bits) {
 }
 
 /* Where rows of x are few, how codes become values: by permutes of a table, as above; as the numbers that they are, counted
- * from 0 and not from the middle, which zeros make up for; or by shuffles of the table's bytes. */
-enum how { BY_TABLE, AS_NUMBERS, BY_BYTES };
+ * from 0 and not from the middle, which zeros make up for; by shuffles of the table's bytes; or, of bytes with signs, as what
+ * they are, where a whole row has one scale, by which its sum is multiplied in the end. */
+enum how { BY_TABLE, AS_NUMBERS, BY_BYTES, WHOLE_ROWS };
 
 NQ_INLINE int codes_are_numbers(const struct nq_weight *w) {
     return CODES_AS_NUMBERS && w->kind == NQ_AFFINE && w->bits < 8;
@@ -68,11 +69,13 @@ NQ_INLINE int codes_are_numbers(const struct nq_weight *w) {
 
 NQ_INLINE enum how how_of(const struct nq_weight *w) {
     if (codes_are_numbers(w)) return AS_NUMBERS;
+    if (w->kind == NQ_INT8) return WHOLE_ROWS;
     return TABLES_OF_BYTES && w->bits == 4 && nq_shuffles_are_fast ? BY_BYTES : BY_TABLE;
 }
 
-/* A number is taken where it lies among four codes, 2**number_shift times too large: x is made so much smaller. */
-NQ_INLINE int number_shift(int place, const int bits) { return bits * (place & 3); }
+/* A number is taken where it lies among four codes, a byte in the highest bits, where its sign is: 2**number_shift times too
+ * large. x is made so much smaller. */
+NQ_INLINE int number_shift(int place, const int bits) { return bits == 8 ? 24 : bits * (place & 3); }
 
 #if !TABLES_OF_BYTES
 typedef int vbytes;
@@ -93,6 +96,9 @@ NQ_INLINE void values_of(
     } else if (how == AS_NUMBERS) {
         const vi mask = vi_set1(((1 << bits) - 1) << number_shift(step, bits));
         values[0] = vf_of(vi_and(step < 4 ? words : vi_srl(words, 4 * bits), mask));
+    } else if (bits == 8) {
+        const vi high = step == 3 ? words : vi_sll(words, 24 - 8 * step);
+        values[0] = vf_of(step == 0 ? high : vi_and(high, vi_set1((int32_t)0xff000000)));
     } else {
         values[0] = value_at(table, words, step, bits);
     }
@@ -115,7 +121,7 @@ NQ_INLINE void load_scales(
     const int apart = w->group_bits - step_bits; /* 0: every run is a group */
     const int64_t origin = w->kind == NQ_CODEBOOK ? row * w->columns : 0;
     if (w->kind == NQ_INT8) {
-        for (int64_t i = 0; i < n; i++) scale[i] = w->scb[row] * (float)(1.0 / 127.0);
+        for (int64_t i = 0; i < n; i++) scale[i] = nq_row_scale(w, row);
     } else if (w->kind == NQ_CODEBOOK) {
         const int64_t run = (origin >> step_bits) + first;
         if (apart == 0 && !w->absmax) load_absmax(w, run, n, scale);

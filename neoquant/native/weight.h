@@ -237,11 +237,14 @@ NQ_INLINE float nq_absmax(const struct nq_weight *w, int64_t block) {
     return w->nested_table[w->stored[block]] * w->nested[block >> NESTED_BLOCK_BITS] + *w->offset;
 }
 
+/* The scale of a row of int8. */
+NQ_INLINE float nq_row_scale(const struct nq_weight *w, int64_t row) { return w->scb[row] * (float)(1.0 / 127.0); }
+
 /* Scale and zero of one column; the zero is counted from the middle, unless it is a half-precision number. */
 NQ_INLINE float nq_scale(const struct nq_weight *w, int64_t row, int64_t column, float *zero) {
     *zero = 0;
     if (w->kind == NQ_CODEBOOK) return nq_absmax(w, (row * w->columns + column) >> w->group_bits);
-    if (w->kind == NQ_INT8) return w->scb[row] * (float)(1.0 / 127.0);
+    if (w->kind == NQ_INT8) return nq_row_scale(w, row);
     int64_t at = row * w->groups + (column >> w->group_bits);
     if (w->half_zeros) *zero = nq_half(((const uint16_t *)w->zeros)[at]);
     else if (w->zeros) *zero = (float)(((const uint8_t *)w->zeros)[at] - nq_middle(w));
