@@ -4,7 +4,9 @@
     python eval/bench/run_models.py --shape 1.3b --new-tokens 16 --parts decode
 
 Random float16 weights of the model's exact shapes are written once and quantized to NF4 as bitsandbytes stores it, and
-in neoquant's own format, with an int8 embedding, to NF4 and to affine groups of 64 with 4 bits. transformers runs the
+in neoquant's own format, with an int8 embedding, to NF4 and to affine groups of 64 with 4 bits (and, where `--models`
+asks for it, to a trellis of 2 or 3 bits: the first block's, which stands for all, since searching takes a second for a
+million weights). transformers runs the
 plain weights in float32 and the bitsandbytes folder, that also as on a CPU without bf16 instructions, which
 bitsandbytes' fused product needs; OpenVINO runs the plain weights in int4 (asymmetric, groups of 64,
 8-bit embedding), as optimum-intel exports them. All run in turn, each in a process of its own, `--repeats` times;
@@ -38,13 +40,14 @@ RECIPES: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {  # arguments of R
     "nf4-int8-embedding": ((4, "nf4"), {"embeddings": "int8"}),
     "affine4-g64-int8-embedding": ((4, "affine"), {"group_size": 64, "embeddings": "int8"}),
 }
+TRELLISES = {"trellis2-int8-embedding": 2, "trellis3-int8-embedding": 3}  # bits
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="125m")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--models", nargs="+", choices=RECIPES, default=tuple(RECIPES), help="of those made")
+    parser.add_argument("--models", nargs="+", choices=(*RECIPES, *TRELLISES), default=tuple(RECIPES))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=64, help="generated for the decoding rate")
     parser.add_argument("--windows", type=int, default=4, help=f"of {CONTEXT} tokens, evaluated")
@@ -104,7 +107,33 @@ def quantized(plain: Path, temp: Path, names: list[str]) -> list[Path]:
     from neoquant.quantization.quantize import quantize
     from neoquant.quantization.recipe import Recipe
 
-    return [quantize(plain, temp / name, Recipe.simple(*RECIPES[name][0], **RECIPES[name][1])).folder for name in names]
+    folders = []
+    for name in names:
+        if name in TRELLISES:
+            rules = [
+                {"match": "*h.0.*", "bits": TRELLISES[name], "type": "trellis"},
+                {"match": "*", "bits": 8, "type": "int8"},
+            ]
+            recipe = Recipe.model_validate({"name": name, "embeddings": "int8", "rules": rules})
+        else:
+            recipe = Recipe.simple(*RECIPES[name][0], **RECIPES[name][1])
+        folders.append(quantize(plain, temp / name, recipe).folder)
+        if name in TRELLISES:
+            repeat_first_block(folders[-1])
+    return folders
+
+
+def repeat_first_block(folder: Path) -> None:
+    """Put the first block's tensors in the places of every other's."""
+    from safetensors.torch import load_file, save_file
+
+    layers = json.loads((folder / "config.json").read_text(encoding="utf-8"))["num_layers"]
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if ".h." not in name}
+    for name, tensor in tensors.items():
+        if ".h.0." in name:
+            kept |= {name.replace(".h.0.", f".h.{layer}."): tensor.clone() for layer in range(layers)}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def bytes_a_token(folders: list[Path]) -> dict[str, int]:

@@ -94,7 +94,7 @@ NQ_INLINE void few8(
                     const uint8_t *codes = w->codes + rows[r] * row_bytes;
                     __builtin_prefetch(ahead + (c * together + r) * (chunk * bits / 8));
                     const vi words = load_words(w, codes, row_bytes, c, bits);
-                    const vf scale = how == WHOLE_ROWS ? vf_zero() : vf_spread(scales[r] + run, spread);
+                    const vf scale = how == WHOLE_ROWS ? vf_zero() : spread_over_lanes(scales[r] + run, spread, bits);
                     _Pragma("GCC unroll 4") for (int m = 0; m < count; m++) {
                         const int32_t *x = (const int32_t *)p->laid + ((m0 + m) * chunks + c) * stride;
                         const vi whole = dot_word(levels, vi_load(x + (seconds + 2) * LANES), words, x, bits, how == AS_NUMBERS);
@@ -104,9 +104,10 @@ NQ_INLINE void few8(
                             sum[m * together + r] = vf_fma(exact, step, sum[m * together + r]);
                             continue;
                         }
-                        if (w->zeros)
-                            exact = vf_fnma(
-                                vf_spread(zeros[r] + run, spread), vf_load((const float *)x + (seconds + 1) * LANES), exact);
+                        if (w->zeros) {
+                            const vf zero = spread_over_lanes(zeros[r] + run, spread, bits);
+                            exact = vf_fnma(zero, vf_load((const float *)x + (seconds + 1) * LANES), exact);
+                        }
                         sum[m * together + r] = vf_fma(vf_mul(exact, step), scale, sum[m * together + r]);
                     }
                 }
