@@ -105,7 +105,7 @@ def parse_header(text: bytes, data_bytes: int | None) -> list[tuple[TensorHeader
     if data_bytes is not None and position != data_bytes:
         found = "is truncated" if data_bytes < position else "has bytes left over"
         raise CheckpointError(
-            f"the file {found}: the header describes {plural(position, 'byte')} of tensors, {data_bytes} exist"
+            f"the file {found}: the header describes {plural(position, 'byte')} of tensors, {data_bytes:,} exist"
         )
     return [(header, begin) for header, begin, _ in spans]
 
