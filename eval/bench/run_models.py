@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,16 +63,17 @@ def main() -> None:
         print(json.dumps(evaluate(tool, source, int(windows), activations, args.threads)))
         return
     target = args.json or ROOT / "eval" / "results" / f"run-{args.shape}.json"
-    with tempfile.TemporaryDirectory(prefix="neoquant-bench-", dir=args.temp) as temp:
-        parts = bench(args, Path(temp))
-    kept = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
     what = f"GPT-Neo {args.shape} shapes, random weights, on the CPU with {args.threads} threads"
-    target.write_text(json.dumps({**kept, "what": what, **parts}, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {target}")
+    with tempfile.TemporaryDirectory(prefix="neoquant-bench-", dir=args.temp) as temp:
+        for part, found in bench(args, Path(temp)):
+            kept = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
+            target.write_text(json.dumps({**kept, "what": what, part: found}, indent=1) + "\n", encoding="utf-8")
+            print(f"{part} written to {target}", flush=True)
 
 
-def bench(args: argparse.Namespace, temp: Path) -> dict[str, Any]:
-    """Make the models and run the parts that are asked for; each is given with where and when it was run."""
+def bench(args: argparse.Namespace, temp: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Make the models and run the parts that are asked for, one after the other; each is given with where and when it
+    was run."""
     from neoquant.benchmark.run import Request, measure
 
     print(f"making {args.shape}-shaped checkpoints ...", flush=True)
@@ -82,7 +83,6 @@ def bench(args: argparse.Namespace, temp: Path) -> dict[str, Any]:
     peers = [peer for peer in ("transformers", "openvino") if peer not in args.without]
     pythons = {"openvino": args.openvino_python} if args.openvino_python and "openvino" in peers else {}
     lengths = {"decode": (32, args.new_tokens), "prefill": (CONTEXT, 2)}
-    results: dict[str, Any] = {}
     for part in args.parts:
         if part == "evaluate":
             found = evaluations(models, plain, args, peers)
@@ -98,8 +98,7 @@ def bench(args: argparse.Namespace, temp: Path) -> dict[str, Any]:
                 print(part, program["label"], {key: round(value, 3) for key, value in program["median"].items()})
         if part == "decode":
             found |= {"bandwidth_gb_per_s": bandwidth(args.threads), "bytes_a_token": bytes_a_token([plain, *models])}
-        results[part] = {"provenance": provenance(PACKAGES), **found}
-    return results
+        yield part, {"provenance": provenance(PACKAGES), **found}
 
 
 def quantized(plain: Path, temp: Path, names: list[str]) -> list[Path]:
