@@ -129,7 +129,7 @@ def _neoquant(job: dict[str, Any]) -> Callable[[], tuple[Generate, int]]:
         held = {"cache_dtype": job.get("cache"), "static_cache": job.get("static_cache", False)}
 
         def generate(ids: Any, new: int) -> Iterator[None]:
-            for _ in stream(model, ids, max_new_tokens=new, **held):
+            for _ in stream(model, ids, max_new_tokens=new, steady=True, **held):
                 yield None
 
         return generate, model.config.vocab_size

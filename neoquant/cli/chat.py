@@ -207,6 +207,7 @@ class _Chat:
             stop=ends_with(stops, self.tokenizer),
             cache_dtype=self.settings.cache_dtype,
             static_cache=self.settings.static_cache,
+            steady=True,
         )
         tokens = write_text(made, self.tokenizer, shown.add, self.settings.ends())
         self.turns.append((typed, shown.end()))

@@ -85,7 +85,7 @@ def continue_text(
     options |= {"stop": ends_with(own.stops(), tokenizer), "static_cache": own.static_cache}
     prompt = torch.tensor([ids])
     if choices.draft is None:
-        made = stream(network, prompt, **options)
+        made = stream(network, prompt, steady=True, **options)
     else:
         drafter = _drafter(choices.draft, network, sampling, loading, terminal)
         made = stream_with_drafts(network, prompt, drafter, acceptance=acceptance, **options)

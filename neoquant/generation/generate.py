@@ -13,7 +13,7 @@ from neoquant.errors import CheckpointError, ContextError, NeoquantError, Reques
 from neoquant.generation.cuda_graph import Choose, GraphedSteps, refuse
 from neoquant.generation.padding import left_padded
 from neoquant.model.cache import KVCache
-from neoquant.model.gpt_neo import CausalLM
+from neoquant.model.gpt_neo import CausalLM, TokenSteps
 from neoquant.sizes import plural
 
 Stop = Callable[[Tensor, Tensor | None], Tensor]
@@ -230,6 +230,7 @@ class _Inputs:
         self._rows, self._all = list(range(len(ids))), len(ids)
         self._index: Tensor | None = None  # of the rows that go on, where not all do
         self._graphed: GraphedSteps | None = None
+        self._single: TokenSteps | None = None
         self.positions = _like(ids, position_ids, "position_ids")
         self.types = _like(ids, token_type_ids, "token_type_ids")
         if attention_mask is None:
@@ -261,9 +262,14 @@ class _Inputs:
     def _computed(self, model: CausalLM, cache: KVCache) -> Tensor:
         """The same of the rows that go on."""
         end = cache.length + self.ids.shape[1]
+        keep = None if self.keep is None else self.keep[:, :end]
+        if self._single is not None and self.types is None:
+            found = self._single.logits(self.ids, self.positions, keep, cache)
+            if found is not None:
+                return found
         output = model(
             self.ids,
-            None if self.keep is None else self.keep[:, :end],
+            keep,
             position_ids=self.positions,
             token_type_ids=self.types,
             past_key_values=cache,
@@ -274,6 +280,10 @@ class _Inputs:
         )
         logits: Tensor = output.logits[:, -1]
         return logits
+
+    def use_single_steps(self, model: CausalLM, steady: bool) -> None:
+        """From here on one token of each row follows another."""
+        self._single = None if model.single_steps is None else model.single_steps(model, steady)
 
     def use_graph(
         self, model: CausalLM, cache: KVCache, choose: Choose | None, generator: torch.Generator | None
@@ -366,6 +376,7 @@ def stream(
     record: Recorder | None = None,
     static_cache: bool = False,
     cache: KVCache | None = None,
+    steady: bool = False,
 ) -> Iterator[Tensor]:
     """Yield the next ids `[B]` of `input_ids[B, T]`, on the CPU, one position at a time, until all rows have ended.
 
@@ -381,6 +392,7 @@ def stream(
     `record` is told of them, which are 0 in rows that have ended.
     `cache` holds the keys and values of the first positions of `input_ids`, perhaps none, and in the end those of all
     but the last one yielded; every row is then computed to the end, and `static_cache` and `cache_dtype` go without.
+    `steady` says that nobody changes the model before the end: what a token's work rests on is then looked at once.
 
     Raises ContextError before anything is generated where prompt and new tokens do not fit into the model's context,
     CheckpointError where the model's predictions are not finite, RequestError for a model whose work cannot be replayed
@@ -402,7 +414,8 @@ def stream(
     endings = Endings(inputs.ids, inputs.keep, sampling, stop, max_new_tokens)
     known = inputs.ids if inputs.keep is None else inputs.ids.where(inputs.keep[:, :T], NOTHING)
     seen = torch.cat([known, known.new_empty(B, max_new_tokens)], dim=1)
-    outcomes = seen.new_empty(B, max_new_tokens)
+    matters = sampling.looks_back or processor is not None  # to what comes, what has been said
+    waiting: list[Tensor] = []  # to be looked at
     eos = [e for e in sampling.eos_token_ids or () if 0 <= e < model.config.vocab_size]
     reachable = torch.tensor(eos, dtype=seen.dtype, device=device)
     given = cache
@@ -413,21 +426,25 @@ def stream(
         inputs.leave_out(cache.length)
     looked = 0
     for new in range(max_new_tokens):
+        if new == 1 and device.type == "cpu":
+            inputs.use_single_steps(model, steady)
         if static_cache and new == 1:
             alone = processor is None and record is None
             inputs.use_graph(model, cache, _by_logits(sampling, generator) if alone else None, generator)
         if (chosen := inputs.chosen()) is not None:
-            outcomes[:, new] = chosen
+            waiting.append(chosen.clone())  # the next one overwrites it
         else:
             raw = inputs.logits(model, cache)
             logits = raw if new >= sampling.min_new_tokens else raw.index_fill(-1, reachable, -torch.inf)
             drawn, finite, scores = choose(logits, seen[:, : T + new], sampling, generator, processor)
             if record is not None:
                 record(raw, scores)
-            seen[:, T + new] = drawn
-            outcomes[:, new] = drawn.where(finite, NOTHING)
-        if (new + 1 - looked) % every == 0 or new + 1 == max_new_tokens:
-            for ids in outcomes[:, looked : new + 1].cpu().unbind(1):
+            if matters:
+                seen[:, T + new] = drawn
+            waiting.append(drawn.where(finite, NOTHING))
+        if len(waiting) == every or new + 1 == max_new_tokens:
+            together, waiting = torch.stack(waiting), []
+            for ids in together.to(seen.dtype).cpu().unbind():
                 looked += 1
                 row, is_usable, is_last = endings.take(ids)
                 if not is_usable:
@@ -552,6 +569,7 @@ def generate(
     `streamer` is told of the prompt, of each new id, and of the end.
     """
     watched = streamer is not None or stop is not None or (sampling is not None and sampling.eos_token_ids)
+    called = (streamer, stop, processor, record)  # others' functions, which may do anything
     made = stream(
         model,
         input_ids,
@@ -567,6 +585,7 @@ def generate(
         record=record,
         static_cache=static_cache,
         cache=cache,
+        steady=all(each is None for each in called),
     )
     return collect(input_ids.to(model.device), made, streamer)
 

@@ -21,11 +21,12 @@ from neoquant.model.base import Network
 from neoquant.model.config import GPTNeoConfig
 from neoquant.model.devices import cpu_by_default
 from neoquant.model.dtypes import resolve_dtype
-from neoquant.model.gpt_neo import Block, Decoder
+from neoquant.model.gpt_neo import Block, CausalLM, Decoder
 from neoquant.model.names import BASE_PREFIX, in_block
 from neoquant.nn.block_step import block_step
 from neoquant.nn.fused_blocks import fused_blocks
 from neoquant.nn.linear import QuantLinear
+from neoquant.nn.single_steps import SingleSteps
 from neoquant.progress import SILENT, Progress
 from neoquant.sizes import plural
 
@@ -168,6 +169,8 @@ def _arrange(model: Network, activations: str) -> None:
             module.step = block_step
         if isinstance(module, Decoder):
             module.steps = fused_blocks
+        if isinstance(module, CausalLM):
+            module.single_steps = SingleSteps
 
 
 def require_fit(config: GPTNeoConfig, names: Iterable[str]) -> None:

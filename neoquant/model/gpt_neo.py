@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -130,6 +130,13 @@ Step = Callable[["Block", Tensor, AttentionMasks, KVCache | None], Tensor | None
 
 Steps = Callable[[nn.ModuleList, Tensor, AttentionMasks, KVCache | None], Tensor | None]
 """The same through all blocks, one behind the other."""
+
+
+class TokenSteps(Protocol):
+    """What takes one new token of each row to the logits of what follows, in the place of `CausalLM.forward`."""
+
+    def logits(self, ids: Tensor, positions: Tensor | None, keep: Tensor | None, cache: KVCache) -> Tensor | None:
+        """Behind ids[B, 1], `[B, V]`; None where it does not do that."""
 
 
 class SelfAttention(nn.Module):
@@ -445,6 +452,9 @@ def _heads(head_mask: Tensor | None, config: GPTNeoConfig) -> Tensor | None:
 
 class CausalLM(Network):
     """GPT-Neo with its language-modelling head, whose weight is the token embedding's unless the config unties it."""
+
+    single_steps: Callable[[CausalLM, bool], TokenSteps] | None = None
+    """Makes them for one text or several together, where something does; whether nobody changes the model meanwhile."""
 
     def __init__(self, config: GPTNeoConfig, attn_implementation: str = "sdpa") -> None:
         super().__init__(config, attn_implementation)

@@ -153,8 +153,8 @@ def decode(w: Weight, first: int, out: Tensor) -> None:
 
 
 def decode_rows(w: Weight, rows: Tensor) -> Tensor:
-    """Rows of the weight, by their numbers int64[N]: float32[N, I]."""
-    rows = rows.contiguous()
+    """Rows of the weight, by their numbers [N], whole ones of any type: float32[N, I]."""
+    rows = rows.long().contiguous()
     out = torch.empty(len(rows), w.columns, dtype=torch.float32)
     active().call("nq_decode", w.address, _address(rows), 0, len(rows), out.data_ptr(), threads())
     return out

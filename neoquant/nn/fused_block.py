@@ -8,7 +8,7 @@ becomes on a CPU; it gives None for everything that it does not do, and the bloc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -153,25 +153,18 @@ def has_room(stored: StoredStates, shape: tuple[int, ...]) -> bool:
     return fits and (*buffer.shape[:2], buffer.shape[3]) == (*shape[:2], shape[3])
 
 
-class PreparedBlock:
-    """A block's description for the library, and what it rests on, to be looked at again at every step: the modules,
-    their hooks and kernels, where their tensors lie. What a module is made with, as its number of heads, is fixed.
+class Watched:
+    """What a description for the library rests on, to be looked at again: modules, their hooks and kernels, where their
+    tensors lie. What a module is made with, as its number of heads, is fixed.
 
-    Asking each tensor where it lies takes a microsecond; describing the block takes as long as computing with it.
+    Asking each tensor where it lies takes a microsecond.
     """
 
-    def __init__(
-        self, block: Any, anatomy: Callable[[Parts], Anatomy], native: NativeBlock, modules: list[nn.Module]
-    ) -> None:
-        self._parts, self._read = Parts.of(block), anatomy
-        self.anatomy = anatomy(self._parts)
-        self.layer, self.native = self.anatomy.layer, native
-        self.width = native.layers[0].weight.columns
-        self.plain = not any(isinstance(module, QuantLinear) for module in modules)
-        self._alone = NativeBlocks([native])
+    def __init__(self, parents: Iterable[nn.Module], modules: Sequence[nn.Module]) -> None:
+        """`parents` are those whose children may be among the `modules`."""
         self._modules = [
             (parent._modules, name, module, module.__dict__)
-            for parent in (block, *modules)
+            for parent in parents
             for name, module in parent._modules.items()
             if module in modules
         ]
@@ -185,6 +178,37 @@ class PreparedBlock:
             for tensors in held
             for name, tensor in tensors.items()
         ]
+
+    def holds(self) -> bool:
+        """Whether nothing has changed."""
+        for modules, name, module, own in self._modules:
+            hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own  # is_hooked, thrice as fast
+            if hooked or modules.get(name) is not module:
+                return False
+        for layer, kernel, dtype in self._kernels:
+            if layer.kernel is not kernel or layer.compute_dtype != dtype:
+                return False
+        if list(map(len, self._held)) != self._counts:
+            return False
+        for tensors, name, tensor, address in self._tensors:
+            if tensors.get(name) is not tensor or (tensor is not None and tensor.data_ptr() != address):
+                return False
+        return True
+
+
+class PreparedBlock:
+    """A block's description for the library, and what it rests on. Describing it takes as long as computing with it."""
+
+    def __init__(
+        self, block: Any, anatomy: Callable[[Parts], Anatomy], native: NativeBlock, modules: list[nn.Module]
+    ) -> None:
+        self._parts, self._read = Parts.of(block), anatomy
+        self.anatomy = anatomy(self._parts)
+        self.layer, self.native = self.anatomy.layer, native
+        self.width = native.layers[0].weight.columns
+        self.plain = not any(isinstance(module, QuantLinear) for module in modules)
+        self._alone = NativeBlocks([native])
+        self._watched = Watched((block, *modules), modules)
 
     def states_of(self, x: Tensor) -> tuple[int, int, int, int]:
         """The shape of keys, and of values, of x[B, T, C]: [B, H, T, D]."""
@@ -205,21 +229,9 @@ class PreparedBlock:
 
     def holds(self, block: Any) -> bool:
         """Whether nothing has changed, and nothing is trained."""
-        for modules, name, module, own in self._modules:
-            hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own  # is_hooked, thrice as fast
-            if hooked or modules.get(name) is not module:
-                return False
         if _is_training(block, self._parts) or self._read(self._parts) != self.anatomy:
             return False
-        for layer, kernel, dtype in self._kernels:
-            if layer.kernel is not kernel or layer.compute_dtype != dtype:
-                return False
-        if list(map(len, self._held)) != self._counts:
-            return False
-        for tensors, name, tensor, address in self._tensors:
-            if tensors.get(name) is not tensor or (tensor is not None and tensor.data_ptr() != address):
-                return False
-        return True
+        return self._watched.holds()
 
 
 def _is_training(block: Any, parts: Parts) -> bool:
@@ -243,14 +255,14 @@ def _prepare(block: Any, anatomy: Callable[[Parts], Anatomy]) -> PreparedBlock |
     activation = ACTIVATIONS.get(found.activation or "")
     if activation is None or not found.is_plain or _is_training(block, parts) or any(map(is_hooked, modules)):
         return None
-    if not all(map(_is_taken, linears)):
+    if not all(map(is_taken, linears)):
         return None
-    layers = [_packed(linear) for linear in linears]
+    layers = [packed(linear) for linear in linears]
     width, inner = layers[0].weight.columns, layers[4].weight.rows
     shapes = [(layer.weight.rows, layer.weight.columns) for layer in layers]
     if shapes != [(width, width)] * 4 + [(inner, width), (width, inner)] or width % found.heads:
         return None
-    if not all(_is_plain(norm, width) for norm in norms):
+    if not all(is_plain_norm(norm, width) for norm in norms):
         return None
     native = NativeBlock(
         layers,
@@ -263,7 +275,7 @@ def _prepare(block: Any, anatomy: Callable[[Parts], Anatomy]) -> PreparedBlock |
     return PreparedBlock(block, anatomy, native, modules)
 
 
-def _is_taken(layer: nn.Module) -> bool:
+def is_taken(layer: nn.Module) -> bool:
     """Whether the library takes a layer, or it is another's."""
     if isinstance(layer, QuantLinear):
         exact = layer.compute_dtype in (None, torch.float32)
@@ -274,7 +286,7 @@ def _is_taken(layer: nn.Module) -> bool:
     return taken and (bias is None or _is_vector(bias, layer.out_features))  # type: ignore[arg-type]
 
 
-def _packed(layer: nn.Module) -> NativeLinear:
+def packed(layer: nn.Module) -> NativeLinear:
     """A layer as the library takes it."""
     bias = layer._parameters.get("bias")
     if isinstance(layer, QuantLinear) and isinstance(layer.kernel, Cpu):
@@ -283,7 +295,7 @@ def _packed(layer: nn.Module) -> NativeLinear:
     return NativeLinear(products.plain(layer.get_parameter("weight")), bias, False)
 
 
-def _is_plain(norm: nn.LayerNorm, width: int) -> bool:
+def is_plain_norm(norm: nn.LayerNorm, width: int) -> bool:
     return type(norm) is nn.LayerNorm and _is_vector(norm.weight, width) and _is_vector(norm.bias, width)
 
 

@@ -47,22 +47,13 @@ def fused_blocks(blocks: nn.ModuleList, x: Tensor, masks: AttentionMasks, cache:
     rows, positions, width = x.shape
     if not belongs(masks, rows, positions, cache.length):
         return None
-    row = _row_of(blocks)
+    row = row_of(blocks)
     if row is None or not row.takes(rows * positions, width):
         return None
-    cached = _CACHED.get(cache)
-    if cached is None:
-        cached = _CACHED[cache] = _Description(cache.num_layers)
-    if not cached.describe(cache, row.prepared, x):
-        return None
-    keep = masks.keep
-    y = row.native.step(x, cached.states, None if keep is None else by_rows(keep.expand(rows, -1)))
-    for prepared in row.prepared:
-        cache.advance(prepared.layer, positions)
-    return y
+    return row.step(x, masks.keep, cache)
 
 
-class _Row:
+class Row:
     """Blocks one behind the other, which are taken through in one call."""
 
     def __init__(self, blocks: list[nn.Module], prepared: list[PreparedBlock]) -> None:
@@ -86,13 +77,26 @@ class _Row:
         few = rows <= FEW or not self._plain or outruns_torch()
         return few and rows <= self._most_rows and self._widths == {width}
 
+    def step(self, x: Tensor, keep: Tensor | None, cache: KVCache) -> Tensor | None:
+        """See `fused_blocks`: `keep`, bool[B or 1, S], is False on padding; the rest has been looked at."""
+        rows, positions, _ = x.shape
+        cached = _CACHED.get(cache)
+        if cached is None:
+            cached = _CACHED[cache] = _Description(cache.num_layers)
+        if not cached.describe(cache, self.prepared, x):
+            return None
+        y = self.native.step(x, cached.states, None if keep is None else by_rows(keep.expand(rows, -1)))
+        for prepared in self.prepared:
+            cache.advance(prepared.layer, positions)
+        return y
+
 
 def _steps_alone(block: nn.Module) -> bool:
     """Whether all that a call of the block does is its step."""
     return type(block) is Block and block.step is not None and not is_hooked(block)
 
 
-def _row_of(blocks: nn.ModuleList) -> _Row | None:
+def row_of(blocks: nn.ModuleList) -> Row | None:
     """The blocks as the library takes them, described anew where anything has changed; or None."""
     now = list(blocks._modules.values())
     row = _ROWS.get(blocks)
@@ -105,7 +109,7 @@ def _row_of(blocks: nn.ModuleList) -> _Row | None:
         if one is None:
             return None
         prepared.append(one)
-    _ROWS[blocks] = row = _Row(now, prepared)
+    _ROWS[blocks] = row = Row(now, prepared)
     return row
 
 
@@ -135,5 +139,5 @@ class _Description:
 
 
 # Not in what they describe, which may be copied and pickled.
-_ROWS: WeakKeyDictionary[nn.ModuleList, _Row] = WeakKeyDictionary()
+_ROWS: WeakKeyDictionary[nn.ModuleList, Row] = WeakKeyDictionary()
 _CACHED: WeakKeyDictionary[KVCache, _Description] = WeakKeyDictionary()

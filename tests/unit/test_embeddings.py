@@ -56,6 +56,7 @@ def test_logits_are_those_of_the_rounded_embedding(
         module.weight = torch.nn.Parameter(rounded, requires_grad=False)
     with torch.inference_mode():
         got, expected = model(IDS).logits, reference(IDS).logits
+        assert torch.equal(got, model(IDS.int()).logits)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
     assert model.generate(IDS, max_new_tokens=5, eos_token_id=[]).shape == (2, 9)
