@@ -14,7 +14,17 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ISAS = ("portable", "avx2", "avx512", "avx512vnni", "neon")
-NAMES = ("gptq", "multiply", "parallel", "pool", "quantize", "step", "trellis", *(f"products_{isa}" for isa in ISAS))
+NAMES = (
+    "gptq",
+    "likeliest",
+    "multiply",
+    "parallel",
+    "pool",
+    "quantize",
+    "step",
+    "trellis",
+    *(f"products_{isa}" for isa in ISAS),
+)
 SOURCES = [f"neoquant/native/{name}.c" for name in NAMES]
 HEADERS = sorted(path.name for path in Path("neoquant/native").glob("*.h"))
 

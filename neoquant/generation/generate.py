@@ -14,6 +14,7 @@ from neoquant.generation.cuda_graph import Choose, GraphedSteps, refuse
 from neoquant.generation.padding import left_padded
 from neoquant.model.cache import KVCache
 from neoquant.model.gpt_neo import CausalLM, TokenSteps
+from neoquant.native import active, products
 from neoquant.sizes import plural
 
 Stop = Callable[[Tensor, Tensor | None], Tensor]
@@ -200,8 +201,15 @@ def _penalized(
         logits = without_words(logits, seen, words)
     if processor is not None:
         logits = processor(_tokens(seen), logits)
+    return logits, *_likeliest(logits)
+
+
+def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of `logits[B, V]` in float32 the likeliest tokens, `[B]`, and whether they and all others are numbers."""
+    if type(logits) is Tensor and logits.is_cpu and logits.is_contiguous() and active().library is not None:
+        return products.likeliest(logits)
     largest, likeliest = logits.max(-1)
-    return logits, likeliest, largest.isfinite()
+    return likeliest, largest.isfinite()
 
 
 def _tokens(seen: Tensor) -> Tensor:
@@ -443,10 +451,10 @@ def stream(
                 seen[:, T + new] = drawn
             waiting.append(drawn.where(finite, NOTHING))
         if len(waiting) == every or new + 1 == max_new_tokens:
-            together, waiting = torch.stack(waiting), []
-            for ids in together.to(seen.dtype).cpu().unbind():
+            together, waiting = waiting if device.type == "cpu" else torch.stack(waiting).cpu().unbind(), []
+            for ids in together:
                 looked += 1
-                row, is_usable, is_last = endings.take(ids)
+                row, is_usable, is_last = endings.take(ids.to(seen.dtype))
                 if not is_usable:
                     raise no_choice(model, looked, sampling, None if chosen is not None else raw)
                 yield row

@@ -31,6 +31,7 @@ class StoredStates:
     def __init__(self, data: Tensor, scale: Tensor | None = None, made: bool = False) -> None:
         """`made`: the buffer is a cache's own, and may be written to."""
         self.data, self.scale, self.made = data, scale, made
+        self.capacity = data.shape[2]
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], capacity: int, like: Tensor, storage: str | None) -> StoredStates:
@@ -40,10 +41,6 @@ class StoredStates:
         data = torch.empty(B, H, capacity, D, dtype=dtype, device=like.device)
         scale = torch.empty(B, H, capacity, device=like.device) if storage == "int8" else None
         return cls(data, scale, made=True)
-
-    @property
-    def capacity(self) -> int:
-        return self.data.shape[2]
 
     @property
     def nbytes(self) -> int:

@@ -27,7 +27,7 @@ SWITCH = "NEOQUANT_ISA"
 TEAMS = ("own", "openmp")
 TEAM_SWITCH = "NEOQUANT_TEAM"
 FOLDER = Path(__file__).parent  # where the library was put when neoquant was installed
-VERSION = 16  # of the C functions' signatures, as in parallel.c
+VERSION = 17  # of the C functions' signatures, as in parallel.c
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _LEVELS = (*(_POINTER,) * 4, _LONG, _INT, *(_POINTER,) * 3)  # where the values of columns may lie
@@ -54,6 +54,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     ),
     "nq_multiply": (_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT),
     "nq_multiply_int8": (_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT),
+    "nq_likeliest": (_POINTER, _LONG, _LONG, _POINTER, _POINTER, _INT),
     "nq_decode": (_POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT),
     "nq_steps": (
         *(_POINTER,) * 2,

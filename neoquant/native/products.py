@@ -160,6 +160,18 @@ def decode_rows(w: Weight, rows: Tensor) -> Tensor:
     return out
 
 
+def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of logits float32[B, V], contiguous: the first place of each row's largest, int64[B], and whether that is finite
+    and nothing in the row is NaN, bool[B]."""
+    rows, columns = logits.shape
+    tokens = torch.empty(rows, dtype=torch.int64)
+    finite = torch.empty(rows, dtype=torch.bool)
+    active().call(
+        "nq_likeliest", _address(logits), rows, columns, tokens.data_ptr(), finite.data_ptr(), threads()
+    )  # fmt: skip
+    return tokens, finite
+
+
 @cache
 def _numbers(bits: int) -> Tensor:
     """Codes less their middle, over and over, float32[16]; codes of 8 bits are not looked up."""

@@ -91,7 +91,8 @@ static int attend_rows(const struct step *s, int64_t n) {
         .keep_stride = s->keep_stride, .stored = (int)c->stored,
         .panels = nq_ceil(together, s->kernels->panel), .starved = &starved};
     const int64_t items = (nq_ceil(s->begin + n, s->positions) - sequence) * b->heads * attention.panels;
-    const int64_t numbers = nq_min(together, s->kernels->panel) * (c->held + s->positions) * s->size;
+    const int64_t held = (c->held + s->positions) * s->size; /* of keys, and of values; the cache is rarely near */
+    const int64_t numbers = (nq_min(together, s->kernels->panel) + 3) * held;
     nq_parallel(s->threads, items, 1, items * numbers / 8, s->kernels->attend, &attention);
     return starved ? NQ_NO_MEMORY : 0;
 }

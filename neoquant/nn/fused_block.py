@@ -45,7 +45,7 @@ def fused_block(block: Block, x: Tensor, masks: AttentionMasks, cache: KVCache |
     if prepared is None:
         return None
     rows, positions, _ = x.shape
-    shape = prepared.states_of(x)
+    shape = prepared.states_of(rows, positions)
     if not belongs(masks, rows, positions, 0 if cache is None else cache.length):
         return None
     if cache is None:
@@ -206,15 +206,14 @@ class PreparedBlock:
         self.anatomy = anatomy(self._parts)
         self.layer, self.native = self.anatomy.layer, native
         self.width = native.layers[0].weight.columns
+        self._heads, self._size = self.anatomy.heads, self.width // self.anatomy.heads
         self.plain = not any(isinstance(module, QuantLinear) for module in modules)
         self._alone = NativeBlocks([native])
         self._watched = Watched((block, *modules), modules)
 
-    def states_of(self, x: Tensor) -> tuple[int, int, int, int]:
-        """The shape of keys, and of values, of x[B, T, C]: [B, H, T, D]."""
-        rows, positions, _ = x.shape
-        heads = self.anatomy.heads
-        return rows, heads, positions, self.width // heads
+    def states_of(self, rows: int, positions: int) -> tuple[int, int, int, int]:
+        """The shape of keys, and of values, of so many rows and positions: [B, H, T, D]."""
+        return rows, self._heads, positions, self._size
 
     def step(self, x: Tensor, keys: StoredStates, values: StoredStates, held: int, keep: Tensor | None) -> Tensor:
         """x[B, T, C] to [B, T, C]; keys and values of the positions are added from `held` on.

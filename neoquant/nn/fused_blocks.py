@@ -125,8 +125,9 @@ class _Description:
         if len(blocks) != cache.num_layers:
             return False
         end = cache.length
+        rows, positions, _ = x.shape
         for number, prepared in enumerate(blocks):
-            shape = prepared.states_of(x)
+            shape = prepared.states_of(rows, positions)
             keys, values, held = cache.room(prepared.layer, shape, x)
             known = self._known[number]
             if not (known and known[0]() is keys.data and known[1]() is values.data and known[2] == shape):

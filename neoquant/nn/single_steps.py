@@ -30,7 +30,7 @@ class SingleSteps:
         self._model, self._steady = model, steady
         self._ends: _Ends | None = None
         self._row: Row | None = None
-        self._looked = False
+        self._looked = self._ordinary = False
 
     def logits(self, ids: Tensor, positions: Tensor | None, keep: Tensor | None, cache: KVCache) -> Tensor | None:
         """Behind ids[B, 1], at `positions` int64[B, 1] (None: as many as are held), `[B, V]`; or None, nothing done.
@@ -43,8 +43,9 @@ class SingleSteps:
         if ends is None or row is None or len(ids) == 0 or not row.takes(len(ids), ends.width):
             return None
         x = ends.embedded(ids, cache.length if positions is None else positions)
-        if x is None or not is_ordinary(x, keep):
+        if x is None or not (self._ordinary or is_ordinary(x, keep)):
             return None
+        self._ordinary = self._steady
         y = row.step(x, keep, cache)
         return None if y is None else ends.logits(y)
 

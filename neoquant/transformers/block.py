@@ -67,7 +67,7 @@ def _step(block: GPTNeoBlock, x: Tensor, cache: Any, mask: Tensor | None) -> Ten
     attention = block.attn.attention
     if any(map(is_hooked, (block.mlp.act, block.mlp.dropout, attention.attn_dropout, attention.resid_dropout))):
         return None
-    shape = prepared.states_of(x)
+    shape = prepared.states_of(*x.shape[:2])
     held = 0 if cache is None else cache.get_seq_length(prepared.layer)
     known, keep = (True, None) if mask is None else _padding_of(mask, shape[0], shape[2], held)
     if not known:
@@ -130,7 +130,7 @@ def _layer_of(cache: DynamicCache, prepared: PreparedBlock, x: Tensor) -> Dynami
     """The cache's layer, with tensors in it; None for one of another kind."""
     number = prepared.layer
     if number >= len(cache.layers) or not cache.layers[number].is_initialized:
-        rows, heads, _, width = prepared.states_of(x)
+        rows, heads, _, width = prepared.states_of(*x.shape[:2])
         nothing = x.new_empty(rows, heads, 0, width)
         cache.update(nothing, nothing, number)
     layer = cache.layers[number]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _ctypes
+import math
 import os
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ from weights import make_weight, weights
 from neoquant import native, packing
 from neoquant.errors import FormatError, RequestError
 from neoquant.grids import BLOCK_SIZES, GROUP_SIZES, Affine, Codebook, Grid, Int8Rows, Params
-from neoquant.native import loader
+from neoquant.native import loader, products
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 codebooks = st.builds(Codebook, st.sampled_from(["nf4", "fp4"]), st.sampled_from(BLOCK_SIZES), st.booleans())
@@ -247,3 +248,22 @@ def test_cores_are_left_to_others_and_bytes_stay_the_same(threads: int) -> None:
             assert all(torch.equal(params[name], found[name]) for name in params), blocks
     finally:
         torch.set_num_threads(before)
+
+
+@every_isa
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_likeliest_is_the_first_of_the_largest(isa: str, data: st.DataObject) -> None:
+    """As Python finds it, of rows of any length with many alike, with infinities and NaN among them or not."""
+    rows, columns = data.draw(st.integers(1, 4)), data.draw(st.sampled_from([1, 2, 31, 32, 33, 64, 97]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    logits = torch.randint(-9, 9, (rows, columns), generator=generator).float()
+    for odd in data.draw(
+        st.lists(st.sampled_from([float("inf"), float("-inf"), float("nan"), -0.0, 1e30]), max_size=3)
+    ):
+        logits[data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1))] = odd
+    with forced(isa, data.draw(any_threads)):
+        tokens, finite = products.likeliest(logits)
+    for row, token, usable in zip(logits.tolist(), tokens.tolist(), finite.tolist(), strict=True):
+        assert usable == (not any(map(math.isnan, row)) and math.isfinite(max(row)))
+        assert 0 <= token < columns and (not usable or token == row.index(max(row)))
