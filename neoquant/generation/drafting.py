@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from neoquant.errors import RequestError
-from neoquant.generation.generate import Sampling, distribution
+from neoquant.generation.generate import Sampling, choose, distribution
+from neoquant.generation.passes import Passes
 from neoquant.model.cache import TAKEN_BACK, KVCache
 from neoquant.model.gpt_neo import CausalLM
 
@@ -60,7 +61,7 @@ class ModelDrafter:
 
     def __init__(self, model: CausalLM, sampling: Sampling, cache_dtype: str | None = None) -> None:
         self.model, self.sampling = model, sampling
-        self._cache = KVCache.of(model.config, storage=cache_dtype)
+        self._cache, self._passes = KVCache.of(model.config, storage=cache_dtype), Passes(model)
         self._held: list[int] = []  # the ids that the cache has seen
 
     def propose(self, ids: Sequence[int], most: int, generator: torch.Generator | None) -> Draft:
@@ -77,15 +78,16 @@ class ModelDrafter:
         seen, drawn = list(ids), []
         for _ in range(most):
             new = torch.tensor([seen[self._cache.length :]], device=self.model.device)
-            logits = self.model(
-                new, past_key_values=self._cache, logits_to_keep=1, return_dict=True,
-                output_attentions=False, output_hidden_states=False,
-            ).logits[:, -1]  # fmt: skip
+            logits = self._passes.logits(new, self._cache)[:, -1]
             self._held = list(seen)
-            probabilities, _ = distribution(logits, torch.tensor([seen], device=logits.device), self.sampling)
+            before = torch.tensor([seen if self.sampling.looks_back else []], dtype=torch.int64, device=logits.device)
+            if self.sampling.temperature == 0:
+                seen.append(int(choose(logits, before, self.sampling, None).token))
+                continue
+            probabilities, _ = distribution(logits, before, self.sampling)
             drawn.append(probabilities)
             seen.append(int(torch.multinomial(probabilities, 1, generator=generator)))
-        return Draft(torch.tensor(seen[len(ids) :]), torch.cat(drawn))
+        return Draft(torch.tensor(seen[len(ids) :]), torch.cat(drawn) if drawn else None)
 
 
 def require_same_vocabulary(model: CausalLM, draft: CausalLM) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor
 from neoquant.errors import CheckpointError, ContextError, NeoquantError, RequestError
 from neoquant.generation.cuda_graph import Choose, GraphedSteps, refuse
 from neoquant.generation.padding import left_padded
+from neoquant.generation.passes import Passes
 from neoquant.model.cache import KVCache
-from neoquant.model.gpt_neo import CausalLM, TokenSteps
+from neoquant.model.gpt_neo import CausalLM
 from neoquant.native import active, products
 from neoquant.sizes import plural
 
@@ -238,7 +239,6 @@ class _Inputs:
         self._rows, self._all = list(range(len(ids))), len(ids)
         self._index: Tensor | None = None  # of the rows that go on, where not all do
         self._graphed: GraphedSteps | None = None
-        self._single: TokenSteps | None = None
         self.positions = _like(ids, position_ids, "position_ids")
         self.types = _like(ids, token_type_ids, "token_type_ids")
         if attention_mask is None:
@@ -260,38 +260,17 @@ class _Inputs:
         self.positions = None if self.positions is None else self.positions[:, positions:]
         self.types = None if self.types is None else self.types[:, positions:]
 
-    def logits(self, model: CausalLM, cache: KVCache) -> Tensor:
+    def logits(self, passes: Passes, cache: KVCache) -> Tensor:
         """Of the token that follows, `[B, V]`."""
-        logits = self._computed(model, cache) if self._graphed is None else self._graphed.logits(self.ids)
+        logits = self._computed(passes, cache) if self._graphed is None else self._graphed.logits(self.ids)
         if self._index is not None:  # rows that have ended draw too, or the others would draw something else
             return logits.new_zeros(self._all, logits.shape[-1]).index_copy_(0, self._index, logits)
         return logits
 
-    def _computed(self, model: CausalLM, cache: KVCache) -> Tensor:
+    def _computed(self, passes: Passes, cache: KVCache) -> Tensor:
         """The same of the rows that go on."""
-        end = cache.length + self.ids.shape[1]
-        keep = None if self.keep is None else self.keep[:, :end]
-        if self._single is not None and self.types is None:
-            found = self._single.logits(self.ids, self.positions, keep, cache)
-            if found is not None:
-                return found
-        output = model(
-            self.ids,
-            keep,
-            position_ids=self.positions,
-            token_type_ids=self.types,
-            past_key_values=cache,
-            output_attentions=False,
-            output_hidden_states=False,
-            return_dict=True,
-            logits_to_keep=1,
-        )
-        logits: Tensor = output.logits[:, -1]
-        return logits
-
-    def use_single_steps(self, model: CausalLM, steady: bool) -> None:
-        """From here on one token of each row follows another."""
-        self._single = None if model.single_steps is None else model.single_steps(model, steady)
+        keep = None if self.keep is None else self.keep[:, : cache.length + self.ids.shape[1]]
+        return passes.logits(self.ids, cache, positions=self.positions, keep=keep, types=self.types)[:, -1]
 
     def use_graph(
         self, model: CausalLM, cache: KVCache, choose: Choose | None, generator: torch.Generator | None
@@ -432,17 +411,15 @@ def stream(
     else:
         cache = require_beginning(given, inputs.ids)
         inputs.leave_out(cache.length)
-    looked = 0
+    passes, looked = Passes(model, steady), 0
     for new in range(max_new_tokens):
-        if new == 1 and device.type == "cpu":
-            inputs.use_single_steps(model, steady)
         if static_cache and new == 1:
             alone = processor is None and record is None
             inputs.use_graph(model, cache, _by_logits(sampling, generator) if alone else None, generator)
         if (chosen := inputs.chosen()) is not None:
             waiting.append(chosen.clone())  # the next one overwrites it
         else:
-            raw = inputs.logits(model, cache)
+            raw = inputs.logits(passes, cache)
             logits = raw if new >= sampling.min_new_tokens else raw.index_fill(-1, reachable, -torch.inf)
             drawn, finite, scores = choose(logits, seen[:, : T + new], sampling, generator, processor)
             if record is not None:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from neoquant.errors import RequestError
 from neoquant.generation.drafting import MOST_DRAFTED, Draft, Drafter
-from neoquant.generation.generate import NOTHING, Endings, Sampling, Stop, check_room, distribution, no_choice
+from neoquant.generation.generate import NOTHING, Endings, Sampling, Stop, check_room, choose, distribution, no_choice
+from neoquant.generation.passes import Passes
 from neoquant.model.cache import KVCache
 from neoquant.model.gpt_neo import CausalLM
 from neoquant.native.step import rows_alike
@@ -82,11 +83,12 @@ def stream_with_drafts(
     last = len(ids) + max_new_tokens
     most = min(MOST_DRAFTED, rows_alike() - 1)
     cache, width = KVCache.of(model.config, last + MOST_DRAFTED, cache_dtype), 3
+    passes = Passes(model)
     while len(ids) < last:
         room = min(width, most, last - len(ids) - 1)
         # The prompt is read alone: what comes of many positions need not be what comes of one.
         draft = drafter.propose(ids, room if cache.length else 0, generator)
-        tokens, unusable = _check(model, cache, ids, draft, sampling, last - max_new_tokens, generator)
+        tokens, unusable = _check(passes, cache, ids, draft, sampling, last - max_new_tokens, generator)
         accepted, drafted = len(tokens) - 1, len(draft.tokens)
         width = accepted + 1 if accepted < drafted else accepted + 2
         acceptance.steps += 1
@@ -103,23 +105,26 @@ def stream_with_drafts(
 
 
 def _check(
-    model: CausalLM, cache: KVCache, ids: list[int], draft: Draft, sampling: Sampling, prompt: int,
+    passes: Passes, cache: KVCache, ids: list[int], draft: Draft, sampling: Sampling, prompt: int,
     generator: torch.Generator | None,
 ) -> tuple[list[int], Tensor | None]:  # fmt: skip
     """The guesses that are taken and the token behind them, and, where there was none to choose, the logits `[1, V]`
     that it was to be chosen by; `cache` then holds all but the last. The first `prompt` of `ids` were given."""
-    k, device = len(draft.tokens), model.device
-    held = cache.length
-    new = torch.tensor([[*ids[held:], *draft.tokens.tolist()]], device=device)
-    output = model(
-        new, past_key_values=cache, logits_to_keep=k + 1, return_dict=True,
-        output_attentions=False, output_hidden_states=False,
-    )  # fmt: skip
-    logits = output.logits[0]
+    guesses, k, held = draft.tokens.tolist(), len(draft.tokens), cache.length
+    new = torch.tensor([[*ids[held:], *guesses]], device=passes.device)
+    logits = passes.logits(new, cache, k + 1)[0]
     for row in range(min(k + 1, sampling.min_new_tokens - (len(ids) - prompt))):
         ends = [end for end in sampling.eos_token_ids or () if 0 <= end < logits.shape[-1]]
         logits[row, ends] = -torch.inf
-    p, finite = distribution(logits, _seen(ids, draft, sampling).to(device), sampling)
+    seen = _seen(ids, draft, sampling).to(passes.device)
+    if sampling.temperature == 0:
+        likeliest, finite, _ = choose(logits, seen, sampling, None)
+        right = zip(guesses, likeliest.tolist(), finite.tolist(), strict=False)
+        accepted = next((i for i, (guess, token, there) in enumerate(right) if guess != token or not there), k)
+        next_token, there = int(likeliest[accepted]), bool(finite[accepted])
+        cache.crop(len(ids) + accepted)
+        return [*guesses[:accepted], next_token if there else 0], None if there else logits[accepted, None]
+    p, finite = distribution(logits, seen, sampling)
     p, finite = p.cpu(), finite.cpu()
     accepted = 0
     following = p[k]
@@ -131,7 +136,7 @@ def _check(
         following = p[k] if accepted == k else instead[accepted]
     next_token = int(torch.multinomial(following, 1, generator=generator)) if finite[accepted] else 0
     cache.crop(len(ids) + accepted)
-    return [*draft.tokens.tolist()[:accepted], next_token], None if finite[accepted] else logits[accepted, None]
+    return [*guesses[:accepted], next_token], None if finite[accepted] else logits[accepted, None]
 
 
 def _seen(ids: list[int], draft: Draft, sampling: Sampling) -> Tensor:

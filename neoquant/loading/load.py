@@ -24,9 +24,9 @@ from neoquant.model.dtypes import resolve_dtype
 from neoquant.model.gpt_neo import Block, CausalLM, Decoder
 from neoquant.model.names import BASE_PREFIX, in_block
 from neoquant.nn.block_step import block_step
+from neoquant.nn.direct_pass import DirectPass
 from neoquant.nn.fused_blocks import fused_blocks
 from neoquant.nn.linear import QuantLinear
-from neoquant.nn.single_steps import SingleSteps
 from neoquant.progress import SILENT, Progress
 from neoquant.sizes import plural
 
@@ -170,7 +170,7 @@ def _arrange(model: Network, activations: str) -> None:
         if isinstance(module, Decoder):
             module.steps = fused_blocks
         if isinstance(module, CausalLM):
-            module.single_steps = SingleSteps
+            module.direct_pass = DirectPass
 
 
 def require_fit(config: GPTNeoConfig, names: Iterable[str]) -> None:

@@ -132,11 +132,13 @@ Steps = Callable[[nn.ModuleList, Tensor, AttentionMasks, KVCache | None], Tensor
 """The same through all blocks, one behind the other."""
 
 
-class TokenSteps(Protocol):
-    """What takes one new token of each row to the logits of what follows, in the place of `CausalLM.forward`."""
+class FewPositions(Protocol):
+    """What takes a few new positions to the logits of what follows, in the place of `CausalLM.forward`."""
 
-    def logits(self, ids: Tensor, positions: Tensor | None, keep: Tensor | None, cache: KVCache) -> Tensor | None:
-        """Behind ids[B, 1], `[B, V]`; None where it does not do that."""
+    def logits(
+        self, ids: Tensor, cache: KVCache, last: int, positions: Tensor | None, keep: Tensor | None
+    ) -> Tensor | None:
+        """Behind the last of ids[B, T], `[B, last, V]`; None where it does not do that."""
 
 
 class SelfAttention(nn.Module):
@@ -453,8 +455,8 @@ def _heads(head_mask: Tensor | None, config: GPTNeoConfig) -> Tensor | None:
 class CausalLM(Network):
     """GPT-Neo with its language-modelling head, whose weight is the token embedding's unless the config unties it."""
 
-    single_steps: Callable[[CausalLM, bool], TokenSteps] | None = None
-    """Makes them for one text or several together, where something does; whether nobody changes the model meanwhile."""
+    direct_pass: Callable[[CausalLM, bool], FewPositions] | None = None
+    """Makes what takes them, where something does; told whether nobody changes the model while it is used."""
 
     def __init__(self, config: GPTNeoConfig, attn_implementation: str = "sdpa") -> None:
         super().__init__(config, attn_implementation)

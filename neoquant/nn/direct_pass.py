@@ -1,9 +1,9 @@
-"""One new token of each row to the logits of what follows, past the modules of a network.
+"""A few new positions to the logits of what follows them, past the modules of a network.
 
 The weights that a token needs drive Python's and torch's own data out of the processor's cache, so that calling some
 dozen modules, and looking at what each rests on, takes longer than it seems: a quarter of a token of 125M.
-`SingleSteps` is what `CausalLM.single_steps` becomes on a CPU. It gives None for everything that it does not do, and
-the network is called.
+`DirectPass` is what `CausalLM.direct_pass` becomes on a CPU. It gives None for everything that it does not do, and the
+network is called.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from neoquant.model.cache import KVCache
 from neoquant.model.gpt_neo import CausalLM, Decoder
 from neoquant.native import products
 from neoquant.nn.fused_block import Watched, is_ordinary, is_plain_norm, is_taken, packed
-from neoquant.nn.fused_blocks import Row, fused_blocks, row_of
+from neoquant.nn.fused_blocks import ROWS_AT_ONCE, Row, fused_blocks, row_of
 from neoquant.nn.linear import QuantEmbedding, QuantLinear, StoredEmbedding, StoredLinear, is_hooked
 
 
-class SingleSteps:
-    """The steps of one text, or of several together.
+class DirectPass:
+    """The passes of one text, or of several together, behind each other.
 
     With `steady`, nobody changes the network while they last: what they rest on is looked at once.
     """
@@ -32,22 +32,27 @@ class SingleSteps:
         self._row: Row | None = None
         self._looked = self._ordinary = False
 
-    def logits(self, ids: Tensor, positions: Tensor | None, keep: Tensor | None, cache: KVCache) -> Tensor | None:
-        """Behind ids[B, 1], at `positions` int64[B, 1] (None: as many as are held), `[B, V]`; or None, nothing done.
+    def logits(
+        self, ids: Tensor, cache: KVCache, last: int, positions: Tensor | None, keep: Tensor | None
+    ) -> Tensor | None:
+        """Behind the last of ids[B, T], `[B, last, V]`; or None, and nothing done, also where they are many.
 
-        `keep` bool[B, S] is False on padding, S counting the new positions too. What follows is added to `cache`.
+        They are at `positions` int64[B, T], or behind those that are held. `keep` bool[B, S] is False on padding, S
+        counting the new positions too. Their keys and values are added to `cache`.
         """
+        if not 0 < ids.numel() <= ROWS_AT_ONCE:
+            return None
         if not (self._looked and self._steady):
             self._look()
         ends, row = self._ends, self._row
-        if ends is None or row is None or len(ids) == 0 or not row.takes(len(ids), ends.width):
+        if ends is None or row is None or not row.takes(ids.numel(), ends.width):
             return None
         x = ends.embedded(ids, cache.length if positions is None else positions)
         if x is None or not (self._ordinary or is_ordinary(x, keep)):
             return None
         self._ordinary = self._steady
         y = row.step(x, keep, cache)
-        return None if y is None else ends.logits(y)
+        return None if y is None else ends.logits(y, last)
 
     def _look(self) -> None:
         """Describe the network, anew where anything has changed."""
@@ -96,12 +101,14 @@ class _Ends:
         return self._watched.holds()
 
     def embedded(self, ids: Tensor, positions: Tensor | int) -> Tensor | None:
-        """ids[B, 1] at positions int64[B, 1], or at one for all: [B, 1, C]; None where one is out of range."""
+        """ids[B, T] at positions int64[B, T], or from one on for all: [B, T, C]; None where one is out of range."""
         if ids.dtype != torch.int64:
             return None
-        weight = self._wpe.weight
+        weight, T = self._wpe.weight, ids.shape[1]
         if isinstance(positions, int):
-            places = weight[positions]
+            if positions + T > len(weight):
+                return None
+            places = weight[positions : positions + T]
         elif _within(positions, len(weight)):
             places = nn.functional.embedding(positions, weight)
         else:
@@ -113,14 +120,15 @@ class _Ends:
             return None
         return products.decode_rows(self._table, ids.view(-1)).view(*ids.shape, -1).add_(places)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """x[B, 1, C] to [B, V]."""
+    def logits(self, x: Tensor, last: int) -> Tensor:
+        """Of the last positions of x[B, T, C], `[B, last, V]`."""
         norm, product = self._norm, self._product
-        x = torch.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps).view(-1, self.width)
+        x = torch.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)[:, -last:]
         if product is None:
             y: Tensor = self._head(x)
             return y
-        return products.multiply(x, product.weight, product.bias, product.int8)
+        y = products.multiply(x.reshape(-1, self.width), product.weight, product.bias, product.int8)
+        return y.view(*x.shape[:2], -1)
 
 
 def _within(numbers: Tensor, limit: int) -> bool:

@@ -1,4 +1,4 @@
-"""One token after another past the modules: the bits that the network gives, or nothing done."""
+"""A few new positions past the modules: the bits that the network gives, or nothing done."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from neoquant.grids import Affine, Codebook, Int8Rows
 from neoquant.loading.pretrained import GPTNeoForCausalLM
 from neoquant.model.cache import KVCache
 from neoquant.model.gpt_neo import CausalLM
-from neoquant.nn.fused_blocks import fused_blocks, row_of
+from neoquant.nn.direct_pass import DirectPass
+from neoquant.nn.fused_blocks import ROWS_AT_ONCE, fused_blocks, row_of
 from neoquant.nn.linear import QuantEmbedding, QuantLinear, StoredEmbedding, StoredLinear
-from neoquant.nn.single_steps import SingleSteps
 from neoquant.quantizers import Nearest
 
 needs_native = pytest.mark.skipif(native.active().library is None, reason=native.active().reason)
@@ -54,19 +54,19 @@ def made(embedding: Any = None, tied: bool = True, **asked: Any) -> tuple[GPTNeo
         model.lm_head = base.wte.table if tied else QuantLinear(q, model.lm_head.bias)
     taken: list[bool] = []
 
-    class Told(SingleSteps):
+    class Told(DirectPass):
         def logits(self, *arguments: Any) -> Tensor | None:
             found = super().logits(*arguments)
             taken.append(found is not None)
             return found
 
-    model.single_steps = Told
+    model.direct_pass = Told
     return model, taken
 
 
 def by_modules(model: GPTNeoForCausalLM, *arguments: Any, **options: Any) -> Tensor:
     """What `generate` gives where the network is called."""
-    with mock.patch.object(model, "single_steps", None):
+    with mock.patch.object(model, "direct_pass", None):
         return generate(model, *arguments, **options)
 
 
@@ -110,7 +110,8 @@ def test_bits_are_those_of_the_network(isa: str, data: st.DataObject) -> None:
         assert torch.equal(made_here, by_modules(model, ids, record=expected, **options))
         assert torch.equal(made_here, generate(model, ids, **options))  # looked at once
     assert len(found.each) == len(expected.each) and all(map(torch.equal, found.each, expected.each))
-    assert len(taken) >= len(found.each) - 1 and all(taken)
+    passes = len(found.each)
+    assert taken[:passes] == taken[passes:] == [rows * prompt <= ROWS_AT_ONCE, *[True] * (passes - 1)]
 
 
 def change_the_embedding(model: GPTNeoForCausalLM) -> None:
@@ -157,7 +158,7 @@ def test_what_changes_between_two_tokens_counts(change: Callable[[GPTNeoForCausa
         torch.manual_seed(0)
         model, taken = made()
         if not single:
-            model.single_steps = None
+            model.direct_pass = None
         seen = []
         for at, token in enumerate(stream(model, torch.tensor([[1, 2, 3]]), max_new_tokens=24)):
             seen.append(int(token))
@@ -165,7 +166,7 @@ def test_what_changes_between_two_tokens_counts(change: Callable[[GPTNeoForCausa
                 torch.manual_seed(7)
                 change(model)
         found.append(seen)
-        assert all(taken) and len(taken) == (23 if single else 0)
+        assert all(taken) and len(taken) == (24 if single else 0)
     unchanged, _ = made()
     assert found[0] == found[1] != generate(unchanged, torch.tensor([[1, 2, 3]]), max_new_tokens=24)[0, 3:].tolist()
 
@@ -174,9 +175,9 @@ def test_what_changes_between_two_tokens_counts(change: Callable[[GPTNeoForCausa
 @pytest.mark.parametrize("steady", [False, True])
 def test_what_steps_rest_on_is_looked_at_once_where_nobody_changes_it(steady: bool) -> None:
     model, taken = made(Int8Rows())
-    with mock.patch("neoquant.nn.single_steps.row_of", side_effect=row_of) as looked:
+    with mock.patch("neoquant.nn.direct_pass.row_of", side_effect=row_of) as looked:
         assert len(list(stream(model, torch.tensor([[4, 2]]), max_new_tokens=9, steady=steady))) == 9
-    assert taken == [True] * 8 and looked.call_count == (1 if steady else 8)
+    assert taken == [True] * 9 and looked.call_count == (1 if steady else 9)
 
 
 @needs_native
@@ -189,11 +190,11 @@ def test_what_is_called_meanwhile_may_change_the_model(called: str) -> None:
         "processor": lambda ids, logits: logits,
         "record": lambda raw, scores: None,
     }[called]
-    with mock.patch("neoquant.nn.single_steps.row_of", side_effect=row_of) as looked:
+    with mock.patch("neoquant.nn.direct_pass.row_of", side_effect=row_of) as looked:
         generate(model, torch.tensor([[4, 2]]), max_new_tokens=9, **{called: what})
-        assert taken == [True] * 8 and looked.call_count == 8
+        assert taken == [True] * 9 and looked.call_count == 9
         generate(model, torch.tensor([[4, 2]]), max_new_tokens=9)
-    assert looked.call_count == 9
+    assert looked.call_count == 10
 
 
 def hook(of: Callable[[GPTNeoForCausalLM], nn.Module]) -> Callable[[GPTNeoForCausalLM], None]:
@@ -243,7 +244,7 @@ def test_what_is_not_done_goes_the_ordinary_way(change: Callable[[GPTNeoForCausa
         seen.append(int(token))
         if late and at == 3:
             change(model)
-    assert taken == [late and at < 3 for at in range(8)]
+    assert taken == [late and at < 4 for at in range(9)]
     assert seen == by_modules(model, torch.tensor([[4, 2]]), max_new_tokens=9)[0, 2:].tolist()
 
 
@@ -264,7 +265,7 @@ def test_an_adapters_or_anothers_module_is_called() -> None:
     model.transformer.wte, model.lm_head = Doubled(model.transformer.wte), Doubled(model.lm_head)
     ids = torch.tensor([[4, 2]])
     assert torch.equal(generate(model, ids, max_new_tokens=9), by_modules(model, ids, max_new_tokens=9))
-    assert taken == [True] * 8
+    assert taken == [True] * 9
 
 
 @needs_native
@@ -273,13 +274,13 @@ def test_types_and_ids_beyond_the_table_are_the_networks_to_take_or_refuse() -> 
     types = torch.tensor([[1, 1, 2]])
     found = generate(model, torch.tensor([[1, 2, 3]]), token_type_ids=types, max_new_tokens=4)
     assert not taken and found.shape == (1, 7)
-    steps, cache = SingleSteps(model, True), KVCache.of(model.config, 9)
+    steps, cache = DirectPass(model, True), KVCache.of(model.config, 9)
     with torch.inference_mode():
         model(torch.tensor([[1, 2]]), past_key_values=cache)
         for ids, positions in ((17, None), (-1, None), (3, 40), (3, -1)):
             at = None if positions is None else torch.tensor([[positions]])
-            assert steps.logits(torch.tensor([[ids]]), at, None, cache) is None and cache.length == 2
-        assert steps.logits(torch.tensor([[3]]), torch.tensor([[39]]), None, cache) is not None and cache.length == 3
+            assert steps.logits(torch.tensor([[ids]]), cache, 1, at, None) is None and cache.length == 2
+        assert steps.logits(torch.tensor([[3]]), cache, 1, torch.tensor([[39]]), None) is not None and cache.length == 3
 
 
 def test_a_loaded_model_has_them(tmp_path: Any) -> None:
@@ -287,4 +288,4 @@ def test_a_loaded_model_has_them(tmp_path: Any) -> None:
 
     GPTNeoForCausalLM(make().config).init_weights(seed=0).save_pretrained(tmp_path)
     model = load_model(tmp_path, GPTNeoForCausalLM, device="cpu")
-    assert model.single_steps is SingleSteps and CausalLM.single_steps is None
+    assert model.direct_pass is DirectPass and CausalLM.direct_pass is None
