@@ -88,7 +88,7 @@ def continue_text(
         made = stream(network, prompt, steady=True, **options)
     else:
         drafter = _drafter(choices.draft, network, sampling, loading, terminal)
-        made = stream_with_drafts(network, prompt, drafter, acceptance=acceptance, **options)
+        made = stream_with_drafts(network, prompt, drafter, acceptance=acceptance, steady=True, **options)
     started = time.perf_counter()
     terminal.show_raw(text)
     tokens = _print_continuation(made, tokenizer, own, terminal)

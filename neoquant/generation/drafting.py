@@ -17,6 +17,10 @@ from neoquant.model.gpt_neo import CausalLM
 MOST_DRAFTED = 7
 """Guesses that are checked together, at most: with the token before them they are 8 rows."""
 
+USUALLY_DRAFTED = 3
+"""With the token before them they are 4 rows, for which products read a weight once; more only pay where most guesses
+are right."""
+
 
 class Draft(NamedTuple):
     """Guessed `tokens` int64 `[k]`, and the probabilities `[k, V]` that each was drawn with; None: for certain."""
@@ -28,6 +32,9 @@ class Draft(NamedTuple):
 class Drafter(Protocol):
     """Whoever guesses."""
 
+    is_free: bool
+    """Whether guesses cost next to nothing beside checking them."""
+
     def propose(self, ids: Sequence[int], most: int, generator: torch.Generator | None) -> Draft:
         """At most so many tokens behind `ids`, which begin as those of the call before; perhaps none."""
 
@@ -37,6 +44,8 @@ class PromptLookup:
 
     The longest of the last `longest` to `shortest` tokens that stood there before decides, its latest place first.
     """
+
+    is_free = True
 
     def __init__(self, longest: int = 4, shortest: int = 2, most: int = MOST_DRAFTED) -> None:
         """`most` tokens are guessed at once."""
@@ -58,6 +67,8 @@ class PromptLookup:
 
 class ModelDrafter:
     """A model of the same vocabulary that is faster, as one with fewer layers or bits. It draws as `sampling` says."""
+
+    is_free = False
 
     def __init__(self, model: CausalLM, sampling: Sampling, cache_dtype: str | None = None) -> None:
         self.model, self.sampling = model, sampling

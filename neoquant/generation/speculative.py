@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from neoquant.errors import RequestError
-from neoquant.generation.drafting import MOST_DRAFTED, Draft, Drafter
+from neoquant.generation.drafting import MOST_DRAFTED, USUALLY_DRAFTED, Draft, Drafter
 from neoquant.generation.generate import NOTHING, Endings, Sampling, Stop, check_room, choose, distribution, no_choice
 from neoquant.generation.passes import Passes
 from neoquant.model.cache import KVCache
@@ -62,12 +62,15 @@ def stream_with_drafts(
     cache_dtype: str | None = None,
     static_cache: bool = False,
     acceptance: Acceptance | None = None,
+    steady: bool = False,
 ) -> Iterator[Tensor]:
     """Yield the next ids `[1]` of `input_ids[1, T]` as `generate.stream` does; `acceptance` counts how it went.
 
     No more guesses are checked together than get the bits that each would get alone from the native library: greedily
     its tokens are the same. (torch rounds otherwise for several rows, which may decide between two equally likely.)
     Sampled, they have the same distribution, but a seed draws others.
+
+    `steady` is that of `stream`.
 
     Raises RequestError for several prompts, for `static_cache` on a GPU, and what `stream` does.
     """
@@ -82,15 +85,18 @@ def stream_with_drafts(
     ids: list[int] = input_ids[0].tolist()
     last = len(ids) + max_new_tokens
     most = min(MOST_DRAFTED, rows_alike() - 1)
-    cache, width = KVCache.of(model.config, last + MOST_DRAFTED, cache_dtype), 3
-    passes = Passes(model)
+    cache = KVCache.of(model.config, last + MOST_DRAFTED, cache_dtype)
+    passes, width, whole = Passes(model, steady), USUALLY_DRAFTED, 0  # passes in which all guesses were right
     while len(ids) < last:
         room = min(width, most, last - len(ids) - 1)
         # The prompt is read alone: what comes of many positions need not be what comes of one.
         draft = drafter.propose(ids, room if cache.length else 0, generator)
         tokens, unusable = _check(passes, cache, ids, draft, sampling, last - max_new_tokens, generator)
         accepted, drafted = len(tokens) - 1, len(draft.tokens)
-        width = accepted + 1 if accepted < drafted else accepted + 2
+        whole = whole + 1 if drafted and accepted == drafted else 0
+        width = MOST_DRAFTED if whole > 1 else USUALLY_DRAFTED
+        if not drafter.is_free:
+            width = min(width, accepted + 1 if accepted < drafted else accepted + 2)
         acceptance.steps += 1
         acceptance.drafted += drafted
         acceptance.accepted += accepted

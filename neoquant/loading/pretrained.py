@@ -332,7 +332,9 @@ class GPTNeoForCausalLM(PreTrainedModel, CausalLM):
             raise OnlyInTransformersError(
                 "drafts are for one prompt without padding, and positions and types that are its own"
             )
-        return collect(ids.to(self.device), stream_with_drafts(self, ids, drafter, **options), streamer)
+        steady = streamer is None and stopping_criteria is None  # others' functions, which may do anything
+        made_here = stream_with_drafts(self, ids, drafter, steady=steady, **options)
+        return collect(ids.to(self.device), made_here, streamer)
 
     def settings(self, generation_config: Any, asked: Mapping[str, Any]) -> GenerationConfig:
         """What `generate` is to do: as asked, as `generation_config` says, as the model's own settings say.

@@ -35,6 +35,8 @@ def make(vocabulary: int = 13, seed: int = 0, layers: int = 2, scale: float = 8.
 class Scripted:
     """Guesses that are sometimes what the model takes, and sometimes not."""
 
+    is_free = True
+
     def __init__(self, truth: Sequence[int], seed: int) -> None:
         self.truth, self.generator = truth, torch.Generator().manual_seed(seed)
 
