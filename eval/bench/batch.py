@@ -65,7 +65,7 @@ def bench(args: argparse.Namespace, temp: Path) -> dict[str, Any]:
     for repeat in range(args.repeats + 1):
         for kind, model in models.items():
             for batch in BATCHES if repeat % 2 else BATCHES[::-1]:
-                made = stream(model, ids[:batch], max_new_tokens=args.new_tokens)
+                made = stream(model, ids[:batch], max_new_tokens=args.new_tokens, steady=True)
                 next(made)
                 started = time.perf_counter()
                 count = batch * sum(1 for _ in made)

@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="125m")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--models", nargs="+", choices=(*RECIPES, *TRELLISES), default=tuple(RECIPES))
+    parser.add_argument("--activations", nargs="+", choices=("exact", "int8"), default=("exact", "int8"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=64, help="generated for the decoding rate")
     parser.add_argument("--windows", type=int, default=4, help=f"of {CONTEXT} tokens, evaluated")
@@ -90,7 +91,7 @@ def bench(args: argparse.Namespace, temp: Path) -> Iterator[tuple[str, dict[str,
             prompt, new = lengths[part]
             request = Request(
                 list(map(str, models)), peers, base=str(plain), prompt=prompt, new=new,
-                repeats=args.repeats, threads=args.threads, pythons=pythons, activations=("exact", "int8"),
+                repeats=args.repeats, threads=args.threads, pythons=pythons, activations=args.activations,
                 without_bf16=True,
             )  # fmt: skip
             found = measure(request).model_dump(mode="json")
@@ -164,7 +165,7 @@ def timed(work: Callable[[], object]) -> float:
 
 def evaluations(models: list[Path], plain: Path, args: argparse.Namespace, peers: list[str]) -> dict[str, Any]:
     """Tokens a second of scoring the same windows, in turn."""
-    lanes = [("neoquant", model, kind) for model in models for kind in ("exact", "int8")]
+    lanes = [("neoquant", model, kind) for model in models for kind in args.activations]
     if "transformers" in peers:
         lanes.append(("transformers", plain, "exact"))
     runs: dict[str, list[float]] = {}

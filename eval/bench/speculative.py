@@ -87,10 +87,10 @@ def drafting(args: argparse.Namespace, temp: Path) -> dict[str, Any]:
             count, spent, made = Acceptance(), 0.0, []
             for prompt in prompts:
                 if drafter is None:
-                    ids = stream(model, prompt, max_new_tokens=args.new_tokens)
+                    ids = stream(model, prompt, max_new_tokens=args.new_tokens, steady=True)
                 else:
                     ids = stream_with_drafts(
-                        model, prompt, drafter(), max_new_tokens=args.new_tokens, acceptance=count
+                        model, prompt, drafter(), max_new_tokens=args.new_tokens, acceptance=count, steady=True
                     )  # fmt: skip
                 made.append([int(next(ids))])  # the prompt is read: its time is not decoding's
                 started = time.perf_counter()

@@ -16,7 +16,8 @@ class Passes:
 
     def __init__(self, model: CausalLM, steady: bool = False) -> None:
         self._model, self.device = model, model.device
-        self._direct = None if model.direct_pass is None else model.direct_pass(model, steady)
+        direct = model.direct_pass if self.device.type == "cpu" else None
+        self._direct = None if direct is None else direct(model, steady)
 
     def logits(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ import torch
 from neoquant import formats
 from neoquant.checkpoint import open_checkpoint
 from neoquant.errors import CheckpointError, RequestError, locate
-from neoquant.kernels import ACTIVATIONS
+from neoquant.kernels import ACTIVATIONS, Reference
 from neoquant.loading.contents import Contents, Readable
 from neoquant.loading.device_map import DeviceMap, assign_devices
 from neoquant.loading.fill import Filler, LoadWarning, NoInit, warn_of
@@ -131,9 +132,9 @@ def read_model(
     model.name_or_path = str(checkpoint.source)
     model.quantization_format = None if format is None else format.name
     checkpoint.require_unchanged()
-    _arrange(model, activations)
+    slow = _arrange(model, activations)
     warn_of(model.load_report, checkpoint.source, model)
-    remarks = [f": {note}" for note in (*checkpoint.notes, *notes)]
+    remarks = [f": {note}" for note in (*checkpoint.notes, *notes, *slow)]
     remarks += [f"/{remark}" for remark in model.read_companions(folder_of(checkpoint))]
     for remark in remarks:
         warnings.warn(f"{checkpoint.source}{remark}", LoadWarning, stacklevel=2)
@@ -160,17 +161,25 @@ def _assign_devices(
     return assign_devices(device, max_memory, sizes, bool(model.tied_weights()))
 
 
-def _arrange(model: Network, activations: str) -> None:
-    """Let quantized layers and blocks compute in the way that was asked for, and fast."""
+def _arrange(model: Network, activations: str) -> list[str]:
+    """Let quantized layers and blocks compute in the way that was asked for, and fast; what is slow that way."""
+    slow: Counter[str] = Counter()
     for module in model.modules():
         if isinstance(module, QuantLinear) and activations != "exact":
+            before = module.kernel
             module.set_activations(activations)
+            slow[module.grid.name] += isinstance(module.kernel, Reference) and not isinstance(before, Reference)
         if isinstance(module, Block):
             module.step = block_step
         if isinstance(module, Decoder):
             module.steps = fused_blocks
         if isinstance(module, CausalLM):
             module.direct_pass = DirectPass
+    return [
+        f"with {activations} activations {plural(count, 'layer')} on the grid {name} are computed by plain torch, many "
+        "times slower than with exact ones, for which there is a fast way"
+        for name, count in slow.items() if count
+    ]  # fmt: skip
 
 
 def require_fit(config: GPTNeoConfig, names: Iterable[str]) -> None:

@@ -42,6 +42,8 @@ class DirectPass:
         """
         if not 0 < ids.numel() <= ROWS_AT_ONCE:
             return None
+        if keep is not None and (keep.dtype, keep.shape) != (torch.bool, (len(ids), cache.length + ids.shape[1])):
+            return None
         if not (self._looked and self._steady):
             self._look()
         ends, row = self._ends, self._row
@@ -74,10 +76,8 @@ def _is_usual(model: CausalLM) -> bool:
     called = [decoder, decoder.wte, decoder.wpe, decoder.ln_f, model.lm_head, *table]
     if any(map(is_hooked, called)) or _has_any_global_hook():  # type: ignore[no-untyped-call]
         return False
-    return is_plain_norm(decoder.ln_f, decoder.config.hidden_size) and type(decoder.wpe) in (
-        nn.Embedding,
-        StoredEmbedding,
-    )
+    plain = type(decoder.wpe) in (nn.Embedding, StoredEmbedding)
+    return plain and is_plain_norm(decoder.ln_f, decoder.config.hidden_size)
 
 
 class _Ends:
@@ -118,7 +118,7 @@ class _Ends:
             return x + places
         if not _within(ids, self._table.rows):
             return None
-        return products.decode_rows(self._table, ids.view(-1)).view(*ids.shape, -1).add_(places)
+        return products.decode_rows(self._table, ids.reshape(-1)).view(*ids.shape, -1).add_(places)
 
     def logits(self, x: Tensor, last: int) -> Tensor:
         """Of the last positions of x[B, T, C], `[B, last, V]`."""

@@ -283,6 +283,16 @@ def test_types_and_ids_beyond_the_table_are_the_networks_to_take_or_refuse() -> 
         assert steps.logits(torch.tensor([[3]]), cache, 1, torch.tensor([[39]]), None) is not None and cache.length == 3
 
 
+@needs_native
+def test_ids_may_be_a_part_of_others() -> None:
+    model, taken = made(Int8Rows())
+    ids = torch.randint(0, 17, (3, 9), generator=torch.Generator().manual_seed(0))
+    for part in (ids[:, 2:5], ids.T[:4], ids[::2, ::2]):
+        expected = by_modules(model, part.contiguous(), max_new_tokens=5)
+        assert torch.equal(generate(model, part, max_new_tokens=5), expected)
+    assert len(taken) == 15 and all(taken)
+
+
 def test_a_loaded_model_has_them(tmp_path: Any) -> None:
     from neoquant.loading.load import load_model
 

@@ -21,6 +21,8 @@ from neoquant.grids import Affine, Codebook, Grid, Int8Rows
 from neoquant.kernels import CpuInt8, ReferenceInt8
 from neoquant.kernels.rounded import round_activations, run_length
 from neoquant.nn.linear import QuantLinear
+from neoquant.quantization.quantize import quantize
+from neoquant.quantization.recipe import Recipe
 from neoquant.quantizers import Nearest
 from neoquant.tensor import QuantizedTensor
 
@@ -175,3 +177,18 @@ def test_the_option_is_measured_and_recorded(folder: Path, cli: Cli, text_file: 
     found = json.loads(record.read_text())
     assert found["reference"]["model"]["activations"] == "exact"
     assert [model["evaluation"]["model"]["activations"] for model in found["candidates"]] == ["int8"]
+
+
+@pytest.mark.skipif(native.active().library is None, reason=native.active().reason)
+def test_a_slow_way_is_said(tiny_model: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """The library multiplies a trellis with exact activations only: with int8 ones, torch does, which takes long."""
+    for type_, bits in (("trellis", 2), ("nf4", 4)):
+        recipe = Recipe.simple(bits, type_, format="neoquant", embeddings="int8")
+        quantize(tiny_model, tmp_path / type_, recipe)
+    neoquant.load(tmp_path / "nf4", device="cpu", activations="int8")
+    neoquant.load(tmp_path / "trellis", device="cpu")
+    assert not [warned for warned in recwarn if "plain torch" in str(warned.message)]
+    with pytest.warns(
+        neoquant.LoadWarning, match="with int8 activations 12 layers on the grid trellis are"
+    ):
+        neoquant.load(tmp_path / "trellis", device="cpu", activations="int8")
