@@ -26,14 +26,20 @@ NQ_INLINE vi window_at(
     return vi_or(vi_sll(high, 16), low);
 }
 
+#ifndef SIGNED_TABLES
+/* The values of the codes in the four bits below the highest, which is their sign. */
+NQ_INLINE vf vf_lookup_signed(vtab table, vi places) {
+    const vf value = vf_lookup_high(table, vi_twice(places));
+    return vf_cast(vi_xor(vi_cast(value), vi_and(places, vi_set1(INT32_MIN))));
+}
+#endif
+
 /* The values of states that begin `shift` bits up in such windows: they are moved into the upper half of a lane, of whose
  * product the highest bits are the place in the table. */
 NQ_INLINE vf value_of_state(vtab table, vi multiplier, vi window, int shift, const int bits) {
     const vi state = shift > 16 ? vi_srl(window, shift - 16) : shift < 16 ? vi_sll(window, 16 - shift) : window;
     const vi product = vi_mul16(state, multiplier);
-    if (bits == 2) return vf_lookup_high(table, product);
-    const vf value = vf_lookup_high(table, vi_twice(product));
-    return vf_cast(vi_xor(vi_cast(value), vi_and(product, vi_set1(INT32_MIN))));
+    return bits == 2 ? vf_lookup_high(table, product) : vf_lookup_signed(table, product);
 }
 
 NQ_INLINE vi state_multiplier(const struct nq_weight *w) {

@@ -104,6 +104,12 @@ NQ_INLINE vf vf_lookup(vtab table, vi index, int bits) {
 NQ_INLINE vf vf_lookup_high(vtab table, vi places) {
     return _mm512_permutexvar_ps(vi_srl(places, 28), table);
 }
+/* The values of the codes in the four bits below the highest, which is their sign: lookups take no more than four bits. */
+#define SIGNED_TABLES
+NQ_INLINE vf vf_lookup_signed(vtab table, vi places) {
+    const vf value = _mm512_permutexvar_ps(vi_srl(places, 27), table);
+    return vf_cast(_mm512_ternarylogic_epi32(vi_cast(value), places, vi_set1(INT32_MIN), 0x78)); /* value ^ (places & sign) */
+}
 NQ_INLINE vbtab vb_table(const int8_t *levels) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)levels));
 }
