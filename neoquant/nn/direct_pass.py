@@ -8,13 +8,15 @@ network is called.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from neoquant.model.cache import KVCache
 from neoquant.model.gpt_neo import CausalLM, Decoder
-from neoquant.native import products
+from neoquant.native import TorchAlone, products
 from neoquant.nn.fused_block import Watched, is_ordinary, is_plain_norm, is_taken, packed
 from neoquant.nn.fused_blocks import ROWS_AT_ONCE, Row, fused_blocks, row_of
 from neoquant.nn.linear import QuantEmbedding, QuantLinear, StoredEmbedding, StoredLinear, is_hooked
@@ -49,7 +51,8 @@ class DirectPass:
         ends, row = self._ends, self._row
         if ends is None or row is None or not row.takes(ids.numel(), ends.width):
             return None
-        x = ends.embedded(ids, cache.length if positions is None else positions)
+        with _alone(ids.numel()):
+            x = ends.embedded(ids, cache.length if positions is None else positions)
         if x is None or not (self._ordinary or is_ordinary(x, keep)):
             return None
         self._ordinary = self._steady
@@ -123,12 +126,18 @@ class _Ends:
     def logits(self, x: Tensor, last: int) -> Tensor:
         """Of the last positions of x[B, T, C], `[B, last, V]`."""
         norm, product = self._norm, self._product
-        x = torch.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)[:, -last:]
+        with _alone(x.shape[0] * x.shape[1]):
+            x = torch.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)[:, -last:]
         if product is None:
             y: Tensor = self._head(x)
             return y
         y = products.multiply(x.reshape(-1, self.width), product.weight, product.bias, product.int8)
         return y.view(*x.shape[:2], -1)
+
+
+def _alone(rows: int) -> AbstractContextManager[None]:
+    """For torch's operations on so many rows, each of which it may give a thread: it is given one for all."""
+    return TorchAlone() if rows > 1 else nullcontext()
 
 
 def _within(numbers: Tensor, limit: int) -> bool:

@@ -188,7 +188,5 @@ def test_a_slow_way_is_said(tiny_model: Path, tmp_path: Path, recwarn: pytest.Wa
     neoquant.load(tmp_path / "nf4", device="cpu", activations="int8")
     neoquant.load(tmp_path / "trellis", device="cpu")
     assert not [warned for warned in recwarn if "plain torch" in str(warned.message)]
-    with pytest.warns(
-        neoquant.LoadWarning, match="with int8 activations 12 layers on the grid trellis are"
-    ):
+    with pytest.warns(neoquant.LoadWarning, match="with int8 activations 12 layers on the grid trellis are"):
         neoquant.load(tmp_path / "trellis", device="cpu", activations="int8")
