@@ -75,6 +75,8 @@ def _is_usual(model: CausalLM) -> bool:
         return False
     if decoder.steps is not fused_blocks or decoder.training or is_hooked(model):
         return False
+    if any(module._compiled_call_impl is not None for module in (model, decoder)):  # by `module.compile()`
+        return False
     table = [decoder.wte.table] if isinstance(decoder.wte, QuantEmbedding) else []
     called = [decoder, decoder.wte, decoder.wpe, decoder.ln_f, model.lm_head, *table]
     if any(map(is_hooked, called)) or _has_any_global_hook():  # type: ignore[no-untyped-call]

@@ -213,6 +213,10 @@ def step_without(model: GPTNeoForCausalLM) -> None:
     model.transformer.steps = None
 
 
+def compile_it(model: GPTNeoForCausalLM) -> None:
+    model._compiled_call_impl = model._call_impl  # what `model.compile()` sets, which takes long
+
+
 def attend_eagerly(model: GPTNeoForCausalLM) -> None:
     model.set_attn_implementation("eager")
 
@@ -232,7 +236,9 @@ PARTS: list[Callable[[GPTNeoForCausalLM], nn.Module]] = [
 
 
 @needs_native
-@pytest.mark.parametrize("change", [*map(hook, PARTS), train, patch, step_without, attend_eagerly, be_of_another_class])
+@pytest.mark.parametrize(
+    "change", [*map(hook, PARTS), train, patch, compile_it, step_without, attend_eagerly, be_of_another_class]
+)
 @pytest.mark.parametrize("late", [False, True])
 def test_what_is_not_done_goes_the_ordinary_way(change: Callable[[GPTNeoForCausalLM], None], late: bool) -> None:
     """Whether it was so from the first token on or not."""
