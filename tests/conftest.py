@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -153,11 +154,13 @@ class Keyboard(io.StringIO):
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cli:
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Cli]:
     """`cli("generate", folder, stdin="...")`: run one command line in an empty working directory, in this process.
 
-    Starting Python and torch anew costs seconds each time.
+    Starting Python and torch anew costs seconds each time. A command that ends under torchrun ignores signals from then
+    on; others in this process, and all that they start, are to be ended by them.
     """
+    handled = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     workplace = tmp_path / "here"
     workplace.mkdir()
     monkeypatch.chdir(workplace)
@@ -170,7 +173,9 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
         code = main([str(word) for word in words])
         return Result(code, *capsys.readouterr())
 
-    return run
+    yield run
+    for number, handler in handled.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
