@@ -180,10 +180,9 @@ def draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def distribution(logits: Tensor, seen: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """The probabilities `[B, V]` with which `choose` draws, and whether there was one to choose, bool `[B]`."""
-    logits, likeliest, finite = _penalized(logits, seen, sampling)
-    if sampling.temperature == 0:
-        return torch.zeros_like(logits).scatter_(-1, likeliest[:, None], 1.0), finite
+    """The probabilities `[B, V]` with which `choose` draws, where it does (a temperature above 0), and whether there
+    was a token to choose, bool `[B]`."""
+    logits, _, finite = _penalized(logits, seen, sampling)
     return _kept(logits, finite, sampling).softmax(-1), finite
 
 

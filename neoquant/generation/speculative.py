@@ -125,24 +125,23 @@ def _check(
     seen = _seen(ids, draft, sampling).to(passes.device)
     if sampling.temperature == 0:
         likeliest, finite, _ = choose(logits, seen, sampling, None)
-        right = zip(guesses, likeliest.tolist(), finite.tolist(), strict=False)
-        accepted = next((i for i, (guess, token, there) in enumerate(right) if guess != token or not there), k)
-        next_token, there = int(likeliest[accepted]), bool(finite[accepted])
-        cache.crop(len(ids) + accepted)
-        return [*guesses[:accepted], next_token if there else 0], None if there else logits[accepted, None]
-    p, finite = distribution(logits, seen, sampling)
-    p, finite = p.cpu(), finite.cpu()
-    accepted = 0
-    following = p[k]
-    if k:
-        taken, instead = verdicts(p[:k], draft)
-        chances = torch.rand(k, generator=generator)
-        refused = ((chances >= taken) | ~finite[:k]).nonzero()
-        accepted = k if len(refused) == 0 else int(refused[0])
-        following = p[k] if accepted == k else instead[accepted]
-    next_token = int(torch.multinomial(following, 1, generator=generator)) if finite[accepted] else 0
+        tokens, usable = likeliest.tolist(), finite.tolist()
+        accepted = next((i for i, guess in enumerate(guesses) if guess != tokens[i] or not usable[i]), k)
+        next_token = tokens[accepted]
+    else:
+        p, finite = distribution(logits, seen, sampling)
+        p, usable = p.cpu(), finite.tolist()
+        accepted = 0
+        following = p[k]
+        if k:
+            taken, instead = verdicts(p[:k], draft)
+            chances = torch.rand(k, generator=generator)
+            refused = ((chances >= taken) | ~torch.tensor(usable[:k])).nonzero()
+            accepted = k if len(refused) == 0 else int(refused[0])
+            following = p[k] if accepted == k else instead[accepted]
+        next_token = int(torch.multinomial(following, 1, generator=generator)) if usable[accepted] else 0
     cache.crop(len(ids) + accepted)
-    return [*guesses[:accepted], next_token], None if finite[accepted] else logits[accepted, None]
+    return [*guesses[:accepted], next_token], None if usable[accepted] else logits[accepted, None]
 
 
 def _seen(ids: list[int], draft: Draft, sampling: Sampling) -> Tensor:

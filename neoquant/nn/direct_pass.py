@@ -17,7 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from neoquant.model.cache import KVCache
 from neoquant.model.gpt_neo import CausalLM, Decoder
 from neoquant.native import TorchAlone, products
-from neoquant.nn.fused_block import Watched, is_ordinary, is_plain_norm, is_taken, packed
+from neoquant.nn.fused_block import Watched, is_ordinary, is_padding_mask, is_plain_norm, is_taken, packed
 from neoquant.nn.fused_blocks import ROWS_AT_ONCE, Row, fused_blocks, row_of
 from neoquant.nn.linear import QuantEmbedding, QuantLinear, StoredEmbedding, StoredLinear, is_hooked
 
@@ -44,7 +44,7 @@ class DirectPass:
         """
         if not 0 < ids.numel() <= ROWS_AT_ONCE:
             return None
-        if keep is not None and (keep.dtype, keep.shape) != (torch.bool, (len(ids), cache.length + ids.shape[1])):
+        if not is_padding_mask(keep, len(ids), cache.length + ids.shape[1]):
             return None
         if not (self._looked and self._steady):
             self._look()

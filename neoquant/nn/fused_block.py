@@ -130,9 +130,12 @@ def belongs(masks: AttentionMasks, rows: int, positions: int, held: int) -> bool
     """Whether the masks are of so many new positions behind so many held ones, of which there are some."""
     if rows == 0 or positions == 0 or (positions, held + positions) != (masks.T, masks.S):
         return False
-    return masks.keep is None or (
-        masks.keep.dtype == torch.bool and masks.keep.shape in ((rows, masks.S), (1, masks.S))
-    )
+    return is_padding_mask(masks.keep, rows, masks.S)
+
+
+def is_padding_mask(keep: Tensor | None, rows: int, positions: int) -> bool:
+    """Whether padding is said of so many rows, or of one for all, and of so many positions; or of none (None)."""
+    return keep is None or (keep.dtype == torch.bool and keep.shape in ((rows, positions), (1, positions)))
 
 
 def is_ordinary(x: Tensor, keep: Tensor | None) -> bool:
