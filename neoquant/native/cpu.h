@@ -18,6 +18,11 @@
 #define NQ_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
 #endif
 
+/* Tiles of AMX: the system must be asked for them, and the compiler know them. */
+#if defined(NQ_X86) && defined(__linux__) && ((defined(__clang__) && __clang_major__ >= 13) || (!defined(__clang__) && __GNUC__ >= 11))
+#define NQ_TILES 1
+#endif
+
 #if defined(__aarch64__)
 #define NQ_ARM 1
 #include <arm_neon.h>
@@ -27,7 +32,14 @@
 #define NQ_EXPORT __attribute__((visibility("default")))
 
 /* In rising order, so that code for one runs on all behind it; NEON machines run the first and the last. */
-enum nq_isa { NQ_ISA_PORTABLE = 0, NQ_ISA_AVX2 = 1, NQ_ISA_AVX512 = 2, NQ_ISA_AVX512VNNI = 3, NQ_ISA_NEON = 4 };
+enum nq_isa {
+    NQ_ISA_PORTABLE = 0,
+    NQ_ISA_AVX2 = 1,
+    NQ_ISA_AVX512 = 2,
+    NQ_ISA_AVX512VNNI = 3,
+    NQ_ISA_AMX = 4,
+    NQ_ISA_NEON = 5,
+};
 enum nq_dtype { NQ_FLOAT32 = 0, NQ_FLOAT16 = 1, NQ_BFLOAT16 = 2 };
 
 /* Calls run(job, begin, end) on pieces of [0, n), each a multiple of `grain` long but the last, on at most `threads`

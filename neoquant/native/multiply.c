@@ -7,6 +7,9 @@ const struct nq_kernels *nq_kernels_of(int isa) {
     if (isa == NQ_ISA_AVX512) return &nq_kernels_avx512;
     if (isa == NQ_ISA_AVX512VNNI) return &nq_kernels_avx512vnni;
 #endif
+#ifdef NQ_TILES
+    if (isa == NQ_ISA_AMX) return &nq_kernels_amx;
+#endif
 #ifdef NQ_ARM
     if (isa == NQ_ISA_NEON) return &nq_kernels_neon;
 #endif
@@ -55,7 +58,11 @@ static int wants_alike(const struct nq_linear *a, const struct nq_linear *b) {
 }
 
 static const struct nq_way *way_of(const struct nq_kernels *kernels, const struct nq_linear *linear, int64_t count) {
-    if (count > kernels->few_most || !nq_is_regular(linear->w)) return linear->int8 ? &kernels->int8 : &kernels->many;
+    if (count > kernels->few_most || !nq_is_regular(linear->w)) {
+        if (kernels->worth_tiles && kernels->worth_tiles(linear->w, linear->int8, count))
+            return linear->int8 ? &kernels->tiles8 : &kernels->tiles;
+        return linear->int8 ? &kernels->int8 : &kernels->many;
+    }
     if (linear->w->kind == NQ_TRELLIS) return &kernels->trellis;
     return linear->int8 ? &kernels->few8 : linear->w->kind == NQ_PLAIN ? &kernels->plain : &kernels->few;
 }

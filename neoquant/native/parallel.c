@@ -8,6 +8,11 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#ifdef NQ_TILES
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 /* In nanoseconds. A piece is short, so that a thread that is put aside with one holds the others up little; a thread is
  * asked for where it has more to do than it takes to hand it over, and woken where it takes less to wake. */
@@ -117,6 +122,22 @@ __attribute__((constructor)) static void look_at_processor(void) {
 }
 #endif
 
+#ifdef NQ_X86
+/* Whether there are tiles of bytes and of bfloat16, and the system lets this process use them: it must be asked once. It
+ * refuses where a signal's stack is too small for their contents. */
+static int has_tiles(void) {
+#ifdef NQ_TILES
+    enum { BFLOAT16 = 1 << 22, TILES = 1 << 24, BYTES = 1 << 25, ALL = BFLOAT16 | TILES | BYTES };
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 }; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & ALL) != ALL) return 0;
+    return !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
+#else
+    return 0;
+#endif
+}
+#endif
+
 /* Whether this machine runs an instruction set. */
 NQ_EXPORT int nq_runs(int isa) {
     if (isa == NQ_ISA_PORTABLE) return 1;
@@ -127,7 +148,9 @@ NQ_EXPORT int nq_runs(int isa) {
                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (isa == NQ_ISA_AVX2) return avx2;
     if (isa == NQ_ISA_AVX512) return avx512;
-    if (isa == NQ_ISA_AVX512VNNI) return avx512 && __builtin_cpu_supports("avx512vnni");
+    const int vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    if (isa == NQ_ISA_AVX512VNNI) return vnni;
+    if (isa == NQ_ISA_AMX) return vnni && has_tiles();
 #endif
 #ifdef NQ_ARM
     if (isa == NQ_ISA_NEON) return 1; /* every aarch64 has it */

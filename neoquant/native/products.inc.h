@@ -161,6 +161,9 @@ NQ_INLINE void load_scales(
 #include "many.inc.h"
 #include "rounded.inc.h"
 #include "few_rounded.inc.h"
+#ifdef NQ_AMX
+#include "tiles.inc.h"
+#endif
 #include "step.inc.h"
 
 const struct nq_kernels NAME(nq_kernels) = {
@@ -171,6 +174,11 @@ const struct nq_kernels NAME(nq_kernels) = {
     .few8 = {few8_size, few8_lay, few8_run, 1, 4},
     .plain = {nothing_size, nothing_lay, plain_run, 1, 1},
     .trellis = {nothing_size, nothing_lay, trellis_run, 1, NQ_BLOCK_ROWS},
+#ifdef NQ_AMX
+    .tiles = {tiles_size, tiles_lay, tiles_run, TILE_ROWS, PANEL},
+    .tiles8 = {tiles8_size, tiles8_lay, tiles8_run, TILE_ROWS, PANEL},
+    .worth_tiles = worth_tiles,
+#endif
     .hold = hold,
     .attend = attend,
     .panel = PANEL,

@@ -45,11 +45,20 @@ static float round_run(const float *x, int64_t n, uint8_t *bytes, float *total) 
     return step;
 }
 
+/* Eight bytes as two words, in the order in which levels_of finds what they meet: of four bits, one half of each byte of
+ * codes, then the other. */
+NQ_INLINE void in_order(const struct nq_weight *w, const uint8_t *bytes, uint32_t words[2]) {
+    const int halves = w->bits == 4, turn = w->kind == NQ_CODEBOOK;
+    uint64_t eight;
+    memcpy(&eight, bytes, 8);
+    words[0] = halves ? every_second(turn ? eight >> 8 : eight) : (uint32_t)eight;
+    words[1] = halves ? every_second(turn ? eight : eight >> 8) : (uint32_t)(eight >> 32);
+}
+
 static void int8_lay(void *argument, int64_t begin, int64_t end) {
     const struct nq_product *p = argument;
     const struct nq_weight *w = p->w;
     const int64_t words = int8_words(w), runs = int8_runs(w), run = (int64_t)1 << nq_step_bits(w, RUN_BITS);
-    const int halves = w->bits == 4, turn = w->kind == NQ_CODEBOOK; /* one half of each byte, then the other */
     uint8_t bytes[LONGEST_RUN];
     for (int64_t m = begin * TILE8; m < nq_min(end * TILE8, p->count); m++) {
         uint32_t *to = (uint32_t *)p->laid + m / TILE8 * words * TILE8 + m % TILE8;
@@ -58,10 +67,10 @@ static void int8_lay(void *argument, int64_t begin, int64_t end) {
             const int64_t n = nq_min(run, w->columns - s * run);
             steps[0] = round_run(p->x + m * w->columns + s * run, n, bytes, steps + 1);
             for (int64_t i = 0; i < n; i += 8, to += 2 * TILE8) {
-                uint64_t eight;
-                memcpy(&eight, bytes + i, 8);
-                to[0] = halves ? every_second(turn ? eight >> 8 : eight) : (uint32_t)eight;
-                to[TILE8] = halves ? every_second(turn ? eight : eight >> 8) : (uint32_t)(eight >> 32);
+                uint32_t eight[2];
+                in_order(w, bytes + i, eight);
+                to[0] = eight[0];
+                to[TILE8] = eight[1];
             }
         }
     }

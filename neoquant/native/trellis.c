@@ -215,7 +215,7 @@ NQ_AVX2 static uint16_t step_avx2(
 static uint16_t step(
     const struct trellis *t, const uint16_t *costs, const uint16_t *before, uint16_t least, uint16_t *after, uint8_t *back) {
 #ifdef NQ_X86
-    if (t->isa >= NQ_ISA_AVX2 && t->isa <= NQ_ISA_AVX512VNNI)
+    if (t->isa >= NQ_ISA_AVX2)
         return step_avx2(t->bits, t->turned, costs, before, least, after, back);
 #endif
     return t->bits == 2 ? step_portable(2, t->levels, costs, before, least, after, back)
@@ -382,7 +382,7 @@ NQ_AVX2 static void compensate_avx2(struct beam *b, const struct span *p, int64_
 
 static void compensate_paths(const struct trellis *t, struct beam *b, const struct span *p, int64_t row, int64_t count) {
 #ifdef NQ_X86
-    if (t->isa == NQ_ISA_AVX512 || t->isa == NQ_ISA_AVX512VNNI) compensate_avx512(b, p, row, count);
+    if (t->isa >= NQ_ISA_AVX512) compensate_avx512(b, p, row, count);
     else if (t->isa == NQ_ISA_AVX2) compensate_avx2(b, p, row, count);
     else
 #endif

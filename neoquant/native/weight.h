@@ -98,6 +98,8 @@ enum nq_activation { NQ_IDENTITY = 0, NQ_GELU_TANH = 1, NQ_RELU = 2 };
 struct nq_kernels {
     int few_most; /* rows of x up to which `few` is the faster */
     struct nq_way few, many, int8, few8, plain, trellis; /* `few8`: int8 and few rows of x; the last two: few rows too */
+    struct nq_way tiles, tiles8; /* in the places of `many` and `int8` where the next says so; 0: nowhere */
+    int (*worth_tiles)(const struct nq_weight *, int int8, int64_t count);
     nq_range hold, attend;
     int panel; /* new positions of a sequence that `attend` looks at together */
     void (*norm)(const float *x, const float *weight, const float *bias, int64_t n, float epsilon, float *to);
@@ -135,7 +137,7 @@ int nq_products(
 int64_t nq_product_time(const struct nq_kernels *kernels, const struct nq_linear *linear, int64_t count);
 
 extern const struct nq_kernels nq_kernels_portable, nq_kernels_avx2, nq_kernels_avx512, nq_kernels_avx512vnni,
-    nq_kernels_neon;
+    nq_kernels_amx, nq_kernels_neon;
 
 NQ_INLINE int64_t nq_ceil(int64_t n, int64_t step) { return (n + step - 1) / step; }
 

@@ -148,7 +148,8 @@ def test_the_switch_says_what_is_legal(monkeypatch: pytest.MonkeyPatch) -> None:
     native.active.cache_clear()
     try:
         with pytest.raises(
-            RequestError, match="NEOQUANT_ISA is 'sse9'; legal are portable, avx2, avx512, avx512vnni, neon and off"
+            RequestError,
+            match="NEOQUANT_ISA is 'sse9'; legal are portable, avx2, avx512, avx512vnni, amx, neon and off",
         ):
             native.active()
     finally:

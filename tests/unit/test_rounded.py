@@ -49,7 +49,7 @@ def require_near(y: Tensor, x: Tensor, q: QuantizedTensor, expected: Tensor) -> 
 @settings(deadline=None, max_examples=60)
 @given(
     grid=st.one_of(codebooks, affine_grids, st.just(Int8Rows())), rows=st.integers(1, 70), columns=columns,
-    count=st.sampled_from([1, 2, 5, 6, 7, 13]), threads=st.sampled_from([1, 2, 4]),
+    count=st.sampled_from([1, 2, 5, 6, 7, 13, 16, 17, 33]), threads=st.sampled_from([1, 2, 4]),
 )  # fmt: skip
 def test_every_instruction_set_does_what_the_reference_does(
     isa: str, grid: Grid, rows: int, columns: int, count: int, threads: int

@@ -338,7 +338,7 @@ def drawn(shape: tuple[int, int], group: int, bits: int) -> QuantizedTensor:
 @given(
     rows=st.one_of(st.integers(1, 70), st.sampled_from([255, 256, 257, 272, 511, 512, 600])),
     columns=st.one_of(st.integers(1, 150), st.sampled_from([256, 768, 1040, 2100])),
-    group=st.sampled_from([16, 64, 256, -1]), count=st.sampled_from([1, 2, 3, 4, 5, 8, 9, 30]),
+    group=st.sampled_from([16, 64, 256, -1]), count=st.sampled_from([1, 2, 3, 4, 5, 8, 9, 30, 50]),
     threads=st.sampled_from([1, 2, 4]), biased=st.booleans(),
 )  # fmt: skip
 def test_native_products(
