@@ -161,27 +161,30 @@ NQ_INLINE void load_scales(
 #include "many.inc.h"
 #include "rounded.inc.h"
 #include "few_rounded.inc.h"
-#ifdef NQ_AMX
-#include "tiles.inc.h"
-#endif
 #include "step.inc.h"
 
-const struct nq_kernels NAME(nq_kernels) = {
-    .few_most = FEW_MOST,
-    .few = {few_size, few_lay, few_run, 1, 4},
-    .many = {many_size, many_lay, many_run, TILE, PANEL},
-    .int8 = {int8_size, int8_lay, int8_run, TILE8, PANEL},
-    .few8 = {few8_size, few8_lay, few8_run, 1, 4},
-    .plain = {nothing_size, nothing_lay, plain_run, 1, 1},
-    .trellis = {nothing_size, nothing_lay, trellis_run, 1, NQ_BLOCK_ROWS},
-#ifdef NQ_AMX
+#define KERNELS                                                                                                       \
+    .few_most = FEW_MOST,                                                                                             \
+    .few = {few_size, few_lay, few_run, 1, 4},                                                                        \
+    .many = {many_size, many_lay, many_run, TILE, PANEL},                                                             \
+    .int8 = {int8_size, int8_lay, int8_run, TILE8, PANEL},                                                            \
+    .few8 = {few8_size, few8_lay, few8_run, 1, 4},                                                                    \
+    .plain = {nothing_size, nothing_lay, plain_run, 1, 1},                                                            \
+    .trellis = {nothing_size, nothing_lay, trellis_run, 1, NQ_BLOCK_ROWS},                                            \
+    .hold = hold,                                                                                                     \
+    .attend = attend,                                                                                                 \
+    .panel = PANEL,                                                                                                   \
+    .norm = norm,                                                                                                     \
+    .activate = activate
+
+const struct nq_kernels NAME(nq_kernels) = {KERNELS};
+
+#if defined(NQ_TILES) && defined(NQ_VNNI)
+#include "tiles.inc.h"
+const struct nq_kernels nq_kernels_amx = {
+    KERNELS,
     .tiles = {tiles_size, tiles_lay, tiles_run, TILE_ROWS, PANEL},
     .tiles8 = {tiles8_size, tiles8_lay, tiles8_run, TILE_ROWS, PANEL},
     .worth_tiles = worth_tiles,
-#endif
-    .hold = hold,
-    .attend = attend,
-    .panel = PANEL,
-    .norm = norm,
-    .activate = activate,
 };
+#endif

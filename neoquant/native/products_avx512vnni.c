@@ -1,4 +1,4 @@
-/* The products for AVX-512 with VNNI. */
+/* The products for AVX-512 with VNNI, and for AMX besides, whose tiles multiply many rows; the rest is the same. */
 #include "cpu.h"
 
 #ifdef NQ_X86

@@ -127,11 +127,7 @@ NQ_INLINE vi vb_sub(vi a, vi b) { return _mm512_sub_epi8(a, b); }
 
 #ifdef NQ_VNNI
 /* The instruction wants one side without a sign: activations are stored 128 too high, which every sum starts less. */
-#ifdef NQ_AMX
-#define NAME(name) name##_amx
-#else
 #define NAME(name) name##_avx512vnni
-#endif
 #define X_FLIP 0x80
 /* Not the intrinsic: compilers copy its accumulators to and fro where a loop has many. */
 NQ_INLINE vi vi_dot4(vi acc, vi x, vi w) {
