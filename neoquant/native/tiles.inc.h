@@ -25,8 +25,7 @@ enum {
     __asm__ volatile("tilestored %%tmm" #TILE ", (%0,%1,1)" : : "r"(TO), "r"((int64_t)(STRIDE)) : "memory")
 #define TILE_ZERO(TILE) __asm__ volatile("tilezero %%tmm" #TILE : :)
 #define TILE_MULTIPLY(SUM, X, W) __asm__ volatile("tdpbf16ps %%tmm" #W ", %%tmm" #X ", %%tmm" #SUM : :)
-#define TILE_MULTIPLY_BYTES(SUM, X, W) /* those of x have no sign */                                                  \
-    __asm__ volatile("tdpbusd %%tmm" #W ", %%tmm" #X ", %%tmm" #SUM : :)
+#define TILE_MULTIPLY_BYTES(SUM, X, W) __asm__ volatile("tdpbssd %%tmm" #W ", %%tmm" #X ", %%tmm" #SUM : :)
 #define TILE_RELEASE() __asm__ volatile("tilerelease" : :)
 
 /* As the instruction reads it. */
@@ -68,6 +67,14 @@ static void close_sums(
     const struct gathered *g, const struct nq_product *p, int64_t m0, int64_t m, int64_t row, int64_t width) {
     for (int64_t i = 0; i < m; i++)
         memcpy(p->y + (m0 + i) * p->w->rows + row, g->sums[i], (size_t)width * sizeof(float));
+}
+
+NQ_INLINE void zero_sums(const int both) {
+    TILE_ZERO(0);
+    TILE_ZERO(1);
+    if (!both) return;
+    TILE_ZERO(2);
+    TILE_ZERO(3);
 }
 
 /* The tiles of sums, as they are. */
@@ -231,12 +238,7 @@ static void any_tiles(
 NQ_INLINE void multiply_tiles(
     const uint8_t *x, int64_t x_across, const uint8_t *w, int64_t steps, const int parts, const int both) {
     const int64_t w_across = STEPS * parts * TILE_BYTES;
-    TILE_ZERO(0);
-    TILE_ZERO(1);
-    if (both) {
-        TILE_ZERO(2);
-        TILE_ZERO(3);
-    }
+    zero_sums(both);
     for (int64_t k = 0; k < steps; k++, x += PARTS * TILE_BYTES, w += parts * TILE_BYTES) {
 #define LOAD_X(PART)                                                                                                  \
     do {                                                                                                              \
@@ -365,6 +367,7 @@ static void tiles8_lay(void *argument, int64_t begin, int64_t end) {
             for (int64_t i = 0; i < run; i += 8) {
                 uint32_t eight[2];
                 in_order(w, bytes + i, eight);
+                for (int j = 0; j < 2; j++) eight[j] ^= X_FLIP * 0x01010101u; /* both sides have signs here */
                 memcpy(to + (k + i) / 64 * TILE_BYTES + (k + i) % 64, eight, 8);
             }
         }
@@ -378,13 +381,7 @@ NQ_INLINE void gather_bytes(
     const int64_t stride = PANEL * 4, deep = nq_min(run, TILE_ROWS);
     int32_t found[PAIR][PANEL] __attribute__((aligned(64)));
     for (int64_t k = 0, s = 0; k < words; s++, steps += 2 * TILE_ROWS) {
-        const int32_t *starts = panel.starts + s * PANEL; /* the same for all rows of x */
-        TILE_LOAD(0, starts, 0);
-        TILE_LOAD(1, starts + LANES, 0);
-        if (both) {
-            TILE_LOAD(2, starts, 0);
-            TILE_LOAD(3, starts + LANES, 0);
-        }
+        zero_sums(both);
         for (const int64_t stop = k + run; k < stop; k += deep) {
             const uint8_t *at = x + k / 16 * TILE_BYTES + k % 16 * 4;
             TILE_LOAD(4, at, 64);
