@@ -28,7 +28,8 @@ DEMO = ROOT / "eval" / "results" / "demo.json"
 LAYERS = ROOT / "eval" / "results" / "demo-layers.json"
 BENCH = ROOT / "eval" / "results" / "quantize-1.3b.json"
 CALIBRATED = {shape: ROOT / "eval" / "results" / f"calibrated-{shape}.json" for shape in ("125m", "1.3b")}
-RUN = {name: ROOT / "eval" / "results" / f"run-{name}.json" for name in ("125m", "1.3b", "125m-avx2")}
+RUN = {name: ROOT / "eval" / "results" / f"run-{name}.json" for name in ("125m", "1.3b", "125m-avx2", "125m-amx")}
+CPUS = {"": "", "avx2": " without AVX-512", "amx": " with AMX"}  # what the last part of such a name says
 CONTEXT = {shape: ROOT / "eval" / "results" / f"context-{shape}.json" for shape in ("125m", "1.3b")}
 CACHE_LOSS = {kind: ROOT / "eval" / "results" / f"cache-{kind}-demo.json" for kind in ("float16", "int8")}
 SPECULATIVE = ROOT / "eval" / "results" / "speculative-demo.json"
@@ -277,7 +278,6 @@ def run(name: str) -> str:
         lines.append(f"| {label} | {' | '.join(cells)} |")
     made, decode = result["decode"]["provenance"], result["decode"]
     versions = {name: found for program in decode["programs"] for name, found in program["versions"].items()}
-    without = " without AVX-512" if isa else ""
     evaluated = len(next(iter(result["evaluate"]["tokens_per_s"].values())))
     fewer = f" (evaluating: {evaluated})" if evaluated != decode["repeats"] else ""
     shown = ", ".join(f"{name} {versions[name]}" for name in PROGRAMS if name in versions)
@@ -286,7 +286,7 @@ def run(name: str) -> str:
             *lines,
             "",
             f"GPT-Neo {shape} shapes, random weights, in float32; medians of {decode['repeats']} runs in turn{fewer}, "
-            f"{decode['threads']} threads of an {made['cpu']}{without}, "
+            f"{decode['threads']} threads of an {made['cpu']}{CPUS[isa]}, "
             f"{decode['bandwidth_gb_per_s']:.0f} GB/s read; {shown}.",
         ]
     )
