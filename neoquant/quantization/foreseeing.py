@@ -38,8 +38,9 @@ from neoquant.quantization.trial import Trial
 from neoquant.quantizers import Gptq, Hessian
 from neoquant.tensor import QuantizedTensor
 
-GRIDS: tuple[Grid, ...] = (Affine(3, 64), Affine(4, 64), Affine(8, 128))
-"""What layers may go on, beside trellises, or the grid in their place."""
+GRIDS: tuple[Grid, ...] = (Affine(3, 64), Affine(4, 128), Affine(4, 64), Affine(4, 32), Affine(8, 128))
+"""What layers may go on, beside trellises, or the grid in their place: no grid has bits between four and eight, but
+smaller and larger groups do."""
 TRELLISES: tuple[Grid, ...] = (TrellisGrid(64, 2), TrellisGrid(64, 3))
 SMALLEST: Grid = Affine(2, 32)
 """Trellises lose less in fewer bits, but without the native library their search takes hours."""
