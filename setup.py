@@ -13,7 +13,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ISAS = ("portable", "avx2", "avx512", "avx512vnni", "neon")
+ISAS = ("portable", "avx2", "avxvnni", "avx512", "avx512vnni", "neon")
 NAMES = (
     "gptq",
     "likeliest",

@@ -3,6 +3,8 @@
     git worktree add BEFORE COMMIT && (cd BEFORE && python setup.py build_ext --inplace)
     OMP_NUM_THREADS=2 python eval/bench/products_turns.py BEFORE --json eval/results/products-NAME-turns.json
 
+`. --isas avx2 avxvnni` compares two instruction sets at the same commit.
+
 Each turn is a process of its own that runs products.py of this checkout with the package of one of the two. Times are
 the fastest pass of each turn, ratios those of the fastest turns: what others take from the machine only ever adds.
 Above 1, this checkout takes less time. torch's product in float32, the same in both, says how much the machine itself
@@ -33,17 +35,20 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=["1", "4"])
     parser.add_argument("--grids", nargs="+", default=["nf4", "affine4", "affine3", "affine2", "int8"])
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--isas", nargs=2, metavar="ISA", help="that the two are forced to; default: the best here")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
     runs: dict[str, list[dict[str, Any]]] = {"before": [], "now": []}
+    isas = args.isas or ("", "")
     for turn in range(args.turns):
-        for name, checkout in (("before", args.before.resolve()), ("now", ROOT)):
-            runs[name].append(run(checkout, args))
+        for name, checkout, isa in zip(runs, (args.before.resolve(), ROOT), isas, strict=True):
+            runs[name].append(run(checkout, isa, args))
             print(f"turn {turn + 1} of {args.turns}, {name}: done", flush=True)
     result = {
         "what": f"the linear layers of a {args.shape} block, two commits in turn, the fastest pass of each turn",
         "before": runs["before"][-1]["provenance"],
         "now": runs["now"][-1]["provenance"],
+        "isas": args.isas,
         "read_gb_per_s": {name: [each["read_gb_per_s"] for each in of] for name, of in runs.items()},
         "rows": {rows: compared(runs, args.shape, rows) for rows in args.rows},
     }
@@ -53,11 +58,11 @@ def main() -> None:
             print(f"{rows:>4} rows {name:28} {figures['ratio_of_fastest']}")
 
 
-def run(checkout: Path, args: argparse.Namespace) -> dict[str, Any]:
+def run(checkout: Path, isa: str, args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "products.json"
         command = [sys.executable, str(PRODUCTS), "--shape", args.shape, "--rows", *args.rows, "--grids", *args.grids]
-        environment = {**os.environ, "PYTHONPATH": str(checkout)}
+        environment = {**os.environ, "PYTHONPATH": str(checkout)} | ({"NEOQUANT_ISA": isa} if isa else {})
         subprocess.run(
             [*command, "--json", str(found)], cwd=checkout, env=environment, check=True, stdout=subprocess.DEVNULL
         )

@@ -18,9 +18,13 @@
 #define NQ_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
 #endif
 
-/* Tiles of AMX: the system must be asked for them, and the compiler know them. */
-#if defined(NQ_X86) && defined(__linux__) && ((defined(__clang__) && __clang_major__ >= 13) || (!defined(__clang__) && __GNUC__ >= 11))
+/* What came with AVX-VNNI and AMX is written in assembly, which older assemblers do not know. The system must be asked for
+ * AMX's tiles. */
+#if defined(NQ_X86) && ((defined(__clang__) && __clang_major__ >= 13) || (!defined(__clang__) && __GNUC__ >= 11))
+#define NQ_AVXVNNI 1
+#ifdef __linux__
 #define NQ_TILES 1
+#endif
 #endif
 
 #if defined(__aarch64__)
@@ -31,14 +35,16 @@
 #define NQ_INLINE static inline __attribute__((always_inline))
 #define NQ_EXPORT __attribute__((visibility("default")))
 
-/* In rising order, so that code for one runs on all behind it; NEON machines run the first and the last. */
+/* In rising order, so that code for one runs on all behind it, but that AVX-512 may come without AVX-VNNI; NEON machines
+ * run the first and the last. */
 enum nq_isa {
     NQ_ISA_PORTABLE = 0,
     NQ_ISA_AVX2 = 1,
-    NQ_ISA_AVX512 = 2,
-    NQ_ISA_AVX512VNNI = 3,
-    NQ_ISA_AMX = 4,
-    NQ_ISA_NEON = 5,
+    NQ_ISA_AVXVNNI = 2,
+    NQ_ISA_AVX512 = 3,
+    NQ_ISA_AVX512VNNI = 4,
+    NQ_ISA_AMX = 5,
+    NQ_ISA_NEON = 6,
 };
 enum nq_dtype { NQ_FLOAT32 = 0, NQ_FLOAT16 = 1, NQ_BFLOAT16 = 2 };
 

@@ -127,7 +127,7 @@ static void run(void *job, int64_t begin, int64_t end) {
 #ifdef NQ_X86
         if (f->isa >= NQ_ISA_AVX512)
             round_avx512(f, begin, stop);
-        else if (f->isa == NQ_ISA_AVX2)
+        else if (f->isa >= NQ_ISA_AVX2)
             round_avx2(f, begin, stop);
         else
 #endif

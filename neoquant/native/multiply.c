@@ -4,6 +4,9 @@
 const struct nq_kernels *nq_kernels_of(int isa) {
 #ifdef NQ_X86
     if (isa == NQ_ISA_AVX2) return &nq_kernels_avx2;
+#ifdef NQ_AVXVNNI
+    if (isa == NQ_ISA_AVXVNNI) return &nq_kernels_avxvnni;
+#endif
     if (isa == NQ_ISA_AVX512) return &nq_kernels_avx512;
     if (isa == NQ_ISA_AVX512VNNI) return &nq_kernels_avx512vnni;
 #endif

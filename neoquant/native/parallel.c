@@ -8,8 +8,10 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
-#ifdef NQ_TILES
+#ifdef NQ_AVXVNNI
 #include <cpuid.h>
+#endif
+#ifdef NQ_TILES
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -123,6 +125,15 @@ __attribute__((constructor)) static void look_at_processor(void) {
 #endif
 
 #ifdef NQ_X86
+static int has_avxvnni(void) {
+#ifdef NQ_AVXVNNI
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
+#else
+    return 0;
+#endif
+}
+
 /* Whether there are tiles of bytes and of bfloat16, and the system lets this process use them: it must be asked once. It
  * refuses where a signal's stack is too small for their contents. */
 static int has_tiles(void) {
@@ -147,6 +158,7 @@ NQ_EXPORT int nq_runs(int isa) {
     int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (isa == NQ_ISA_AVX2) return avx2;
+    if (isa == NQ_ISA_AVXVNNI) return avx2 && has_avxvnni();
     if (isa == NQ_ISA_AVX512) return avx512;
     const int vnni = avx512 && __builtin_cpu_supports("avx512vnni");
     if (isa == NQ_ISA_AVX512VNNI) return vnni;

@@ -184,7 +184,7 @@ static const float *widen(int isa, const void *from, int dtype, int64_t start, i
     if (dtype == NQ_FLOAT32) return (const float *)from + start;
 #ifdef NQ_X86
     if (isa >= NQ_ISA_AVX512) return widen_avx512(from, dtype, start, n, to), to;
-    if (isa == NQ_ISA_AVX2) return widen_avx2(from, dtype, start, n, to), to;
+    if (isa >= NQ_ISA_AVX2) return widen_avx2(from, dtype, start, n, to), to;
 #endif
     widen_portable(from, dtype, start, n, to);
     return to;
@@ -193,7 +193,7 @@ static const float *widen(int isa, const void *from, int dtype, int64_t start, i
 static float largest(int isa, const float *values, int64_t n) {
 #ifdef NQ_X86
     if (isa >= NQ_ISA_AVX512) return largest_avx512(values, n);
-    if (isa == NQ_ISA_AVX2) return largest_avx2(values, n);
+    if (isa >= NQ_ISA_AVX2) return largest_avx2(values, n);
 #endif
     return largest_portable(values, n);
 }
@@ -231,7 +231,7 @@ static void round_blocks(void *argument, int64_t begin, int64_t end) {
             nearest_avx512(values, n, scale, job->bounds, job->order, job->codes + start);
             continue;
         }
-        if (job->isa == NQ_ISA_AVX2) {
+        if (job->isa >= NQ_ISA_AVX2) {
             nearest_avx2(values, n, scale, job->bounds, job->order, job->codes + start);
             continue;
         }
@@ -421,7 +421,7 @@ static void affine_range(void *argument, int64_t begin, int64_t end) {
             affine_row_avx512(job, row, values);
             continue;
         }
-        if (job->isa == NQ_ISA_AVX2) {
+        if (job->isa >= NQ_ISA_AVX2) {
             affine_row_avx2(job, row, values);
             continue;
         }

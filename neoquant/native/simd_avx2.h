@@ -1,8 +1,14 @@
 /* AVX2: vectors of eight. Sixteen values are two permutes of eight and a choice by the fourth bit. */
 #define LANES 8
+#ifdef NQ_VNNI
+#define NAME(name) name##_avxvnni
+#define X_FLIP 0x80 /* see simd_avx512.h */
+enum { TILE = 6, TILE8 = 3 };
+#else
 #define NAME(name) name##_avx2
 #define X_FLIP 0
 enum { TILE = 6, TILE8 = 2 };
+#endif
 #define FEW_TOGETHER(M) ((M) == 1 ? 4 : 2)
 #define FEW8_TOGETHER(M, BITS) ((M) == 1 ? 4 : (BITS) == 8 || ((M) == 2 && (BITS) == 4) ? 2 : 1)
 #define CODES_AS_NUMBERS 1
@@ -129,11 +135,18 @@ NQ_INLINE vbtab vb_table(const int8_t *levels) {
 }
 NQ_INLINE vi vb_lookup(vbtab levels, vi index) { return _mm256_shuffle_epi8(levels, index); }
 NQ_INLINE vi vb_sub(vi a, vi b) { return _mm256_sub_epi8(a, b); }
+#ifdef NQ_VNNI
+NQ_INLINE vi vi_dot4(vi acc, vi x, vi w) {
+    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(x), "x"(w));
+    return acc;
+}
+#else
 /* |w| times x with w's sign: at most 128 * 127 * 2, which 16 bits hold. */
 NQ_INLINE vi vi_dot4(vi acc, vi x, vi w) {
     vi pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
+#endif
 /* The sum of eight products a lane with the codes of its word, which are numbers from 0 on. Of four bits, `first` meets the
  * low halves of bytes; of fewer, both meet two codes of the word's first half, then two of its second. */
 NQ_INLINE vi vi_dot_codes(vi sum, vi words, vi first, vi second, const int bits) {
@@ -149,6 +162,10 @@ NQ_INLINE vi vi_dot_codes(vi sum, vi words, vi first, vi second, const int bits)
         low = vi_and(_mm256_blendv_epi8(fours, _mm256_slli_epi16(fours, 8 - bits), upper), mask);
         high = vi_and(_mm256_blendv_epi8(third, fourth, upper), mask);
     }
+#ifdef NQ_VNNI
+    return vi_dot4(vi_dot4(sum, low, first), high, second);
+#else
     const vi pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, first), _mm256_maddubs_epi16(high, second)); /* at most 7,620 */
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#endif
 }

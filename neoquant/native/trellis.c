@@ -383,7 +383,7 @@ NQ_AVX2 static void compensate_avx2(struct beam *b, const struct span *p, int64_
 static void compensate_paths(const struct trellis *t, struct beam *b, const struct span *p, int64_t row, int64_t count) {
 #ifdef NQ_X86
     if (t->isa >= NQ_ISA_AVX512) compensate_avx512(b, p, row, count);
-    else if (t->isa == NQ_ISA_AVX2) compensate_avx2(b, p, row, count);
+    else if (t->isa >= NQ_ISA_AVX2) compensate_avx2(b, p, row, count);
     else
 #endif
         compensate_all(b, p, row, count);

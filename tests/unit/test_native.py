@@ -149,7 +149,7 @@ def test_the_switch_says_what_is_legal(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         with pytest.raises(
             RequestError,
-            match="NEOQUANT_ISA is 'sse9'; legal are portable, avx2, avx512, avx512vnni, amx, neon and off",
+            match="NEOQUANT_ISA is 'sse9'; legal are portable, avx2, avxvnni, avx512, avx512vnni, amx, neon and off",
         ):
             native.active()
     finally:
