@@ -3,7 +3,8 @@
 The library is optional: where it was not compiled, or is switched off, `active()` says why, and everything runs
 through torch and bitsandbytes. Nothing is loaded on import. The environment variable NEOQUANT_ISA, read when the
 library is first wanted, forces an instruction set: `portable`, `avx2`, `avxvnni`, `avx512`, `avx512vnni`, `amx`,
-`neon`, or `off` for none of it. NEOQUANT_TEAM chooses whose threads it runs on: `own` (pool.c), or `openmp` for those of torch.
+`neon`, or `off` for none of it. NEOQUANT_TEAM chooses whose threads it runs on: `own` (pool.c), or `openmp` for those
+of torch.
 """
 
 from __future__ import annotations
