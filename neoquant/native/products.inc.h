@@ -190,6 +190,7 @@ const struct nq_kernels NAME(nq_kernels) = {KERNELS};
 
 #if defined(NQ_TILES) && defined(NQ_VNNI) && LANES == 16
 #include "tiles.inc.h"
+#include "tiles_rounded.inc.h"
 const struct nq_kernels nq_kernels_amx = {
     KERNELS,
     .tiles = {tiles_size, tiles_lay, tiles_run, TILE_ROWS, PANEL},
