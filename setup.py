@@ -12,6 +12,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ISAS = ("portable", "avx2", "avxvnni", "avx512", "avx512vnni", "neon")
 NAMES = (
@@ -53,7 +54,14 @@ class BuildNative(build_ext):
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 return [o for objects in pool.map(lambda one: compile_all([one], **options), sources) for o in objects]
 
-        self.compiler.compile = compile_side_by_side
+        def compile_for_any_assembler(sources, macros=None, **options):
+            try:
+                return compile_side_by_side(sources, macros=macros, **options)
+            except CompileError:
+                macros = [*(macros or []), ("NQ_OLD_ASSEMBLER", None)]
+                return compile_side_by_side(sources, macros=macros, **options)
+
+        self.compiler.compile = compile_for_any_assembler
         super().build_extension(ext)
 
 

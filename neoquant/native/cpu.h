@@ -18,9 +18,9 @@
 #define NQ_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
 #endif
 
-/* What came with AVX-VNNI and AMX is written in assembly, which older assemblers do not know. The system must be asked for
- * AMX's tiles. */
-#if defined(NQ_X86) && ((defined(__clang__) && __clang_major__ >= 13) || (!defined(__clang__) && __GNUC__ >= 11))
+/* What came with AVX-VNNI and AMX is written in assembly, which older assemblers do not know: setup.py compiles once more
+ * with NQ_OLD_ASSEMBLER then. The system must be asked for AMX's tiles. */
+#if defined(NQ_X86) && !defined(NQ_OLD_ASSEMBLER) && ((defined(__clang__) && __clang_major__ >= 13) || (!defined(__clang__) && __GNUC__ >= 11))
 #define NQ_AVXVNNI 1
 #ifdef __linux__
 #define NQ_TILES 1

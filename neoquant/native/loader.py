@@ -30,7 +30,7 @@ SWITCH = "NEOQUANT_ISA"
 TEAMS = ("own", "openmp")
 TEAM_SWITCH = "NEOQUANT_TEAM"
 FOLDER = Path(__file__).parent  # where the library was put when neoquant was installed
-VERSION = 17  # of the C functions' signatures, as in parallel.c
+VERSION = 18  # of the C functions' signatures, as in parallel.c
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _LEVELS = (*(_POINTER,) * 4, _LONG, _INT, *(_POINTER,) * 3)  # where the values of columns may lie
@@ -117,10 +117,9 @@ def active() -> Native:
         if wanted:
             raise RequestError(f"{SWITCH} is {wanted!r}, but there is no native library: {reason}")
         return Native(None, 0, reason)
-    here = _runnable(library)
-    if wanted and wanted not in here:
-        raise RequestError(f"{SWITCH} is {wanted!r}, but this machine runs {', '.join(here)}")
-    isa = wanted or here[-1]
+    if wanted and not library.nq_runs(ISAS.index(wanted)):
+        raise RequestError(f"{SWITCH} is {wanted!r}, but this machine runs {', '.join(_runnable(library))}")
+    isa = wanted or _runnable(library)[-1]  # only then: to look for AMX is to ask the system for it
     why = f"forced by {SWITCH}" if wanted else "is the best here"
     return Native(library, ISAS.index(isa), f"{isa} {why}, {_join_team(library, whose)}")
 

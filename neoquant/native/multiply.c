@@ -1,11 +1,22 @@
 /* Products with packed weights, and decoding them: what is called from outside. */
 #include "weight.h"
 
+#ifdef NQ_AVXVNNI
+static struct nq_kernels kernels_avxvnni;
+
+/* Not in products_avxvnni.c: the library is loaded on processors too that know nothing of what is compiled there. */
+__attribute__((constructor)) static void make_kernels(void) {
+    kernels_avxvnni = nq_kernels_avx2;
+    kernels_avxvnni.int8 = nq_int8_avxvnni;
+    kernels_avxvnni.few8 = nq_few8_avxvnni;
+}
+#endif
+
 const struct nq_kernels *nq_kernels_of(int isa) {
 #ifdef NQ_X86
     if (isa == NQ_ISA_AVX2) return &nq_kernels_avx2;
 #ifdef NQ_AVXVNNI
-    if (isa == NQ_ISA_AVXVNNI) return &nq_kernels_avxvnni;
+    if (isa == NQ_ISA_AVXVNNI) return &kernels_avxvnni;
 #endif
     if (isa == NQ_ISA_AVX512) return &nq_kernels_avx512;
     if (isa == NQ_ISA_AVX512VNNI) return &nq_kernels_avx512vnni;

@@ -111,7 +111,7 @@ void *nq_scratch(enum nq_scratch_name name, size_t bytes) {
 }
 
 /* Of the signatures of every exported function: the loader refuses a library whose number is not its own. */
-NQ_EXPORT int nq_version(void) { return 17; }
+NQ_EXPORT int nq_version(void) { return 18; }
 
 /* The address of another's GOMP_parallel, or 0 for the team in pool.c. */
 NQ_EXPORT void nq_use_team(void *gomp_parallel) { team = gomp_parallel ? (team_function)gomp_parallel : nq_pool; }

@@ -178,12 +178,8 @@ NQ_INLINE void load_scales(
     .activate = activate
 
 #ifdef ROUNDED_ONLY
-struct nq_kernels nq_kernels_avxvnni;
-__attribute__((constructor)) static void make_kernels(void) {
-    nq_kernels_avxvnni = nq_kernels_avx2;
-    nq_kernels_avxvnni.int8 = (struct nq_way){int8_size, int8_lay, int8_run, TILE8, PANEL};
-    nq_kernels_avxvnni.few8 = (struct nq_way){few8_size, few8_lay, few8_run, 1, 4};
-}
+const struct nq_way NAME(nq_int8) = {int8_size, int8_lay, int8_run, TILE8, PANEL};
+const struct nq_way NAME(nq_few8) = {few8_size, few8_lay, few8_run, 1, 4};
 #else
 const struct nq_kernels NAME(nq_kernels) = {KERNELS};
 #endif

@@ -1,7 +1,7 @@
 /* Many rows of x on AMX: registers that hold tiles of sixteen rows of 64 bytes, and instructions that multiply two of
  * them. Part of products.inc.h.
  *
- * Tiles multiply bfloat16, of which three make a float32: the nearest one, the nearest of what it leaves, and the rest.
+ * Tiles multiply bfloat16, of which three make a float32: its first digits, the nearest of what they leave, and the rest.
  * Of the products of two numbers' parts those count that a float32 can tell. Codes and zeros of up to eight bits are whole
  * numbers, and one bfloat16 each; a run's sum is multiplied by its scale.
  */
@@ -87,17 +87,19 @@ NQ_INLINE void store_tiles(void *to, const int both) {
     TILE_STORE((uint8_t *)to + TILE_ROWS * stride + 64, stride, 3);
 }
 
-/* The nearest bfloat16, as a float32. */
-NQ_INLINE vi nearest_part(vf x) {
-    return vi_and(_mm512_add_epi32(vi_cast(x), vi_set1(0x8000)), vi_set1((int32_t)0xffff0000));
+/* A bfloat16 of a number, as float32: what there is room for, which is NaN where x is or leaves NaN; of what that leaves,
+ * the nearest, so that a third one holds the rest. */
+NQ_INLINE vi part_of(vf x, int part) {
+    return vi_and(_mm512_add_epi32(vi_cast(x), vi_set1(part ? 0x8000 : 0)), vi_set1((int32_t)0xffff0000));
 }
 
-/* LANES numbers and LANES others, in the parts that each is the sum of, as float32: parts[part][which]. */
+/* LANES numbers and LANES others, in the parts that each is the sum of, as float32: parts[part][which]. Parts below the
+ * normal numbers are zeros to tiles, so that numbers below 1e-30 lose digits. */
 NQ_INLINE void split(vf first, vf second, vi parts[PARTS][2]) {
     vf left[2] = {first, second};
     _Pragma("GCC unroll 3") for (int part = 0; part < PARTS; part++)
         _Pragma("GCC unroll 2") for (int i = 0; i < 2; i++) {
-            parts[part][i] = nearest_part(left[i]);
+            parts[part][i] = part_of(left[i], part);
             left[i] = vf_sub(left[i], vf_cast(parts[part][i]));
         }
 }
@@ -147,7 +149,7 @@ static void make_tables(const struct nq_weight *w, uint16_t tables[PARTS][32]) {
     for (int i = 0; i < 32; i++) {
         float left = w->kind == NQ_CODEBOOK ? w->table[i & 15] : (float)(i + LOWEST);
         for (int part = 0; part < PARTS; part++) {
-            const uint32_t bits = (nq_bits(left) + 0x8000) & 0xffff0000;
+            const uint32_t bits = (nq_bits(left) + (part ? 0x8000 : 0)) & 0xffff0000;
             tables[part][i] = (uint16_t)(bits >> 16);
             left -= nq_from_bits(bits);
         }

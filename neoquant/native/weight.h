@@ -138,7 +138,7 @@ int64_t nq_product_time(const struct nq_kernels *kernels, const struct nq_linear
 
 extern const struct nq_kernels nq_kernels_portable, nq_kernels_avx2, nq_kernels_avx512, nq_kernels_avx512vnni,
     nq_kernels_amx, nq_kernels_neon;
-extern struct nq_kernels nq_kernels_avxvnni; /* those for AVX2 with others for rounded activations */
+extern const struct nq_way nq_int8_avxvnni, nq_few8_avxvnni; /* in the places of those for AVX2 */
 
 NQ_INLINE int64_t nq_ceil(int64_t n, int64_t step) { return (n + step - 1) / step; }
 

@@ -174,7 +174,8 @@ def test_nothing_behind_a_tensor_is_read(isa: str, grid: Grid, columns: int) -> 
 @pytest.mark.parametrize("count", [FEW, MANY, TILED])
 def test_what_is_not_finite_stays_so(isa: str, grid: Grid, count: int) -> None:
     q = Nearest().quantize(make_weight((40, 96), torch.float16, "normal"), grid)
-    for bad in (torch.nan, torch.inf, -torch.inf):
+    half = float(torch.tensor([0x7FFF], dtype=torch.int16).view(torch.float16).float())  # NaN whose digits are all ones
+    for bad in (torch.nan, half, -half, torch.inf, -torch.inf):
         x = torch.randn(count, 96, generator=torch.Generator().manual_seed(1))
         x[0, 40] = bad
         with forced(isa):
