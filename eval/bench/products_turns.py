@@ -40,12 +40,13 @@ def main() -> None:
     args = parser.parse_args()
     runs: dict[str, list[dict[str, Any]]] = {"before": [], "now": []}
     isas = args.isas or ("", "")
+    compared_are = "instruction sets" if args.isas else "commits"
     for turn in range(args.turns):
         for name, checkout, isa in zip(runs, (args.before.resolve(), ROOT), isas, strict=True):
             runs[name].append(run(checkout, isa, args))
             print(f"turn {turn + 1} of {args.turns}, {name}: done", flush=True)
     result = {
-        "what": f"the linear layers of a {args.shape} block, two commits in turn, the fastest pass of each turn",
+        "what": f"the linear layers of a {args.shape} block, two {compared_are} in turn, the fastest pass of each turn",
         "before": runs["before"][-1]["provenance"],
         "now": runs["now"][-1]["provenance"],
         "isas": args.isas,

@@ -242,21 +242,21 @@ NQ_INLINE void multiply_tiles(
     for (int64_t k = 0; k < steps; k++, x += PARTS * TILE_BYTES, w += parts * TILE_BYTES) {
 #define LOAD_X(PART)                                                                                                  \
     do {                                                                                                              \
-        TILE_LOAD(4, x + (PART)*TILE_BYTES, 64);                                                                    \
-        if (both) TILE_LOAD(5, x + x_across + (PART)*TILE_BYTES, 64);                                               \
+        TILE_LOAD(4, x + (PART)*TILE_BYTES, 64);                                                                      \
+        if (both) TILE_LOAD(5, x + x_across + (PART)*TILE_BYTES, 64);                                                 \
     } while (0)
 #define LOAD_W(PART)                                                                                                  \
     do {                                                                                                              \
-        TILE_LOAD(6, w + (PART)*TILE_BYTES, 64);                                                                    \
-        TILE_LOAD(7, w + w_across + (PART)*TILE_BYTES, 64);                                                         \
+        TILE_LOAD(6, w + (PART)*TILE_BYTES, 64);                                                                      \
+        TILE_LOAD(7, w + w_across + (PART)*TILE_BYTES, 64);                                                           \
     } while (0)
 #define MULTIPLY                                                                                                      \
     do {                                                                                                              \
-        TILE_MULTIPLY(0, 4, 6);                                                                                      \
-        TILE_MULTIPLY(1, 4, 7);                                                                                      \
+        TILE_MULTIPLY(0, 4, 6);                                                                                       \
+        TILE_MULTIPLY(1, 4, 7);                                                                                       \
         if (both) {                                                                                                   \
-            TILE_MULTIPLY(2, 5, 6);                                                                                  \
-            TILE_MULTIPLY(3, 5, 7);                                                                                  \
+            TILE_MULTIPLY(2, 5, 6);                                                                                   \
+            TILE_MULTIPLY(3, 5, 7);                                                                                   \
         }                                                                                                             \
     } while (0)
         LOAD_X(2);
